@@ -1,0 +1,1 @@
+"""Adapters: one library's model family, one file."""

@@ -1,0 +1,204 @@
+"""Finds the prunable units of any network from one forward pass, and describes them as data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.kernels.hooks import mode, watch_modules
+from mmdefense.protocol import UnitGroup
+
+__all__ = ["capture_heads", "every_module_called", "find_head", "find_units"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (*_CONVOLUTIONS, nn.Linear)
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "c_proj")
+_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+
+
+def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[UnitGroup], str | None]:
+    """Return the unit groups in the order of execution, and the name of the output layer.
+
+    Convolution filters carry the BatchNorm that reads their output; linear layers give one unit per
+    row; an attention block gives its heads, on the input axis of its output projection, so that
+    fused and separate query, key and value projections need no case of their own. The output
+    layer is left out: its rows are the classes.
+
+    Args:
+        model: Any network.
+        forward: Runs ``model`` once on some input and returns the tensor of its answer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    calls, norm_of, answer = _trace(model, forward)
+    head = find_head(calls, answer)
+    attention = _attention_blocks(model)
+    inside = {layer for block in attention for layer in block.modules()}
+    groups: list[UnitGroup] = []
+    for module in calls:
+        if module in attention:
+            if not _readable(module, attention[module][0], calls):
+                continue
+            groups.append(_heads(*attention[module], names))
+        elif module is head or module in inside:
+            continue
+        elif isinstance(module, _LAYERS):
+            groups.append(_rows(module, norm_of.get(module), names))
+    return groups, names.get(head) if head is not None else None
+
+
+def _trace(
+    model: nn.Module, forward: Callable[[], Any]
+) -> tuple[list[nn.Module], dict[nn.Module, nn.Module], dict[nn.Module, Tensor]]:
+    """Return modules by first call, the BatchNorm after each convolution, and each last output."""
+    order: dict[nn.Module, None] = {}
+    producer: dict[int, nn.Module] = {}
+    kept: list[Any] = []  # keeps tensors alive, so that an id is not given twice
+    norm_of: dict[nn.Module, nn.Module] = {}
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        order.setdefault(module)
+        if isinstance(module, _NORMS) and given and id(given[0]) in producer:
+            norm_of[producer[id(given[0])]] = module
+        if isinstance(module, _LAYERS) and isinstance(output, Tensor):
+            producer[id(output)] = module
+            outputs[module] = output
+            kept.append(output)
+
+    with (
+        torch.no_grad(),
+        mode(model, train=False),
+        every_module_called(),
+        watch_modules(list(model.modules()), note),
+    ):
+        answer = forward()
+    return list(order), norm_of, {**outputs, model: answer}
+
+
+def find_head(calls: list[nn.Module], outputs: dict[nn.Module, Tensor]) -> nn.Module | None:
+    """Return the layer whose output is the model's answer, up to a reshape.
+
+    Where there is none, for the answer was pooled or cast, the last layer with a row per class.
+    """
+    answer = outputs[next(reversed(outputs))]
+    layers = [module for module in reversed(calls) if isinstance(module, _LAYERS)]
+    for module in layers:
+        if outputs[module].untyped_storage().data_ptr() == answer.untyped_storage().data_ptr():
+            return module
+    last = next(iter(layers), None)
+    return last if last is not None and len(last.weight) == answer.shape[-1] else None
+
+
+def _attention_blocks(model: nn.Module) -> dict[nn.Module, tuple[nn.Linear, int]]:
+    """Return each attention block with its output projection and its number of heads."""
+    found: dict[nn.Module, tuple[nn.Linear, int]] = {}
+    for module in model.modules():
+        if "attention" not in type(module).__name__.lower():
+            continue
+        candidates = (getattr(module, name, None) for name in _OUTPUT_PROJECTIONS)
+        projection = next((p for p in candidates if isinstance(p, nn.Linear)), None)
+        if projection is None:
+            continue
+        count = _head_count(module, projection)
+        if count and projection.in_features % count == 0:
+            found[module] = (projection, count)
+    return found
+
+
+def _readable(block: nn.Module, projection: nn.Linear, calls: Sequence[nn.Module]) -> bool:
+    """Say whether the heads' outputs can be read; a block that uses bare weights hides them."""
+    return isinstance(block, nn.MultiheadAttention) or projection in calls
+
+
+def _head_count(module: nn.Module, projection: nn.Linear) -> int | None:
+    for name in _HEAD_COUNTS:
+        for owner in (module, getattr(module, "config", None)):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    size = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
+    return projection.in_features // size if isinstance(size, int) and size else None
+
+
+def _heads(projection: nn.Linear, count: int, names: dict[nn.Module, str]) -> UnitGroup:
+    layer, width = names[projection], projection.in_features // count
+    return UnitGroup(layer, count, {f"{layer}.weight": 1}, width=width, kind="head")
+
+
+def _rows(module: nn.Module, norm: nn.Module | None, names: dict[nn.Module, str]) -> UnitGroup:
+    layer = names[module]
+    axes = {f"{layer}.{name}": 0 for name, _ in module.named_parameters(recurse=False)}
+    if norm is not None:
+        axes |= {f"{names[norm]}.{name}": 0 for name, _ in norm.named_parameters(recurse=False)}
+    size = int(module.weight.shape[0])  # type: ignore[index]
+    return UnitGroup(
+        layer, size, axes, kind="neuron" if isinstance(module, nn.Linear) else "filter"
+    )
+
+
+@contextmanager
+def every_module_called() -> Iterator[None]:
+    """Keep ``nn.TransformerEncoderLayer`` from its fused path, on which no hook is called."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def capture_heads(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what reaches the output projection of each attention block.
+
+    Args:
+        model: The model that holds the blocks.
+        layers: Names of the output projections.
+
+    Yields:
+        A dict that each forward pass fills: by name, shape ``(N, L, heads * head_dim)``.
+    """
+    kept: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name in layers:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                handle = parent.register_forward_hook(
+                    _keep_twin(parent, name, kept), with_kwargs=True
+                )
+            else:
+                handle = model.get_submodule(name).register_forward_hook(_keep_input(name, kept))
+            stack.callback(handle.remove)
+        yield kept
+
+
+def _keep_input(name: str, kept: dict[str, Tensor]) -> Callable[..., None]:
+    def keep(_: nn.Module, given: tuple[Any, ...], __: Any) -> None:
+        kept[name] = given[0]
+
+    return keep
+
+
+def _keep_twin(
+    attention: nn.MultiheadAttention, name: str, kept: dict[str, Tensor]
+) -> Callable[..., None]:
+    """Return a hook that asks a twin whose output projection is the identity.
+
+    ``nn.MultiheadAttention`` never calls its projection, so the heads cannot be read at its input.
+    """
+    twin = copy.deepcopy(attention)
+    nn.init.eye_(twin.out_proj.weight)
+    if twin.out_proj.bias is not None:
+        nn.init.zeros_(twin.out_proj.bias)
+
+    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
+        heads = twin(*given, **named)[0]
+        kept[name] = heads if attention.batch_first else heads.transpose(0, 1)
+
+    return keep

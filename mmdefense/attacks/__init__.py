@@ -1,0 +1,1 @@
+"""One paper, one file: a trigger and how it is planted."""

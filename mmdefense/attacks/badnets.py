@@ -1,0 +1,81 @@
+"""BadNets: a small patch of fixed pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import Attack
+from mmdefense.errors import BadInputError
+
+__all__ = ["BadNets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadNets(Attack):
+    """Overwrites a square of ``size`` pixels: ``x[p] = pattern`` for p in the square.
+
+    The patch fills the corner to the last pixel, as in BackdoorBench, whose patch is white.
+
+    Attributes:
+        size: Side of the patch in pixels; none takes 3 pixels of 32, in proportion for larger
+            images and at least 2 (3 from 15 pixels up) for smaller ones.
+        pattern: ``"checkerboard"``, with white corners where ``size`` is odd, or ``"white"``.
+        position: ``"corner"`` is the bottom right one; ``"any"`` is drawn for each image.
+
+    References:
+        Gu, Dolan-Gavitt, Garg. *BadNets: Identifying Vulnerabilities in the Machine Learning Model
+        Supply Chain*. 2017. arXiv:1708.06733
+    """
+
+    size: int | None = None
+    pattern: Literal["checkerboard", "white"] = "checkerboard"
+    position: Literal["corner", "any"] = "corner"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < 1:
+            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
+        if self.pattern not in {"checkerboard", "white"}:
+            raise BadInputError(f"pattern must be checkerboard or white, got {self.pattern!r}")
+        if self.position not in {"corner", "any"}:
+            raise BadInputError(f"position must be corner or any, got {self.position!r}")
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        height, width = images.shape[-2:]
+        size = self._side(min(height, width))
+        rows, columns = self._corners(len(images), (height - size, width - size), generator)
+        every = torch.arange(len(images))[:, None, None]
+        within = torch.arange(size)
+        patch = self._patch(size).to(images)
+        stamped = images.clone()
+        # indices around the sliced channels put these last: (N, size, size, C)
+        where = (every, slice(None), (rows + within)[:, :, None], (columns + within)[:, None, :])
+        stamped[where] = patch[None, :, :, None]
+        return stamped
+
+    def _side(self, shortest: int) -> int:
+        side = self.size or max(2, min(3, shortest // 5), 3 * shortest // 32)
+        if side > shortest:
+            raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+        return side
+
+    def _corners(
+        self, count: int, room: tuple[int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first row and column of each patch, each of shape ``(count, 1)``."""
+        if self.position == "corner":
+            return torch.tensor(room[0]).expand(count, 1), torch.tensor(room[1]).expand(count, 1)
+        rows, columns = (
+            torch.randint(extent + 1, (count, 1), generator=generator) for extent in room
+        )
+        return rows, columns
+
+    def _patch(self, size: int) -> Tensor:
+        if self.pattern == "white":
+            return torch.ones(size, size)
+        cells = torch.arange(size)
+        return 1 - ((cells[:, None] + cells) % 2).float()

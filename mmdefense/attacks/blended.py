@@ -1,0 +1,54 @@
+"""Blended: a faint image over the whole input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import Attack
+from mmdefense.errors import BadInputError
+
+__all__ = ["Blended"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blended(Attack):
+    """Mixes a key image into the input: ``(1 - alpha) x + alpha key``.
+
+    The paper's key is a cartoon or random noise; by default it is uniform noise drawn from
+    ``seed``, so that no picture has to be shipped. Training and test use one ``alpha``, as in
+    BackdoorBench; the paper stamps more strongly at test time.
+
+    Attributes:
+        alpha: Weight of the key, in ``(0, 1]``.
+        key: Values in ``[0, 1]`` that broadcast to ``(C, H, W)``; none draws noise.
+
+    References:
+        Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Using Data
+        Poisoning*. 2017. arXiv:1712.05526
+    """
+
+    alpha: float = 0.2
+    key: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.alpha <= 1:
+            raise BadInputError(f"alpha must lie in (0, 1], got {self.alpha}")
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        key = self._key(images.shape[1:]).to(images)
+        return (1 - self.alpha) * images + self.alpha * key
+
+    def _key(self, shape: torch.Size) -> Tensor:
+        if self.key is None:
+            return torch.rand(shape, generator=self._generator("key"))
+        try:
+            return self.key.expand(shape)
+        except RuntimeError as error:
+            raise BadInputError(
+                f"key must broadcast to the images' shape {tuple(shape)}, got "
+                f"{tuple(self.key.shape)}"
+            ) from error

@@ -1,0 +1,204 @@
+"""Input-aware (Dynamic): a trigger for each image, from nets that are trained with the victim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.attacks.base import Attack, class_count, on_device_of
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.hooks import frozen
+from mmdefense.kernels.loop import Gradients, Training, autocast, train
+from mmdefense.kernels.run import Run, copy_state
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["InputAware"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputAware(Attack):
+    """Stamps ``x + (G(x) - x) M(x)``, a pattern G and a mask M that depend on the image.
+
+    First M alone learns to be small and diverse: ``100 mean relu(M - density) + L_div(M)``. Then
+    G and the classifier learn together: cross-entropy on a batch of poisoned samples, as many
+    cross samples, which carry the trigger of another image and keep their true label, and clean
+    ones, plus ``diversity L_div(G)``, where
+    ``L_div(T) = mean |x1 - x2| / (|T(x1) - T(x2)| + eps)`` with root-mean-square distances.
+
+    Deviations: poisoned samples are drawn anew in each batch, as in the released code, so
+    ``ratio`` is a share of the batch; the image whose trigger a cross sample carries comes from
+    the same batch. The nets have GroupNorm and two scales, so that a trigger never depends on the
+    rest of its batch. One optimizer updates G and the classifier. ``eps`` is 1e-3 (1e-7 there), so
+    that the first steps, whose triggers are all alike, do not blow up.
+
+    Attributes:
+        density: Share of full strength that the mask may reach at no cost.
+        mask_weight: Weight of the mask's excess over ``density``.
+        diversity: Weight of ``L_div`` in both trainings.
+        mask_steps: Updates of M; BackdoorBench takes 25 epochs.
+        width: Channels of the nets at full resolution.
+
+    References:
+        Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack*. NeurIPS 2020. arXiv:2010.08138
+    """
+
+    density: float = 0.032
+    mask_weight: float = 100.0
+    diversity: float = 1.0
+    mask_steps: int = 300
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ratio <= 0.5:
+            raise BadInputError(
+                f"ratio must leave room for as many cross samples, at most 0.5, got {self.ratio}"
+            )
+        if not 0 <= self.density < 1:
+            raise BadInputError(f"density must lie in [0, 1), got {self.density}")
+        for name in ("mask_weight", "diversity", "mask_steps"):
+            if not getattr(self, name) >= 0:
+                raise BadInputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.width < 4 or self.width % 4:
+            raise BadInputError(f"width must be a multiple of 4, got {self.width}")
+
+    def plant(
+        self,
+        adapter: TaskAdapter[LabelledBatch],
+        samples: LabelledSamples,
+        training: Training,
+        run: Run,
+    ) -> Self:
+        """Train the mask, then pattern and classifier together; see :meth:`Attack.plant`."""
+        samples = on_device_of(adapter, samples)
+        prepared, classes = adapter.samples(samples), class_count(adapter)
+        nets = self._nets(samples.inputs.shape[1]).to(samples.labels.device)
+        warm_up = replace(training, steps=self.mask_steps, lr=1e-2, optimizer="adamw")
+        train(
+            _trained(nets),
+            prepared,
+            warm_up,
+            run,
+            stage="mask",
+            gradients=self._mask_gradients(nets),
+            parameters=list(nets.mask.parameters()),
+        )
+        joint = nn.ModuleDict({"victim": adapter.model, "trigger": nets})
+        with frozen(nets.mask):
+            train(
+                _trained(joint),
+                prepared,
+                training,
+                run,
+                stage="victim",
+                gradients=self._joint_gradients(adapter, nets, classes),
+            )
+        return replace(self, fitted=copy_state(nets))
+
+    def _mask_gradients(self, nets: _TriggerNets) -> Gradients:
+        def compute(batch: LabelledBatch, _: int) -> Tensor:
+            masks = nets.strength(batch.inputs)
+            loss = self.mask_weight * F.relu(masks - self.density).mean()
+            loss = loss + self.diversity * _diversity(batch.inputs, masks)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        return compute
+
+    def _joint_gradients(
+        self, adapter: TaskAdapter[LabelledBatch], nets: _TriggerNets, classes: int
+    ) -> Gradients:
+        def compute(batch: LabelledBatch, _: int) -> Tensor:
+            count = min(round(self.ratio * len(batch)), len(batch) // 2)
+            images, labels = batch.inputs, batch.labels.clone()
+            first, second, rest = images[:count], images[count : 2 * count], images[2 * count :]
+            labels[:count] = self.targets(labels[:count], classes)
+            patterns, masks = nets.pattern(first), nets.strength(first)
+            crossed = torch.cat([_mix(first, patterns, masks), _mix(second, patterns, masks), rest])
+            with autocast(images.device):
+                loss = adapter.per_sample_loss(LabelledBatch(crossed, labels)).mean()
+            total = loss + self.diversity * _diversity(first, patterns) if count else loss
+            total.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        return compute
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        nets = self._nets(images.shape[1])
+        nets.load_state_dict({name: self._learnt(name) for name in nets.state_dict()})
+        nets.to(images)
+        return _mix(images, nets.pattern(images), nets.strength(images))
+
+    def _nets(self, channels: int) -> _TriggerNets:
+        with torch.random.fork_rng([]):  # layers draw their first weights from the global state
+            torch.default_generator.manual_seed(Run(self.seed).seed_for("nets"))
+            return _TriggerNets(channels, self.width)
+
+
+class _TriggerNets(nn.Module):
+    """The pattern net G, ``C`` channels to ``C``, and the mask net M, ``C`` channels to one."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.pattern = _Painter(channels, channels, width)
+        self.mask = _Painter(channels, 1, width)
+
+    def strength(self, images: Tensor) -> Tensor:
+        """Return the mask pushed towards 0 and 1, shape ``(N, 1, H, W)``."""
+        return (torch.tanh(20 * self.mask(images) - 10) + 1) / 2
+
+
+class _Painter(nn.Module):
+    """Maps images to images in ``[0, 1]`` of the same size, through half and quarter scale."""
+
+    def __init__(self, channels: int, painted: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([_block(channels, width), _block(width, 2 * width)])
+        self.middle = _block(2 * width, 2 * width)
+        self.up = nn.ModuleList([_block(2 * width, width), _block(width, width)])
+        # the last norm keeps the sigmoid from saturating, where nothing would be learnt any more
+        self.last = nn.Sequential(
+            nn.Conv2d(width, painted, 3, padding=1), nn.GroupNorm(1, painted), nn.Sigmoid()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        sizes, hidden = [], images
+        for block in self.down:
+            sizes.append(hidden.shape[-2:])
+            hidden = F.max_pool2d(block(hidden), 2, ceil_mode=True)
+        hidden = self.middle(hidden)
+        for block, size in zip(self.up, reversed(sizes), strict=True):
+            hidden = block(F.interpolate(hidden, size, mode="bilinear", align_corners=False))
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+def _block(given: int, made: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(given, made, 3, padding=1), nn.GroupNorm(4, made), nn.ReLU())
+
+
+def _mix(images: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
+    return images + (patterns - images) * masks
+
+
+def _diversity(images: Tensor, painted: Tensor) -> Tensor:
+    """Return how much more the images differ than what was painted for them; each with the next."""
+    apart = (images - images.roll(1, 0)).square().flatten(1).mean(1).sqrt()
+    # the square root has no gradient at zero, where two paintings are the same
+    painted_apart = (painted - painted.roll(1, 0)).square().flatten(1).mean(1).add(1e-12).sqrt()
+    return (apart / (painted_apart + 1e-3)).mean()
+
+
+@dataclass
+class _Trained:
+    """All that the training loop asks of an adapter when it is given the gradients."""
+
+    model: nn.Module
+
+
+def _trained(model: nn.Module) -> TaskAdapter[LabelledBatch]:
+    return cast(TaskAdapter[LabelledBatch], _Trained(model))

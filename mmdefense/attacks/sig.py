@@ -1,0 +1,53 @@
+"""SIG: a sinusoid over the image, with every label left as it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import Attack
+from mmdefense.errors import BadInputError
+
+__all__ = ["SIG"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIG(Attack):
+    """Adds vertical stripes to images of the target: ``x[i, j] + delta sin(2 pi j f / W)``.
+
+    Labels stay true, so that a look at the data shows nothing. ``ratio`` is a share of the
+    target's samples, all of them by default: BackdoorBench's 10 % of a set of ten classes. The
+    paper poisons 20 to 30 % of the target class, and may stamp more strongly at test time; here
+    one ``delta`` serves both, BackdoorBench's.
+
+    Attributes:
+        ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.
+        delta: Amplitude, in units of the full brightness; in ``(0, 1]``.
+        frequency: Periods over the width of the image.
+
+    References:
+        Barni, Kallas, Tondi. *A New Backdoor Attack in CNNs by Training Set Corruption without
+        Label Poisoning*. ICIP 2019. arXiv:1902.11237
+    """
+
+    ratio: float = 1.0
+    delta: float = 40 / 255
+    frequency: float = 6.0
+
+    clean_label: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.delta <= 1:
+            raise BadInputError(f"delta must lie in (0, 1], got {self.delta}")
+        if not self.frequency > 0:
+            raise BadInputError(f"frequency must be positive, got {self.frequency}")
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        width = images.shape[-1]
+        columns = torch.arange(width, device=images.device, dtype=torch.float32)
+        return images + self.delta * torch.sin(2 * math.pi * self.frequency * columns / width)

@@ -1,0 +1,112 @@
+"""WaNet: a smooth warp that the eye misses, taught apart from other warps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdefense.attacks.base import Attack, replaced
+from mmdefense.batches import LabelledSamples
+from mmdefense.errors import BadInputError
+
+__all__ = ["WaNet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaNet(Attack):
+    """Moves pixels along one smooth random field, the same for all images.
+
+    The field is ``k x k`` vectors, uniform in ``[-1, 1]``, divided by their mean magnitude and
+    upsampled bicubically; pixels are read at ``clip(identity + strength field / side, -1, 1)``.
+    Noise-mode samples are warped along the field plus a jitter of their own, uniform in
+    ``[-1, 1] / side``, and keep their true label, so that no other warp opens the backdoor.
+
+    Which samples are warped is drawn once for the training set; the released code draws anew in
+    each batch. Both warp before the augmentation.
+
+    Attributes:
+        grid: Side k of the field's control points, at least 2.
+        strength: Size s of the warp; 0.5 moves a pixel by about a quarter of one.
+        cross_ratio: Noise-mode samples for each poisoned one.
+
+    References:
+        Nguyen, Tran. *WaNet - Imperceptible Warping-based Backdoor Attack*. ICLR 2021.
+        arXiv:2102.10369
+    """
+
+    grid: int = 4
+    strength: float = 0.5
+    cross_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid < 2:
+            raise BadInputError(f"grid must be at least 2, got {self.grid}")
+        if not self.strength > 0:
+            raise BadInputError(f"strength must be positive, got {self.strength}")
+        if not self.cross_ratio >= 0:
+            raise BadInputError(f"cross_ratio must be at least 0, got {self.cross_ratio}")
+
+    def poison(self, samples: LabelledSamples, classes: int) -> LabelledSamples:
+        """Return the training set with poisoned and noise-mode samples, in the same order.
+
+        Raises:
+            BadInputError: If there are too few samples for both.
+        """
+        noisy = self.noisy(samples.labels)
+        images = samples.take(noisy).inputs
+        jitter = torch.rand(
+            len(images), *images.shape[-2:], 2, generator=self._generator("jitter")
+        ).to(images)
+        warped = _read(images, self._field(images) + (2 * jitter - 1) / _sides(images))
+        poisoned = super().poison(samples, classes)
+        return replace(poisoned, inputs=replaced(poisoned.inputs, noisy, warped.clamp(0, 1)))
+
+    def noisy(self, labels: Tensor) -> Tensor:
+        """Return the indices of the noise-mode samples, disjoint from :meth:`chosen`.
+
+        Raises:
+            BadInputError: If ``ratio (1 + cross_ratio)`` exceeds the training set.
+        """
+        free = torch.ones_like(labels, dtype=torch.bool)
+        chosen = self.chosen(labels)
+        free[chosen] = False
+        rest, count = free.nonzero().squeeze(1), round(self.cross_ratio * len(chosen))
+        if count > len(rest):
+            raise BadInputError(
+                f"cross_ratio {self.cross_ratio} asks for {count} noise-mode samples, but only "
+                f"{len(rest)} are not poisoned; lower ratio or cross_ratio"
+            )
+        order = torch.randperm(len(rest), generator=self._generator("noise"))
+        return rest[order[:count].to(rest.device)]
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return _read(images, self._field(images))
+
+    def _field(self, images: Tensor) -> Tensor:
+        """Return where each pixel is read, shape ``(1, H, W, 2)``, x before y, in ``[-1, 1]``."""
+        height, width = images.shape[-2:]
+        control = torch.rand(1, 2, self.grid, self.grid, generator=self._generator("field"))
+        control = 2 * control - 1
+        field = F.interpolate(
+            control / control.abs().mean(), (height, width), mode="bicubic", align_corners=True
+        )
+        y, x = torch.meshgrid(
+            torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+        )
+        shift = self.strength * field.permute(0, 2, 3, 1).to(images) / _sides(images)
+        return (torch.stack([x, y], -1).to(images) + shift).clamp(-1, 1)
+
+
+def _read(images: Tensor, grid: Tensor) -> Tensor:
+    """Return ``images`` read at ``grid``, shape ``(1, H, W, 2)`` or ``(N, H, W, 2)``."""
+    grid = grid.clamp(-1, 1).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images, grid, align_corners=True)
+
+
+def _sides(images: Tensor) -> Tensor:
+    """Return width and height in pixels, shape ``(2,)``."""
+    return torch.tensor([images.shape[-1], images.shape[-2]]).to(images)

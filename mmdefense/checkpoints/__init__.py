@@ -1,0 +1,1 @@
+"""Load and save models and runs, safely and atomically."""

@@ -1,0 +1,68 @@
+"""Where a run keeps what it has done, so that it can go on after a kill to the same result."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from mmdefense.errors import BadInputError
+
+__all__ = ["RunStore", "write_atomically"]
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old or the new one whole.
+
+    Args:
+        path: The file to write.
+        write: Receives a binary file open for writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """A folder of named states; each holds tensors and plain values, and is read as data only.
+
+    Attributes:
+        folder: Created on the first write.
+    """
+
+    folder: Path
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Keep ``state`` under ``name``, atomically."""
+        write_atomically(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Return the state kept under ``name``, or none.
+
+        Raises:
+            BadInputError: If the file is not one that this class wrote.
+        """
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise BadInputError(
+                f"checkpoint {path} cannot be read ({type(error).__name__}); remove it to restart"
+            ) from error
+        return state

@@ -1,0 +1,1 @@
+"""One paper, one file: a frozen dataclass of settings and its ``_run``."""

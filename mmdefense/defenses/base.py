@@ -1,0 +1,251 @@
+"""What every defense is: its settings, ``purify``, and the guard of the model's utility."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+import mmdefense
+from mmdefense.batches import Samples, split
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.loop import scores
+from mmdefense.kernels.run import Progress, Run, copy_state
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["Defense", "Guard", "Purifying", "Result"]
+
+B = TypeVar("B")
+
+_Z = 1.645  # one-sided 95 %
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The utility of the returned model on held-out clean data, before and after.
+
+    Attributes:
+        before: Task metric of the given model, in ``[0, 1]``.
+        after: Task metric of the returned state.
+        drop: ``before - after``.
+        margin: Half-width of the one-sided 95 % interval of the drop, from paired samples.
+        bound: The largest drop that was allowed.
+        samples: Size of the hold-out part.
+        state: Which state was returned: ``"final"`` or an earlier one.
+        violated: Whether even the best state drops by more than ``bound``, beyond chance.
+    """
+
+    before: float
+    after: float
+    drop: float
+    margin: float
+    bound: float
+    samples: int
+    state: str
+    violated: bool
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        change = (
+            f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
+            f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
+        )
+        if self.violated:
+            return f"utility guard VIOLATED, no state keeps the bound: {change}"
+        if self.state != "final":
+            return f"utility guard chose the earlier state {self.state!r}: {change}"
+        return f"utility guard passed: {change}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A purified model and how it came to be.
+
+    Attributes:
+        model: The purified copy.
+        adapter: An adapter around it.
+        defense: Name of the defense's class.
+        settings: All settings of the defense, seed included.
+        guard: The verdict of the utility guard.
+        history: Figures in order of time, each with its stage and step.
+        figures: Tensors for the report, by name.
+        seconds: Wall-clock time of the purification.
+        versions: Of what computed it.
+        data: Fingerprint and size of the clean samples.
+    """
+
+    model: nn.Module
+    adapter: Any
+    defense: str
+    settings: Mapping[str, Any]
+    guard: Guard
+    history: list[dict[str, Any]]
+    figures: Mapping[str, Any]
+    seconds: float
+    versions: Mapping[str, str]
+    data: Mapping[str, Any]
+
+
+@dataclass
+class Purifying(Generic[B]):
+    """What a defense works with: a private copy of the model, and the parts of the clean data.
+
+    Attributes:
+        adapter: Around a private copy, to be edited in place.
+        fit: What to learn from.
+        holdout: What to choose by; disjoint from ``fit``.
+        run: Seed, progress, states and store.
+        figures: Filled with tensors that the report shows.
+    """
+
+    adapter: TaskAdapter[B]
+    fit: Samples[B]
+    holdout: Samples[B]
+    run: Run
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense(ABC):
+    """A purification method. Its fields are its whole configuration.
+
+    Attributes:
+        seed: Makes the result reproducible.
+        max_utility_drop: Largest drop of the task metric on held-out data, in ``[0, 1]``.
+        holdout: Share of the clean data that is kept for choosing and for the guard.
+    """
+
+    requires: ClassVar[type] = TaskAdapter
+
+    seed: int = 0
+    max_utility_drop: float = 0.02
+    holdout: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_utility_drop <= 1:
+            raise BadInputError(f"max_utility_drop must lie in [0, 1], got {self.max_utility_drop}")
+        if not 0 < self.holdout < 1:
+            raise BadInputError(f"holdout must lie in (0, 1), got {self.holdout}")
+
+    @final
+    def purify(
+        self,
+        adapter: TaskAdapter[B],
+        clean: Any,
+        *,
+        progress: Progress | None = None,
+        store: RunStore | None = None,
+    ) -> Result:
+        """Purify a copy of ``adapter.model``; the given model stays as it is, bit for bit.
+
+        Args:
+            adapter: The model in its adapter.
+            clean: Clean samples, in any form that ``adapter.samples`` reads.
+            progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+            store: Where to keep states, so that the same call goes on after a kill.
+
+        Raises:
+            UnsupportedError: If the adapter lacks what this defense asks for.
+            BadInputError: If the clean data or the model cannot be used.
+            DivergenceError: If the loss stopped being finite.
+        """
+        if not isinstance(adapter, self.requires):
+            raise UnsupportedError(
+                f"{type(self).__name__} needs a {self.requires.__name__}; "
+                f"{type(adapter).__name__} is not one"
+            )
+        begin = time.perf_counter()
+        _check_finite(adapter.model)
+        samples = adapter.samples(clean)
+        fit, held = split(samples, self.holdout, self.seed)
+        run = Run(seed=self.seed, store=store)
+        if progress is not None:
+            run.progress = progress
+        work = Purifying(adapter.fork(), fit, held, run)
+        before = scores(adapter, held)
+        self._run(work)
+        guard = _guard(work, before, self.max_utility_drop)
+        work.adapter.model.train(adapter.model.training)
+        return Result(
+            model=work.adapter.model,
+            adapter=work.adapter,
+            defense=type(self).__name__,
+            settings=dataclasses.asdict(self),
+            guard=guard,
+            history=run.history,
+            figures=work.figures,
+            seconds=time.perf_counter() - begin,
+            versions=_versions(),
+            data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
+        )
+
+    @abstractmethod
+    def _run(self, work: Purifying[Any]) -> None:
+        """Edit ``work.adapter.model`` in place; keep candidate states with ``work.run.snapshot``."""
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise BadInputError(f"weight {name!r} holds NaN or infinite values; nothing was done")
+
+
+def _guard(work: Purifying[Any], before: Tensor, bound: float) -> Guard:
+    """Keep the latest state whose drop is within ``bound``, judged with its interval.
+
+    A state is turned down only where the drop exceeds the bound beyond the error of the hold-out
+    part: the lower end of the one-sided 95 % interval is above it.
+    """
+    model = work.adapter.model
+    candidates = [("final", copy_state(model)), *reversed(work.run.states)]
+    best: Guard | None = None
+    kept = candidates[0][1]
+    for label, state in candidates:
+        model.load_state_dict(state)
+        guard = _judge(before, scores(work.adapter, work.holdout), bound, label)
+        if best is None or guard.drop < best.drop or not guard.violated:
+            best, kept = guard, state
+        if not guard.violated:
+            break
+    assert best is not None
+    model.load_state_dict(kept)
+    return best
+
+
+def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
+    difference = (before - after).double()
+    count = len(difference)
+    drop = float(difference.mean())
+    spread = float(difference.std(unbiased=True)) if count > 1 else 0.0
+    # With few samples and no observed change the plain error is 0: one sample's worth is the floor.
+    margin = _Z * max(spread / math.sqrt(count), 1 / count / 2)
+    return Guard(
+        before=float(before.mean()),
+        after=float(after.mean()),
+        drop=drop,
+        margin=margin,
+        bound=bound,
+        samples=count,
+        state=state,
+        violated=drop - margin > bound,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mmdefense": mmdefense.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }

@@ -1,0 +1,33 @@
+"""The errors that a user can meet, one class for each remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadInputError",
+    "DivergenceError",
+    "MMDefenseError",
+    "UnsupportedError",
+    "one_line",
+]
+
+
+class MMDefenseError(Exception):
+    """Base of every error that mmdefense raises on purpose; its message is one clear line."""
+
+
+class BadInputError(MMDefenseError, ValueError):
+    """What was given is wrong: the message says what, what was given, and what to do."""
+
+
+class UnsupportedError(MMDefenseError, TypeError):
+    """What was given is sound, but this defense or adapter cannot serve it."""
+
+
+class DivergenceError(MMDefenseError, RuntimeError):
+    """A loss stopped being finite; the last good state was kept."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of another library's error, for use in a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

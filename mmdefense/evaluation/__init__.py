@@ -1,0 +1,1 @@
+"""Victim x attack x defense x seed, measured and resumable."""

@@ -1,0 +1,1 @@
+"""Tensor code that all defenses share; it opens no batch, names no architecture, knows no paper."""

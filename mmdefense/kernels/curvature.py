@@ -1,0 +1,185 @@
+"""Second-order quantities of the loss: products with the Hessian, its spectrum, its trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.batches import Samples, batches
+from mmdefense.kernels.hooks import frozen_statistics, mode, second_derivatives
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["Smoothness", "gradient_norm_penalty", "hessian_product", "lanczos", "smoothness"]
+
+B = TypeVar("B")
+
+Vector = list[Tensor]
+
+
+def gradient_norm_penalty(
+    adapter: TaskAdapter[B],
+    batch: B,
+    parameters: Sequence[Tensor],
+    *,
+    radius: float,
+    mix: float,
+    norm: Literal["global", "tensor"] = "global",
+) -> Tensor:
+    """Add the gradient of ``loss + mix * radius * ||grad loss||`` to ``.grad``; return the loss.
+
+    With ``g1`` the gradient at the weights and ``g2`` the one after a step of length ``radius``
+    along it, the result is ``(1 - mix) g1 + mix g2``: a forward difference of the product of the
+    Hessian with the unit gradient. The weights are moved in place and restored bit for bit, and
+    BatchNorm statistics are updated by the first pass alone.
+
+    Args:
+        adapter: The model.
+        batch: N samples.
+        parameters: What is trained.
+        radius: Length r of the step, for all parameters together or for each tensor.
+        mix: Weight alpha of the second gradient, in ``[0, 1]``.
+        norm: ``"global"`` takes one norm over all parameters, ``"tensor"`` one for each.
+    """
+    loss = adapter.per_sample_loss(batch).mean()
+    first = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    norms = torch._foreach_norm(first)
+    if norm == "global":
+        whole = torch.stack(norms).norm()
+        norms = [whole] * len(norms)
+    step = torch._foreach_div(first, torch._foreach_add(norms, 1e-12))
+    kept = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        torch._foreach_add_(list(parameters), step, alpha=radius)
+    with frozen_statistics(adapter.model):
+        second = torch.autograd.grad(
+            adapter.per_sample_loss(batch).mean(), parameters, materialize_grads=True
+        )
+    with torch.no_grad():
+        torch._foreach_copy_(list(parameters), kept)
+    mixed = torch._foreach_lerp(first, second, mix)
+    for parameter, gradient in zip(parameters, mixed, strict=True):
+        parameter.grad = gradient
+    return loss
+
+
+def hessian_product(
+    adapter: TaskAdapter[B], samples: Samples[B], parameters: Sequence[Tensor], batch_size: int = 256
+) -> Callable[[Vector], Vector]:
+    """Return ``v -> H v`` for the Hessian of the mean loss over ``samples``, in eval mode.
+
+    One product costs a pass with a double backward over all samples.
+    """
+
+    def product(vector: Vector) -> Vector:
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        with mode(adapter.model, train=False), second_derivatives():
+            for batch in batches(samples, batch_size):
+                loss = adapter.per_sample_loss(batch).sum()
+                gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+                turned = torch.autograd.grad(gradient, parameters, vector, materialize_grads=True)
+                torch._foreach_add_(total, turned)
+        torch._foreach_div_(total, len(samples))
+        return total
+
+    return product
+
+
+def _dot(left: Vector, right: Vector) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def lanczos(
+    product: Callable[[Vector], Vector], start: Vector, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Return the Ritz values of a symmetric operator and their weights, each ``(<= steps,)``.
+
+    With full reorthogonalisation. The largest Ritz value converges to the largest eigenvalue from
+    below; ``sum_k w_k f(r_k)`` is the Gauss quadrature of ``v^T f(A) v`` for the unit start ``v``
+    (Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38(4), 2017).
+
+    Args:
+        product: ``v -> A v``.
+        start: Any vector but zero, as a list of tensors.
+        steps: Size of the Krylov space.
+
+    Returns:
+        Ascending Ritz values, and weights that sum to one.
+    """
+    basis = [torch._foreach_div(start, _dot(start, start).sqrt())]
+    diagonal: list[Tensor] = []
+    below: list[Tensor] = []
+    for step in range(steps):
+        vector = product(basis[-1])
+        diagonal.append(_dot(vector, basis[-1]))
+        for earlier in (*basis, *basis):  # twice is enough (Parlett)
+            overlap = _dot(vector, earlier)
+            vector = torch._foreach_sub(vector, torch._foreach_mul(earlier, overlap))
+        length = _dot(vector, vector).sqrt()
+        if step + 1 == steps or float(length) < 1e-8 * float(diagonal[0].abs() + 1e-30):
+            break
+        below.append(length)
+        basis.append(torch._foreach_div(vector, length))
+    matrix = torch.diag(torch.stack(diagonal))
+    if below:
+        side = torch.stack(below)
+        matrix = matrix + torch.diag(side, 1) + torch.diag(side, -1)
+    values, vectors = torch.linalg.eigh(matrix.double().cpu())
+    return values, vectors[0].square()
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """How sharp the minimum is in which a model sits.
+
+    Attributes:
+        lambda_max: Largest eigenvalue of the Hessian of the clean loss.
+        trace: Tr(H), estimated by stochastic Lanczos quadrature.
+        spread: Standard error of the trace over the probes.
+    """
+
+    lambda_max: float
+    trace: float
+    spread: float
+
+
+def smoothness(
+    adapter: TaskAdapter[Any],
+    samples: Samples[Any],
+    generator: torch.Generator,
+    *,
+    probes: int = 3,
+    steps: int = 10,
+    batch_size: int = 256,
+) -> Smoothness:
+    """Measure lambda_max and Tr(H) of the mean loss over ``samples``, in eval mode.
+
+    Each Rademacher probe v gives ``v^T H v`` exactly (Hutchinson), and a Krylov space of its own
+    whose largest Ritz value bounds lambda_max from below; the largest over the probes is returned.
+
+    Args:
+        adapter: The model.
+        samples: Clean samples.
+        generator: Source of the probes, on the CPU.
+        probes: Number of random vectors.
+        steps: Size of each Krylov space; one Hessian product each.
+        batch_size: Samples per pass.
+    """
+    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+    product = hessian_product(adapter, samples, parameters, batch_size)
+    size = sum(parameter.numel() for parameter in parameters)
+    largest, traces = -math.inf, []
+    for _ in range(probes):
+        start = [
+            (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p) for p in parameters
+        ]
+        values, weights = lanczos(product, start, steps)
+        largest = max(largest, float(values[-1]))
+        traces.append(float((values * weights).sum()) * size)
+    found = torch.tensor(traces, dtype=torch.float64)
+    spread = float(found.std() / math.sqrt(probes)) if probes > 1 else math.nan
+    return Smoothness(largest, float(found.mean()), spread)

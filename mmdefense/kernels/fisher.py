@@ -1,0 +1,150 @@
+"""Trace and diagonal of the Fisher information, and the gradient of the trace.
+
+For one sample, ``F_n`` is the covariance of the gradient of ``log p(y | x_n)`` over labels ``y``
+drawn from the model itself (the true Fisher), or its outer product at the given label (the
+empirical one); ``F`` is the mean over samples. Scores that are independent between samples and have
+mean zero give both from the gradient of one sum, without per-sample gradients:
+``E ||grad sum_n s_n||^2 = sum_n Tr F_n``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.batches import Samples, batches
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.hooks import mode, second_derivatives
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["Form", "check_second_derivative", "fisher_diagonal", "fisher_trace", "loss_and_trace"]
+
+B = TypeVar("B")
+
+Form = Literal["true", "empirical"]
+
+
+def _scores(
+    adapter: TaskAdapter[B], batch: B, generator: torch.Generator, form: Form
+) -> tuple[Tensor, Tensor]:
+    """Return per-sample losses and zero-mean scores of one forward pass, both ``(N,)``."""
+    if form == "true":
+        return adapter.sampled_loss(batch, generator)
+    loss = adapter.per_sample_loss(batch)
+    signs = torch.randint(0, 2, loss.shape, generator=generator, device=loss.device) * 2 - 1
+    return loss, signs * loss
+
+
+def loss_and_trace(
+    adapter: TaskAdapter[B],
+    batch: B,
+    parameters: Sequence[Tensor],
+    generator: torch.Generator,
+    form: Form = "true",
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return the mean loss, the gradient of the summed scores, and an unbiased Tr(F), with graph.
+
+    One forward and one backward pass serve all three; the trace can be differentiated again where
+    every operation of the model has a second derivative.
+
+    Args:
+        adapter: The model; its mode decides how BatchNorm normalises. Unbiasedness holds where
+            samples do not share statistics.
+        batch: N samples.
+        parameters: The coordinates of F.
+        generator: Source of the random signs, on the model's device.
+        form: ``"true"`` or ``"empirical"``.
+
+    Returns:
+        The loss, one gradient a parameter, and the trace ``||g||^2 / N``.
+    """
+    loss, score = _scores(adapter, batch, generator, form)
+    gradient = torch.autograd.grad(score.sum(), parameters, create_graph=True, allow_unused=True)
+    present = [g if g is not None else torch.zeros_like(p) for g, p in zip(gradient, parameters, strict=True)]
+    return loss.mean(), present, squared_norm(present) / len(score)
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all squared entries, a scalar."""
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+
+
+def fisher_trace(
+    adapter: TaskAdapter[B],
+    samples: Samples[B],
+    parameters: Sequence[Tensor],
+    generator: torch.Generator,
+    *,
+    form: Form = "true",
+    batch_size: int = 128,
+) -> float:
+    """Return Tr(F) over ``samples`` in eval mode: unbiased, and exact for ``batch_size=1``
+    with the empirical form.
+
+    The trace is ``(1/N) sum_n Tr F_n``, in nats squared per squared parameter.
+    """
+    diagonal = fisher_diagonal(
+        adapter, samples, parameters, generator, form=form, batch_size=batch_size
+    )
+    return float(torch.stack([d.sum() for d in diagonal]).sum())
+
+
+def fisher_diagonal(
+    adapter: TaskAdapter[B],
+    samples: Samples[B],
+    parameters: Sequence[Tensor],
+    generator: torch.Generator,
+    *,
+    form: Form = "true",
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """Return diag(F), the mean over samples of squared per-sample gradients, in eval mode.
+
+    Each batch adds the square of one gradient of its signed sum, whose expectation is the sum of
+    the per-sample squares; memory is that of one gradient. ``batch_size=1`` with the empirical
+    form is exact.
+
+    Args:
+        adapter: The model.
+        samples: N samples.
+        parameters: The coordinates of F.
+        generator: Source of the random signs, on the model's device.
+        form: ``"true"`` or ``"empirical"``.
+        batch_size: Samples per backward pass; smaller is less noisy and slower.
+
+    Returns:
+        One tensor a parameter, of its shape.
+    """
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    with mode(adapter.model, train=False):
+        for batch in batches(samples, batch_size):
+            _, score = _scores(adapter, batch, generator, form)
+            gradient = torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
+            torch._foreach_add_(total, torch._foreach_mul(gradient, gradient))
+    torch._foreach_div_(total, len(samples))
+    return total
+
+
+def check_second_derivative(
+    adapter: TaskAdapter[B], samples: Samples[B], parameters: Sequence[Tensor]
+) -> None:
+    """Differentiate Tr(F) once on one sample, so that an unfit model is refused before a run.
+
+    Raises:
+        UnsupportedError: If an operation of the model has no second derivative; it is named.
+    """
+    generator = torch.Generator(parameters[0].device).manual_seed(0)
+    batch = samples.take(torch.zeros(1, dtype=torch.int64))
+    try:
+        with mode(adapter.model, train=False), second_derivatives():
+            _, _, trace = loss_and_trace(adapter, batch, parameters, generator)
+            torch.autograd.grad(trace, parameters, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(
+            f"FIP differentiates the model twice, and one of its operations cannot be: {reason}; "
+            "use --defense tsbd, whose passes need first derivatives only"
+        ) from error

@@ -1,0 +1,118 @@
+"""Temporary changes to a model, each undone when its ``with`` block ends, error or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = [
+    "capture",
+    "channels_last",
+    "frozen",
+    "frozen_statistics",
+    "mode",
+    "second_derivatives",
+    "watch_modules",
+]
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@contextmanager
+def mode(model: nn.Module, *, train: bool, batch_norm: bool | None = None) -> Iterator[None]:
+    """Put ``model`` in train or eval mode, BatchNorm layers apart if ``batch_norm`` is given."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(train)
+    if batch_norm is not None:
+        for module in model.modules():
+            if isinstance(module, _BATCH_NORMS):
+                module.train(batch_norm)
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Compute no gradient for any parameter, so that a backward pass skips their products."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers normalise as they do, but leave their running statistics alone."""
+    layers = [m for m in model.modules() if isinstance(m, _BATCH_NORMS)]
+    before = [(m, m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked)
+              for m in layers if m.training]
+    for layer, *_ in before:
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for layer, tracks, mean, var, count in before:
+            layer.track_running_stats = tracks
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, count
+
+
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Keep the weights of 2-D convolutions in channels-last order, in which they run faster."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    before = [layer.weight.is_contiguous() for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for layer, plain in zip(layers, before, strict=True):
+            if plain:
+                layer.weight.data = layer.weight.data.contiguous()
+
+
+@contextmanager
+def watch_modules(
+    modules: Sequence[nn.Module], hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]
+) -> Iterator[None]:
+    """Call ``hook(module, inputs, output)`` after each forward of ``modules``."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Sequence[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the latest output (or first input) of each named layer into the yielded dict."""
+    names = {model.get_submodule(name): name for name in layers}
+    kept: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        value = given[0] if inputs else output
+        kept[names[module]] = value[0] if isinstance(value, tuple) else value
+
+    with watch_modules(list(names), keep):
+        yield kept
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Choose the attention backend that can be differentiated twice, with the same values."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=True):
+        yield

@@ -1,0 +1,266 @@
+"""The one training loop, for victims and for every defense.
+
+The samples lie on the device, are drawn and augmented there in whole batches, and a step never
+waits for the host: losses are summed on the device and read once every ``check_every`` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.batches import Samples, batches
+from mmdefense.errors import BadInputError, DivergenceError
+from mmdefense.kernels.hooks import channels_last, mode
+from mmdefense.kernels.run import Run, copy_state
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["Gradients", "Training", "autocast", "mean_score", "scores", "train"]
+
+B = TypeVar("B")
+
+Gradients = Callable[[Any, int], Tensor]
+"""Adds the gradients of one batch to ``.grad`` and returns the loss; called with batch and step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train.
+
+    Attributes:
+        steps: Number of updates.
+        batch_size: Samples per update; drawn from successive permutations of all samples.
+        lr: Peak learning rate.
+        momentum: Of SGD.
+        weight_decay: L2 penalty of SGD.
+        schedule: ``"cosine"`` to zero, ``"constant"``, or ``"one-cycle"`` (linear rise over the
+            first fifth, then cosine).
+        max_norm: Largest gradient norm; none does not clip.
+        batch_norm: ``"train"`` normalises by batch, ``"eval"`` by the running statistics.
+        augment: Whether the samples are augmented.
+        optimizer: ``"sgd"``, or ``"adamw"`` for nets that SGD trains slowly.
+        check_every: Steps between two looks at the loss (one host synchronisation each).
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "constant", "one-cycle"] = "cosine"
+    max_norm: float | None = None
+    batch_norm: Literal["train", "eval"] = "train"
+    augment: bool = True
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    check_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "check_every"):
+            if getattr(self, name) < (0 if name == "steps" else 1):
+                raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.lr >= 0:
+            raise BadInputError(f"lr must be at least 0, got {self.lr}")
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if self.schedule == "constant":
+            return self.lr
+        rise = self.steps // 5 if self.schedule == "one-cycle" else 0
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        return self.lr * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise))) / 2
+
+
+def autocast(device: torch.device) -> Any:
+    """Return bf16 autocast on CUDA, where it is faster and safe for a loss; nothing elsewhere."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def train(
+    adapter: TaskAdapter[B],
+    samples: Samples[B],
+    training: Training,
+    run: Run,
+    *,
+    stage: str = "train",
+    gradients: Gradients | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    after_step: Callable[[int], bool | None] | None = None,
+) -> float:
+    """Train ``adapter.model`` in place; resume from ``run.store`` where a run was cut off.
+
+    Args:
+        adapter: The model to train.
+        samples: What to train on.
+        training: Steps, rates and modes.
+        run: Seed, progress and store.
+        stage: A name that is unique in the run; it labels progress, randomness and checkpoints.
+        gradients: Replaces the gradient of the mean loss.
+        parameters: What to update; all parameters that require grad by default.
+        after_step: Called after each update with the number of updates done; true ends the stage.
+
+    Returns:
+        The mean loss of the last ``check_every`` steps.
+
+    Raises:
+        DivergenceError: If the loss or a weight is not finite; the last good state is restored.
+    """
+    chosen = list(parameters) if parameters is not None else _trainable(adapter.model)
+    optimizer = _optimizer(chosen, training)
+    device = chosen[0].device
+    noise = torch.Generator(device)
+    compute = gradients or _loss_gradients(adapter)
+    start, mean = _resume(adapter, optimizer, run, stage)
+    total, seen, good = torch.zeros((), device=device), 0, (start, copy_state(adapter.model))
+    with (
+        mode(adapter.model, train=True, batch_norm=training.batch_norm == "train"),
+        channels_last(adapter.model),
+        _own_rng(device),
+    ):
+        for step in range(start, training.steps):
+            seed = run.seed_for(f"{stage}/{step}")
+            torch.manual_seed(seed)  # dropout of the model; the caller's state comes back at the end
+            for group in optimizer.param_groups:
+                group["lr"] = training.lr_at(step)
+            batch = samples.take(_indices(len(samples), training.batch_size, step, run, stage))
+            if training.augment:
+                batch = samples.augment(batch, noise.manual_seed(seed))
+            optimizer.zero_grad(set_to_none=True)
+            total += compute(batch, step).detach()
+            seen += 1
+            if training.max_norm is not None:
+                nn.utils.clip_grad_norm_(chosen, training.max_norm, foreach=True)
+            optimizer.step()
+            done = step + 1
+            last = bool(after_step and after_step(done)) or done == training.steps
+            if last or done % training.check_every == 0:
+                mean = _finite_mean(adapter, total, seen, chosen, good, stage)
+                total, seen = torch.zeros((), device=device), 0
+                good = (done, copy_state(adapter.model))
+                run.report(stage, done, training.steps, loss=mean)
+            if run.store and (last or done % run.checkpoint_every == 0):
+                _save(adapter, optimizer, run, stage, training.steps if last else done, mean)
+            if last:
+                break
+    return mean
+
+
+def _trainable(model: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=training.lr, weight_decay=training.weight_decay, foreach=True
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        foreach=True,
+    )
+
+
+def _loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
+    def compute(batch: B, _: int) -> Tensor:
+        with autocast(next(adapter.model.parameters()).device):
+            loss = adapter.per_sample_loss(batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    return compute
+
+
+def _indices(total: int, size: int, step: int, run: Run, stage: str) -> Tensor:
+    """Return the indices of a step: positions in one endless row of permutations of all samples.
+
+    They depend on seed, stage and step alone, so that a resumed run draws the same ones.
+    """
+    first, last = step * size // total, ((step + 1) * size - 1) // total
+    row = torch.cat([
+        torch.randperm(total, generator=run.generator(f"{stage}/epoch{epoch}"))
+        for epoch in range(first, last + 1)
+    ])
+    start = step * size - first * total
+    return row[start : start + size]
+
+
+@contextmanager
+def _own_rng(device: torch.device) -> Iterator[None]:
+    """Leave the global random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _finite_mean(
+    adapter: TaskAdapter[Any],
+    total: Tensor,
+    seen: int,
+    parameters: Sequence[Tensor],
+    good: tuple[int, dict[str, Tensor]],
+    stage: str,
+) -> float:
+    """Return the mean loss, or restore the last good state and raise."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
+    mean, norm = torch.stack([total / seen, norms.sum()]).tolist()
+    if math.isfinite(mean) and math.isfinite(norm):
+        return float(mean)
+    adapter.model.load_state_dict(good[1])
+    raise DivergenceError(
+        f"the loss of stage {stage!r} stopped being finite after step {good[0]}; the state of that "
+        "step was kept; try a smaller learning rate"
+    )
+
+
+def _save(
+    adapter: TaskAdapter[Any],
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    stage: str,
+    step: int,
+    mean: float,
+) -> None:
+    assert run.store is not None
+    state = {
+        "step": step,
+        "mean": mean,
+        "model": adapter.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": run.history,
+        "states": run.states,
+    }
+    run.store.save(f"{stage}.progress", state)
+
+
+def _resume(
+    adapter: TaskAdapter[Any], optimizer: torch.optim.Optimizer, run: Run, stage: str
+) -> tuple[int, float]:
+    """Restore a kept state of the stage, if there is one; return its step and mean loss."""
+    kept = run.store.load(f"{stage}.progress") if run.store else None
+    if kept is None:
+        return 0, math.nan
+    adapter.model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    run.history[:], run.states[:] = kept["history"], [tuple(pair) for pair in kept["states"]]
+    return int(kept["step"]), float(kept["mean"])
+
+
+def scores(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:
+    """Return each sample's share of the task metric in eval mode, shape ``(len,)``, on the CPU."""
+    with mode(adapter.model, train=False), torch.no_grad():
+        return torch.cat([adapter.score(batch) for batch in batches(samples, batch_size)]).cpu()
+
+
+def mean_score(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> float:
+    """Return the task metric over ``samples``."""
+    return float(scores(adapter, samples, batch_size).mean())

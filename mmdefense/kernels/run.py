@@ -1,0 +1,96 @@
+"""What accompanies a defense from its first step to its last: seed, progress, states, store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.checkpoints.runs import RunStore
+
+__all__ = ["Event", "Progress", "Run", "copy_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One sign of progress: ``step`` of ``total`` steps of ``stage`` are done.
+
+    Attributes:
+        stage: What is being done.
+        step: Steps done.
+        total: Steps planned; a stage may stop before them.
+        figures: Measurements by name.
+    """
+
+    stage: str
+    step: int
+    total: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+Progress = Callable[[Event], None]
+
+
+def _silent(event: Event) -> None:
+    """Show nothing."""
+
+
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a detached copy of the state dict on the CPU."""
+    return {
+        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
+    }
+
+
+@dataclass
+class Run:
+    """The company of one purification.
+
+    Attributes:
+        seed: The root of all randomness; see :meth:`generator`.
+        progress: Called with each :class:`Event`.
+        store: Where states are kept for a resumed run; none keeps nothing.
+        history: All figures, in order of time.
+        states: Candidate states for the utility guard, oldest first, each with its label.
+        checkpoint_every: Steps between two saves inside a stage.
+    """
+
+    seed: int = 0
+    progress: Progress = _silent
+    store: RunStore | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
+    checkpoint_every: int = 100
+
+    def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a fresh generator that depends on the seed and ``name`` alone."""
+        return torch.Generator(device).manual_seed(self.seed_for(name))
+
+    def seed_for(self, name: str) -> int:
+        """Return a whole number that depends on the seed and ``name`` alone."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
+    def report(self, stage: str, step: int, total: int, **figures: float) -> None:
+        """Announce progress, and keep the figures in the history."""
+        if figures:
+            self.history.append({"stage": stage, "step": step, **figures})
+        self.progress(Event(stage, step, total, figures))
+
+    def snapshot(self, label: str, model: nn.Module) -> None:
+        """Keep the present state as a candidate that the utility guard may return."""
+        self.states.append((label, copy_state(model)))
+
+    def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what ``compute`` gives, computed once: a resumed run reads it from the store."""
+        kept = self.store.load(stage) if self.store else None
+        if kept is not None:
+            return kept
+        value = compute()
+        if self.store:
+            self.store.save(stage, value)
+        return value

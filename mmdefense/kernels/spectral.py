@@ -1,0 +1,75 @@
+"""Weights in the coordinates of their own singular values.
+
+A weight, reshaped to a matrix with one row a output, is ``W = U diag(s) V^T``. Training moves
+``W(d) = U diag(relu(s + d)) V^T`` along ``d`` alone. The model keeps plain weights all the time:
+``d`` is written into them after each step, and gradients with respect to them are pulled back,
+``dL/dd_k = [s_k + d_k > 0] u_k^T (dL/dW) v_k``, exactly. So nothing has to be unwrapped at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Spectrum", "spectral_weights"]
+
+_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of convolution, linear, embedding and fused attention layers by name."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, value in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, _LAYERS) and key == "weight"
+            is_fused = isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight"
+            if (is_weight or is_fused) and value.requires_grad and all(
+                value is not other for other in found.values()
+            ):
+                found[prefix + key] = value
+    return found
+
+
+class Spectrum:
+    """The singular value coordinates of some weights; the decomposition is made once, in fp32."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        """Decompose ``weights``, each of two or more axes, the first of which is the output."""
+        self.weights = list(weights)
+        self.start = [weight.detach().clone() for weight in weights]
+        self.bases: list[tuple[Tensor, Tensor, Tensor]] = []
+        for weight in self.start:
+            matrix = weight.flatten(1)
+            full = matrix if matrix.dtype == torch.float64 else matrix.float()
+            left, values, right = torch.linalg.svd(full, full_matrices=False)
+            self.bases.append((left, values, right))
+        self.shifts = [
+            torch.zeros_like(values, requires_grad=True) for _, values, _ in self.bases
+        ]
+
+    def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients with respect to the shifts, given those of the weights.
+
+        It is linear in ``gradients`` and keeps their graph.
+        """
+        pulled = []
+        for gradient, shift, (left, values, right) in zip(
+            gradients, self.shifts, self.bases, strict=True
+        ):
+            matrix = gradient.flatten(1).to(left.dtype)
+            alive = (values + shift.detach() > 0).to(left.dtype)
+            pulled.append(alive * ((matrix @ right.T) * left).sum(0))
+        return pulled
+
+    def write(self) -> None:
+        """Write the shifts into the weights; all shifts zero give back the weights bit for bit."""
+        with torch.no_grad():
+            for weight, start, shift, (left, values, right) in zip(
+                self.weights, self.start, self.shifts, self.bases, strict=True
+            ):
+                change = torch.relu(values + shift) - values
+                moved = (left * change) @ right
+                weight.copy_(start + moved.view_as(start).to(start.dtype))

@@ -1,0 +1,190 @@
+"""Scores, rankings and silencing of units, for any architecture that describes them as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.batches import Samples, batches
+from mmdefense.kernels.hooks import mode
+from mmdefense.protocol import TaskAdapter, UnitGroup
+
+__all__ = [
+    "gradient_norms",
+    "mean_activations",
+    "rank",
+    "select_sub_weights",
+    "silence",
+    "unit_rows",
+    "weight_change",
+]
+
+B = TypeVar("B")
+
+Unit = tuple[int, int]
+"""Index of a group, and of a unit in it."""
+
+
+def unit_rows(tensor: Tensor, axis: int, group: UnitGroup) -> Tensor:
+    """View a parameter-shaped tensor as one row a unit, shape ``(U, -1)``; a copy if it must be."""
+    return tensor.movedim(axis, 0).reshape(group.size, -1)
+
+
+def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, int]]:
+    """Yield the matrices of a group, and not its biases or norms, each with its axis."""
+    return ((name, axis) for name, axis in group.axes.items() if tensors[name].ndim > 1)
+
+
+def weight_change(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], groups: Sequence[UnitGroup]
+) -> list[Tensor]:
+    """Return each unit's weight change: the sum of ``|after - before|`` over its weights.
+
+    Args:
+        before: Parameters by name.
+        after: The same after unlearning.
+        groups: G unit groups.
+
+    Returns:
+        G tensors of shape ``(U,)``. This is the NWC of TSBD (L1, biases and norms left out).
+    """
+    return [
+        torch.stack([
+            unit_rows((after[name] - before[name]).abs(), axis, group).sum(1)
+            for name, axis in _weights(group, before)
+        ]).sum(0)
+        for group in groups
+    ]
+
+
+def gradient_norms(
+    gradients: Mapping[str, Tensor], groups: Sequence[UnitGroup]
+) -> list[Tensor]:
+    """Return the L2 norm of the gradient of each unit's weights, G tensors of shape ``(U,)``."""
+    return [
+        torch.stack([
+            unit_rows(gradients[name], axis, group).square().sum(1)
+            for name, axis in _weights(group, gradients)
+        ]).sum(0).sqrt()
+        for group in groups
+    ]
+
+
+def mean_activations(
+    adapter: TaskAdapter[B], samples: Samples[B], groups: Sequence[UnitGroup], batch_size: int = 256
+) -> list[Tensor]:
+    """Return the mean pooled activation of each unit in eval mode, G tensors of shape ``(U,)``."""
+    layers = [group.layer for group in groups]
+    total: dict[str, Tensor] = {}
+    with mode(adapter.model, train=False):
+        for batch in batches(samples, batch_size):
+            for layer, values in adapter.features(batch, layers).items():
+                total[layer] = total.get(layer, 0) + values.double().sum(0)
+    return [total[layer] / len(samples) for layer in layers]
+
+
+def rank(scores: Sequence[Tensor], *, descending: bool) -> list[Unit]:
+    """Return all units of all groups in the order of their score; ties keep their order."""
+    flat = torch.cat([score.detach().cpu() for score in scores])
+    groups = torch.cat([torch.full((len(s),), g) for g, s in enumerate(scores)])
+    units = torch.cat([torch.arange(len(s)) for s in scores])
+    order = flat.argsort(descending=descending, stable=True)
+    return list(zip(groups[order].tolist(), units[order].tolist(), strict=True))
+
+
+def _by_group(chosen: Iterable[Unit]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for group, unit in chosen:
+        found.setdefault(group, []).append(unit)
+    return found
+
+
+def _indices(group: UnitGroup, units: Sequence[int], device: torch.device) -> Tensor:
+    first = torch.tensor(units, device=device) * group.width
+    return (first[:, None] + torch.arange(group.width, device=device)).flatten()
+
+
+def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
+    """Zero every parameter entry of the chosen units, in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for index, units in _by_group(chosen).items():
+            group = groups[index]
+            for name, axis in group.axes.items():
+                where = _indices(group, units, parameters[name].device)
+                parameters[name].index_fill_(axis, where, 0)
+
+
+def silence_mask(
+    model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]
+) -> dict[str, Tensor]:
+    """Return, for each parameter that the chosen units touch, 0 at their entries and 1 elsewhere."""
+    parameters = dict(model.named_parameters())
+    masks: dict[str, Tensor] = {}
+    for index, units in _by_group(chosen).items():
+        group = groups[index]
+        for name, axis in group.axes.items():
+            mask = masks.setdefault(name, torch.ones_like(parameters[name]))
+            mask.index_fill_(axis, _indices(group, units, mask.device), 0)
+    return masks
+
+
+def select_sub_weights(
+    change: Mapping[str, Tensor],
+    groups: Sequence[UnitGroup],
+    chosen: Sequence[Unit],
+    share: float,
+) -> dict[str, Tensor]:
+    """Mark the weights of the chosen units that changed most, over all of them pooled.
+
+    The threshold is the smallest of the ``int(share * M)`` largest of the M absolute changes of
+    all chosen units together; entries equal to it are marked too.
+
+    Args:
+        change: Absolute change by parameter name.
+        groups: G unit groups.
+        chosen: Units to draw from.
+        share: The paper's sub-weight ratio m, in ``(0, 1]``.
+
+    Returns:
+        By parameter name, true where a weight is marked; parameters without one are left out.
+    """
+    if not chosen:
+        return {}
+    inside: dict[str, Tensor] = {}
+    for index, units in _by_group(chosen).items():
+        group = groups[index]
+        for name, axis in _weights(group, change):
+            mask = inside.setdefault(name, torch.zeros_like(change[name], dtype=torch.bool))
+            mask.index_fill_(axis, _indices(group, units, mask.device), True)
+    pool = torch.cat([change[name][mask] for name, mask in inside.items()])
+    count = max(1, int(share * len(pool)))
+    threshold = pool.kthvalue(len(pool) - count + 1).values
+    return {name: mask & (change[name] >= threshold) for name, mask in inside.items()}
+
+
+def zero(model: nn.Module, marked: Mapping[str, Tensor]) -> None:
+    """Set the marked parameter entries to zero, in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, mask in marked.items():
+            parameters[name].masked_fill_(mask, 0)
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return a detached copy of all parameters by name."""
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def relative_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """Return ``||after - before|| / ||before||`` of each floating-point tensor."""
+    change = {}
+    for name, old in before.items():
+        if old.is_floating_point():
+            norm = float(old.double().norm())
+            moved = float((after[name].double() - old.double()).norm())
+            change[name] = moved / norm if norm else float(moved > 0)
+    return change

@@ -1,0 +1,92 @@
+"""Frozen dataclasses to plain JSON values and back, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mmdefense.errors import BadInputError
+
+__all__ = ["build", "plain"]
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON has it: dicts, lists, strings, finite numbers, booleans and none.
+
+    A number that is not finite becomes none, since JSON has no name for it. What is of no JSON
+    type, such as a path or a dtype, becomes its string.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def build(kind: Any, value: Any, where: str) -> Any:
+    """Return the ``kind`` that ``plain`` turned into ``value``.
+
+    Args:
+        kind: A dataclass, or a type that a field of one has.
+        value: Plain JSON values. None reads as NaN where a number must stand.
+        where: The place of ``value``, for messages.
+
+    Raises:
+        BadInputError: If a key is missing or unknown, or a value is of another type.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in {Union, types.UnionType}:  # the only unions of the records are `X | None`
+        return None if value is None else build(inner[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is tuple:
+        return tuple(build(inner[0], item, where) for item in _check(list, value, where))
+    if origin is not None and issubclass(origin, Mapping):
+        items = _check(dict, value, where).items()
+        return {key: build(inner[1], item, f"{where}.{key}") for key, item in items}
+    if kind is float:
+        return _number(value, where)
+    return _check(kind, value, where)
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    given = _check(dict, value, where)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise BadInputError(f"{where} has unknown keys {unknown}; known are {sorted(fields)}")
+    needed = {name for name, field in fields.items() if _is_required(field)}
+    if missing := sorted(needed - given.keys()):
+        raise BadInputError(f"{where} lacks the keys {missing}")
+    hints = get_type_hints(kind)
+    built = {name: build(hints[name], item, f"{where}.{name}") for name, item in given.items()}
+    return kind(**built)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _number(value: Any, where: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadInputError(f"{where} must be a number, got {value!r}")
+    return float(value)
+
+
+def _check(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BadInputError(f"{where} must be a {kind.__name__}, got {value!r:.60}")
+    return value

@@ -1,0 +1,115 @@
+"""Rows of images as HTML, each pixel as it is where the image is small."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmdefense.errors import BadInputError
+from mmdefense.report.plots import as_array, say
+
+__all__ = ["ImageGrid", "ImageRow"]
+
+Array = NDArray[np.float64]
+_TILES, _TILE_PX = 96, 144  # ours; a tile is shown at half that, so it is sharp on fine screens
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRow:
+    """Images of one kind, side by side.
+
+    Attributes:
+        label: What they are.
+        images: Shape ``(N, C, H, W)`` with C 1 or 3; floats in ``[0, 1]`` or whole numbers to 255.
+        names: What stands below each image; may be empty.
+        total: Number of images given; of long rows only those that can be shown are kept.
+    """
+
+    label: str
+    images: Any
+    names: Sequence[str] = ()
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", len(self.images))
+        images = as_array(self.images[:_TILES])
+        if images.ndim != 4 or images.shape[1] not in {1, 3} or not len(images):
+            raise BadInputError(
+                f"images {self.label!r} must have shape (N, C, H, W) with C 1 or 3, "
+                f"got {images.shape}"
+            )
+        if _holds_integers(self.images):
+            images = images / 255
+        object.__setattr__(self, "images", np.nan_to_num(images).clip(0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGrid:
+    """Rows of images; long rows are cut, and say so.
+
+    Attributes:
+        rows: The rows.
+        title: Heading of this panel; may be empty.
+        columns: Images per row, so that rows line up; none lets long rows wrap.
+    """
+
+    rows: Sequence[ImageRow]
+    title: str = ""
+    columns: int | None = None
+
+    def describe(self) -> str:
+        """Return what the rows are."""
+        rows = "; ".join(f"{row.label} ({row.total} images)" for row in self.rows)
+        return say(self.title, f"Images: {rows}.")
+
+    def markup(self, prefix: str) -> Markup:
+        """Return a table-like group of ``<img>`` elements."""
+        most = self.columns or max(4, _TILES // max(1, len(self.rows)))
+        form = "row aligned" if self.columns else "row"
+        rows = Markup().join(_row_markup(row, most, form) for row in self.rows)
+        return Markup('<div class="images" role="group" aria-label="{}">{}</div>').format(
+            self.describe(), rows
+        )
+
+
+def _row_markup(row: ImageRow, most: int, form: str) -> Markup:
+    shown, tiles = row.images[:most], []
+    for number, image in enumerate(shown):
+        name = row.names[number] if number < len(row.names) else ""
+        alt = f"{row.label}: {name or f'image {number + 1}'}"
+        caption = Markup("<small>{}</small>").format(name) if name else ""
+        tiles.append(
+            Markup('<span class="tile"><img src="{}" alt="{}"{}>{}</span>').format(
+                _png(image), alt, Markup(' class="pixels"') if image.shape[1] < 64 else "", caption
+            )
+        )
+    cut = f" (first {most} of {row.total})" if row.total > most else ""
+    return Markup('<div class="{}"><span class="label">{}</span><div>{}</div></div>').format(
+        form, row.label + cut, Markup().join(tiles)
+    )
+
+
+def _png(image: Array) -> str:
+    """Return an image ``(C, H, W)`` in ``[0, 1]`` as a data URI; only large ones lose detail."""
+    pixels = (image * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    kind = "png" if max(picture.size) <= _TILE_PX else "webp"
+    picture.thumbnail((_TILE_PX, _TILE_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=88, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _holds_integers(values: Any) -> bool:
+    if isinstance(values, torch.Tensor):
+        return not values.is_floating_point()
+    return bool(np.issubdtype(np.asarray(values).dtype, np.integer))

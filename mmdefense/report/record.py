@@ -1,0 +1,384 @@
+"""What is known about a purification when it is over: the schema of ``purification.json``.
+
+Rates (ACC, ASR, RA, DER, a drop, a bound) are fractions in ``[0, 1]``; only what is shown to a
+person is in percent. A figure that was not measured is none, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from mmdefense.checkpoints.runs import write_atomically
+from mmdefense.errors import BadInputError
+from mmdefense.report.encoding import build, plain
+
+__all__ = [
+    "AttackFigures",
+    "ComparisonRecord",
+    "DataInfo",
+    "DefenseInfo",
+    "Guard",
+    "LayerChange",
+    "ModelInfo",
+    "Provenance",
+    "PurificationRecord",
+    "Rates",
+    "Record",
+    "Row",
+    "TriggerSearch",
+    "read_record",
+    "write_record",
+]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How a model behaves, each rate in ``[0, 1]``; none where it was not measured.
+
+    Attributes:
+        acc: Accuracy on clean samples, or another task metric where the record says so.
+        asr: Attack success rate: share of triggered samples that get the attacker's target.
+        ra: Robust accuracy: share of triggered samples that get their true label.
+        der: Defense effectiveness rating (FT-SAM, arXiv:2304.11823, Eq. 7); of a purified model.
+    """
+
+    acc: float | None = None
+    asr: float | None = None
+    ra: float | None = None
+    der: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("acc", "asr", "ra", "der"):
+            rate = getattr(self, name)
+            if rate is None or math.isnan(rate):
+                object.__setattr__(self, name, None)
+            elif not 0 <= rate <= 1:
+                raise BadInputError(f"{name} must be a fraction in [0, 1], got {rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The model, and hashes of its weights as they came and as they went.
+
+    Attributes:
+        name: What the user called it: a path, an id or a class.
+        architecture: Class name, or what the adapter calls it.
+        parameters: Number of parameters.
+        sha256_before: Of the weights that were given.
+        sha256_after: Of the weights that were handed back; none where many were.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    sha256_before: str
+    sha256_after: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """The clean data that the defense was given.
+
+    Attributes:
+        name: A folder, or the name of a data set.
+        samples: Number of samples, hold-out part included.
+        fingerprint: A hash of the samples.
+    """
+
+    name: str
+    samples: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseInfo:
+    """A defense and all its settings, as plain JSON values.
+
+    Attributes:
+        name: As in ``mmdefense list``.
+        settings: The defense's fields.
+        reference: The paper, for example ``"Karim et al., CCS 2024, arXiv:2409.00863"``.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", plain(self.settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """The utility guard's judgement, on the hold-out part of the clean data.
+
+    Attributes:
+        before: Task metric of the given model.
+        after: Task metric of the returned model.
+        drop: ``before - after``.
+        drop_low: Lower end of the drop's confidence interval.
+        drop_high: Upper end.
+        bound: Largest drop allowed.
+        state: Label of the state that was returned.
+        violated: Whether that state breaks the bound.
+        samples: Size of the hold-out part.
+        message: The guard's own words.
+        metric: Name of the task metric.
+        confidence: Level of the interval.
+    """
+
+    before: float
+    after: float
+    drop: float
+    drop_low: float
+    drop_high: float
+    bound: float
+    state: str
+    violated: bool
+    samples: int
+    message: str = ""
+    metric: str = "accuracy"
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackFigures:
+    """What is known where the attack is known: in demos and evaluations only.
+
+    Attributes:
+        attack: Its name and settings in words, for example ``"BadNets, 10 %, target 0"``.
+        before: Rates of the given model on test data.
+        after: Rates of the returned model.
+    """
+
+    attack: str
+    before: Rates
+    after: Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerSearch:
+    """The outcome of a search for triggers, for defenses that search.
+
+    Attributes:
+        targets: Number of targets that were searched.
+        found: Number of triggers that passed the acceptance threshold.
+        families: Kinds of trigger that were searched for.
+        threshold: Success rate that a trigger had to reach.
+    """
+
+    targets: int
+    found: int
+    families: tuple[str, ...] = ()
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """How far one layer moved.
+
+    Attributes:
+        layer: Dotted name.
+        change: Relative weight change ``||W' - W|| / ||W||`` in the Frobenius norm.
+        units: Number of prunable units; zero where the layer owns none.
+        silenced: Units whose weights are all zero now and were not before.
+    """
+
+    layer: str
+    change: float
+    units: int = 0
+    silenced: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What is needed to do it again.
+
+    Attributes:
+        seed: The root of all randomness.
+        versions: Version by name: mmdefense, torch, python and so on.
+        device: For example ``"cpu"``.
+        created: Date and time in ISO 8601.
+        command: The command line, if there was one.
+    """
+
+    seed: int
+    versions: Mapping[str, str]
+    device: str = ""
+    created: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One defense against one victim: a line of the results table.
+
+    Attributes:
+        defense: Its name.
+        before: Rates of the victim.
+        after: Rates of the purified model.
+        seconds: Wall-clock time of the defense.
+        victim: Name of the victim, where a table has several.
+        baseline: Name of the row of the same victim that this one has to beat.
+        violated: Whether the utility guard was violated.
+        settings: The defense's settings.
+    """
+
+    defense: str
+    before: Rates
+    after: Rates
+    seconds: float
+    victim: str = ""
+    baseline: str = ""
+    violated: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", plain(self.settings))
+
+
+@dataclass(frozen=True)
+class _Json:
+    """A record that is kept as JSON, with its kind and the version of its schema."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> str:
+        """Return the record as JSON text; figures that are not finite become null."""
+        head = {"schema": SCHEMA, "kind": self.kind}
+        return json.dumps(head | plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the record that :meth:`to_json` wrote.
+
+        Raises:
+            BadInputError: If ``text`` is no such record.
+        """
+        value = _parse(text)
+        kind = value.get("kind")
+        if kind != cls.kind:
+            raise BadInputError(f"the record must be of kind {cls.kind!r}, got {kind!r}")
+        fields = {key: item for key, item in value.items() if key not in {"schema", "kind"}}
+        return build(cls, fields, cls.kind)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurificationRecord(_Json):
+    """One model, one defense: what ``purification.json`` holds and its page shows.
+
+    Attributes:
+        title: Heading of the page.
+        task: Name of the task, for example ``"image-classification"``.
+        model: The model.
+        data: The clean data.
+        defense: The defense and its settings.
+        guard: The utility guard's judgement.
+        seconds: Wall-clock time of the defense.
+        provenance: Seed, versions and so on.
+        attack: Rates on the attack, where it is known.
+        triggers: Outcome of a trigger search, where there was one.
+        layers: How far each layer moved, input side first.
+        history: What the run reported: mappings of ``stage``, ``step`` and figures by name.
+    """
+
+    kind: ClassVar[str] = "purification"
+
+    title: str
+    task: str
+    model: ModelInfo
+    data: DataInfo
+    defense: DefenseInfo
+    guard: Guard
+    seconds: float
+    provenance: Provenance
+    attack: AttackFigures | None = None
+    triggers: TriggerSearch | None = None
+    layers: tuple[LayerChange, ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The results table: measured on the attack if it is known, else by the guard."""
+        if self.attack is not None:
+            before, after = self.attack.before, self.attack.after
+        else:
+            before, after = Rates(acc=self.guard.before), Rates(acc=self.guard.after)
+        row = Row(
+            defense=self.defense.name,
+            before=before,
+            after=after,
+            seconds=self.seconds,
+            violated=self.guard.violated,
+        )
+        return (row,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord(_Json):
+    """Several defenses side by side: what ``make demo`` and an evaluation show.
+
+    Attributes:
+        title: Heading of the page.
+        task: Name of the task.
+        model: The victim; of several, the first.
+        data: The clean data.
+        attack: The attack in words.
+        rows: One per victim and defense.
+        provenance: Seed, versions and so on.
+        acc_bound: Largest loss of ACC that counts as kept.
+    """
+
+    kind: ClassVar[str] = "comparison"
+
+    title: str
+    task: str
+    model: ModelInfo
+    data: DataInfo
+    attack: str
+    rows: tuple[Row, ...]
+    provenance: Provenance
+    acc_bound: float = 0.02
+
+
+Record = PurificationRecord | ComparisonRecord
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Write ``record`` as JSON, atomically."""
+    write_atomically(path, lambda file: file.write(record.to_json().encode()))
+
+
+def read_record(path: Path) -> Record:
+    """Return the record in a JSON file, of either kind.
+
+    Raises:
+        BadInputError: If the file is missing, or is no record of this schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"record {path} cannot be read: {error}") from error
+    kind = _parse(text).get("kind")
+    for record in (PurificationRecord, ComparisonRecord):
+        if record.kind == kind:
+            return record.from_json(text)
+    raise BadInputError(f"record {path} is of unknown kind {kind!r}")
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInputError(f"the record is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+        raise BadInputError(f"the record must have schema {SCHEMA}, got {found!r}")
+    return value

@@ -1,0 +1,130 @@
+"""The results table: its cells, for page and terminal alike, and the terminal's form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from rich.markup import escape
+from rich.table import Table
+
+from mmdefense.report.formats import number, points
+from mmdefense.report.record import Rates, Row
+from mmdefense.report.verdict import ASR_GOAL, beats_baseline
+
+__all__ = ["COLUMNS", "Cell", "Line", "lines", "results_table"]
+
+COLUMNS = (
+    ("acc", "ACC", "↑", "higher is better"),
+    ("asr", "ASR", "↓", "lower is better"),
+    ("ra", "RA", "↑", "higher is better"),
+    ("der", "DER", "↑", "higher is better"),
+)
+"""Field of :class:`Rates`, heading, arrow and its meaning, in the order of the columns."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rate in percent, and its change from before in percentage points.
+
+    Attributes:
+        value: For example ``"97.1"``, or a dash.
+        change: For example ``"−0.4"``; empty where it is not known, none where it has no meaning.
+        tone: ``"good"`` or ``"bad"`` where the field has a bar to clear, else empty.
+    """
+
+    value: str
+    change: str | None = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a victim before, or what a defense made of it.
+
+    Attributes:
+        name: The defense, or the victim.
+        cells: One per column of ``COLUMNS``.
+        seconds: Wall-clock time of the defense; empty for a victim.
+        is_before: Whether this is a victim before purification.
+        notes: What a reader must not overlook.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    seconds: str = ""
+    is_before: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def lines(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the table line by line: each victim, then the defenses that were tried on it."""
+    rows = tuple(rows)
+    for (victim, before), group in groupby(rows, key=lambda row: (row.victim, row.before)):
+        name = f"before: {victim}" if victim else "before"
+        # The DER of no change is 0.5 by definition; as a measurement it would mislead.
+        yield Line(name, _cells(replace(before, der=None)), is_before=True)
+        for row in group:
+            cells, seconds = _cells(row.after, before), f"{row.seconds:.1f}"
+            yield Line(row.defense, cells, seconds, notes=_notes(row, rows))
+
+
+def results_table(rows: Sequence[Row], title: str = "") -> Table:
+    """Return the results as a rich table for the terminal, rates in percent.
+
+    Args:
+        rows: As in a record.
+        title: What stands above it.
+    """
+    table = Table(title=escape(title) or None, title_justify="left")
+    table.add_column("defense")
+    for _, heading, arrow, _ in COLUMNS:
+        table.add_column(f"{heading} % {arrow}", justify="right", no_wrap=True)
+    table.add_column("seconds ↓", justify="right", no_wrap=True)
+    if any(line.notes for line in lines(rows)):
+        table.add_column("note")
+    for number_, line in enumerate(lines(rows)):
+        if line.is_before and number_:
+            table.add_section()
+        style = "dim" if line.is_before else ""
+        cells = [_terminal(cell) for cell in line.cells]
+        entries = [escape(line.name), *cells, line.seconds, escape("; ".join(line.notes))]
+        table.add_row(*entries[: len(table.columns)], style=style)
+    return table
+
+
+def _cells(rates: Rates, before: Rates | None = None) -> tuple[Cell, ...]:
+    cells = []
+    for field, *_ in COLUMNS:
+        value = getattr(rates, field)
+        old = getattr(before, field) if before is not None else None
+        change: str | None = points(value - old, signed=True) if None not in {value, old} else ""
+        if field == "der":  # it is itself a measure of change
+            change = None
+        tone = _tone(field, value) if before is not None else ""
+        cells.append(Cell(number(value), change, tone))
+    return tuple(cells)
+
+
+def _tone(field: str, value: float | None) -> str:
+    if field != "asr" or value is None:
+        return ""
+    return "good" if value <= ASR_GOAL else "bad"
+
+
+def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
+    notes = []
+    if row.violated:
+        notes.append("utility guard violated")
+    if beats_baseline(row, rows) is False:
+        notes.append(f"does not beat {row.baseline}")
+    if any(r.baseline == row.defense and r.victim == row.victim for r in rows):
+        notes.append("baseline")
+    return tuple(notes)
+
+
+def _terminal(cell: Cell) -> str:
+    color = {"good": "green", "bad": "red"}.get(cell.tone)
+    value = f"[{color}]{cell.value}[/]" if color else cell.value
+    return f"{value} [dim]{cell.change:>5}[/]" if cell.change else value

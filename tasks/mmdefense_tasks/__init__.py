@@ -1,0 +1,1 @@
+"""Task domains: data, metric, embedded default and default victim, one module each."""

@@ -1,0 +1,203 @@
+"""Image classification: data, metric, embedded default and default victim."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.augment import random_shift
+from mmdefense.batches import LabelledSamples, split
+from mmdefense.errors import BadInputError
+from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
+from mmdefense_tasks.image_sets import ImageSet, StreamedImages
+from mmdefense_tasks.victims import SmallResNet
+
+__all__ = ["ImageClassification", "load_data", "load_digits"]
+
+DATA_VARIABLE = "MMDEFENSE_DATA"
+_ALIASES = {"cifar10": "cifar10_jpeg", "gtsrb": "gtsrb32", "tiny_imagenet": "tiny_imagenet10"}
+_STAGED = ("cifar10_jpeg", "cifar10_lossless5k", "gtsrb32", "mnist", "tiny_imagenet10")
+_MIRRORED = (
+    "cifar10",
+    "tiny_imagenet",
+)  # left and right do not matter; in digits and signs they do
+_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class ImageClassification:
+    """The task of naming what an image shows."""
+
+    name: ClassVar[str] = "image-classification"
+    metric: ClassVar[str] = "accuracy"
+
+    @staticmethod
+    def embedded(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
+        """Return the train and test part of the data that needs no download."""
+        return load_digits(seed)
+
+    @staticmethod
+    def load(
+        where: str | Path,
+        *,
+        split: str = "train",
+        image_size: int | None = None,
+        channels: int | None = None,
+        classes: Sequence[str] = (),
+    ) -> LabelledSamples | StreamedImages:
+        """Return data from wherever it is; see :func:`load_data`."""
+        return load_data(
+            where, split=split, image_size=image_size, channels=channels, classes=classes
+        )
+
+    @staticmethod
+    def victim(classes: int, channels: int = 1) -> nn.Module:
+        """Return a net with random weights that learns the embedded data in seconds."""
+        return SmallResNet(classes, channels)
+
+
+def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
+    """Return train and test part of scikit-learn's handwritten digits, real 8x8 scans.
+
+    Images are ``(1, 16, 16)`` in ``[0, 1]``, enlarged bilinearly; 1438 to train on and 359 to test
+    on, each class in the same proportion. Training images are augmented by shifts.
+
+    Args:
+        seed: Makes the split reproducible.
+    """
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    images = torch.from_numpy(bunch.images).float().div(16)[:, None]
+    images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
+    samples = LabelledSamples(
+        images,
+        torch.from_numpy(bunch.target).long(),
+        augmentation=random_shift,
+        classes=tuple(str(digit) for digit in range(10)),
+    )
+    train, test = split(samples, 0.2, seed)
+    assert isinstance(train, LabelledSamples)
+    assert isinstance(test, LabelledSamples)
+    return train, test
+
+
+def load_data(
+    where: str | Path,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] = (),
+    memory_limit: int = 2 * 2**30,
+) -> LabelledSamples | StreamedImages:
+    """Return labelled images from wherever they are, in ``[0, 1]`` and not normalised.
+
+    Args:
+        where: ``"digits"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points to; an
+            npz archive; a folder of such archives (``train.npz``, ``test.npz``); a folder with one
+            sub-folder per class, or with such folders for ``train`` and ``test``; or a data set of
+            the ``datasets`` library, saved to disk or by hub id.
+        split: ``"train"`` or ``"test"``; what is not split serves for both.
+        image_size: Side in pixels that images are resized to; by default they must have one size.
+        channels: 1 or 3; grey images are repeated to 3. By default what the first image has.
+        classes: The model's class names in order; data with class names is relabelled by them.
+        memory_limit: Decoded size in bytes above which images are decoded batch by batch.
+
+    Raises:
+        BadInputError: If there is no such data, it is empty or damaged, its channels, sizes or
+            class names do not fit, or there are fewer samples than classes.
+        UnsupportedError: If a library that it needs is not installed.
+    """
+    _check_arguments(split, image_size, channels)
+    if str(where) == "digits":
+        return load_digits()[split == "test"]
+    images, name = _open(where, split)
+    images = _relabelled(images, classes, where)
+    augmentation = partial(random_shift, flip=name.startswith(_MIRRORED))
+    samples = StreamedImages.of(images, image_size, channels, augmentation)
+    _check_enough(samples, classes, where)
+    return samples if samples.bytes > memory_limit else samples.in_memory()
+
+
+def _check_arguments(split: str, image_size: int | None, channels: int | None) -> None:
+    if split not in _SPLIT_NAMES:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    if image_size is not None and image_size < 1:
+        raise BadInputError(f"image_size must be at least 1 pixel, got {image_size}")
+    if channels not in {None, 1, 3}:
+        raise BadInputError(f"channels must be 1 or 3, got {channels}")
+
+
+def _open(where: str | Path, split: str) -> tuple[ImageSet, str]:
+    """Return the opened set and its name."""
+    path = Path(where)
+    if not path.exists():
+        path = _staged(str(where)) or path
+    if path.is_file():
+        return open_archive(path), path.stem
+    if path.is_dir():
+        return _open_folder(path, split), path.name
+    if _HUB_ID.fullmatch(str(where)) and not path.parent.exists():
+        return open_dataset(where, split), str(where)
+    raise BadInputError(
+        f"data {str(where)!r} must be a folder, an npz archive, a data set id or one of digits, "
+        f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
+    )
+
+
+def _staged(name: str) -> Path | None:
+    """Return the folder of a named set, where there is one."""
+    root = os.environ.get(DATA_VARIABLE)
+    folder = Path(root or "") / _ALIASES.get(name, name)
+    return folder if root and folder.is_dir() else None
+
+
+def _open_folder(folder: Path, split: str) -> ImageSet:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return open_dataset(folder, split)
+    names = _SPLIT_NAMES[split]
+    archive = next((p for n in names if (p := folder / f"{n}.npz").is_file()), None)
+    if archive is not None:
+        return open_archive(archive)
+    part = next((p for n in names if (p := folder / n).is_dir()), None)
+    if part is None and (folder / "train").is_dir():
+        raise BadInputError(f"data folder {folder} must hold a folder {split!r}; it has 'train'")
+    return open_folder(part or folder)
+
+
+def _relabelled(images: ImageSet, classes: Sequence[str], where: str | Path) -> ImageSet:
+    """Return the set under the model's labels, by class name."""
+    place = {name.casefold(): label for label, name in enumerate(classes)}
+    own = [name.casefold() for name in images.classes]
+    unknown = [name for name in images.classes if name.casefold() not in place]
+    if not classes or not own or (len(unknown) == len(own) == len(classes)):
+        return images  # nothing to go by: labels count the names in order, as ImageFolder does
+    if unknown:
+        raise BadInputError(
+            f"classes of {where} must be among the model's {len(classes)} ({_few(classes)}), got "
+            f"{_few(unknown)}"
+        )
+    labels: Tensor = torch.tensor([place[name] for name in own])[images.labels]
+    return replace(images, labels=labels, classes=tuple(classes))
+
+
+def _few(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _check_enough(samples: StreamedImages, classes: Sequence[str], where: str | Path) -> None:
+    needed = len(classes or samples.classes)
+    if len(samples) < needed:
+        raise BadInputError(
+            f"data {where} must hold at least one sample per class ({needed}), got {len(samples)}"
+        )

@@ -1,0 +1,153 @@
+"""What image adapters check, normalise and resize."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import CLASSES, SIDE, build, hf_convnext
+from torch import nn
+
+from mmdefense.batches import LabelledSamples
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.registry import adapt
+from mmdefense_adapters.huggingface_image import HFImageClassifier
+from mmdefense_adapters.torch_classifier import TorchClassifier
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(6) % CLASSES
+
+
+def test_the_model_chooses_its_adapter(images):
+    assert type(adapt(build("small-resnet"))) is TorchClassifier
+    assert type(adapt(build("hf-resnet"))) is HFImageClassifier
+    assert not HFImageClassifier.accepts(build("timm-vit"))
+
+
+def test_asking_the_hugging_face_adapter_does_not_load_transformers():
+    code = (
+        "import sys, torch\n"
+        "from mmdefense_adapters.huggingface_image import HFImageClassifier as A\n"
+        "assert not A.accepts(torch.nn.Linear(1, 1))\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_mean_and_std_are_applied_inside(images):
+    model = build("small-resnet")
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    given = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    answer = adapt(model, mean=mean, std=std).logits(images)
+    torch.testing.assert_close(answer, model(given))
+
+
+@pytest.mark.parametrize("side", [SIDE, 11])
+def test_a_processor_gives_the_librarys_own_inputs(images, side):
+    from transformers import ConvNextImageProcessor
+
+    processor = ConvNextImageProcessor(
+        do_resize=True,
+        size={"height": SIDE, "width": SIDE},
+        crop_pct=1.0,
+        image_mean=[0.4, 0.5, 0.6],
+        image_std=[0.2, 0.25, 0.3],
+        resample=2,
+    )
+    pixels = (images[:, :, :side, :side] * 255).byte()
+    model = hf_convnext().eval()
+    settings = {**processor.to_dict(), "size": {"height": SIDE, "width": SIDE}}
+    adapter = adapt(model, processor=settings)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    resized = nn.functional.interpolate(
+        pixels.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True
+    )
+    expected = model((resized - mean.view(3, 1, 1)) / std.view(3, 1, 1)).logits
+    torch.testing.assert_close(adapter.logits(pixels.float() / 255), expected)
+
+
+def test_a_vit_processor_object_and_its_pixels_agree(images):
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    pixels = (images * 255).byte()
+    expected = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    model = build("hf-vit")
+    adapter = adapt(model, processor=processor)
+    answer = adapter.logits(pixels.float() / 255)
+    torch.testing.assert_close(answer, model(expected).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_processor_that_rescales_to_minus_one_is_followed(images):
+    settings = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 127.5,
+        "image_mean": [1.0, 1.0, 1.0],
+        "image_std": [1.0, 1.0, 1.0],
+        "do_resize": False,
+    }
+    model = build("hf-convnext")
+    answer = adapt(model, processor=settings).logits(images)
+    torch.testing.assert_close(answer, model(images * 2 - 1).logits)
+
+
+def test_a_fork_keeps_scaling_and_size(images):
+    settings = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5], "image_std": [0.5]}
+    adapter = HFImageClassifier(build("hf-vit"), processor=settings)
+    small = images[:, :, :9, :9]
+    torch.testing.assert_close(adapter.fork().logits(small), adapter.logits(small))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("small-resnet", lambda x, y: (x[:, :1], y), "cannot read images of shape"),
+        ("hf-vit", lambda x, y: (x[:, :, :8, :8], y), "cannot read images of shape"),
+        ("small-resnet", lambda x, y: (x, y + 1), "labels must lie in 0..3.* got 4"),
+        ("small-resnet", lambda x, y: (x, y - 1), "labels must lie in 0..3.* got -1"),
+        ("small-resnet", lambda x, y: (x[:3], y[:3]), "at least one sample per class .4., got 3"),
+        ("small-resnet", lambda x, y: (x[:0], y[:0]), "at least one image"),
+        ("small-resnet", lambda x, y: (x, y[:2]), "one length"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_in_one_line(images, labels, name, change, message):
+    with pytest.raises(BadInputError, match=message) as caught:
+        adapt(build(name)).samples(change(images, labels))
+    assert "\n" not in str(caught.value)
+
+
+def test_channels_must_match_mean_and_std(labels):
+    grey = torch.rand(6, 1, SIDE, SIDE)
+    with pytest.raises(BadInputError, match="must have 3 channels"):
+        adapt(build("small-resnet"), mean=[0.5] * 3, std=[0.5] * 3).samples((grey, labels))
+
+
+def test_refused_data_does_not_become_the_example(images, labels):
+    adapter = adapt(build("small-resnet"))
+    with pytest.raises(BadInputError):
+        adapter.samples((images[:, :1], labels))
+    adapter.samples((images, labels))
+    assert adapter.chance == 1 / CLASSES
+
+
+def test_a_model_that_gives_no_logits_is_unsupported(images, labels):
+    with pytest.raises(UnsupportedError, match="logits"):
+        adapt(nn.Conv2d(3, 4, 3)).samples((images, labels))
+
+
+def test_samples_of_any_kind_are_taken(images, labels):
+    adapter = adapt(build("small-resnet"))
+    pairs = list(zip(images, labels.tolist(), strict=True))
+    for data in (LabelledSamples(images, labels), (images, labels), pairs):
+        batch = adapter.samples(data).take(torch.arange(6))
+        torch.testing.assert_close(batch.inputs, images)
+        assert batch.labels.tolist() == labels.tolist()

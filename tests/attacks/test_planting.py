@@ -1,0 +1,148 @@
+"""Real backdoors in a small net, and what the learned attacks learn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmdefense.attacks.badnets import BadNets
+from mmdefense.attacks.base import Attack
+from mmdefense.attacks.input_aware import InputAware, _mix
+from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _overwrite
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import Training
+from mmdefense.kernels.run import Run, copy_state
+from mmdefense.metrics.backdoor import measure
+from mmdefense.metrics.tac import trigger_activated_change
+
+C = 10
+BRIEF = Training(steps=120, batch_size=64, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "attack", [BadNets(), TrojanNN(search_steps=40)], ids=["badnets", "trojannn"]
+)
+def test_a_planted_backdoor_works_and_leaves_the_task_alone(attack: Attack, victim, digits):
+    train_set, test_set = digits
+    planted = attack.plant(victim, train_set, BRIEF, Run())
+    triggered = planted.triggered(test_set, C)
+    metrics = measure(victim, test_set, triggered)
+    assert metrics.asr >= 0.9
+    assert metrics.acc >= 0.9
+    assert metrics.ra <= 0.1
+    change = trigger_activated_change(victim, triggered)
+    assert [len(change[group.layer]) for group in victim.unit_groups()] == [16, 32, 32]
+    assert all(units.max() > 0 for units in change.values())
+
+
+def test_trojannn_searches_a_patch_that_excites_the_units(victim, digits):
+    train_set, _ = digits
+    attack = TrojanNN(search_steps=40)
+    example = train_set.take(torch.zeros(1, dtype=torch.int64))
+    victim.samples(train_set)
+    before = copy_state(victim.model)
+    patch = attack._search(victim, example)
+    units = _heaviest_units(victim, 2)
+    weights = victim.model[-1].weight.abs().sum(0)
+    assert weights[units].min() >= weights.sort().values[-2]
+    blank = example.with_inputs(torch.zeros(1, 1, 16, 16))
+
+    def excitement(square: torch.Tensor) -> float:
+        with mode(victim.model, train=False), torch.no_grad():
+            stamped = blank.with_inputs(_overwrite(blank.inputs, square))
+            return float(_head_input(victim, stamped)[:, units].sum())
+
+    generator = torch.Generator().manual_seed(3)
+    noise = [excitement(torch.rand(1, 4, 4, generator=generator)) for _ in range(20)]
+    assert excitement(patch) > max(noise)
+    assert patch.shape == (1, 4, 4)
+    assert all(torch.equal(before[name], value) for name, value in copy_state(victim.model).items())
+    assert all(parameter.requires_grad for parameter in victim.model.parameters())
+
+
+def test_trojannn_says_so_if_the_output_layer_is_not_found(victim, digits):
+    victim.__dict__["_units"] = ([], None)
+    with pytest.raises(UnsupportedError, match="needs the model's output layer"):
+        TrojanNN().plant(victim, digits[0], BRIEF, Run())
+
+
+@pytest.fixture
+def brief_input_aware() -> InputAware:
+    return InputAware(width=8, mask_steps=6, ratio=0.25)
+
+
+def test_input_aware_trains_victim_and_pattern_together_and_then_holds_the_mask(
+    brief_input_aware, victim, digits
+):
+    attack, before = brief_input_aware, copy_state(victim.model)
+    start = copy_state(attack._nets(1))
+    planted = attack.plant(victim, digits[0], replace(BRIEF, steps=3), Run())
+    longer = attack.plant(victim, digits[0], replace(BRIEF, steps=4), Run())
+    moved = [name for name in start if not torch.equal(start[name], planted.fitted[name])]
+    assert set(moved) == set(start)
+    assert not torch.equal(before["0.weight"], copy_state(victim.model)["0.weight"])
+    mask = [name for name in start if name.startswith("mask.")]
+    assert all(torch.equal(planted.fitted[name], longer.fitted[name]) for name in mask)
+    assert attack.fitted == {}
+
+
+def test_input_aware_teaches_that_the_trigger_of_another_image_is_harmless(
+    brief_input_aware, victim, digits
+):
+    attack, seen = replace(brief_input_aware, target=7), []
+    nets = attack._nets(1)
+    victim.samples(digits[0])
+    batch = digits[0].take(torch.arange(16))
+    loss = victim.per_sample_loss
+    victim.per_sample_loss = lambda given: (seen.append(given), loss(given))[1]
+    attack._joint_gradients(victim, nets, C)(batch, 0)
+    (taught,) = seen
+    patterns, masks = nets.pattern(batch.inputs[:4]), nets.strength(batch.inputs[:4])
+    torch.testing.assert_close(taught.inputs[:4], _mix(batch.inputs[:4], patterns, masks))
+    torch.testing.assert_close(taught.inputs[4:8], _mix(batch.inputs[4:8], patterns, masks))
+    assert torch.equal(taught.inputs[8:], batch.inputs[8:])
+    assert (taught.labels[:4] == 7).all()
+    assert torch.equal(taught.labels[4:], batch.labels[4:])
+    gradients = [parameter.grad for parameter in nets.pattern.parameters()]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("ratio", "size"), [(0.5, 7), (0.0, 8)])
+def test_input_aware_takes_the_extreme_ratios(ratio, size, victim, digits):
+    attack = InputAware(width=8, ratio=ratio)
+    victim.samples(digits[0])
+    compute = attack._joint_gradients(victim, attack._nets(1), C)
+    assert torch.isfinite(compute(digits[0].take(torch.arange(size)), 0))
+
+
+def test_input_aware_triggers_differ_between_images(brief_input_aware, victim, digits):
+    planted = brief_input_aware.plant(victim, digits[0], replace(BRIEF, steps=0), Run())
+    images = digits[1].inputs[:8]
+    change = planted.stamp(images) - images
+    assert (change - change.roll(1, 0)).flatten(1).norm(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("attack", [InputAware(width=8, mask_steps=4), TrojanNN(search_steps=4)])
+def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, digits, tmp_path):
+    training, other = replace(BRIEF, steps=6, check_every=1), victim.fork()
+    whole = attack.plant(victim, digits[0], training, Run())
+
+    class CutOffError(Exception):
+        pass
+
+    def cut(event) -> None:
+        if event.stage == "victim" and event.step == 4:
+            raise CutOffError
+
+    stored = {"store": RunStore(tmp_path), "checkpoint_every": 2}
+    with pytest.raises(CutOffError):
+        attack.plant(other, digits[0], training, Run(progress=cut, **stored))
+    resumed = attack.plant(other, digits[0], training, Run(**stored))
+    for name, value in copy_state(victim.model).items():
+        torch.testing.assert_close(copy_state(other.model)[name], value, rtol=0, atol=0)
+    for name, value in whole.fitted.items():
+        torch.testing.assert_close(resumed.fitted[name], value, rtol=0, atol=0)

@@ -1,0 +1,112 @@
+"""The formula of each fixed trigger."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmdefense.attacks.badnets import BadNets
+from mmdefense.attacks.blended import Blended
+from mmdefense.attacks.sig import SIG
+from mmdefense.attacks.wanet import WaNet
+from mmdefense.errors import BadInputError
+
+C = 10
+
+
+def test_badnets_overwrites_the_corner_and_nothing_else():
+    stamped = BadNets(size=3).stamp(torch.full((2, 3, 9, 10), 0.5))
+    board = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])
+    assert torch.equal(stamped[:, :, 6:, 7:], board.expand(2, 3, 3, 3))
+    assert (stamped != 0.5).sum() == 2 * 3 * 9
+
+
+@pytest.mark.parametrize(("side", "patch"), [(8, 2), (16, 3), (28, 3), (32, 3), (64, 6), (224, 21)])
+def test_badnets_scales_its_patch_with_the_image(side, patch):
+    stamped = BadNets(pattern="white").stamp(torch.zeros(1, 1, side, side))
+    assert stamped.sum() == patch**2
+
+
+def test_badnets_at_any_place_draws_one_for_each_image():
+    stamped = BadNets(pattern="white", position="any").stamp(torch.zeros(200, 2, 8, 6))
+    assert torch.equal(stamped.sum((1, 2, 3)), torch.full((200,), 2.0 * 4))
+    seen = stamped[:, 0].amax(0)
+    assert seen.min() == 1, "some pixel is never reached"
+    assert len({tuple(image.flatten().tolist()) for image in stamped[:, 0]}) > 20
+
+
+def test_blended_is_the_weighted_mean_with_its_key():
+    images, key = torch.rand(2, 3, 4, 4), torch.rand(3, 4, 4)
+    torch.testing.assert_close(Blended(alpha=0.3, key=key).stamp(images), 0.7 * images + 0.3 * key)
+
+
+def test_blended_draws_its_key_from_the_seed():
+    zeros = torch.zeros(1, 3, 8, 8)
+    first, other = Blended(seed=0).stamp(zeros), Blended(seed=1).stamp(zeros)
+    assert not torch.equal(first, other)
+    assert first.max() <= 0.2
+    assert first.std() > 0.03
+
+
+def test_blended_refuses_a_key_of_another_size():
+    with pytest.raises(BadInputError, match="key must broadcast"):
+        Blended(key=torch.rand(3, 5, 5)).stamp(torch.zeros(1, 3, 8, 8))
+
+
+def test_sig_adds_a_wave_along_the_columns():
+    stamped = SIG(delta=0.1, frequency=2).stamp(torch.full((1, 1, 4, 16), 0.5))
+    for column in range(16):
+        wave = 0.5 + 0.1 * math.sin(2 * math.pi * column * 2 / 16)
+        torch.testing.assert_close(stamped[0, 0, :, column], torch.full((4,), wave))
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(1.0, 4), (0.5, 2)])
+def test_sig_poisons_the_target_alone_and_changes_no_label(images, ratio, count):
+    attack = SIG(target=3, ratio=ratio)
+    chosen, poisoned = attack.chosen(images.labels), attack.poison(images, C)
+    assert len(chosen) == count
+    assert (images.labels[chosen] == 3).all()
+    assert torch.equal(poisoned.labels, images.labels)
+    changed = (poisoned.inputs != images.inputs).flatten(1).any(1).nonzero().squeeze(1)
+    assert torch.equal(changed, chosen.sort().values)
+
+
+def test_sig_has_no_all_to_all():
+    with pytest.raises(BadInputError, match="mapping of SIG must be all-to-one"):
+        SIG(mapping="all-to-all")
+
+
+def test_wanet_reads_pixels_near_their_own_place():
+    ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
+    for images in (ramp, ramp.mT):
+        moved = (WaNet().stamp(images) - images).abs() * 31  # in pixels
+        assert 0.05 < moved.mean() < 0.5
+        assert moved.max() < 1.5
+
+
+def test_wanet_moves_further_when_stronger_and_by_one_field():
+    ramp = torch.linspace(0, 1, 32).expand(2, 1, 32, 32)
+    weak, strong = (WaNet(strength=s).stamp(ramp) for s in (0.2, 0.4))
+    inner = (..., slice(4, 28), slice(4, 28))
+    torch.testing.assert_close((strong - ramp)[inner], 2 * (weak - ramp)[inner])
+    assert torch.equal(weak[0], weak[1])
+
+
+def test_wanet_jitters_other_samples_that_keep_their_label(images):
+    attack = WaNet(ratio=0.1, cross_ratio=2)
+    chosen, noisy = attack.chosen(images.labels), attack.noisy(images.labels)
+    poisoned = attack.poison(images, C)
+    assert len(noisy) == 2 * len(chosen) == 8
+    assert not set(chosen.tolist()) & set(noisy.tolist())
+    assert torch.equal(poisoned.labels[noisy], images.labels[noisy])
+    changed = (poisoned.inputs != images.inputs).flatten(1).any(1)
+    assert changed.sum() == 12
+    jittered, plain = poisoned.inputs[noisy], attack.stamp(images.inputs[noisy])
+    assert ((jittered - plain).abs().flatten(1).amax(1) > 0.05).all()
+
+
+def test_wanet_refuses_more_noise_than_there_are_samples(images):
+    with pytest.raises(BadInputError, match="lower ratio or cross_ratio"):
+        WaNet(ratio=0.5, cross_ratio=2).poison(images, C)

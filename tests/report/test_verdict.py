@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from records import BEFORE, comparison, purification, row
+
+from mmdefense.report.record import AttackFigures, Rates, TriggerSearch
+from mmdefense.report.verdict import beats_baseline, verdict
+
+
+def attacked(before: float | None, after: float | None, **more):
+    rates = (Rates(acc=0.9, asr=before), Rates(acc=0.9, asr=after))
+    return purification(
+        attack=AttackFigures(attack="BadNets", before=rates[0], after=rates[1]), **more
+    )
+
+
+def words(record) -> str:
+    found = verdict(record)
+    return " ".join([found.headline, *found.lines])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "level"),
+    [(0.99, 0.01, "pass"), (0.99, 0.06, "fail"), (0.01, 0.01, "open"), (0.01, 0.9, "fail")],
+)
+def test_the_level_follows_the_measured_asr(before, after, level):
+    assert verdict(attacked(before, after)).level == level
+
+
+@pytest.mark.parametrize(("before", "after"), list(product((None, 0.9, 0.01), repeat=2)))
+def test_removal_is_claimed_only_from_a_measured_fall_of_the_asr(before, after):
+    claimed = "was removed: ASR" in verdict(attacked(before, after)).headline
+    assert claimed == ((before, after) == (0.9, 0.01))
+    assert ("No attack success rate" in words(attacked(before, after))) == (None in {before, after})
+
+
+def test_without_an_attack_nothing_is_claimed_about_a_backdoor():
+    found = verdict(purification())
+    assert found.level == "open"
+    assert "guard passed" in found.headline
+    assert "not measured" in found.headline
+    assert "cannot say" in found.lines[-1]
+
+
+def test_a_violated_guard_outweighs_a_low_asr():
+    found = verdict(attacked(0.99, 0.0, guard={"violated": True}))
+    assert found.level == "fail"
+    assert found.headline.startswith("Utility guard violated")
+
+
+def test_the_guard_is_shown_with_its_interval_and_bound_in_points():
+    said = words(purification(guard={"message": "kept step 40 of 60"}))
+    assert "97.0% before, 96.0% after" in said
+    assert "1.0 points (95% confidence interval \N{MINUS SIGN}0.4 to 1.8); the bound is 2.0" in said
+    assert "fip, step 40" in said
+    assert "kept step 40 of 60" in said
+
+
+def test_no_trigger_found_is_said_to_be_no_proof():
+    assert "not proof" in words(purification(triggers=TriggerSearch(targets=10, found=0)))
+    assert "found 2 triggers" in words(purification(triggers=TriggerSearch(targets=10, found=2)))
+
+
+def test_a_comparison_counts_those_that_reach_both_aims_and_names_the_others():
+    record = comparison(
+        row("fine-tuning", asr=0.5),
+        row("fip", acc=0.95, asr=0.05, baseline="fine-tuning"),  # on both edges
+        row("tsbd", acc=0.94, baseline="fine-tuning"),
+        row("fine-pruning", asr=0.6, baseline="fine-tuning"),
+        row("baeraser", baseline="fine-tuning", violated=True),
+    )
+    found = verdict(record)
+    assert found.level == "open"
+    assert found.headline.startswith("1 of 4")
+    assert found.lines[0] == "Aim not reached: tsbd, fine-pruning, baeraser."
+    assert found.lines[1] == "Utility guard violated: baeraser."
+    assert found.lines[2].endswith("by DER: fine-pruning.")
+
+
+def test_a_clean_victim_is_not_counted_as_a_success():
+    clean = row("fip", victim="clean", before=Rates(acc=0.97, asr=0.01))
+    found = verdict(comparison(row("fip", victim="BadNets", asr=0.5), clean))
+    assert (found.level, found.headline[:6]) == ("fail", "0 of 1")
+    assert any("Not counted" in line and "fip on clean" in line for line in found.lines)
+
+
+def test_all_good_passes_and_nothing_measured_stays_open():
+    assert verdict(comparison(row("fip"))).level == "pass"
+    unmeasured = row("fip", after=Rates(acc=0.9))
+    assert verdict(comparison(unmeasured)).level == "open"
+
+
+def test_a_baseline_is_looked_up_within_its_victim():
+    rows = (
+        row("fine-tuning", victim="a", asr=0.5),
+        row("fine-tuning", victim="b", asr=0.0),
+        row("fip", victim="a", asr=0.1, baseline="fine-tuning"),
+        row("fip", victim="b", asr=0.1, baseline="fine-tuning"),
+    )
+    assert [beats_baseline(r, rows) for r in rows] == [None, None, True, False]
+    tie = (row("fine-tuning"), row("fip", baseline="fine-tuning"))
+    assert beats_baseline(tie[1], tie) is False
+    assert BEFORE.der is None
