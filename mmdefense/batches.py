@@ -104,7 +104,7 @@ class LabelledSamples:
 
     def take(self, indices: Tensor) -> LabelledBatch:
         """Return the samples at ``indices`` as one batch, inputs as float32."""
-        indices = indices.to(self.labels.device)
+        indices = indices.to(self.labels.device, non_blocking=True)  # or the host waits here
         return LabelledBatch(_as_float(self.inputs[indices]), self.labels[indices])
 
     def augment(self, batch: LabelledBatch, generator: torch.Generator) -> LabelledBatch:

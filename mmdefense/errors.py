@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "BadInputError",
     "DivergenceError",
@@ -24,7 +27,15 @@ class UnsupportedError(MMDefenseError, TypeError):
 
 
 class DivergenceError(MMDefenseError, RuntimeError):
-    """A loss stopped being finite; the last good state was kept."""
+    """A loss stopped being finite.
+
+    Attributes:
+        state: The last good state dict of the model, where it is at hand.
+    """
+
+    def __init__(self, message: str, state: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 def one_line(error: BaseException) -> str:

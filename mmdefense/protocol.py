@@ -6,8 +6,9 @@ Adapters need no base class: whatever has these members is one.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdefense.batches import Samples
 
-__all__ = ["TaskAdapter", "TriggerAdapter", "TriggerFamily", "UnitGroup"]
+__all__ = ["TaskAdapter", "TriggerAdapter", "TriggerFamily", "UnitGroup", "lacking"]
 
 B = TypeVar("B")
 
@@ -100,6 +101,27 @@ class TaskAdapter(Protocol[B]):
         ...
 
 
+@runtime_checkable
+class HeadAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter whose model ends in a linear layer that reads :meth:`TaskAdapter.embedding`."""
+
+    def head_group(self) -> UnitGroup:
+        """Return the inputs of the output layer as units: D of them, on axis 1 of its weight.
+
+        Raises:
+            UnsupportedError: If the model does not end in a linear layer.
+        """
+        ...
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``(K, D)`` and bias ``(K,)`` of the output layer."""
+        ...
+
+    def score_outputs(self, batch: B, outputs: Tensor) -> Tensor:
+        """Return the score of ``outputs``, shape ``(N, K)``, as the model's, shape ``(N,)``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TriggerFamily:
     """A kind of trigger that can be searched for.
@@ -107,39 +129,59 @@ class TriggerFamily:
     Attributes:
         name: For example ``"patch"`` or ``"additive"``.
         shape: Shape P of one raw trigger; the search varies raw triggers in ``[0, 1]``.
-        cost: Weight of the trigger's size in the search's loss.
+        budget: Largest share of an input that a trigger of this family alters, in ``[0, 1]``;
+            what needs more is not taken for a backdoor.
     """
 
     name: str
     shape: tuple[int, ...]
-    cost: float = 0.0
-    options: Mapping[str, float] = field(default_factory=dict)
+    budget: float
 
 
 @runtime_checkable
 class TriggerAdapter(TaskAdapter[B], Protocol[B]):
-    """An adapter whose inputs can carry a differentiable trigger."""
+    """An adapter whose inputs can carry a differentiable trigger towards one of C targets."""
 
     def trigger_targets(self) -> int:
-        """Return the number of targets that an attacker may have chosen; C for C classes."""
+        """Return the number of targets C that an attacker may have chosen among."""
         ...
 
-    def trigger_families(self, batch: B) -> Sequence[TriggerFamily]:
-        """Return the kinds of trigger that inputs like those of ``batch`` can carry."""
+    def trigger_families(self) -> Sequence[TriggerFamily]:
+        """Return the kinds of trigger that this model's inputs can carry."""
         ...
 
     def stamp(self, batch: B, family: TriggerFamily, triggers: Tensor) -> B:
-        """Return ``batch`` with raw ``triggers``, shape ``(N, *P)``, applied sample by sample."""
+        """Return ``batch`` with raw ``triggers``, shape ``(T, N, *P)``, applied: T x N samples."""
         ...
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
-        """Return how much of an input each raw trigger alters, in ``[0, 1]``, shape ``(N,)``."""
+        """Return how much of an input each raw trigger ``(..., *P)`` alters, in ``[0, 1]``."""
         ...
 
-    def target_probability(self, batch: B, targets: Tensor) -> Tensor:
-        """Return the probability of each sample's target, shape ``(N,)``, with grad."""
+    def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
+        """Return one raw trigger, shape P, as a picture ``(C, H, W)`` in ``[0, 1]``."""
+        ...
+
+    def target_log_probability(self, batch: B, targets: Tensor) -> Tensor:
+        """Return the log-probability of each sample's target, shape ``(N,)``, with grad."""
         ...
 
     def not_target(self, batch: B, targets: Tensor) -> Tensor:
         """Return whether each sample's own answer differs from its target, bool ``(N,)``."""
         ...
+
+
+def lacking(adapter: object, protocol: type) -> list[str]:
+    """Return the members of ``protocol`` that ``adapter`` has not, none of which is evaluated.
+
+    ``isinstance`` of Python 3.11 evaluates properties, and some need data that is yet to be seen.
+    """
+    members = {
+        name: None
+        for kind in reversed(protocol.__mro__)
+        if getattr(kind, "_is_protocol", False)
+        for name in (*vars(kind), *inspect.get_annotations(kind))
+        if not name.startswith("_")
+    }
+    absent = object()
+    return [name for name in members if inspect.getattr_static(adapter, name, absent) is absent]

@@ -16,7 +16,7 @@ from torch import nn
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["adapt", "load", "names"]
+__all__ = ["adapt", "load", "name_of", "names"]
 
 Kind = Literal["defenses", "attacks", "adapters", "tasks"]
 
@@ -29,6 +29,13 @@ def _table(kind: Kind) -> dict[str, EntryPoint]:
 def names(kind: Kind) -> list[str]:
     """Return the known names of a kind, sorted."""
     return sorted(_table(kind))
+
+
+def name_of(kind: Kind, found: type) -> str:
+    """Return the name under which a class is registered, or that of the class itself."""
+    value = f"{found.__module__}:{found.__qualname__}"
+    rows = (name for name, point in _table(kind).items() if point.value == value)
+    return next(rows, found.__name__)
 
 
 def load(kind: Kind, name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdefense.augment import random_shift
+from mmdefense.augment import random_view
 from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
@@ -21,13 +21,13 @@ def as_image_samples(data: Any) -> Samples[LabelledBatch]:
         samples: Samples[LabelledBatch] = data
         return samples
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
-        return LabelledSamples(data[0], data[1].long(), augmentation=random_shift)
+        return LabelledSamples(data[0], data[1].long(), augmentation=random_view)
     pairs = [_pair(item) for item in data]
     if not pairs:
         raise BadInputError("clean data must hold at least one image, got none")
     stack = torch.cat if pairs[0][0].ndim == 4 else torch.stack
     images, labels = stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
-    return LabelledSamples(images, labels.long(), augmentation=random_shift)
+    return LabelledSamples(images, labels.long(), augmentation=random_view)
 
 
 def _pair(item: Any) -> tuple[Tensor, Tensor]:
@@ -40,21 +40,43 @@ def _pair(item: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+_LARGEST_CHANGE = 0.2  # of an additive trigger, per pixel; Blended at its usual 0.2 is at most this
+
+
 class ImageTriggers:
-    """Stamps raw triggers onto images; mixed into the image adapters."""
+    """Stamps raw triggers onto images; mixed into the image adapters.
+
+    A raw patch is a mask and a pattern: what lies where, so its place and size need not be known.
+    A raw additive trigger is a change of every pixel, by up to 0.2 of the full range.
+    """
 
     def image_families(self, shape: tuple[int, ...]) -> list[TriggerFamily]:
         """Return the families for images of ``shape`` (C, H, W)."""
         channels, height, width = shape
         return [
-            TriggerFamily("patch", (channels + 1, height, width)),
-            TriggerFamily("additive", (channels, height, width)),
+            TriggerFamily("patch", (channels + 1, height, width), budget=0.1),
+            TriggerFamily("additive", (channels, height, width), budget=1.0),
         ]
 
     def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:
-        """Return ``batch`` with ``triggers`` applied, one a sample."""
-        raise NotImplementedError
+        """Return the images with ``triggers``, shape ``(T, N, *P)``, applied: T x N images."""
+        inputs = batch.inputs[None]
+        if family.name == "patch":
+            mask, pattern = triggers[:, :, :1], triggers[:, :, 1:]
+            stamped = inputs + mask * (pattern - inputs)
+        else:
+            stamped = (inputs + (2 * triggers - 1) * _LARGEST_CHANGE).clamp(0, 1)
+        return LabelledBatch(stamped.flatten(0, 1), batch.labels.repeat(len(triggers)))
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
-        """Return how much of the image each trigger alters."""
-        raise NotImplementedError
+        """Return the covered area of a patch, or the mean change of an additive trigger."""
+        rank = len(family.shape)
+        if family.name == "patch":
+            return triggers.select(-rank, 0).flatten(-rank + 1).mean(-1)
+        return (2 * triggers - 1).abs().flatten(-rank).mean(-1) * _LARGEST_CHANGE
+
+    def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
+        """Return a patch on mid-grey, or an additive change around mid-grey, ``(C, H, W)``."""
+        if family.name == "patch":
+            return 0.5 + trigger[:1] * (trigger[1:] - 0.5)
+        return trigger

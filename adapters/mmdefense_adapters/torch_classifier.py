@@ -16,7 +16,7 @@ from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import TriggerFamily, UnitGroup
 from mmdefense_adapters.images import ImageTriggers, as_image_samples
-from mmdefense_adapters.units import capture_heads, every_module_called, find_units
+from mmdefense_adapters.units import capture_heads, find_units
 
 __all__ = ["TorchClassifier"]
 
@@ -29,6 +29,7 @@ class TorchClassifier(ImageTriggers):
     """
 
     priority: ClassVar[int] = 0
+    task: ClassVar[str] = "image-classification"
 
     def __init__(
         self,
@@ -152,7 +153,30 @@ class TorchClassifier(ImageTriggers):
     def score(self, batch: LabelledBatch) -> Tensor:
         """Return 1 where the top class is the label, else 0, shape ``(N,)``."""
         with torch.no_grad():
-            return (self.logits(batch.inputs).argmax(1) == batch.labels).float()
+            return self.score_outputs(batch, self.logits(batch.inputs))
+
+    def score_outputs(self, batch: LabelledBatch, outputs: Tensor) -> Tensor:
+        """Return 1 where the largest of the logits ``(N, K)`` is the label's, else 0."""
+        return (outputs.argmax(1) == batch.labels).float()
+
+    def head_group(self) -> UnitGroup:
+        """Return the penultimate features as units on the input axis of the output layer."""
+        weight, _ = self.head_weights()
+        return UnitGroup(self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron")
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``(K, D)`` and bias ``(K,)`` of the output layer.
+
+        Raises:
+            UnsupportedError: If the model does not end in a linear layer.
+        """
+        layer = self.model.get_submodule(self.head) if self.head is not None else None
+        if not isinstance(layer, nn.Linear):
+            raise UnsupportedError(
+                "the model does not end in a linear layer, so its features cannot be pruned from "
+                "one pass; prune every unit group instead: --set layers=all"
+            )
+        return layer.weight, layer.bias
 
     @torch.no_grad()
     def features(self, batch: LabelledBatch, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -171,7 +195,6 @@ class TorchClassifier(ImageTriggers):
             pooled[rows[module].layer] = _pool(output, rows[module], len(batch))
 
         with (
-            every_module_called(),
             watch_modules(list(rows), pool),
             capture_heads(self.model, heads) as mixed,
         ):
@@ -216,13 +239,13 @@ class TorchClassifier(ImageTriggers):
         """Return K."""
         return self.classes
 
-    def trigger_families(self, batch: LabelledBatch) -> Sequence[TriggerFamily]:
+    def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return patches at any place and additive patterns, for images of this size."""
-        return self.image_families(tuple(batch.inputs.shape[1:]))
+        return self.image_families(tuple(self._example().shape[1:]))
 
-    def target_probability(self, batch: LabelledBatch, targets: Tensor) -> Tensor:
-        """Return softmax probabilities of ``targets``, shape ``(N,)``."""
-        return self.logits(batch.inputs).softmax(1).gather(1, targets[:, None]).squeeze(1)
+    def target_log_probability(self, batch: LabelledBatch, targets: Tensor) -> Tensor:
+        """Return the log of the softmax probability of each target, shape ``(N,)``."""
+        return self.logits(batch.inputs).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
 
     def not_target(self, batch: LabelledBatch, targets: Tensor) -> Tensor:
         """Return whether each label differs from its target."""

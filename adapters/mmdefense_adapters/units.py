@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdefense.kernels.hooks import mode, watch_modules
 from mmdefense.protocol import UnitGroup
 
-__all__ = ["capture_heads", "every_module_called", "find_head", "find_units"]
+__all__ = ["capture_heads", "find_head", "find_units"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
@@ -74,7 +74,6 @@ def _trace(
     with (
         torch.no_grad(),
         mode(model, train=False),
-        every_module_called(),
         watch_modules(list(model.modules()), note),
     ):
         answer = forward()
@@ -140,17 +139,6 @@ def _rows(module: nn.Module, norm: nn.Module | None, names: dict[nn.Module, str]
     return UnitGroup(
         layer, size, axes, kind="neuron" if isinstance(module, nn.Linear) else "filter"
     )
-
-
-@contextmanager
-def every_module_called() -> Iterator[None]:
-    """Keep ``nn.TransformerEncoderLayer`` from its fused path, on which no hook is called."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

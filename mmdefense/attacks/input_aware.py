@@ -33,8 +33,9 @@ class InputAware(Attack):
     Deviations: poisoned samples are drawn anew in each batch, as in the released code, so
     ``ratio`` is a share of the batch; the image whose trigger a cross sample carries comes from
     the same batch. The nets have GroupNorm and two scales, so that a trigger never depends on the
-    rest of its batch. One optimizer updates G and the classifier. ``eps`` is 1e-3 (1e-7 there), so
-    that the first steps, whose triggers are all alike, do not blow up.
+    rest of its batch, and no norm after the last layer. One optimizer updates G and the
+    classifier. ``eps`` is 1e-3 (1e-7 there), so that the first steps, whose triggers are all
+    alike, do not blow up.
 
     Attributes:
         density: Share of full strength that the mask may reach at no cost.
@@ -161,10 +162,7 @@ class _Painter(nn.Module):
         self.down = nn.ModuleList([_block(channels, width), _block(width, 2 * width)])
         self.middle = _block(2 * width, 2 * width)
         self.up = nn.ModuleList([_block(2 * width, width), _block(width, width)])
-        # the last norm keeps the sigmoid from saturating, where nothing would be learnt any more
-        self.last = nn.Sequential(
-            nn.Conv2d(width, painted, 3, padding=1), nn.GroupNorm(1, painted), nn.Sigmoid()
-        )
+        self.last = nn.Conv2d(width, painted, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         sizes, hidden = [], images
@@ -174,7 +172,7 @@ class _Painter(nn.Module):
         hidden = self.middle(hidden)
         for block, size in zip(self.up, reversed(sizes), strict=True):
             hidden = block(F.interpolate(hidden, size, mode="bilinear", align_corners=False))
-        return self.last(hidden)  # type: ignore[no-any-return]
+        return torch.sigmoid(self.last(hidden))
 
 
 def _block(given: int, made: int) -> nn.Sequential:

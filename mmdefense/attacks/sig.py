@@ -22,7 +22,9 @@ class SIG(Attack):
     Labels stay true, so that a look at the data shows nothing. ``ratio`` is a share of the
     target's samples, all of them by default: BackdoorBench's 10 % of a set of ten classes. The
     paper poisons 20 to 30 % of the target class, and may stamp more strongly at test time; here
-    one ``delta`` serves both, BackdoorBench's.
+    one ``delta`` serves both, BackdoorBench's. A model that has seen no clean image of the target
+    knows the clean target less well; a smaller ``ratio`` mends that and weakens the backdoor.
+    On images of ``2 frequency`` pixels width the wave is zero at each pixel.
 
     Attributes:
         ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.

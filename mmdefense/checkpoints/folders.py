@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["new_folder"]
+__all__ = ["check_replaceable", "new_folder"]
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def new_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         BadInputError: If the folder exists, or cannot be written; nothing is left behind.
     """
     target = Path(folder).absolute()
-    _check_replaceable(target, force)
+    check_replaceable(target, force)
     temporary = _beside(target)
     try:
         temporary.mkdir(parents=True)
@@ -63,7 +63,13 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, force: bool) -> None:
+def check_replaceable(folder: str | Path, force: bool = False) -> None:
+    """Refuse a folder that :func:`new_folder` would refuse, before any work is done for it.
+
+    Raises:
+        BadInputError: If it exists and is not to be replaced.
+    """
+    target = Path(folder).absolute()
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.is_dir() and force and list(target.glob("*.safetensors")):

@@ -47,8 +47,17 @@ class RunStore:
     folder: Path
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Keep ``state`` under ``name``, atomically."""
-        write_atomically(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+        """Keep ``state`` under ``name``, atomically.
+
+        Raises:
+            OSError: If it cannot be written, for example on a full disk.
+        """
+        try:
+            write_atomically(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # PyTorch hides a full disk behind its own
+                raise error.__context__ from error
+            raise
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Return the state kept under ``name``, or none.
@@ -60,7 +69,9 @@ class RunStore:
         if not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
         except Exception as error:
             raise BadInputError(
                 f"checkpoint {path} cannot be read ({type(error).__name__}); remove it to restart"

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, final
 
@@ -20,7 +20,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import scores
 from mmdefense.kernels.run import Progress, Run, copy_state
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import TaskAdapter, lacking
 
 __all__ = ["Defense", "Guard", "Purifying", "Result"]
 
@@ -159,10 +159,10 @@ class Defense(ABC):
             BadInputError: If the clean data or the model cannot be used.
             DivergenceError: If the loss stopped being finite.
         """
-        if not isinstance(adapter, self.requires):
+        if missing := lacking(adapter, self.requires):
             raise UnsupportedError(
                 f"{type(self).__name__} needs a {self.requires.__name__}; "
-                f"{type(adapter).__name__} is not one"
+                f"{type(adapter).__name__} lacks {', '.join(missing)}"
             )
         begin = time.perf_counter()
         _check_finite(adapter.model)
@@ -174,7 +174,7 @@ class Defense(ABC):
         work = Purifying(adapter.fork(), fit, held, run)
         before = scores(adapter, held)
         self._run(work)
-        guard = _guard(work, before, self.max_utility_drop)
+        guard = _guard(work, copy_state(adapter.model), before, self.max_utility_drop)
         work.adapter.model.train(adapter.model.training)
         return Result(
             model=work.adapter.model,
@@ -200,17 +200,20 @@ def _check_finite(model: nn.Module) -> None:
             raise BadInputError(f"weight {name!r} holds NaN or infinite values; nothing was done")
 
 
-def _guard(work: Purifying[Any], before: Tensor, bound: float) -> Guard:
-    """Keep the latest state whose drop is within ``bound``, judged with its interval.
+def _guard(
+    work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float
+) -> Guard:
+    """Keep the most purified state whose drop is within ``bound``, judged with its interval.
 
-    A state is turned down only where the drop exceeds the bound beyond the error of the hold-out
-    part: the lower end of the one-sided 95 % interval is above it.
+    Tried in turn: the final state, the states kept on the way, latest first, and states on the
+    line from the final one to the given one. A state is turned down only where its drop exceeds
+    the bound beyond the error of the hold-out part: the lower end of the one-sided 95 % interval
+    is above it.
     """
     model = work.adapter.model
-    candidates = [("final", copy_state(model)), *reversed(work.run.states)]
     best: Guard | None = None
-    kept = candidates[0][1]
-    for label, state in candidates:
+    kept: dict[str, Tensor] = {}
+    for label, state in _candidates(copy_state(model), work.run.states, given):
         model.load_state_dict(state)
         guard = _judge(before, scores(work.adapter, work.holdout), bound, label)
         if best is None or guard.drop < best.drop or not guard.violated:
@@ -220,6 +223,19 @@ def _guard(work: Purifying[Any], before: Tensor, bound: float) -> Guard:
     assert best is not None
     model.load_state_dict(kept)
     return best
+
+
+def _candidates(
+    final: dict[str, Tensor], states: list[tuple[str, dict[str, Tensor]]], given: dict[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    yield "final", final
+    yield from reversed(states)
+    for share in (0.75, 0.5, 0.25, 0.1):
+        mixed = {
+            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+            for name, value in final.items()
+        }
+        yield f"{share:.0%} of the way to the final state", mixed
 
 
 def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:

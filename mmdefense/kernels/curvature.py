@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ __all__ = ["Smoothness", "gradient_norm_penalty", "hessian_product", "lanczos", 
 
 B = TypeVar("B")
 
-Vector = list[Tensor]
+Vector = list[Tensor] | tuple[Tensor, ...]
 
 
 def gradient_norm_penalty(
@@ -47,28 +48,38 @@ def gradient_norm_penalty(
     """
     loss = adapter.per_sample_loss(batch).mean()
     first = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    norms = torch._foreach_norm(first)
+    norms: Vector = torch._foreach_norm(first)
     if norm == "global":
-        whole = torch.stack(norms).norm()
-        norms = [whole] * len(norms)
+        norms = [torch.stack(list(norms)).norm()] * len(norms)
     step = torch._foreach_div(first, torch._foreach_add(norms, 1e-12))
-    kept = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        torch._foreach_add_(list(parameters), step, alpha=radius)
-    with frozen_statistics(adapter.model):
+    with _moved(parameters, step, radius), frozen_statistics(adapter.model):
         second = torch.autograd.grad(
             adapter.per_sample_loss(batch).mean(), parameters, materialize_grads=True
         )
-    with torch.no_grad():
-        torch._foreach_copy_(list(parameters), kept)
     mixed = torch._foreach_lerp(first, second, mix)
     for parameter, gradient in zip(parameters, mixed, strict=True):
         parameter.grad = gradient
     return loss
 
 
+@contextmanager
+def _moved(parameters: Sequence[Tensor], step: Vector, length: float) -> Iterator[None]:
+    """Move ``parameters`` by ``length`` times ``step``, and back to the same bits."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(list(parameters), step, alpha=length)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(parameters), kept)
+
+
 def hessian_product(
-    adapter: TaskAdapter[B], samples: Samples[B], parameters: Sequence[Tensor], batch_size: int = 256
+    adapter: TaskAdapter[B],
+    samples: Samples[B],
+    parameters: Sequence[Tensor],
+    batch_size: int = 256,
 ) -> Callable[[Vector], Vector]:
     """Return ``v -> H v`` for the Hessian of the mean loss over ``samples``, in eval mode.
 
@@ -80,8 +91,16 @@ def hessian_product(
         with mode(adapter.model, train=False), second_derivatives():
             for batch in batches(samples, batch_size):
                 loss = adapter.per_sample_loss(batch).sum()
-                gradient = torch.autograd.grad(loss, parameters, create_graph=True)
-                turned = torch.autograd.grad(gradient, parameters, vector, materialize_grads=True)
+                gradient = torch.autograd.grad(
+                    loss, parameters, create_graph=True, materialize_grads=True
+                )
+                curved = [n for n, g in enumerate(gradient) if g.requires_grad]  # others: linear
+                turned = torch.autograd.grad(
+                    [gradient[n] for n in curved],
+                    parameters,
+                    [vector[n] for n in curved],
+                    materialize_grads=True,
+                )
                 torch._foreach_add_(total, turned)
         torch._foreach_div_(total, len(samples))
         return total
@@ -110,17 +129,19 @@ def lanczos(
     Returns:
         Ascending Ritz values, and weights that sum to one.
     """
-    basis = [torch._foreach_div(start, _dot(start, start).sqrt())]
+    basis: list[Vector] = [torch._foreach_div(start, _dot(start, start).sqrt())]
     diagonal: list[Tensor] = []
     below: list[Tensor] = []
     for step in range(steps):
         vector = product(basis[-1])
+        whole = _dot(vector, vector).sqrt()
         diagonal.append(_dot(vector, basis[-1]))
         for earlier in (*basis, *basis):  # twice is enough (Parlett)
             overlap = _dot(vector, earlier)
             vector = torch._foreach_sub(vector, torch._foreach_mul(earlier, overlap))
         length = _dot(vector, vector).sqrt()
-        if step + 1 == steps or float(length) < 1e-8 * float(diagonal[0].abs() + 1e-30):
+        rounding = 10 * torch.finfo(whole.dtype).eps * whole
+        if step + 1 == steps or bool(length <= rounding):  # the Krylov space is invariant
             break
         below.append(length)
         basis.append(torch._foreach_div(vector, length))

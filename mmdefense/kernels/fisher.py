@@ -9,14 +9,15 @@ mean zero give both from the gradient of one sum, without per-sample gradients:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdefense.batches import Samples, batches
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode, second_derivatives
 from mmdefense.protocol import TaskAdapter
 
@@ -25,6 +26,9 @@ __all__ = ["Form", "check_second_derivative", "fisher_diagonal", "fisher_trace",
 B = TypeVar("B")
 
 Form = Literal["true", "empirical"]
+
+PullBack = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Maps gradients with respect to weights to gradients with respect to other coordinates."""
 
 
 def _scores(
@@ -44,10 +48,11 @@ def loss_and_trace(
     parameters: Sequence[Tensor],
     generator: torch.Generator,
     form: Form = "true",
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return the mean loss, the gradient of the summed scores, and an unbiased Tr(F), with graph.
+    pull_back: PullBack = list,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss and an unbiased Tr(F), both with graph.
 
-    One forward and one backward pass serve all three; the trace can be differentiated again where
+    One forward and one backward pass serve both; the trace can be differentiated again where
     every operation of the model has a second derivative.
 
     Args:
@@ -57,14 +62,16 @@ def loss_and_trace(
         parameters: The coordinates of F.
         generator: Source of the random signs, on the model's device.
         form: ``"true"`` or ``"empirical"``.
+        pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
 
     Returns:
-        The loss, one gradient a parameter, and the trace ``||g||^2 / N``.
+        The loss, and the trace ``||sum_n grad s_n||^2 / N``.
     """
     loss, score = _scores(adapter, batch, generator, form)
-    gradient = torch.autograd.grad(score.sum(), parameters, create_graph=True, allow_unused=True)
-    present = [g if g is not None else torch.zeros_like(p) for g, p in zip(gradient, parameters, strict=True)]
-    return loss.mean(), present, squared_norm(present) / len(score)
+    gradient = torch.autograd.grad(
+        score.sum(), parameters, create_graph=True, materialize_grads=True
+    )
+    return loss.mean(), squared_norm(pull_back(gradient)) / len(score)
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -81,10 +88,10 @@ def fisher_trace(
     form: Form = "true",
     batch_size: int = 128,
 ) -> float:
-    """Return Tr(F) over ``samples`` in eval mode: unbiased, and exact for ``batch_size=1``
-    with the empirical form.
+    """Return Tr(F) over ``samples`` in eval mode, the sum of :func:`fisher_diagonal`.
 
-    The trace is ``(1/N) sum_n Tr F_n``, in nats squared per squared parameter.
+    The trace is ``(1/N) sum_n Tr F_n``, in nats squared per squared parameter. It is unbiased, and
+    exact for ``batch_size=1`` with the empirical form.
     """
     diagonal = fisher_diagonal(
         adapter, samples, parameters, generator, form=form, batch_size=batch_size
@@ -100,6 +107,7 @@ def fisher_diagonal(
     *,
     form: Form = "true",
     batch_size: int = 32,
+    pull_back: PullBack = list,
 ) -> list[Tensor]:
     """Return diag(F), the mean over samples of squared per-sample gradients, in eval mode.
 
@@ -114,18 +122,34 @@ def fisher_diagonal(
         generator: Source of the random signs, on the model's device.
         form: ``"true"`` or ``"empirical"``.
         batch_size: Samples per backward pass; smaller is less noisy and slower.
+        pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
 
     Returns:
-        One tensor a parameter, of its shape.
+        One tensor a coordinate, of its shape.
     """
-    total = [torch.zeros_like(parameter) for parameter in parameters]
+    total = [torch.zeros_like(p) for p in pull_back([torch.zeros_like(p) for p in parameters])]
     with mode(adapter.model, train=False):
         for batch in batches(samples, batch_size):
             _, score = _scores(adapter, batch, generator, form)
-            gradient = torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
+            gradient = pull_back(
+                torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
+            )
             torch._foreach_add_(total, torch._foreach_mul(gradient, gradient))
     torch._foreach_div_(total, len(samples))
     return total
+
+
+@contextmanager
+def _own_gradients(model: nn.Module) -> Iterator[None]:
+    """Start without ``.grad``, and put those that were there back at the end."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def check_second_derivative(
@@ -140,11 +164,15 @@ def check_second_derivative(
     batch = samples.take(torch.zeros(1, dtype=torch.int64))
     try:
         with mode(adapter.model, train=False), second_derivatives():
-            _, _, trace = loss_and_trace(adapter, batch, parameters, generator)
-            torch.autograd.grad(trace, parameters, allow_unused=True)
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+            _, trace = loss_and_trace(adapter, batch, parameters, generator)
+            with _own_gradients(adapter.model):
+                # Not autograd.grad: it passes by what does not lead to the parameters, such as the
+                # error that once_differentiable leaves in the graph.
+                trace.backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of an operation
+        raise
+    except RuntimeError as error:
         raise UnsupportedError(
-            f"FIP differentiates the model twice, and one of its operations cannot be: {reason}; "
-            "use --defense tsbd, whose passes need first derivatives only"
+            "the model must be differentiated twice, and one of its operations cannot be: "
+            f"{one_line(error)}; use a defense of first derivatives only, such as tsbd"
         ) from error

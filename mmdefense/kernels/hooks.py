@@ -56,8 +56,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm layers normalise as they do, but leave their running statistics alone."""
     layers = [m for m in model.modules() if isinstance(m, _BATCH_NORMS)]
-    before = [(m, m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked)
-              for m in layers if m.training]
+    before = [
+        (m, m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked)
+        for m in layers
+        if m.training
+    ]
     for layer, *_ in before:
         layer.track_running_stats = False
         layer.running_mean = layer.running_var = layer.num_batches_tracked = None
@@ -98,14 +101,26 @@ def watch_modules(
 
 
 @contextmanager
-def capture(model: nn.Module, layers: Sequence[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect the latest output (or first input) of each named layer into the yielded dict."""
+def capture(
+    model: nn.Module, layers: Sequence[str], *, inputs: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the latest output of each named layer, with its graph.
+
+    Args:
+        model: The model that holds the layers.
+        layers: Names as in ``model.named_modules()``.
+        inputs: Whether the first input is collected instead of the output.
+
+    Yields:
+        A dict that each forward pass fills, by name.
+    """
     names = {model.get_submodule(name): name for name in layers}
     kept: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         value = given[0] if inputs else output
-        kept[names[module]] = value[0] if isinstance(value, tuple) else value
+        # A copy: the model may go on to add a shortcut to this very tensor in place.
+        kept[names[module]] = (value[0] if isinstance(value, tuple) else value).clone()
 
     with watch_modules(list(names), keep):
         yield kept
@@ -114,5 +129,5 @@ def capture(model: nn.Module, layers: Sequence[str], *, inputs: bool = False) ->
 @contextmanager
 def second_derivatives() -> Iterator[None]:
     """Choose the attention backend that can be differentiated twice, with the same values."""
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=True):
+    with sdpa_kernel(SDPBackend.MATH):
         yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.batches import Samples, batches
-from mmdefense.errors import BadInputError, DivergenceError
+from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
 from mmdefense.kernels.run import Run, copy_state
 from mmdefense.protocol import TaskAdapter
@@ -113,13 +113,16 @@ def train(
     Raises:
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
     """
-    chosen = list(parameters) if parameters is not None else _trainable(adapter.model)
+    chosen = _trainable(adapter.model) if parameters is None else list(parameters)
+    if not chosen:
+        raise BadInputError("the model must have a parameter that requires grad, got none")
     optimizer = _optimizer(chosen, training)
     device = chosen[0].device
     noise = torch.Generator(device)
     compute = gradients or _loss_gradients(adapter)
-    start, mean = _resume(adapter, optimizer, run, stage)
+    start, mean = _resume(adapter, chosen, optimizer, run, stage)
     total, seen, good = torch.zeros((), device=device), 0, (start, copy_state(adapter.model))
+    saved = start
     with (
         mode(adapter.model, train=True, batch_norm=training.batch_norm == "train"),
         channels_last(adapter.model),
@@ -127,7 +130,7 @@ def train(
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
-            torch.manual_seed(seed)  # dropout of the model; the caller's state comes back at the end
+            _seed_dropout(device, seed)
             for group in optimizer.param_groups:
                 group["lr"] = training.lr_at(step)
             batch = samples.take(_indices(len(samples), training.batch_size, step, run, stage))
@@ -146,10 +149,13 @@ def train(
                 total, seen = torch.zeros((), device=device), 0
                 good = (done, copy_state(adapter.model))
                 run.report(stage, done, training.steps, loss=mean)
-            if run.store and (last or done % run.checkpoint_every == 0):
-                _save(adapter, optimizer, run, stage, training.steps if last else done, mean)
+                if last or done - saved >= run.checkpoint_every:
+                    saved = done
+                    go_on_at = training.steps if last else done
+                    _save(adapter, chosen, optimizer, run, stage, go_on_at, mean)
             if last:
                 break
+    optimizer.zero_grad(set_to_none=True)
     return mean
 
 
@@ -187,10 +193,12 @@ def _indices(total: int, size: int, step: int, run: Run, stage: str) -> Tensor:
     They depend on seed, stage and step alone, so that a resumed run draws the same ones.
     """
     first, last = step * size // total, ((step + 1) * size - 1) // total
-    row = torch.cat([
-        torch.randperm(total, generator=run.generator(f"{stage}/epoch{epoch}"))
-        for epoch in range(first, last + 1)
-    ])
+    row = torch.cat(
+        [
+            torch.randperm(total, generator=run.generator(f"{stage}/epoch{epoch}"))
+            for epoch in range(first, last + 1)
+        ]
+    )
     start = step * size - first * total
     return row[start : start + size]
 
@@ -200,6 +208,14 @@ def _own_rng(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the global generators of the CPU and of ``device``, and not those of other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _finite_mean(
@@ -218,40 +234,53 @@ def _finite_mean(
     adapter.model.load_state_dict(good[1])
     raise DivergenceError(
         f"the loss of stage {stage!r} stopped being finite after step {good[0]}; the state of that "
-        "step was kept; try a smaller learning rate"
+        "step was kept; try a smaller learning rate",
+        good[1],
     )
 
 
 def _save(
     adapter: TaskAdapter[Any],
+    parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     run: Run,
     stage: str,
     step: int,
     mean: float,
 ) -> None:
-    assert run.store is not None
     state = {
         "step": step,
         "mean": mean,
         "model": adapter.model.state_dict(),
+        # They need not be the model's own; those that are share its storage in the file too.
+        "parameters": [parameter.detach() for parameter in parameters],
         "optimizer": optimizer.state_dict(),
-        "history": run.history,
-        "states": run.states,
     }
-    run.store.save(f"{stage}.progress", state)
+    run.keep(f"{stage}.progress", state)
 
 
 def _resume(
-    adapter: TaskAdapter[Any], optimizer: torch.optim.Optimizer, run: Run, stage: str
+    adapter: TaskAdapter[Any],
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    stage: str,
 ) -> tuple[int, float]:
     """Restore a kept state of the stage, if there is one; return its step and mean loss."""
-    kept = run.store.load(f"{stage}.progress") if run.store else None
+    kept = run.recall(f"{stage}.progress")
     if kept is None:
         return 0, math.nan
-    adapter.model.load_state_dict(kept["model"])
-    optimizer.load_state_dict(kept["optimizer"])
-    run.history[:], run.states[:] = kept["history"], [tuple(pair) for pair in kept["states"]]
+    try:
+        adapter.model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept["parameters"], strict=True):
+                parameter.copy_(value)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise BadInputError(
+            f"the checkpoint of stage {stage!r} is of another model or other settings "
+            f"({one_line(error)}); remove it to restart"
+        ) from error
     return int(kept["step"]), float(kept["mean"])
 
 

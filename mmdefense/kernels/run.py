@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.errors import BadInputError
 
 __all__ = ["Event", "Progress", "Run", "copy_state"]
 
@@ -41,9 +42,7 @@ def _silent(event: Event) -> None:
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a detached copy of the state dict on the CPU."""
-    return {
-        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
-    }
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 @dataclass
@@ -77,6 +76,7 @@ class Run:
 
     def report(self, stage: str, step: int, total: int, **figures: float) -> None:
         """Announce progress, and keep the figures in the history."""
+        figures = {name: float(value) for name, value in figures.items()}  # plain, to be stored
         if figures:
             self.history.append({"stage": stage, "step": step, **figures})
         self.progress(Event(stage, step, total, figures))
@@ -86,11 +86,34 @@ class Run:
         self.states.append((label, copy_state(model)))
 
     def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what ``compute`` gives, computed once: a resumed run reads it from the store."""
-        kept = self.store.load(stage) if self.store else None
-        if kept is not None:
-            return kept
-        value = compute()
+        """Return what ``compute`` gives, computed once: a resumed run reads it from the store.
+
+        Tensors that were read from the store lie on the CPU.
+        """
+        kept = self.recall(stage)
+        if kept is None:
+            kept = compute()
+            self.keep(stage, kept)
+        return kept
+
+    def keep(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write ``value``, and history and states up to now, to the store, if there is one."""
         if self.store:
-            self.store.save(stage, value)
+            kept = {"value": dict(value), "history": self.history, "states": self.states}
+            self.store.save(name, kept)
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """Return a kept value, and go back to the history and states of that time; none if new.
+
+        Raises:
+            BadInputError: If the file is not one that :meth:`keep` wrote.
+        """
+        kept = self.store.load(name) if self.store else None
+        if kept is None:
+            return None
+        if kept.keys() != {"value", "history", "states"}:
+            raise BadInputError(f"checkpoint {name!r} is not one of a run; remove it to restart")
+        self.history[:] = kept["history"]
+        self.states[:] = [(label, state) for label, state in kept["states"]]
+        value: dict[str, Any] = kept["value"]
         return value

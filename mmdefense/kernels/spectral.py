@@ -26,8 +26,10 @@ def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for key, value in module.named_parameters(recurse=False):
             is_weight = isinstance(module, _LAYERS) and key == "weight"
             is_fused = isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight"
-            if (is_weight or is_fused) and value.requires_grad and all(
-                value is not other for other in found.values()
+            if (
+                (is_weight or is_fused)
+                and value.requires_grad
+                and all(value is not other for other in found.values())
             ):
                 found[prefix + key] = value
     return found
@@ -46,9 +48,7 @@ class Spectrum:
             full = matrix if matrix.dtype == torch.float64 else matrix.float()
             left, values, right = torch.linalg.svd(full, full_matrices=False)
             self.bases.append((left, values, right))
-        self.shifts = [
-            torch.zeros_like(values, requires_grad=True) for _, values, _ in self.bases
-        ]
+        self.shifts = [torch.zeros_like(values, requires_grad=True) for _, values, _ in self.bases]
 
     def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients with respect to the shifts, given those of the weights.
@@ -72,4 +72,4 @@ class Spectrum:
             ):
                 change = torch.relu(values + shift) - values
                 moved = (left * change) @ right
-                weight.copy_(start + moved.view_as(start).to(start.dtype))
+                weight.copy_(start + moved.view_as(start))

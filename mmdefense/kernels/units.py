@@ -15,17 +15,26 @@ from mmdefense.protocol import TaskAdapter, UnitGroup
 __all__ = [
     "gradient_norms",
     "mean_activations",
+    "parameters_by_name",
     "rank",
+    "relative_change",
     "select_sub_weights",
     "silence",
+    "silence_mask",
     "unit_rows",
     "weight_change",
+    "zero",
 ]
 
 B = TypeVar("B")
 
 Unit = tuple[int, int]
 """Index of a group, and of a unit in it."""
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters; one that several layers share stands under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def unit_rows(tensor: Tensor, axis: int, group: UnitGroup) -> Tensor:
@@ -38,39 +47,29 @@ def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> Iterable[tuple[
     return ((name, axis) for name, axis in group.axes.items() if tensors[name].ndim > 1)
 
 
-def weight_change(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], groups: Sequence[UnitGroup]
-) -> list[Tensor]:
-    """Return each unit's weight change: the sum of ``|after - before|`` over its weights.
+def _sums(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    """Return the sum over the weights of each unit, shape ``(U,)``."""
+    rows = [unit_rows(tensors[name], axis, group) for name, axis in _weights(group, tensors)]
+    return torch.stack([row.sum(1) for row in rows]).sum(0)
+
+
+def weight_change(change: Mapping[str, Tensor], groups: Sequence[UnitGroup]) -> list[Tensor]:
+    """Return each unit's weight change: the sum of the change of its weights.
 
     Args:
-        before: Parameters by name.
-        after: The same after unlearning.
+        change: Absolute change ``|after - before|`` by parameter name.
         groups: G unit groups.
 
     Returns:
         G tensors of shape ``(U,)``. This is the NWC of TSBD (L1, biases and norms left out).
     """
-    return [
-        torch.stack([
-            unit_rows((after[name] - before[name]).abs(), axis, group).sum(1)
-            for name, axis in _weights(group, before)
-        ]).sum(0)
-        for group in groups
-    ]
+    return [_sums(change, group) for group in groups]
 
 
-def gradient_norms(
-    gradients: Mapping[str, Tensor], groups: Sequence[UnitGroup]
-) -> list[Tensor]:
+def gradient_norms(gradients: Mapping[str, Tensor], groups: Sequence[UnitGroup]) -> list[Tensor]:
     """Return the L2 norm of the gradient of each unit's weights, G tensors of shape ``(U,)``."""
-    return [
-        torch.stack([
-            unit_rows(gradients[name], axis, group).square().sum(1)
-            for name, axis in _weights(group, gradients)
-        ]).sum(0).sqrt()
-        for group in groups
-    ]
+    squares = {name: gradient.square() for name, gradient in gradients.items()}
+    return [_sums(squares, group).sqrt() for group in groups]
 
 
 def mean_activations(
@@ -109,7 +108,7 @@ def _indices(group: UnitGroup, units: Sequence[int], device: torch.device) -> Te
 
 def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
     """Zero every parameter entry of the chosen units, in place."""
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     with torch.no_grad():
         for index, units in _by_group(chosen).items():
             group = groups[index]
@@ -121,8 +120,8 @@ def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit
 def silence_mask(
     model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]
 ) -> dict[str, Tensor]:
-    """Return, for each parameter that the chosen units touch, 0 at their entries and 1 elsewhere."""
-    parameters = dict(model.named_parameters())
+    """Return, for each parameter that the chosen units touch, 0 at their entries, else 1."""
+    parameters = _parameters(model)
     masks: dict[str, Tensor] = {}
     for index, units in _by_group(chosen).items():
         group = groups[index]
@@ -168,7 +167,7 @@ def select_sub_weights(
 
 def zero(model: nn.Module, marked: Mapping[str, Tensor]) -> None:
     """Set the marked parameter entries to zero, in place."""
-    parameters = dict(model.named_parameters())
+    parameters = _parameters(model)
     with torch.no_grad():
         for name, mask in marked.items():
             parameters[name].masked_fill_(mask, 0)
@@ -176,7 +175,14 @@ def zero(model: nn.Module, marked: Mapping[str, Tensor]) -> None:
 
 def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return a detached copy of all parameters by name."""
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: value.detach().clone() for name, value in _parameters(model).items()}
+
+
+def restore(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Copy parameters back into ``model`` by name, in place."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(parameters[name])
 
 
 def relative_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:

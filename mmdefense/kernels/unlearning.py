@@ -44,7 +44,6 @@ def unlearn(
         The number of epochs that were run.
     """
     per_epoch = max(1, -(-len(samples) // batch_size))
-    epochs = 0
 
     def ascend(batch: B, _: int) -> Tensor:
         loss = adapter.per_sample_loss(batch).mean()
@@ -52,12 +51,10 @@ def unlearn(
         return loss
 
     def is_done(step: int) -> bool:
-        nonlocal epochs
         if step % per_epoch:
             return False
-        epochs = step // per_epoch
         score = mean_score(adapter, samples)
-        run.report(stage, epochs, max_epochs, score=score)
+        run.report(stage, step, plan.steps, score=score)
         return score <= stop
 
     plan = Training(
@@ -68,12 +65,16 @@ def unlearn(
         check_every=per_epoch,
     )
     train(adapter, samples, plan, run, stage=stage, gradients=ascend, after_step=is_done)
-    return epochs
+    # From the history, so that a run that was resumed after this stage knows it too.
+    looks = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
+    return looks[-1] // per_epoch if looks else 0
 
 
 def mean_gradient(adapter: TaskAdapter[Any], batch: Any) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss by parameter name."""
-    named = {n: p for n, p in adapter.model.named_parameters() if p.requires_grad}
+    """Return the gradient of the mean loss by parameter name, zero for frozen parameters."""
+    named = dict(adapter.model.named_parameters(remove_duplicate=False))
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
     loss = adapter.per_sample_loss(batch).mean()
-    found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
-    return dict(zip(named, found, strict=True))
+    found = torch.autograd.grad(loss, [named[n] for n in trained], materialize_grads=True)
+    frozen = {n: torch.zeros_like(p) for n, p in named.items() if n not in trained}
+    return dict(zip(trained, found, strict=True)) | frozen

@@ -73,6 +73,8 @@ class ModelInfo:
         parameters: Number of parameters.
         sha256_before: Of the weights that were given.
         sha256_after: Of the weights that were handed back; none where many were.
+        files_before: SHA-256 of each weight file that was read, as ``sha256sum`` prints it.
+        files_after: The same of each weight file that was written.
     """
 
     name: str
@@ -80,6 +82,8 @@ class ModelInfo:
     parameters: int
     sha256_before: str
     sha256_after: str | None = None
+    files_before: Mapping[str, str] = field(default_factory=dict)
+    files_after: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +291,7 @@ class PurificationRecord(_Json):
         triggers: Outcome of a trigger search, where there was one.
         layers: How far each layer moved, input side first.
         history: What the run reported: mappings of ``stage``, ``step`` and figures by name.
+        figures: What else was measured, by name, for example ``"lambda_max_before"``.
     """
 
     kind: ClassVar[str] = "purification"
@@ -303,6 +308,7 @@ class PurificationRecord(_Json):
     triggers: TriggerSearch | None = None
     layers: tuple[LayerChange, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[Row, ...]:

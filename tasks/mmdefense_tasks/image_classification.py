@@ -60,6 +60,14 @@ class ImageClassification:
         )
 
     @staticmethod
+    def data() -> dict[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        staged = {name: folder for name in _STAGED if (folder := _staged(name))}
+        return {"digits": "embedded: handwritten digits of scikit-learn, 16x16"} | {
+            name: str(folder) for name, folder in staged.items()
+        }
+
+    @staticmethod
     def victim(classes: int, channels: int = 1) -> nn.Module:
         """Return a net with random weights that learns the embedded data in seconds."""
         return SmallResNet(classes, channels)

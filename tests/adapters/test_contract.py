@@ -187,6 +187,49 @@ def test_calls_leave_the_model_as_it_was(adapter, batch):
         assert_same(before, condition(adapter.model))
 
 
+def test_a_model_in_train_mode_keeps_its_statistics(batch):
+    adapter = adapt(build("small-resnet").train())
+    before = condition(adapter.model)
+    adapter.samples((batch.inputs, batch.labels))
+    adapter.unit_groups()
+    assert_same(before, condition(adapter.model))
+
+
+def test_features_are_what_the_next_layer_reads_averaged_over_positions(batch):
+    model = build("small-resnet")
+    with torch.no_grad():
+        model.bn.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        expected = model.bn(model.conv(batch.inputs)).relu().mean((2, 3))
+    adapter = adapt(model, example=batch.inputs[:1])
+    torch.testing.assert_close(adapter.features(batch, ["conv"])["conv"], expected)
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "hf-swin", "timm-vit", "torchvision-vit"])
+def test_a_heads_feature_is_the_size_of_what_it_adds(batch, name):
+    """Against the change of the block's output, head by head, when the head alone is removed."""
+    adapter = adapt(build(name), example=batch.inputs[:1])
+    group = next(group for group in adapter.unit_groups() if group.kind == "head")
+    block = adapter.model.get_submodule(group.layer.rpartition(".")[0])
+    outputs = []
+
+    def keep(_, __, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    whole = adapter.features(batch, [group.layer])[group.layer]
+    handle = block.register_forward_hook(keep)
+    for head in range(group.size):
+        weight = adapter.model.get_parameter(f"{group.layer}.weight").data
+        columns = slice(head * group.width, (head + 1) * group.width)
+        kept = weight[:, columns].clone()
+        adapter.score(batch)
+        weight[:, columns] = 0
+        adapter.score(batch)
+        weight[:, columns] = kept
+        change = (outputs[-2] - outputs[-1]).square().mean(-1).sqrt()
+        torch.testing.assert_close(whole[:, head], change.reshape(N, -1).mean(1))
+    handle.remove()
+
+
 def test_an_exception_leaves_the_model_as_it_was(adapter, batch, monkeypatch):
     adapter.unit_groups()
     head = adapter.model.get_submodule(adapter.head)

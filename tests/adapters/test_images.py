@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from models import CLASSES, SIDE, build, hf_convnext
+from models import CLASSES, SIDE, build
 from torch import nn
 
 from mmdefense.batches import LabelledSamples
@@ -51,40 +51,28 @@ def test_mean_and_std_are_applied_inside(images):
     torch.testing.assert_close(answer, model(given))
 
 
-@pytest.mark.parametrize("side", [SIDE, 11])
-def test_a_processor_gives_the_librarys_own_inputs(images, side):
-    from transformers import ConvNextImageProcessor
+@pytest.mark.parametrize("side", [SIDE, 11, 40])
+def test_a_processor_is_followed(side):
+    """Against the library's own processor, at, below and above the model's size."""
+    from transformers import ViTImageProcessor
 
-    processor = ConvNextImageProcessor(
-        do_resize=True,
+    processor = ViTImageProcessor(
         size={"height": SIDE, "width": SIDE},
-        crop_pct=1.0,
         image_mean=[0.4, 0.5, 0.6],
         image_std=[0.2, 0.25, 0.3],
         resample=2,
     )
-    pixels = (images[:, :, :side, :side] * 255).byte()
-    model = hf_convnext().eval()
-    settings = {**processor.to_dict(), "size": {"height": SIDE, "width": SIDE}}
-    adapter = adapt(model, processor=settings)
-    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    resized = nn.functional.interpolate(
-        pixels.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True
-    )
-    expected = model((resized - mean.view(3, 1, 1)) / std.view(3, 1, 1)).logits
-    torch.testing.assert_close(adapter.logits(pixels.float() / 255), expected)
-
-
-def test_a_vit_processor_object_and_its_pixels_agree(images):
-    from transformers import ViTImageProcessor
-
-    processor = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
-    pixels = (images * 255).byte()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
     expected = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    seen = []
     model = build("hf-vit")
-    adapter = adapt(model, processor=processor)
-    answer = adapter.logits(pixels.float() / 255)
-    torch.testing.assert_close(answer, model(expected).logits, rtol=1e-4, atol=1e-5)
+    model.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["pixel_values"]), with_kwargs=True
+    )
+    adapt(model, processor=processor).logits(pixels.float() / 255)
+    error = (seen[0] - expected).abs().max()
+    assert error < 1.1 / 255 / 0.2  # it rounds to 8 bits in both passes of resizing, we do not
 
 
 def test_a_processor_that_rescales_to_minus_one_is_followed(images):

@@ -40,5 +40,5 @@ def images() -> LabelledSamples:
     """Forty colour images of ten classes, four of each."""
     generator = torch.Generator().manual_seed(0)
     return LabelledSamples(
-        torch.rand(40, 3, 16, 12, generator=generator), torch.arange(40) % CLASSES
+        torch.rand(40, 3, 16, 14, generator=generator), torch.arange(40) % CLASSES
     )

@@ -119,10 +119,19 @@ def test_input_aware_takes_the_extreme_ratios(ratio, size, victim, digits):
     assert torch.isfinite(compute(digits[0].take(torch.arange(size)), 0))
 
 
-def test_input_aware_triggers_differ_between_images(brief_input_aware, victim, digits):
-    planted = brief_input_aware.plant(victim, digits[0], replace(BRIEF, steps=0), Run())
+def test_input_aware_stamps_with_what_it_has_learnt_and_no_two_images_alike(
+    brief_input_aware, victim, digits
+):
+    planted = brief_input_aware.plant(victim, digits[0], replace(BRIEF, steps=3), Run())
     images = digits[1].inputs[:8]
     change = planted.stamp(images) - images
+    nets = planted._nets(1)
+    assert not torch.equal(
+        planted.stamp(images), replace(planted, fitted=copy_state(nets)).stamp(images)
+    )
+    nets.load_state_dict(planted.fitted)
+    expected = _mix(images, nets.pattern(images), nets.strength(images))
+    torch.testing.assert_close(planted.stamp(images), expected.detach())
     assert (change - change.roll(1, 0)).flatten(1).norm(dim=1).min() > 1e-3
 
 

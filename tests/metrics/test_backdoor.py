@@ -71,5 +71,6 @@ def test_measure_scores_each_of_the_three_sets():
     samples = LabelledSamples(pixels[answers], torch.tensor([1, 1, 1, 1]))
     attacked = LabelledSamples(pixels[answers], torch.tensor([0, 0, 0, 0]))
     truth = LabelledSamples(pixels[answers], torch.tensor([1, 1, 2, 2]))
-    metrics = measure(adapter, samples, TriggeredSamples(attacked, truth, samples), batch_size=3)
+    twins = LabelledSamples(pixels[answers], answers)
+    metrics = measure(adapter, samples, TriggeredSamples(attacked, truth, twins), batch_size=3)
     assert metrics == BackdoorMetrics(acc=0.25, asr=0.5, ra=0.5)

@@ -1,0 +1,57 @@
+# Each target sets up what it needs in .venv, and again only when the dependencies change.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := mmdefense tasks/mmdefense_tasks adapters/mmdefense_adapters $(wildcard recipes/*.py)
+# The first of these that pyproject.toml admits makes the environment.
+PYTHONS ?= python3 python3.13 python3.12 python3.11
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+# One thread per process: two test processes on two cores would otherwise fight for them.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PROCESSES ?= 2
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## install mmdefense and its tools into .venv
+
+$(READY): pyproject.toml constraints.txt
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c '$(FITS)' 2>/dev/null; then fit=$$python; break; fi; \
+	done; \
+	if [ -z "$$fit" ]; then \
+	  echo "mmdefense needs Python 3.11, 3.12 or 3.13, and none of these is one: $(PYTHONS); install one, or name it: make PYTHONS=/path/to/python3.12" >&2; \
+	  exit 3; \
+	fi; \
+	echo "setup: installing into $(VENV) with $$("$$fit" --version); minutes on a first run, torch is large"; \
+	"$$fit" -m venv $(VENV)
+	@# uv installs in seconds what takes pip minutes; where it is not to be had, pip does it.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv \
+	  && UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-180} VIRTUAL_ENV=$(VENV) \
+	     $(BIN)/uv pip install --quiet -c constraints.txt -e ".[dev]" \
+	  || { echo "uv could not install mmdefense; pip tries it now" >&2; \
+	       $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"; }
+	@touch $@
+
+demo: $(READY)  ## plant a backdoor, remove it by each defense, write out/demo/report.html
+	@$(BIN)/mmdefense demo -o out/demo --force $(ARGS)
+	@echo "demo: open out/demo/report.html in a browser"
+
+test: $(READY)  ## run the tests
+	@$(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) $(ARGS)
+
+check: $(READY)  ## lint, types, and the arrows between the packages
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict $(PACKAGES)
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(READY)  ## measure the kernels against plain versions, write out/bench
+	@$(BIN)/python recipes/bench.py -o out/bench $(ARGS)
+
+clean:  ## remove .venv and the tools' caches; out/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,5 @@
+"""``python -m mmdefense`` is ``mmdefense``."""
+
+from mmdefense.cli import main
+
+main()

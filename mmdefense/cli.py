@@ -1,0 +1,324 @@
+"""The command line: arguments in, calls of the library, exit codes out.
+
+Exit codes: 0 ok; 1 the utility guard was violated, or an evaluation found a working trigger; 2 bad
+input; 3 not supported; 70 a fault of mmdefense itself; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
+
+if TYPE_CHECKING:
+    from mmdefense.attacks.base import Attack
+    from mmdefense.jobs import Source
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Find and remove backdoors in models that you did not train.",
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a state-dict file.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help="Labelled samples: one folder per class, an npz archive, or a name of `list data`.",
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:CALLABLE",
+        help="Builds the model of a state dict, for example 'my_net:Net' or 'my_net:Net(width=8)'.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be given more than once."),
+]
+Numbers = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="What inputs are normalised by, per channel.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, metavar="PIXELS", help="Side that images are resized to.")
+]
+Channels = Annotated[
+    int | None, typer.Option(min=1, max=3, help="1 or 3; by default the first image's.")
+]
+Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
+Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
+
+
+def main() -> None:
+    """Run the command line, with one clear line in place of a traceback."""
+    try:
+        app()
+    except UnsupportedError as error:
+        _fail(error, 3)
+    except (MMDefenseError, OSError) as error:
+        _fail(error, 2)
+    except Exception as error:  # a fault of ours: still one line, and the way to the rest
+        kind = type(error).__name__
+        _fail(f"internal error: {kind}: {one_line(error)}; mmdefense --debug shows where", 70)
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    if os.environ.get("MMDEFENSE_DEBUG"):
+        raise  # called from the handlers of main alone
+    typer.echo(f"mmdefense: {message}", err=True)
+    sys.exit(code)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        os.environ["MMDEFENSE_DEBUG"] = "1"
+
+
+@app.command()
+def purify(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    defense: Annotated[str, typer.Option(help="A name of `list defenses`.")] = "fip",
+    arch: Arch = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    max_utility_drop: Annotated[
+        float, typer.Option(help="Largest drop of the task metric on held-out data.")
+    ] = 0.02,
+    mean: Numbers = None,
+    std: Numbers = None,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+) -> None:
+    """Purify a model with a little clean data; write it with its evidence to a new folder."""
+    from mmdefense.jobs import partial_folder, purify_files
+    from mmdefense.purification import configured
+    from mmdefense.report.terminal import ProgressDisplay
+
+    given = {"seed": seed, "max_utility_drop": max_utility_drop, **_parsed(settings)}
+    chosen = configured(defense, given)
+    source = _source(model, data, arch, mean, std, image_size, channels, device)
+    command = shlex.join(["mmdefense", *sys.argv[1:]])
+    try:
+        with ProgressDisplay() as progress:
+            purified = purify_files(
+                source,
+                chosen,
+                out,
+                resume=resume,
+                force=force,
+                progress=progress,
+                command=command,
+            )
+    except KeyboardInterrupt:
+        kept = partial_folder(out)
+        typer.echo(
+            f"mmdefense: interrupted; what was done is kept in {kept}: go on with the same command "
+            "and --resume",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
+    raise typer.Exit(int(purified.guard.violated))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    arch: Arch = None,
+    split: Annotated[str, typer.Option(help="train or test, where the data is split.")] = "test",
+    attack: Annotated[str | None, typer.Option(help="A name of `list attacks`.")] = None,
+    trigger: Annotated[
+        Path | None,
+        typer.Option(help="A picture whose alpha says where, or an npz with pattern and mask."),
+    ] = None,
+    target: Annotated[int, typer.Option(min=0, help="The class that the attacker wants.")] = 0,
+    settings: Settings = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure a model on clean data and, where a trigger or an attack is given, under it."""
+    from mmdefense.jobs import evaluate_files
+
+    source = _source(model, data, arch, mean, std, image_size, channels, device, split)
+    found = evaluate_files(source, _attack(attack, trigger, target, settings))
+    for name, share in (("ACC", found.acc), ("ASR", found.asr), ("RA", found.ra)):
+        if share is not None:
+            typer.echo(f"{name} {share}")
+    raise typer.Exit(int(found.finding))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KIND]", help="defenses, attacks, adapters, tasks or data; by default all."
+        ),
+    ] = None,
+) -> None:
+    """List what is known by name, plug-ins included."""
+    from mmdefense.doctor import KINDS, known
+
+    if kind not in {None, *KINDS}:
+        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, got {kind!r}")
+    for one in [kind] if kind else KINDS:
+        if kind is None:
+            typer.echo(f"{one}:")
+        for name, about in known(one):
+            typer.echo(f"{'' if kind else '  '}{name:<20} {about}".rstrip())
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this installation has and what it lacks."""
+    from mmdefense.doctor import examine
+
+    for finding in examine():
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"{finding.subject:<18} {finding.state}{remedy}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+) -> None:
+    """Plant a real backdoor in a small classifier, remove it in several ways, and compare."""
+    from rich.console import Console
+
+    from mmdefense.evaluation.demo import run_demo
+    from mmdefense.report.tables import results_table
+    from mmdefense.report.terminal import ProgressDisplay
+
+    with ProgressDisplay() as progress:
+        record = run_demo(out, seed=seed, force=force, progress=progress)
+    console = Console()
+    if not console.is_terminal:  # a log has no edge to wrap at
+        console = Console(width=110)
+    console.print(results_table(record.rows, record.title))
+    typer.echo(f"wrote {out}/report.html")
+
+
+@app.command()
+def grid(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where cells are kept; resumable.")],
+    cases: Annotated[
+        list[str] | None, typer.Option("--case", help="A victim; by default all of them.")
+    ] = None,
+    defenses: Annotated[
+        list[str] | None, typer.Option("--defense", help="By default the five.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+) -> None:
+    """Measure victims x defenses x seeds beside plain fine-tuning; print a Markdown table."""
+    from mmdefense.evaluation.demo import DEFENSES
+    from mmdefense.evaluation.grid import Grid, markdown
+    from mmdefense.evaluation.victims import named_cases
+    from mmdefense.report.terminal import ProgressDisplay
+
+    chosen = Grid(cases=named_cases(cases), defenses=defenses or list(DEFENSES), seeds=range(seeds))
+    with ProgressDisplay() as progress:
+        measured = chosen.run(out, progress)
+    typer.echo(markdown(measured))
+
+
+def _source(
+    model: str,
+    data: str,
+    arch: str | None,
+    mean: str | None,
+    std: str | None,
+    image_size: int | None,
+    channels: int | None,
+    device: str,
+    split: str = "train",
+) -> Source:
+    from mmdefense.jobs import Source
+
+    return Source(
+        model=model,
+        data=data,
+        arch=arch,
+        split=split,
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+        image_size=image_size,
+        channels=channels,
+        device=device,
+    )
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
+        ) from None
+
+
+def _parsed(settings: list[str] | None) -> dict[str, Any]:
+    """Return ``key=value`` settings; values are Python literals, and what is none is text."""
+    parsed = {}
+    for setting in settings or []:
+        name, sign, value = setting.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--set must be KEY=VALUE, got {setting!r}")
+        try:
+            parsed[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[name] = value
+    return parsed
+
+
+def _attack(
+    name: str | None, trigger: Path | None, target: int, settings: list[str] | None
+) -> Attack | None:
+    from mmdefense import registry
+    from mmdefense.evaluation.measurement import read_trigger
+    from mmdefense.purification import check_settings
+
+    if name is not None and trigger is not None:
+        raise typer.BadParameter("give --attack or --trigger, not both")
+    if trigger is not None:
+        return read_trigger(trigger, target)
+    if name is None:
+        return None
+    kind = registry.load("attacks", name)
+    given = {"target": target, **_parsed(settings)}
+    check_settings(kind, given)
+    attack: Attack = kind(**given)
+    return attack
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""BAERASER: recover the triggers, then unlearn them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.fisher import fisher_diagonal
+from mmdefense.kernels.inversion import Recovered, Search, recover, success_of
+from mmdefense.kernels.loop import Gradients, Training, train
+from mmdefense.protocol import TriggerAdapter, TriggerFamily
+
+__all__ = ["BaEraser"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaEraser(Defense):
+    """Search for trigger distributions towards every class, and push the model off them.
+
+    Step A, the max-entropy staircase approximator: a generator for every class and level, side by
+    side, of which those are kept whose triggers succeed on at least ``tau`` of clean samples and
+    stay within their family's budget. Step B minimises, on clean samples x and recovered triggers
+    t towards y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) + drift_weight sum_i w_i
+    |theta_i - theta_0i|``: ascent on the triggers, held by the clean loss and by a weighted
+    penalty on drift, whose weights w follow the Fisher information of the moving model (the
+    dynamic part). The ascent on a sample ends where the target is no likelier than chance. The
+    stop is the success of the recovered triggers; then the search starts again, up to ``rounds``
+    times, until nothing is found.
+
+    The released code knows the target, trains one generator of one level, has constant weights
+    and stops by the true trigger; none of that is done here. A family of additive triggers stands
+    beside the patch, whose place and size are searched for.
+
+    Attributes:
+        tau: Success, in ``[0, 1]``, from which a generator is kept.
+        levels: Staircase levels; MESA's.
+        search_steps: Updates of the generators.
+        entropy: Weight of the mutual information; the code's alpha.
+        rounds: Largest number of searches.
+        ascent_weight: Weight of the ascent against the clean loss (ours; the code's is 1/100).
+        drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
+        stop: Success of the recovered triggers below which unlearning ends; chance at least.
+        lr: Peak learning rate, falling to zero on a cosine.
+        momentum: Of SGD.
+        steps: Updates of unlearning in a round, at most.
+        batch_size: Clean samples per update; as many more carry triggers.
+        max_norm: Largest gradient norm.
+
+    References:
+        Liu, Fan, Chen, Li, Ma, Wang, Yang. *Backdoor Defense with Machine Unlearning*. INFOCOM
+        2022. arXiv:2201.09538
+        Qiao, Yang, Li. *Defending Neural Backdoors via Generative Distribution Modeling*.
+        NeurIPS 2019. arXiv:1910.04749
+    """
+
+    requires: ClassVar[type] = TriggerAdapter
+
+    tau: float = 0.9
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9)
+    search_steps: int = 80
+    entropy: float = 0.1
+    rounds: int = 2
+    ascent_weight: float = 0.1
+    drift_weight: float = 1e-3
+    stop: float = 0.02
+    lr: float = 0.02
+    momentum: float = 0.9
+    steps: int = 100
+    batch_size: int = 64
+    max_norm: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tau <= 1:
+            raise BadInputError(f"tau must lie in (0, 1], got {self.tau}")
+        if not self.levels or not all(0 < level < 1 for level in self.levels):
+            raise BadInputError(f"levels must lie in (0, 1), got {self.levels}")
+
+    @property
+    def training(self) -> Training:
+        """The updates of one round, as the loop takes them."""
+        return Training(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            max_norm=self.max_norm,
+        )
+
+    def _run(self, work: Purifying[Any]) -> None:
+        search = Search(
+            levels=self.levels,
+            steps=self.search_steps,
+            entropy=self.entropy,
+            threshold=self.tau,
+        )
+        for turn in range(self.rounds):
+            found = self._recover(work, search, turn)
+            pools = [
+                (record.family, target, record.pool[index])
+                for record in found
+                for index, target in enumerate(record.targets.tolist())
+                if bool(record.accepted[index])
+            ]
+            work.run.report(f"recover {turn}", 1, 1, accepted=float(len(pools)))
+            if turn == 0:
+                work.figures["triggers"] = _pictures(work.adapter, found)
+            if not pools:
+                return
+            work.run.snapshot(f"before round {turn}", work.adapter.model) if turn else None
+            self._unlearn(work, pools, turn)
+
+    def _recover(self, work: Purifying[Any], search: Search, turn: int) -> list[Recovered]:
+        stage = f"recover {turn}"
+        kept = work.run.once(
+            stage,
+            lambda: {
+                "found": [
+                    dataclasses.asdict(record)
+                    for record in recover(work.adapter, work.fit, search, work.run, stage=stage)
+                ]
+            },
+        )
+        return [
+            Recovered(**{**record, "family": TriggerFamily(**record["family"])})
+            for record in kept["found"]
+        ]
+
+    def _unlearn(self, work: Purifying[Any], pools: Sequence[_Pool], turn: int) -> None:
+        """Push the model off the recovered triggers until they no longer succeed."""
+        adapter = work.adapter
+        parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in parameters]
+        weights = self._importance(work, parameters, turn, 0)
+        bound = max(self.stop, 0.0)
+
+        def is_done(step: int) -> bool:
+            if step % _PERIOD:
+                return False
+            weights[:] = self._importance(work, parameters, turn, step)
+            success = max(success_of(adapter, work.fit, *pool) for pool in pools)
+            work.run.report(f"unlearn {turn}", step, self.steps, recovered_success=success)
+            return success <= bound and step >= self.steps // 2
+
+        train(
+            adapter,
+            work.fit,
+            self.training,
+            work.run,
+            stage=f"unlearn {turn}",
+            gradients=self._gradients(work, pools, parameters, start, weights),
+            after_step=is_done,
+        )
+
+    def _importance(
+        self, work: Purifying[Any], parameters: Sequence[Tensor], turn: int, step: int
+    ) -> list[Tensor]:
+        """Return how much each weight matters to clean data now, scaled to mean one."""
+        some = work.fit.subset(torch.arange(min(512, len(work.fit))))
+        generator = work.run.generator(f"importance {turn}/{step}", parameters[0].device)
+        diagonal = fisher_diagonal(work.adapter, some, parameters, generator)
+        count = sum(value.numel() for value in diagonal)
+        mean = torch.stack([value.sum() for value in diagonal]).sum() / count
+        return list(torch._foreach_div(diagonal, mean.clamp(min=1e-30)))
+
+    def _gradients(
+        self,
+        work: Purifying[Any],
+        pools: Sequence[_Pool],
+        parameters: Sequence[Tensor],
+        start: Sequence[Tensor],
+        weights: list[Tensor],
+    ) -> Gradients:
+        adapter = work.adapter
+        floor = math.log(1 / adapter.trigger_targets())
+
+        def compute(batch: Any, step: int) -> Tensor:
+            family, target, triggers = pools[step % len(pools)]
+            chosen = triggers[torch.arange(len(batch)) % len(triggers)]
+            stamped = adapter.stamp(batch, family, chosen[None].to(parameters[0].device))
+            targets = torch.full((len(batch),), target, device=parameters[0].device)
+            log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
+            ascent = (log_p * adapter.not_target(batch, targets)).mean()
+            loss = adapter.per_sample_loss(batch).mean()
+            total = loss + self.ascent_weight * ascent
+            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+            with torch.no_grad():
+                drift = torch._foreach_sign(torch._foreach_sub(list(parameters), list(start)))
+                torch._foreach_mul_(drift, weights)
+                torch._foreach_mul_(drift, self.drift_weight)
+                torch._foreach_add_(drift, gradients)
+            for parameter, gradient in zip(parameters, drift, strict=True):
+                parameter.grad = gradient
+            return loss
+
+        return compute
+
+
+_PERIOD = 20
+"""Steps between two looks at the recovered triggers and the weights of the drift penalty."""
+
+_Pool = tuple[TriggerFamily, int, Tensor]
+"""A family, a target and triggers ``(M, *P)`` towards it."""
+
+
+def _pictures(adapter: Any, found: Sequence[Recovered]) -> dict[str, Any]:
+    """Return the best trigger of each target and family, for the report."""
+    images, names, success, accepted = [], [], [], []
+    for record in found:
+        for target in record.targets.unique().tolist():
+            mine = (record.targets == target).nonzero().flatten()
+            best = mine[record.success[mine].argmax()]
+            images.append(adapter.trigger_picture(record.family, record.pool[best, 0]))
+            names.append(f"{record.family.name} to {target}")
+            success.append(float(record.success[best]))
+            accepted.append(bool(record.accepted[mine].any()))
+    return {"images": images, "names": names, "success": success, "accepted": accepted}

@@ -1,0 +1,187 @@
+"""Pruning and fine-pruning: silence what clean data leaves dormant, then fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.tsbd import unlearning_change
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.loop import Training, mean_score, train
+from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
+from mmdefense.kernels.units import (
+    Unit,
+    mean_activations,
+    parameters_by_name,
+    rank,
+    restore,
+    silence,
+    silence_mask,
+    weight_change,
+)
+from mmdefense.protocol import HeadAdapter, UnitGroup
+
+__all__ = ["FinePruning", "Pruning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Defense):
+    """Silence dormant units, most dormant first, while held-out accuracy lasts.
+
+    ``layers="last"`` prunes the features that the output layer reads, which every classifier has,
+    by the mean magnitude of their clean activation; the whole curve of accuracy against pruned
+    units comes from one pass. (The paper prunes the filters of the last convolution; the feature
+    behind it is the same unit where no shortcut joins in between. BackdoorBench ranks the same
+    features by signed mean.) ``layers="all"`` prunes every unit group together.
+
+    Attributes:
+        layers: ``"last"`` or ``"all"``.
+        order: ``"activation"``, ascending; or ``"weight-change"``, TSBD's neuron weight change,
+            descending (with ``layers="all"`` only).
+        max_pruning_drop: Largest drop of held-out accuracy that pruning may cost, in ``[0, 1]``;
+            BackdoorBench's 0.1, there on test data. The last count within it is kept.
+        points: Number of points of the curve.
+        max_share: Largest share of units that is pruned.
+
+    References:
+        Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
+        Networks*. RAID 2018. arXiv:1805.12185
+    """
+
+    layers: Literal["last", "all"] = "last"
+    order: Literal["activation", "weight-change"] = "activation"
+    max_pruning_drop: float = 0.1
+    points: int = 100
+    max_share: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.max_pruning_drop <= 1:
+            raise BadInputError(f"max_pruning_drop must lie in [0, 1], got {self.max_pruning_drop}")
+        if self.points < 1:
+            raise BadInputError(f"points must be at least 1, got {self.points}")
+        if self.order == "weight-change" and self.layers == "last":
+            raise BadInputError("order 'weight-change' must go with layers 'all', got 'last'")
+
+    def _run(self, work: Purifying[Any]) -> None:
+        self._prune(work)
+
+    def _prune(self, work: Purifying[Any]) -> dict[str, Tensor]:
+        """Silence units in place, and return the mask that keeps them silent, by parameter."""
+        groups, order = self._last(work) if self.layers == "last" else self._all(work)
+        counts = self._counts(len(order))
+        if self.layers == "last":
+            ranks = [unit for _, unit in order]
+            curve = pruning_curve(work.adapter, work.holdout, ranks, counts).tolist()
+        else:
+            curve = self._curve_by_evaluation(work, groups, order, counts)
+        before = curve[0]
+        kept = 0
+        for count, score in zip(counts, curve, strict=False):
+            if before - score > self.max_pruning_drop:
+                break
+            kept = count
+        model = work.adapter.model
+        silence(model, groups, order[:kept])
+        share = kept / len(order)
+        work.run.report("prune", kept, len(order), pruned=share)
+        fractions = [count / len(order) for count in counts[: len(curve)]]
+        work.figures["pruning_curve"] = (fractions, curve, share)
+        return silence_mask(model, groups, order[:kept])
+
+    def _counts(self, total: int) -> list[int]:
+        """Return numbers of units from 0 to ``max_share`` of ``total``, ascending, each once."""
+        most = int(self.max_share * total)
+        return sorted({round(most * point / self.points) for point in range(self.points + 1)})
+
+    def _last(self, work: Purifying[Any]) -> tuple[list[UnitGroup], list[Unit]]:
+        adapter = work.adapter
+        if not isinstance(adapter, HeadAdapter):
+            raise UnsupportedError(
+                f"pruning the last layer needs a HeadAdapter; {type(adapter).__name__} is not one; "
+                "use layers='all'"
+            )
+        return [adapter.head_group()], rank([head_activations(adapter, work.fit)], descending=False)
+
+    def _all(self, work: Purifying[Any]) -> tuple[list[UnitGroup], list[Unit]]:
+        groups = list(work.adapter.unit_groups())
+        if self.order == "weight-change":
+            change = unlearning_change(work.adapter, work.fit, work.run)
+            return groups, rank(weight_change(change, groups), descending=True)
+        # Layers differ in scale: a unit is as dormant as it is beside the others of its layer.
+        scores = [s.abs() for s in mean_activations(work.adapter, work.fit, groups)]
+        relative = [s / s.mean().clamp(min=1e-30) for s in scores]
+        return groups, rank(relative, descending=False)
+
+    def _curve_by_evaluation(
+        self,
+        work: Purifying[Any],
+        groups: Sequence[UnitGroup],
+        order: Sequence[Unit],
+        counts: Sequence[int],
+    ) -> list[float]:
+        """Evaluate after each count, up to the first that costs too much; roll back."""
+        adapter = work.adapter
+        given = parameters_by_name(adapter.model)
+        curve: list[float] = []
+        for start, stop in zip([0, *counts], counts, strict=False):
+            silence(adapter.model, groups, order[start:stop])
+            curve.append(mean_score(adapter, work.holdout))
+            work.run.report("curve", stop, counts[-1])
+            if curve[0] - curve[-1] > self.max_pruning_drop:
+                break
+        restore(adapter.model, given)
+        return curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinePruning(Pruning):
+    """Prune, then fine-tune all weights with the pruned units held at zero.
+
+    See :class:`Pruning` for the first part and its reference.
+
+    Attributes:
+        lr: Peak learning rate of SGD, falling to zero on a cosine.
+        momentum: Of SGD.
+        steps: Number of updates.
+        batch_size: Samples per update.
+        max_norm: Largest gradient norm.
+    """
+
+    lr: float = 0.02
+    momentum: float = 0.9
+    steps: int = 100
+    batch_size: int = 64
+    max_norm: float | None = 5.0
+
+    @property
+    def training(self) -> Training:
+        """The updates of the fine-tuning, as the loop takes them."""
+        return Training(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            max_norm=self.max_norm,
+        )
+
+    def _run(self, work: Purifying[Any]) -> None:
+        masks = work.run.once("masks", lambda: dict(self._prune(work)))
+        parameters = dict(work.adapter.model.named_parameters())
+        held = [parameters[name] for name in masks]
+        keep = [mask.to(parameter.device) for mask, parameter in zip(masks.values(), held, strict=True)]
+
+        def hold(_: int) -> None:
+            with torch.no_grad():
+                torch._foreach_mul_(held, keep)
+
+        hold(0)
+        work.run.snapshot("pruned, not fine-tuned", work.adapter.model)
+        train(
+            work.adapter, work.fit, self.training, work.run, stage="fine-tune", after_step=hold
+        )

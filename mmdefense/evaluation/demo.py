@@ -1,0 +1,202 @@
+"""A real backdoor, planted in a small classifier and removed in several ways: ``make demo``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from mmdefense import registry
+from mmdefense.attacks.base import Attack
+from mmdefense.batches import LabelledSamples
+from mmdefense.checkpoints.folders import new_folder
+from mmdefense.checkpoints.models import write_model
+from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.defenses.base import Result
+from mmdefense.evaluation.victims import CASES, Case, Victim, train_victim
+from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.report import figures
+from mmdefense.report.evidence import defense_figures, embeddings, few, sharpness
+from mmdefense.report.figures import Figure
+from mmdefense.report.page import render_page
+from mmdefense.report.plots import Bars
+from mmdefense.report.record import (
+    ComparisonRecord,
+    DataInfo,
+    ModelInfo,
+    Provenance,
+    Row,
+    write_record,
+)
+
+__all__ = ["DEFENSES", "run_demo"]
+
+DEFENSES = ("fip", "fast-fip", "tsbd", "fine-pruning", "baeraser")
+_BASELINE = "fine-tuning"
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+    case: Case = CASES[0],
+    defenses: Sequence[str] = DEFENSES,
+) -> ComparisonRecord:
+    """Train a victim, purify it with each defense at its defaults, and write the comparison.
+
+    ``out`` gets the victim's weights (``model.safetensors``), ``comparison.json`` and the
+    page ``report.html``.
+
+    Args:
+        out: The folder to make.
+        seed: Of the victim and of the defenses.
+        force: Whether an earlier output at ``out`` is replaced.
+        progress: Called with each sign of progress; stages are named after the defense.
+        case: The victim.
+        defenses: Names of defenses; plain fine-tuning with the budget of the first is added.
+
+    Raises:
+        BadInputError: If the folder exists or cannot be written.
+    """
+    with new_folder(out, force=force) as folder:
+        victim = train_victim(case, _run(seed, "victim", progress))
+        results = dict(_purified(victim, defenses, seed, progress))
+        record = _record(victim, results, seed)
+        write_model(victim.adapter.model, folder)
+        write_record(record, folder / "comparison.json")
+        render_page(record, list(_figures(victim, results)), folder / "report.html")
+    return record
+
+
+def _named(name: str, progress: Progress | None) -> Progress | None:
+    """Return a callback that puts ``name`` before each stage."""
+    if progress is None:
+        return None
+    shown: Callable[[Event], None] = progress
+    return lambda event: shown(
+        Event(f"{name}: {event.stage}", event.step, event.total, event.figures)
+    )
+
+
+def _run(seed: int, name: str, progress: Progress | None) -> Run:
+    callback = _named(name, progress)
+    return Run(seed) if callback is None else Run(seed, callback)
+
+
+def _purified(
+    victim: Victim, defenses: Sequence[str], seed: int, progress: Progress | None
+) -> Iterator[tuple[str, Result]]:
+    """Yield the result of each defense, and of plain fine-tuning with the budget of the first."""
+    chosen = {name: registry.load("defenses", name)(seed=seed) for name in defenses}
+    baseline = registry.load("defenses", _BASELINE).like(chosen[defenses[0]])
+    for name, defense in {**chosen, _BASELINE: baseline}.items():
+        yield name, defense.purify(victim.adapter, victim.clean, progress=_named(name, progress))
+
+
+def _record(victim: Victim, results: dict[str, Result], seed: int) -> ComparisonRecord:
+    model, clean = victim.adapter.model, victim.clean
+    rows = tuple(
+        Row(
+            defense=name,
+            before=victim.before,
+            after=victim.after(result.adapter),
+            seconds=result.seconds,
+            baseline="" if name == _BASELINE else _BASELINE,
+            violated=result.guard.violated,
+            settings=result.settings,
+        )
+        for name, result in results.items()
+    )
+    first = next(iter(results.values()))
+    return ComparisonRecord(
+        title=f"A backdoor in a classifier of {victim.case.data}, and its removal",
+        task=victim.case.task,
+        model=ModelInfo(
+            name=victim.case.name,
+            architecture=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            sha256_before=hash_weights(model),
+        ),
+        data=DataInfo(
+            name=f"{100 * victim.case.clean:g} % of the training set of {victim.case.data}",
+            samples=len(clean),
+            fingerprint=clean.fingerprint(),
+        ),
+        attack=_attack_in_words(victim.attack),
+        rows=rows,
+        provenance=Provenance(
+            seed=seed,
+            versions=first.versions,
+            device=str(next(model.parameters()).device),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+    )
+
+
+def _attack_in_words(attack: Attack | None) -> str:
+    if attack is None:
+        return "none"
+    aim = f"target {attack.target}" if attack.mapping == "all-to-one" else attack.mapping
+    return f"{type(attack).__name__}, {100 * attack.ratio:g} % of the training set, {aim}"
+
+
+def _figures(victim: Victim, results: dict[str, Result]) -> Iterator[Figure]:
+    """Yield the figures: the attack, what each defense found, and the model before and after."""
+    attack = victim.attack
+    assert attack is not None
+    yield _trigger_figure(attack, victim.test)
+    for name, result in results.items():
+        for figure in defense_figures(result):
+            yield _titled(figure, name)
+    yield _smoothness_figure(victim, results)
+    name, result = next(iter(results.items()))
+    yield _titled(_embedding_figure(victim, attack, result), name)
+
+
+def _titled(figure: Figure, name: str) -> Figure:
+    return Figure(f"{figure.title}: {name}", figure.caption, figure.plots, figure.wide)
+
+
+def _trigger_figure(attack: Attack, test: LabelledSamples) -> Figure:
+    """Show test samples that are not of the target, with and without the trigger."""
+    labels = test.labels
+    shown = test.subset((labels != attack.target).nonzero().squeeze(1)[:10])
+    clean = shown.everything().inputs
+    names = [test.classes[label] if test.classes else str(label) for label in shown.labels.tolist()]
+    return figures.triggered_samples(clean, attack.stamp(clean), names=names)
+
+
+def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
+    """Show the curvature of the victim and of what each defense made of it, side by side."""
+    adapters = {"before": victim.adapter, **{name: r.adapter for name, r in results.items()}}
+    measured = {name: sharpness(adapter, victim.clean) for name, adapter in adapters.items()}
+    found = {name: value for name, value in measured.items() if value is not None}
+    like = figures.smoothness((0, 0), (0, 0))
+    return Figure(
+        like.title,
+        like.caption,
+        [
+            Bars(list(found), [s.lambda_max for s in found.values()], "λmax of the Hessian"),
+            Bars(list(found), [s.trace for s in found.values()], "Tr(H): trace of the Hessian"),
+        ],
+        wide=True,
+    )
+
+
+def _embedding_figure(victim: Victim, attack: Attack, result: Result) -> Figure:
+    """Map clean and triggered test samples, before and after."""
+    part = few(victim.test, 200)
+    assert isinstance(part, LabelledSamples)
+    clean = part.everything()
+    attacked = (clean.labels != attack.target).nonzero().squeeze(1)[::2]
+    stamped = attack.stamp(clean.inputs[attacked])
+    labels = torch.cat([clean.labels, clean.labels[attacked]])
+    both = LabelledSamples(torch.cat([clean.inputs, stamped]), labels)
+    pair = embeddings(victim.adapter, result.adapter, both)
+    assert pair is not None  # the nets of the cases have such a layer
+    crossed = torch.arange(len(labels)) >= len(clean)
+    return figures.embedding(*pair, labels, triggered=crossed, names=victim.test.classes)

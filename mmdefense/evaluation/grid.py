@@ -1,0 +1,202 @@
+"""Victim x defense x seed, each measured once and kept; mean and spread over the seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from mmdefense import registry
+from mmdefense.checkpoints.runs import RunStore, write_atomically
+from mmdefense.defenses.base import Defense
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case, Victim, train_victim
+from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.report.encoding import build, plain
+from mmdefense.report.formats import number
+from mmdefense.report.record import Rates, Row
+
+__all__ = ["Cell", "Grid", "markdown"]
+
+_COLUMNS = (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("der", "DER"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One defense against one victim, with one seed.
+
+    Attributes:
+        seed: Of the victim, the clean samples and the defense.
+        row: What was measured; its ``victim`` is the name of the case.
+        case: The description of the victim, as plain values.
+        versions: Of what computed it.
+    """
+
+    seed: int
+    row: Row
+    case: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is measured. Cells that are already in the folder are not measured again.
+
+    Attributes:
+        cases: The victims.
+        defenses: Names of defenses, each at its defaults: no tuning per victim.
+        seeds: One victim and one purification each.
+        baselines: Whether each defense that trains gets plain fine-tuning with the same steps,
+            learning rate and augmentation beside it.
+    """
+
+    cases: Sequence[Case]
+    defenses: Sequence[str]
+    seeds: Sequence[int] = (0, 1, 2)
+    baselines: bool = True
+
+    def run(self, folder: str | Path, progress: Progress | None = None) -> list[Cell]:
+        """Measure every cell that ``folder`` lacks, and return all.
+
+        A cell is kept as ``folder/case/defense-seed.json`` as soon as it is measured, and a victim
+        as ``folder/case/victim-seed/``. A kept cell of other settings or another case of the same
+        name is measured anew.
+
+        Args:
+            folder: Made where it is missing.
+            progress: Called with each sign of progress.
+
+        Raises:
+            BadInputError: If a name is unknown or a kept file is damaged.
+        """
+        root = Path(folder)
+        cells: list[Cell] = []
+        for case in self.cases:
+            for seed in self.seeds:
+                cells += self._of_victim(case, seed, root / case.name, progress)
+        return cells
+
+    def _of_victim(
+        self, case: Case, seed: int, folder: Path, progress: Progress | None
+    ) -> Iterator[Cell]:
+        victim: Victim | None = None  # trained, or read from its store, only where it is needed
+        for name, defense, baseline in self._lineup(seed):
+            path = folder / f"{name.replace(' ', '-')}-{seed}.json"
+            cell = _kept(path, case, defense)
+            if cell is None:
+                show = _prefixed(f"{case.name}/{seed}: {name}", progress)
+                victim = victim or _victim(case, seed, folder / f"victim-{seed}", show)
+                cell = _measure(victim, name, defense, baseline, show)
+                write_atomically(path, _writer(cell))
+            yield cell
+
+    def _lineup(self, seed: int) -> Iterator[tuple[str, Defense, str]]:
+        """Yield each defense with its name and that of its baseline, baselines right after."""
+        plain_training = registry.load("defenses", "fine-tuning")
+        for name in self.defenses:
+            defense = registry.load("defenses", name)(seed=seed)
+            trains = hasattr(defense, "training") and type(defense) is not plain_training
+            baseline = f"fine-tuning like {name}" if self.baselines and trains else ""
+            yield name, defense, baseline
+            if baseline:
+                yield baseline, plain_training.like(defense), ""
+
+
+def _prefixed(name: str, progress: Progress | None) -> Progress:
+    if progress is None:
+        return lambda event: None
+    shown: Callable[[Event], None] = progress
+    return lambda event: shown(
+        Event(f"{name}, {event.stage}", event.step, event.total, event.figures)
+    )
+
+
+def _victim(case: Case, seed: int, folder: Path, progress: Progress) -> Victim:
+    return train_victim(case, Run(seed, progress, RunStore(folder)))
+
+
+def _measure(
+    victim: Victim, name: str, defense: Defense, baseline: str, progress: Progress
+) -> Cell:
+    result = defense.purify(victim.adapter, victim.clean, progress=progress)
+    row = Row(
+        defense=name,
+        victim=victim.case.name,
+        before=victim.before,
+        after=victim.after(result.adapter),
+        seconds=result.seconds,
+        baseline=baseline,
+        violated=result.guard.violated,
+        settings=result.settings,
+    )
+    case = plain(victim.case)
+    return Cell(seed=defense.seed, row=row, case=case, versions=result.versions)
+
+
+def _writer(cell: Cell) -> Callable[[Any], object]:
+    return lambda file: file.write((json.dumps(plain(cell), indent=2) + "\n").encode())
+
+
+def _kept(path: Path, case: Case, defense: Defense) -> Cell | None:
+    """Return the cell in a file, if there is one of this case with these settings."""
+    if not path.exists():
+        return None
+    try:
+        cell: Cell = build(Cell, json.loads(path.read_text(encoding="utf-8")), "cell")
+    except (ValueError, OSError) as error:
+        raise BadInputError(f"cell {path} cannot be read; remove it to measure anew") from error
+    same = cell.case == plain(case) and cell.row.settings == plain(defense)
+    return cell if same else None
+
+
+def markdown(cells: Iterable[Cell]) -> str:
+    """Return the table of a grid as Markdown: rates in percent, mean and standard deviation.
+
+    Args:
+        cells: In the order of the table; those of one case and defense are averaged.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for cell in cells:
+        groups.setdefault((cell.row.victim, cell.row.defense), []).append(cell.row)
+    head = ["victim", "defense", *(name for _, name in _COLUMNS), "seconds", "beats its baseline"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 5 + "---|"]
+    shown = ""
+    for (victim, defense), rows in groups.items():
+        if victim != shown:
+            shown = victim
+            lines.append(_line([victim, "*before*", *_rates([r.before for r in rows]), "", ""]))
+        beats = _beats(rows, groups.get((victim, rows[0].baseline)))
+        violated = sum(row.violated for row in rows)
+        note = f"; guard violated in {violated} of {len(rows)}" if violated else ""
+        seconds = f"{fmean(row.seconds for row in rows):.1f}"
+        rates = _rates([row.after for row in rows])
+        lines.append(_line([victim, defense, *rates, seconds, beats + note]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rates(rates: Sequence[Rates]) -> list[str]:
+    return [_mean([getattr(rate, field) for rate in rates]) for field, _ in _COLUMNS]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return number(None)
+    spread = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{number(fmean(known))}{spread}"
+
+
+def _beats(rows: Sequence[Row], baseline: Sequence[Row] | None) -> str:
+    """Say whether the mean DER is above that of plain fine-tuning with the same budget."""
+    own, other = ([r.after.der for r in part if r.after.der is not None]
+                  for part in (rows, baseline or ()))  # fmt: skip
+    if not own or not other:
+        return ""
+    return "yes" if fmean(own) > fmean(other) else "no"

@@ -1,0 +1,273 @@
+"""Search for the triggers that a model answers to: a generator for every target and level at once.
+
+The max-entropy staircase approximator learns a distribution of triggers, not one: a generator at
+level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further, and beyond that
+spreads them out, as measured by a neural estimate of the mutual information of noise and trigger.
+All generators are small networks of one shape, kept as stacked weights and run side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.batches import Samples, batches
+from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.kernels.run import Run
+from mmdefense.protocol import TriggerAdapter, TriggerFamily
+
+__all__ = ["Recovered", "Search", "recover", "success_of"]
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How to search.
+
+    Attributes:
+        levels: Staircase levels of target probability, ascending, in ``(0, 1)``.
+        steps: Updates of all generators of a family.
+        batch_size: Clean samples that each generator is tried on in a step.
+        noise: Entries of a generator's input, uniform in ``[0, 1]``.
+        hidden: Width of generators and estimators.
+        lr: Of Adam.
+        entropy: Weight of the mutual information.
+        size: Weight of the trigger's size.
+        threshold: Success, over the targets' own samples left out, above which a generator is
+            kept: the paper's tau.
+    """
+
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9)
+    steps: int = 80
+    batch_size: int = 8
+    noise: int = 16
+    hidden: int = 64
+    lr: float = 0.01
+    entropy: float = 0.1
+    size: float = 1.0
+    threshold: float = 0.9
+
+
+class _Stack(nn.Module):
+    """``count`` perceptrons with one hidden layer, evaluated side by side."""
+
+    def __init__(self, count: int, sizes: Sequence[int], generator: torch.Generator) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            start = torch.randn(count, before, after, generator=generator) / math.sqrt(before)
+            self.weights.append(nn.Parameter(start))
+            self.biases.append(nn.Parameter(torch.zeros(count, 1, after)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(count, N, before)`` to ``(count, N, after)``."""
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            inputs = torch.baddbmm(bias, inputs, weight)
+            if index + 1 < len(self.weights):
+                inputs = F.leaky_relu(inputs, 0.2)
+        return inputs
+
+
+class _Generators:
+    """A generator and an estimator for each of C targets at each of L levels of one family."""
+
+    def __init__(
+        self, family: TriggerFamily, targets: int, search: Search, seed: torch.Generator
+    ) -> None:
+        self.family, self.search = family, search
+        self.levels = torch.tensor(search.levels).repeat(targets)
+        self.targets = torch.arange(targets).repeat_interleave(len(search.levels))
+        size = math.prod(family.shape)
+        count = len(self.targets)
+        self.maker = _Stack(count, [search.noise, search.hidden, size], seed)
+        self.critic = _Stack(count, [search.noise + size, search.hidden, 1], seed)
+
+    def to(self, device: torch.device) -> _Generators:
+        self.levels, self.targets = self.levels.to(device), self.targets.to(device)
+        self.maker.to(device)
+        self.critic.to(device)
+        return self
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return noise ``(G, count, z)`` and the triggers made of it, ``(G, count, *P)``."""
+        device = self.targets.device
+        noise = torch.rand(
+            len(self.targets), count, self.search.noise, generator=generator, device=device
+        )
+        made = torch.sigmoid(self.maker(noise - 0.5))
+        return noise, made.unflatten(-1, self.family.shape)
+
+    def information(self, noise: Tensor, triggers: Tensor) -> Tensor:
+        """Return a lower bound of I(noise; trigger) for each generator, shape ``(G,)`` (MINE).
+
+        ``mean T(z, t) - log mean exp T(z', t)`` with z' the noise of other triggers.
+        """
+        flat = triggers.flatten(2)
+        joint = self.critic(torch.cat([noise - 0.5, flat], 2)).squeeze(-1)
+        apart = self.critic(torch.cat([noise.roll(1, dims=1) - 0.5, flat], 2)).squeeze(-1)
+        return joint.mean(1) - (apart.logsumexp(1) - math.log(apart.shape[1]))
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The triggers of one family that were found.
+
+    Attributes:
+        family: What kind they are.
+        targets: Target of each generator, shape ``(G,)``.
+        levels: Staircase level of each, shape ``(G,)``.
+        success: Share of clean samples that its triggers turn to the target, shape ``(G,)``.
+        size: Mean share of an input that they alter, shape ``(G,)``.
+        accepted: Whether success reaches the threshold within the family's budget, ``(G,)``.
+        pool: Triggers drawn from each generator, shape ``(G, M, *P)``.
+    """
+
+    family: TriggerFamily
+    targets: Tensor
+    levels: Tensor
+    success: Tensor
+    size: Tensor
+    accepted: Tensor
+    pool: Tensor
+
+
+def recover(
+    adapter: TriggerAdapter[B],
+    samples: Samples[B],
+    search: Search,
+    run: Run,
+    *,
+    stage: str = "recover",
+    pool: int = 16,
+) -> list[Recovered]:
+    """Search for triggers of every family, target and level, and keep a pool of each.
+
+    The model is in eval mode, so that samples do not meet; nothing of it changes.
+
+    Args:
+        adapter: The model.
+        samples: Clean samples.
+        search: How to search.
+        run: Seed and progress.
+        stage: Name of the stage.
+        pool: Triggers M to draw from each generator.
+
+    Returns:
+        One record a family.
+    """
+    device = next(adapter.model.parameters()).device
+    found = []
+    with mode(adapter.model, train=False), frozen(adapter.model):
+        for family in adapter.trigger_families():
+            name = f"{stage}/{family.name}"
+            generators = _Generators(
+                family, adapter.trigger_targets(), search, run.generator(f"{name}/start")
+            ).to(device)
+            _fit(adapter, samples, generators, run, name)
+            found.append(_judge(adapter, samples, generators, run, name, pool))
+    return found
+
+
+def _fit(
+    adapter: TriggerAdapter[B], samples: Samples[B], generators: _Generators, run: Run, name: str
+) -> None:
+    search = generators.search
+    device = generators.targets.device
+    parameters = [*generators.maker.parameters(), *generators.critic.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=search.lr, betas=(0.5, 0.999), foreach=True)
+    picks, noise = run.generator(f"{name}/order"), run.generator(f"{name}/noise", device)
+    for step in range(search.steps):
+        batch = samples.take(torch.randint(len(samples), (search.batch_size,), generator=picks))
+        source, triggers = generators.draw(search.batch_size, noise)
+        log_p = _log_probability(adapter, batch, generators, triggers)
+        # Nothing is gained above the level; the clamp is the staircase's max(0, level - p).
+        miss = (generators.levels[:, None] - log_p.exp()).clamp(min=0).mean(1)
+        size = adapter.trigger_size(generators.family, triggers).mean(1)
+        spread = generators.information(source, triggers)
+        # The critic climbs the same bound, so that one backward pass serves both.
+        loss = miss + search.size * size - search.entropy * spread
+        optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step + 1) % 20 == 0 or step + 1 == search.steps:
+            run.report(name, step + 1, search.steps, miss=float(miss.detach().min()))
+
+
+def _log_probability(
+    adapter: TriggerAdapter[B], batch: B, generators: _Generators, triggers: Tensor
+) -> Tensor:
+    """Return log-probabilities of each generator's target on each sample, ``(G, N)``."""
+    count = triggers.shape[1]
+    stamped = adapter.stamp(batch, generators.family, triggers)
+    targets = generators.targets.repeat_interleave(count)
+    return adapter.target_log_probability(stamped, targets).view(len(triggers), count)
+
+
+@torch.no_grad()
+def _judge(
+    adapter: TriggerAdapter[B],
+    samples: Samples[B],
+    generators: _Generators,
+    run: Run,
+    name: str,
+    pool: int,
+) -> Recovered:
+    """Measure each generator on clean samples that are not of its target."""
+    device = generators.targets.device
+    noise = run.generator(f"{name}/judge", device)
+    count = len(generators.targets)
+    hits, tried = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    limit = samples.subset(torch.arange(min(256, len(samples))))
+    for batch in batches(limit, 32):
+        _, triggers = generators.draw(len(batch), noise)  # type: ignore[arg-type]
+        p = _log_probability(adapter, batch, generators, triggers).exp()
+        targets = generators.targets.repeat_interleave(p.shape[1])
+        stamped = adapter.stamp(batch, generators.family, triggers)
+        counts = adapter.not_target(stamped, targets).view_as(p)
+        hits += ((p > 0.5) & counts).sum(1)
+        tried += counts.sum(1)
+    _, drawn = generators.draw(pool, noise)
+    size = adapter.trigger_size(generators.family, drawn).mean(1)
+    success = hits / tried.clamp(min=1)
+    accepted = (success >= generators.search.threshold) & (size <= generators.family.budget)
+    return Recovered(
+        family=generators.family,
+        targets=generators.targets.cpu(),
+        levels=generators.levels.cpu(),
+        success=success.cpu(),
+        size=size.cpu(),
+        accepted=accepted.cpu(),
+        pool=drawn.cpu(),
+    )
+
+
+@torch.no_grad()
+def success_of(
+    adapter: TriggerAdapter[B],
+    samples: Samples[B],
+    family: TriggerFamily,
+    target: int,
+    triggers: Tensor,
+) -> float:
+    """Return the share of samples, not of the target, that ``triggers`` ``(M, *P)`` turn to it.
+
+    Up to 128 samples, trigger after trigger in turn, in eval mode.
+    """
+    device = next(adapter.model.parameters()).device
+    batch = samples.take(torch.arange(min(128, len(samples))))
+    count = min(128, len(samples))
+    targets = torch.full((count,), target, device=device)
+    chosen = triggers[torch.arange(count) % len(triggers)].to(device)
+    with mode(adapter.model, train=False):
+        stamped = adapter.stamp(batch, family, chosen[None])
+        hit = adapter.target_log_probability(stamped, targets).exp() > 0.5
+    counts = adapter.not_target(batch, targets)
+    return float((hit & counts).sum() / counts.sum().clamp(min=1))

@@ -1,0 +1,71 @@
+"""The task metric after every prefix of a pruning order, from one pass over the data.
+
+Silencing an input of the output layer takes one term from a sum. So the features are computed once,
+and the outputs after each prefix are the first ones less a running sum of matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.batches import Samples, batches
+from mmdefense.kernels.hooks import mode
+from mmdefense.protocol import HeadAdapter
+
+__all__ = ["head_activations", "pruning_curve"]
+
+B = TypeVar("B")
+
+
+def head_activations(
+    adapter: HeadAdapter[B], samples: Samples[B], batch_size: int = 256
+) -> Tensor:
+    """Return the mean magnitude of each input of the output layer, shape ``(D,)``, in eval mode."""
+    total: Tensor | None = None
+    with mode(adapter.model, train=False):
+        for batch in batches(samples, batch_size):
+            part = adapter.embedding(batch).double().abs().sum(0)
+            total = part if total is None else total + part
+    assert total is not None
+    return total / len(samples)
+
+
+def pruning_curve(
+    adapter: HeadAdapter[B],
+    samples: Samples[B],
+    order: Sequence[int],
+    counts: Sequence[int],
+    batch_size: int = 256,
+) -> Tensor:
+    """Return the task metric after silencing the first ``counts[s]`` units of ``order``.
+
+    Equal to silencing them in the model and evaluating it again, at each point; sums are kept in
+    float64.
+
+    Args:
+        adapter: A model whose output layer is linear.
+        samples: N samples to evaluate on.
+        order: Inputs of the output layer, first to be silenced first.
+        counts: S ascending numbers of units.
+
+    Returns:
+        The metric in ``[0, 1]``, shape ``(S,)``, on the CPU.
+    """
+    weight, bias = adapter.head_weights()
+    weight = weight.detach().double()
+    picks = torch.as_tensor(list(order), device=weight.device)
+    edges = [0, *counts]
+    steps = [picks[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    total = torch.zeros(len(counts), dtype=torch.float64)
+    with mode(adapter.model, train=False), torch.no_grad():
+        for batch in batches(samples, batch_size):
+            features = adapter.embedding(batch).double()
+            outputs = features @ weight.T + (0 if bias is None else bias.double())
+            for index, step in enumerate(steps):
+                outputs = outputs - features[:, step] @ weight[:, step].T
+                total[index] += adapter.score_outputs(batch, outputs).double().sum().cpu()
+    return total / len(samples)

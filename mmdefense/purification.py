@@ -1,0 +1,299 @@
+"""The front door: a model and a little clean data in, a purified model and its evidence out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from mmdefense import registry
+from mmdefense.batches import Samples
+from mmdefense.checkpoints.folders import new_folder
+from mmdefense.checkpoints.models import hash_files, write_model
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.defenses.base import Defense, Guard, Result
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.run import Progress
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report import record as records
+from mmdefense.report.evidence import (
+    defense_figures,
+    embedding_figure,
+    layer_changes,
+    sharpness,
+    smoothness_figure,
+)
+from mmdefense.report.figures import Figure
+from mmdefense.report.page import render_page
+from mmdefense.report.record import PurificationRecord, write_record
+
+__all__ = ["Purification", "check_settings", "configured", "purify"]
+
+
+def purify(
+    model: nn.Module | TaskAdapter[Any],
+    clean: Any,
+    defense: str | Defense = "fip",
+    *,
+    adapter: str | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    store: RunStore | None = None,
+    **settings: Any,
+) -> Purification:
+    """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
+
+    Args:
+        model: The model, or an adapter around it where it needs options, such as a mean and a
+            deviation that its images are normalised by.
+        clean: Clean samples: for images a pair ``(images (N, C, H, W), labels (N,))``, a data set
+            or loader of such pairs, or what a task's ``load`` returns.
+        defense: A name of ``mmdefense list defenses``, or a defense.
+        adapter: The name of an adapter, where the choice is not to be left to the model.
+        seed: Makes the result reproducible; by default the defense's own.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        store: Where to keep states, so that the same call goes on after a kill.
+        **settings: Override fields of the defense, for example ``steps=100``.
+
+    Raises:
+        BadInputError: If the name, a setting, the data or the model cannot be used.
+        UnsupportedError: If no adapter accepts the model, or it lacks what the defense needs.
+        DivergenceError: If a loss stopped being finite.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> purified = mmd.purify(model, (images, labels), "tsbd")  # doctest: +SKIP
+        >>> purified.save("out")  # doctest: +SKIP
+    """
+    chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
+    victim = registry.adapt(model, adapter) if isinstance(model, nn.Module) else model
+    samples = victim.samples(clean)
+    result = chosen.purify(victim, samples, progress=progress, store=store)
+    return Purification(victim, result, samples, chosen)
+
+
+def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
+    """Return a defense, by name or as it is, with ``settings`` in place of its own.
+
+    Raises:
+        BadInputError: If the name or a setting is unknown, or a value is of the wrong kind.
+    """
+    if isinstance(defense, Defense):
+        kind, kept = type(defense), {f.name: getattr(defense, f.name) for f in _fields(defense)}
+    else:
+        kind, kept = registry.load("defenses", defense), {}
+    check_settings(kind, settings)
+    return kind(**{**kept, **settings})
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [entry for entry in dataclasses.fields(kind) if entry.init]
+
+
+def check_settings(kind: type, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a dataclass has no field for, or of another kind than the field's.
+
+    Raises:
+        BadInputError: Naming the setting, and what is known or needed.
+    """
+    known = [entry.name for entry in _fields(kind)]
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        if name not in known:
+            raise BadInputError(
+                f"{kind.__name__} has no setting {name!r}; known are {', '.join(sorted(known))}"
+            )
+        if not _fits(value, hints[name]):
+            raise BadInputError(
+                f"{name} of {kind.__name__} must be {_described(hints[name])}, got {value!r}"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value is of a field's type; types that are no plain values are not checked."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in {Union, types.UnionType}:
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if hint in {int, float}:
+        number = isinstance(value, int) or (hint is float and isinstance(value, float))
+        return number and not isinstance(value, bool)
+    if hint in {bool, str, types.NoneType}:
+        return isinstance(value, hint)
+    return True
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) in {Union, types.UnionType}:
+        return " or ".join(_described(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    return words.get(hint, "None" if hint is types.NoneType else str(hint))
+
+
+@dataclass(frozen=True)
+class Purification:
+    """A purified model with its evidence.
+
+    Attributes:
+        victim: The adapter around the given model, which is as it was.
+        result: What the defense returned.
+        samples: The clean samples.
+        defense: The defense with all its settings.
+        names: What the user called ``model`` and ``data``, and the ``command``, for the record.
+    """
+
+    victim: TaskAdapter[Any]
+    result: Result
+    samples: Samples[Any] = field(repr=False)
+    defense: Defense
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The purified model, of the class that was given."""
+        return self.result.model
+
+    @property
+    def guard(self) -> Guard:
+        """How much utility was lost on held-out clean data, and whether that is too much."""
+        return self.result.guard
+
+    def record(self) -> PurificationRecord:
+        """Return what is known about the purification, as ``purification.json`` has it."""
+        title = self.names.get("model", type(self.victim.model).__name__)
+        return PurificationRecord(
+            title=title,
+            task=getattr(self.victim, "task", ""),
+            model=self._model_info(title),
+            data=records.DataInfo(name=self.names.get("data", "clean samples"), **self.result.data),
+            defense=records.DefenseInfo(
+                name=registry.name_of("defenses", type(self.defense)),
+                settings=self.result.settings,
+                reference=_reference(type(self.defense)),
+            ),
+            guard=_recorded(self.guard),
+            seconds=self.result.seconds,
+            provenance=self._provenance(),
+            triggers=_search(self.result),
+            layers=self._layers,
+            history=tuple(self.result.history),
+            figures=self._measured,
+        )
+
+    def figures(self) -> list[Figure]:
+        """Return the figures of the page: the defense's own, the curvature, the embedding."""
+        own = [
+            smoothness_figure(*self._sharpness),
+            embedding_figure(self.victim, self.result.adapter, self.samples),
+        ]
+        return [*defense_figures(self.result), *(figure for figure in own if figure is not None)]
+
+    def save(
+        self, out: str | Path, source: str | Path | None = None, *, force: bool = False
+    ) -> None:
+        """Write the model, ``purification.json`` and ``report.html`` to a new folder.
+
+        All of them appear together, or none does.
+
+        Args:
+            out: The folder to make.
+            source: Where the model was loaded from; the written weights have its keys, shapes and
+                dtypes, and for a Hugging Face model its other files stand beside them.
+            force: Whether an earlier output at ``out`` is replaced.
+
+        Raises:
+            BadInputError: If the folder exists or cannot be written.
+        """
+        with new_folder(out, force=force) as folder:
+            write_model(self.model, folder, source)
+            record = self.record()
+            written = [hash_files(path) for path in sorted(folder.glob("*.safetensors"))]
+            files = dataclasses.replace(
+                record.model,
+                files_before=hash_files(source) if source is not None else {},
+                files_after={name: value for part in written for name, value in part.items()},
+            )
+            record = dataclasses.replace(record, model=files)
+            write_record(record, folder / "purification.json")
+            render_page(record, self.figures(), folder / "report.html")
+
+    @cached_property
+    def _sharpness(self) -> Any:
+        """Curvature before and after."""
+        seed = self.defense.seed
+        adapters = (self.victim, self.result.adapter)
+        return tuple(sharpness(adapter, self.samples, seed) for adapter in adapters)
+
+    @cached_property
+    def _layers(self) -> tuple[records.LayerChange, ...]:
+        return layer_changes(self.victim, self.result.adapter)
+
+    @property
+    def _measured(self) -> dict[str, float]:
+        pairs = zip(("before", "after"), self._sharpness, strict=True)
+        return {
+            f"{name}_{when}": getattr(value, field)
+            for when, value in pairs
+            if value is not None
+            for name, field in (("lambda_max", "lambda_max"), ("hessian_trace", "trace"))
+        }
+
+    def _model_info(self, name: str) -> records.ModelInfo:
+        return records.ModelInfo(
+            name=name,
+            architecture=type(self.model).__name__,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            sha256_before=hash_weights(self.victim.model),
+            sha256_after=hash_weights(self.model),
+        )
+
+    def _provenance(self) -> records.Provenance:
+        return records.Provenance(
+            seed=self.defense.seed,
+            versions=self.result.versions,
+            device=str(next(self.model.parameters()).device),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=self.names.get("command", ""),
+        )
+
+
+def _recorded(guard: Guard) -> records.Guard:
+    return records.Guard(
+        before=guard.before,
+        after=guard.after,
+        drop=guard.drop,
+        drop_low=guard.drop - guard.margin,
+        drop_high=guard.drop + guard.margin,
+        bound=guard.bound,
+        state=guard.state,
+        violated=guard.violated,
+        samples=guard.samples,
+        message=guard.message,
+        confidence=0.9,  # each end is a one-sided 95 % bound
+    )
+
+
+def _search(result: Result) -> records.TriggerSearch | None:
+    found = result.figures.get("triggers")
+    if found is None:
+        return None
+    return records.TriggerSearch(targets=len(found["accepted"]), found=sum(found["accepted"]))
+
+
+def _reference(kind: type) -> str:
+    """Return the paper that a defense's docstring names, as one line."""
+    _, _, after = (inspect.getdoc(kind) or "").partition("References:\n")
+    paragraph = after.split("\n\n")[0]
+    return " ".join(paragraph.replace("*", "").split())

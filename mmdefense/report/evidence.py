@@ -1,0 +1,161 @@
+"""What a purification did to a model, measured afterwards on a few hundred clean samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.batches import Samples, batches
+from mmdefense.defenses.base import Result
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.curvature import Smoothness, smoothness
+from mmdefense.kernels.fisher import check_second_derivative
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.units import relative_change, unit_rows
+from mmdefense.protocol import TaskAdapter, UnitGroup
+from mmdefense.report import figures
+from mmdefense.report.figures import Figure
+from mmdefense.report.record import LayerChange
+
+__all__ = [
+    "defense_figures",
+    "embedding_figure",
+    "embeddings",
+    "few",
+    "layer_changes",
+    "sharpness",
+    "smoothness_figure",
+]
+
+_CURVATURE_SAMPLES, _EMBEDDED = 128, 300  # ours: seconds on two cores, and the maps stay readable
+
+
+def few(samples: Samples[Any], count: int) -> Samples[Any]:
+    """Return at most ``count`` samples, evenly from the whole set."""
+    total = len(samples)
+    return samples.subset(torch.linspace(0, total - 1, min(count, total)).round().long())
+
+
+def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -> Smoothness | None:
+    """Return the curvature of the clean loss at a model's weights, or none where it has no Hessian.
+
+    On at most 128 samples, with one probe: enough to compare a model with its purified self, which
+    get the same samples and the same probe.
+    """
+    part = few(samples, _CURVATURE_SAMPLES)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+    try:
+        check_second_derivative(adapter, part, parameters)
+        return smoothness(adapter, part, generator, probes=1, steps=8, batch_size=32)
+    except UnsupportedError:
+        return None
+
+
+def embeddings(
+    before: TaskAdapter[Any], after: TaskAdapter[Any], samples: Samples[Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the penultimate layer of both models, each ``(N, D)``; none where there is none."""
+    try:
+        return _embedded(before, samples), _embedded(after, samples)
+    except UnsupportedError:
+        return None
+
+
+def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Tensor:
+    with mode(adapter.model, train=False):
+        return torch.cat([adapter.embedding(batch).cpu() for batch in batches(samples, 64)])
+
+
+def embedding_figure(
+    before: TaskAdapter[Any], after: TaskAdapter[Any], samples: Samples[Any]
+) -> Figure | None:
+    """Return the map of at most 300 samples before and after, coloured by label.
+
+    None is returned where the samples have no labels or the model no such layer.
+    """
+    part = few(samples, _EMBEDDED)
+    labels = part.strata()
+    pair = embeddings(before, after, part) if labels is not None and len(part) > 2 else None
+    if pair is None or not all(points.isfinite().all() for points in pair):
+        return None
+    names = getattr(samples, "classes", ())
+    return figures.embedding(*pair, labels, names=names if len(names) <= 10 else ())
+
+
+def layer_changes(before: TaskAdapter[Any], after: TaskAdapter[Any]) -> tuple[LayerChange, ...]:
+    """Return how far each layer with a weight matrix moved, input side first."""
+    old, new = _matrices(before.model), _matrices(after.model)
+    change = relative_change(old, new)
+    moved: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, value in old.items():
+        norm = float(value.double().norm())
+        moved[name.rpartition(".")[0]].append((change[name] * norm, norm))
+    groups = {group.layer: group for group in before.unit_groups()}
+    return tuple(
+        LayerChange(
+            layer=layer,
+            change=_ratio(parts),
+            units=groups[layer].size if layer in groups else 0,
+            silenced=_silenced(groups[layer], old, new) if layer in groups else 0,
+        )
+        for layer, parts in moved.items()
+    )
+
+
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def _ratio(parts: list[tuple[float, float]]) -> float:
+    """Return the relative change of several tensors together from each one's change and norm."""
+    moved, norms = zip(*parts, strict=True)
+    norm = sum(value**2 for value in norms) ** 0.5
+    return float(sum(value**2 for value in moved) ** 0.5 / norm) if norm else 0.0
+
+
+def _silenced(group: UnitGroup, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> int:
+    """Return how many units of a group have only zero weights now, and had others before."""
+    axes = {name: axis for name, axis in group.axes.items() if name in old}
+    dead = [
+        torch.stack([(unit_rows(state[n], a, group) == 0).all(1) for n, a in axes.items()]).all(0)
+        for state in (old, new)
+    ]
+    return int((dead[1] & ~dead[0]).sum())
+
+
+def smoothness_figure(before: Smoothness | None, after: Smoothness | None) -> Figure | None:
+    """Return the figure of the curvature before and after, where both were measured."""
+    if before is None or after is None:
+        return None
+    return figures.smoothness((before.lambda_max, after.lambda_max), (before.trace, after.trace))
+
+
+def defense_figures(result: Result) -> Iterator[Figure]:
+    """Yield the figures of what a defense left in ``result.figures``; unknown keys are passed by.
+
+    Known are ``pruning_curve`` (fractions, accuracies, chosen fraction), ``weight_change`` (one
+    tensor ``(U,)`` per group) with ``reset`` (bool, over all units), ``activeness`` (before,
+    after) and ``triggers`` (``images``, ``names``, ``success``, ``accepted``).
+    """
+    kept = result.figures
+    if "pruning_curve" in kept:
+        fractions, accuracy, chosen = kept["pruning_curve"]
+        yield figures.pruning_curve(fractions, accuracy, chosen=chosen)
+    if "weight_change" in kept:
+        reset = kept.get("reset")
+        change = torch.cat([value.flatten().cpu() for value in kept["weight_change"]])
+        yield figures.weight_change(change, reset=None if reset is None else int(reset.sum()))
+    if "activeness" in kept:
+        yield figures.activeness(*kept["activeness"])
+    if "triggers" in kept:
+        found = kept["triggers"]
+        names = [
+            f"{name}, {100 * rate:.0f}%"
+            for name, rate in zip(found["names"], found["success"], strict=True)
+        ]
+        yield figures.recovered_triggers(found["images"], names, accepted=found["accepted"])

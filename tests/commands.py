@@ -1,0 +1,125 @@
+"""A tiny classifier on disk with its data, and the command line called as a user calls it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from mmdefense import registry
+from mmdefense.cli import main
+
+CLASSES = 3
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 4, classes)
+
+    def forward(self, images):
+        hidden = torch.relu(self.conv(images))
+        return self.head(nn.functional.adaptive_avg_pool2d(hidden, 2).flatten(1))
+
+
+def small_images(count: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return grey 8x8 images, uint8, with one bright quarter that tells their class."""
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 60, (count, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = divmod(label, 2)
+        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
+    return images.to(torch.uint8), labels
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a model, its data, and a place for the output.
+
+    Attributes:
+        folder: Where everything lies.
+        model: A state dict of ``Net``.
+        data: A folder with one sub-folder of images per class.
+        out: Does not exist yet.
+    """
+
+    folder: Path
+    model: Path
+    data: Path
+    out: Path
+
+    def purify(self, *more: str, **changed: object) -> list[str]:
+        """Return the arguments of a short purification; ``changed`` replaces paths."""
+        paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
+        return [
+            *("purify", str(paths["model"]), "--data", str(paths["data"]), "-o", str(paths["out"])),
+            *("--arch", "commands:Net", "--defense", "fine-tuning"),
+            *("--set", "steps=4", "--set", "batch_size=8", *more),
+        ]
+
+    def files(self) -> list[str]:
+        """Return everything beside model and data, so that a test sees what was left behind."""
+        given = {self.model, self.data}
+        return sorted(path.name for path in self.folder.iterdir() if path not in given)
+
+
+@pytest.fixture
+def plug(monkeypatch):
+    """Let a test add rows to a table, as the metadata of another distribution would."""
+
+    def add(kind: str, **rows: str) -> None:
+        genuine = registry._table
+        more = {name: EntryPoint(name, value, f"mmdefense.{kind}") for name, value in rows.items()}
+        monkeypatch.setattr(
+            registry, "_table", lambda asked: genuine(asked) | (more if asked == kind else {})
+        )
+
+    return add
+
+
+@pytest.fixture
+def place(tmp_path):
+    model, data = tmp_path / "net.safetensors", tmp_path / "data"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(Net().state_dict(), model)
+    write_images(data, *small_images())
+    return Workplace(tmp_path, model, data, tmp_path / "out")
+
+
+def write_images(folder, images, labels):
+    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        path = folder / str(label) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(image[0])).save(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mmdefense(monkeypatch, capsys):
+    """Run the command line in this process; return its exit code and what it wrote."""
+    monkeypatch.delenv("MMDEFENSE_DEBUG", raising=False)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mmdefense", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        code = stopped.value.code
+        return Outcome(0 if code is None else code, *capsys.readouterr())
+
+    return run

@@ -1,0 +1,269 @@
+"""The command line, called as a user calls it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import small_images
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmdefense.report.record import read_record
+
+LONG = ("--set", "steps=700", "--set", "batch_size=8")
+
+
+def weights(folder: Path) -> dict[str, list[float]]:
+    return {n: v.tolist() for n, v in load_file(folder / "model.safetensors").items()}
+
+
+def test_purify_writes_a_drop_in_model_with_its_evidence(place, mmdefense):
+    outcome = mmdefense(*place.purify("--seed", "4"))
+    assert outcome.code == 0
+    assert "utility guard passed" in outcome.out
+    assert place.files() == ["out"]
+    before, after = load_file(place.model), load_file(place.out / "model.safetensors")
+    assert {n: (v.shape, v.dtype) for n, v in before.items()} == {
+        n: (v.shape, v.dtype) for n, v in after.items()
+    }
+    record = read_record(place.out / "purification.json")
+    assert record.defense.settings["steps"] == 4
+    assert record.provenance.seed == 4
+    assert "mmdefense purify" in record.provenance.command
+    assert list(record.model.files_before) == ["net.safetensors"]
+    assert list(record.model.files_after) == ["model.safetensors"]
+    assert (place.out / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_violated_guard_is_exit_1_and_says_so(place, mmdefense, monkeypatch):
+    import torch
+
+    from mmdefense.defenses.fine_tuning import FineTuning
+
+    assert mmdefense(*place.purify("--set", "steps=60")).code == 0  # a model that can be spoilt
+    learnt = place.out / "model.safetensors"
+
+    def spoil(self, work):  # so far that no state on the way is any good
+        with torch.no_grad():
+            work.adapter.model.head.weight *= -1000
+
+    monkeypatch.setattr(FineTuning, "_run", spoil)
+    outcome = mmdefense(*place.purify(model=learnt, out=place.folder / "spoilt"))
+    assert outcome.code == 1
+    assert "VIOLATED" in outcome.out
+    assert read_record(place.folder / "spoilt" / "purification.json").guard.violated
+
+
+@pytest.fixture
+def undisturbed(place, mmdefense):
+    whole = place.folder / "whole"
+    assert mmdefense(*place.purify(*LONG, out=whole)).code == 0
+    return weights(whole)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_result(place, mmdefense, undisturbed, signal_):
+    arguments = place.purify(*LONG)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmdefense", *arguments],
+        cwd=Path(__file__).parent,  # where the class of the model is
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    partial = place.folder / "out.partial"
+    until = time.monotonic() + 60
+    while not list(partial.glob("*.progress.pt")) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal_)
+    _, said = process.communicate(timeout=60)
+    assert not place.out.exists()
+    assert partial.exists()
+    if signal_ is signal.SIGINT:
+        assert process.returncode == 130
+        (line,) = [line for line in said.splitlines() if not line.endswith(" ...")]
+        assert "interrupted" in line
+        assert "--resume" in line
+    refused = mmdefense(*arguments)
+    assert refused.code == 2
+    assert "add --resume" in refused.err
+    assert "remove that folder" in refused.err
+    assert mmdefense(*arguments, "--resume").code == 0
+    assert weights(place.out) == undisturbed
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [(("--set", "lr=0.01"), "another setting lr"), (("--seed", "9"), "another setting seed")],
+)
+def test_resume_refuses_another_job(place, mmdefense, monkeypatch, more, words):
+    from mmdefense.kernels.loop import train
+
+    def cut(adapter, samples, training, run, **options):
+        train(adapter, samples, training, run, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmdefense.defenses.fine_tuning.train", cut)
+        assert mmdefense(*place.purify()).code == 130
+    outcome = mmdefense(*place.purify(*more, "--resume"))
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert (place.folder / "out.partial").exists()
+    (place.data / "0" / "0.png").unlink()
+    assert "another data" in mmdefense(*place.purify("--resume")).err
+
+
+def test_resume_without_anything_to_resume_starts(place, mmdefense):
+    assert mmdefense(*place.purify("--resume")).code == 0
+
+
+@pytest.fixture
+def learnt(place, mmdefense):
+    """A model that is right about everything."""
+    assert mmdefense(*place.purify("--set", "steps=150", "--set", "lr=0.1")).code == 0
+    return place.out / "model.safetensors"
+
+
+def evaluation(place, model, *more):
+    common = ("--data", place.data, "--arch", "commands:Net")
+    return ["evaluate", model, *common, *more]
+
+
+def test_evaluate_gives_the_accuracy_with_its_interval(place, mmdefense, learnt):
+    outcome = mmdefense(*evaluation(place, learnt))
+    assert outcome.code == 0
+    assert outcome.out.startswith("ACC 100.0 % (95 % interval 88.")
+    assert "n = 30" in outcome.out
+    assert "ASR" not in outcome.out
+
+
+def trigger_of_class_2(folder: Path, suffix: str) -> Path:
+    """Return a trigger that makes every image one of class 2: its bright quarter and no other."""
+    pattern = np.zeros((8, 8), np.uint8)
+    pattern[4:, :4] = 200
+    path = folder / f"trigger{suffix}"
+    if suffix == ".npz":
+        np.savez(path, pattern=pattern, mask=np.ones((8, 8), np.float32))
+    else:
+        Image.merge("LA", (Image.fromarray(pattern), Image.new("L", (8, 8), 255))).save(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_a_trigger_that_works_is_a_finding(place, mmdefense, learnt, suffix):
+    trigger = trigger_of_class_2(place.folder, suffix)
+    outcome = mmdefense(*evaluation(place, learnt, "--trigger", trigger, "--target", 2))
+    assert outcome.code == 1
+    assert "ASR 100.0 %" in outcome.out
+    assert "RA 0.0 %" in outcome.out
+    assert "n = 20" in outcome.out  # those of the target do not count
+
+
+def test_an_attack_by_name_that_does_not_work_is_no_finding(place, mmdefense, learnt):
+    outcome = mmdefense(*evaluation(place, learnt, "--attack", "badnets", "--set", "size=1"))
+    assert outcome.code == 0
+    assert "ASR 0.0 %" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--trigger", "nowhere.png"), "nowhere.png does not exist"),
+        (("--attack", "badnest"), "did you mean 'badnets'"),
+        (("--attack", "badnets", "--target", "5"), "0..2"),
+        (("--attack", "badnets", "--set", "sise=3"), "no setting 'sise'"),
+        (("--attack", "trojannn"), "learns its trigger"),
+        (("--attack", "badnets", "--trigger", "x.png"), "not both"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_measure(place, mmdefense, more, words):
+    outcome = mmdefense(*evaluation(place, place.model, *more))
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_trigger_file_that_is_none_is_refused(place, mmdefense):
+    opaque, large, damaged, half = (
+        place.folder / name for name in ("opaque.png", "large.npz", "damaged.npz", "half.npz")
+    )
+    Image.new("L", (8, 8)).save(opaque)
+    np.savez(large, pattern=np.zeros((9, 9)), mask=np.ones((9, 9)))
+    damaged.write_bytes(b"PK")
+    np.savez(half, pattern=np.full((8, 8), 7.0), mask=np.ones((8, 8)))
+    for path, words in (
+        (opaque, "alpha channel"),
+        (large, "must fit images of shape (1, 8, 8)"),
+        (damaged, "cannot be read"),
+        (half, "values in [0, 1]"),
+    ):
+        outcome = mmdefense(*evaluation(place, place.model, "--trigger", path))
+        assert outcome.code == 2
+        assert words in outcome.err
+        assert outcome.err.count("\n") == 1
+
+
+def test_list_names_everything(mmdefense):
+    everything = mmdefense("list").out
+    for name in ("fip", "badnets", "torch-classifier", "image-classification", "digits"):
+        assert name in everything
+    assert "fip" not in mmdefense("list", "attacks").out
+    assert mmdefense("list", "defences").code == 2
+
+
+def test_list_shows_a_plug_in_whose_library_is_missing(mmdefense, plug):
+    plug("attacks", moon="no_such_package:Moon")
+    assert "needs the package 'no_such_package'" in mmdefense("list", "attacks").out
+
+
+def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch):
+    monkeypatch.setattr("mmdefense.doctor._installed", lambda name: None)
+    monkeypatch.setenv("MMDEFENSE_DATA", "/nowhere")
+    said = mmdefense("doctor").out
+    assert "transformers" in said
+    assert "pip install 'mmdefense[huggingface]'" in said
+    assert "pip install 'mmdefense[vision]'" in said
+    assert "/nowhere is no folder" in said
+    assert "torch" in said
+
+
+def test_progress_is_a_line_per_stage_where_there_is_no_terminal(place, mmdefense):
+    assert mmdefense(*place.purify()).err.splitlines() == ["fine-tune ..."]
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    import io
+
+    from rich.console import Console
+
+    from mmdefense.kernels.run import Event
+    from mmdefense.report.terminal import ProgressDisplay
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with ProgressDisplay(console) as progress:
+        progress(Event("unlearn", 3, 7, {"loss": 0.25}))
+    assert "unlearn" in screen.getvalue()
+    assert "3/7" in screen.getvalue()
+    assert "loss 0.25" in screen.getvalue()
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "mmdefense", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("purify", "evaluate", "list", "doctor", "demo"):
+        assert command in done.stdout
+
+
+def test_the_images_of_these_tests_tell_their_class():
+    images, labels = small_images(6)
+    assert images.flatten(1).float().std(1).min() > 40
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2]

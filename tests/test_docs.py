@@ -1,0 +1,227 @@
+"""Every command and every Python block of the documents runs as it stands there."""
+
+from __future__ import annotations
+import __future__
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmdefense import registry
+from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.run import Run
+from mmdefense_tasks.image_classification import load_data
+from mmdefense_tasks.victims import vit_classifier
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+# Too long for a test, each with the reason; what they name is checked instead.
+NOT_RUN = {
+    "make demo": "trains a victim and purifies it seven times",
+    "make test": "would run this very test again",
+    "make check": "runs beside the tests, in .ci/run",
+    "make bench": "repeats each measurement",
+    ".ci/run": "runs this very test",
+    "pip install .": "installs from a package index; `make` does it with pinned versions",
+    'pip install ".[huggingface,timm]"': "the same, with extras",
+}
+
+# A reader's own model, as the README supposes it.
+MY_MODELS = """
+from torch import nn
+
+class SignNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
+        )
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    source = page.read_text()
+    fenced = re.finditer(r"^```(\w+)\n(.*?)^```$", source, re.DOTALL | re.MULTILINE)
+    return [Block(m[1], m[2], source[: m.start(2)].count("\n")) for m in fenced]
+
+
+def commands(block: Block) -> list[str]:
+    joined = block.text.replace("\\\n", " ")
+    lines = (re.sub(r"\s+#.*$", "", line).strip() for line in joined.splitlines())
+    return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = {
+    page: [c for block in blocks(page) if block.language == "bash" for c in commands(block)]
+    for page in PAGES
+}
+RUNNABLE = [
+    page
+    for page in PAGES
+    if set(COMMANDS[page]) - set(NOT_RUN) or any(b.language == "python" for b in blocks(page))
+]
+
+
+@pytest.fixture
+def readers_folder(tmp_path, monkeypatch):
+    """A folder with what a reader has: an own model, its class, and labelled images."""
+    (tmp_path / "my_models.py").write_text(MY_MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)
+    save_images(tmp_path / "images")
+    trigger = np.zeros((8, 8, 4), np.uint8)
+    trigger[6:, 6:] = 255
+    Image.fromarray(trigger).save(tmp_path / "trigger.png")
+    save_file(trained_model().state_dict(), tmp_path / "model.safetensors")
+
+
+def save_images(folder: Path) -> None:
+    """Save small images, a folder for each class, which differ in brightness."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("left", "right", "stop")):
+        for part, count in (("train", 20), ("test", 5)):
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(80 * label, 80 * label + 60, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+
+
+def trained_model() -> torch.nn.Module:
+    model = importlib.import_module("my_models").SignNet()
+    run, settings = Run(seed=0), Training(steps=60, lr=0.1, augment=False)
+    train(registry.adapt(model), load_data("images"), settings, run, stage="model")
+    return model
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_runs(page, readers_folder, monkeypatch):
+    if "my-vit" in page.read_text():
+        vit_classifier(3, 8, hidden=16, layers=1, heads=2).save_pretrained("my-vit")
+    module = ModuleType("page")  # all blocks of a page are one module, which dataclasses look up
+    monkeypatch.setitem(sys.modules, "page", module)
+    for block in blocks(page):
+        if block.language == "python":
+            execute(block, page, module)
+        elif block.language == "bash":
+            for command in commands(block):
+                if command not in NOT_RUN:
+                    run(command)
+        elif block.language == "toml":
+            check_plug_ins(block, vars(module))
+
+
+def execute(block: Block, page: Path, module: ModuleType) -> None:
+    source = "\n" * block.line + block.text  # so that an error names the page's own line
+    flags = __future__.annotations.compiler_flag
+    exec(compile(source, str(page), "exec", flags, dont_inherit=True), vars(module))
+
+
+def run(command: str) -> None:
+    words = shlex.split(command)
+    if words[0] == "mmdefense":  # in this process, for starting torch takes seconds
+        assert call_cli(words[1:]) == 0, command
+        return
+    done = subprocess.run(words, cwd=Path.cwd(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def call_cli(arguments: list[str]) -> int:
+    (script,) = entry_points(group="console_scripts", name="mmdefense")
+    before, sys.argv = sys.argv, ["mmdefense", *arguments]
+    try:
+        return int(script.load()() or 0)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+
+
+def check_plug_ins(block: Block, names: dict[str, object]) -> None:
+    """Each row must be in a group that the registry reads, and name a class of the page."""
+    for group, rows in tomllib.loads(block.text)["project"]["entry-points"].items():
+        assert registry.names(group.removeprefix("mmdefense."))
+        for target in rows.values():
+            assert target.rpartition(":")[2] in names
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_command_that_is_not_run_exists(command):
+    assert command in set().union(*COMMANDS.values()), "no page has it any more: take it off"
+    words = shlex.split(command)
+    if words[0] == "make":
+        check_target(words)
+    elif words[:2] == ["pip", "install"]:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert set(re.findall(r"\w+", words[2])) <= set(project["optional-dependencies"])
+    else:
+        assert (ROOT / words[0]).stat().st_mode & 0o100
+
+
+def check_target(words: list[str]) -> None:
+    """Hold what a target of the Makefile would run to what there is."""
+    plan = subprocess.run(
+        [words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert plan.returncode == 0, plan.stderr
+    for script in re.findall(r"\S+\.py\b", plan.stdout):
+        assert (ROOT / script).is_file(), script
+    for arguments in re.findall(r"/mmdefense (.*)$", plan.stdout, re.MULTILINE):
+        parse_cli(shlex.split(arguments))
+
+
+def parse_cli(arguments: list[str]) -> None:
+    """Parse as the command line does, and run nothing; an unknown option raises."""
+    from mmdefense.cli import app
+
+    group = typer.main.get_command(app)
+    with group.make_context("mmdefense", list(arguments)) as context:
+        name, command, rest = group.resolve_command(context, arguments)
+        command.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there), target
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("kind", ["defenses", "attacks"])
+def test_papers_has_every_method(kind):
+    named = re.findall(r"`([\w-]+)`", (ROOT / "docs" / "papers.md").read_text())
+    assert set(registry.names(kind)) <= set(named)

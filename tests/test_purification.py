@@ -1,0 +1,227 @@
+"""The Python front door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from commands import Net, small_images
+from safetensors.torch import load_file
+from torch import nn
+
+import mmdefense as mmd
+from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.defenses.base import Defense
+from mmdefense.report.record import read_record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink(Defense):
+    """Multiplies the weights of the output layer, and silences one filter.
+
+    Attributes:
+        factor: What by.
+
+    References:
+        Nobody. *On Making Things
+        Smaller*. Nowhere 1999. arXiv:0000.00000
+    """
+
+    factor: float = 0.5
+
+    def _run(self, work):
+        model = work.adapter.model
+        with torch.no_grad():
+            model.head.weight *= self.factor
+            model.conv.weight[2] = 0
+            model.conv.bias[2] = 0
+        for step in (1, 2):
+            work.run.report("shrink", step, 2, loss=1 / step)
+        work.figures["pruning_curve"] = ([0.0, 0.5], [0.9, 0.8], 0.5)
+        work.figures["weight_change"] = [torch.rand(4), torch.rand(3)]
+        work.figures["reset"] = torch.tensor([True, False, True, False, False, False, False])
+        work.figures["activeness"] = (torch.rand(7), torch.rand(7))
+        work.figures["triggers"] = {
+            "images": torch.rand(2, 1, 8, 8),
+            "names": ["class 0", "class 1"],
+            "success": [0.97, 0.4],
+            "accepted": [True, False],
+        }
+
+
+@pytest.fixture
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+@pytest.fixture
+def clean():
+    return small_images()
+
+
+def test_the_given_model_stays_and_the_purified_one_is_of_its_class(net, clean):
+    before = hash_weights(net)
+    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0))
+    assert hash_weights(net) == before
+    assert isinstance(purified.model, Net)
+    assert torch.equal(purified.model.head.weight, net.head.weight / 2)
+    assert purified.guard is purified.result.guard
+
+
+def test_an_adapter_is_taken_as_it_is(net, clean):
+    adapter = mmd.adapt(net, mean=(0.5,), std=(0.5,))
+    purified = mmd.purify(adapter, clean, Shrink())
+    assert purified.victim is adapter
+    assert purified.result.adapter.mean == (0.5,)
+
+
+def test_settings_and_seed_override_a_name_and_an_instance(net, clean):
+    by_name = mmd.purify(net, clean, "fine-tuning", steps=2, seed=5)
+    assert (by_name.defense.steps, by_name.defense.seed) == (2, 5)
+    by_instance = mmd.purify(net, clean, Shrink(factor=0.25, seed=7), max_utility_drop=1.0)
+    assert by_instance.defense == Shrink(factor=0.25, seed=7, max_utility_drop=1.0)
+
+
+def test_the_seed_decides_the_result(net, clean):
+    weights = [
+        hash_weights(mmd.purify(net, clean, "fine-tuning", steps=3, seed=seed).model)
+        for seed in (0, 0, 1)
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factr": 1.0}, "Shrink has no setting 'factr'; known are factor, holdout, "),
+        ({"factor": "half"}, "factor of Shrink must be a number, got 'half'"),
+        ({"factor": True}, "factor of Shrink must be a number, got True"),
+        ({"seed": 1.5}, "seed of Shrink must be a whole number, got 1.5"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(net, clean, settings, message):
+    with pytest.raises(mmd.BadInputError, match=message):
+        mmd.purify(net, clean, Shrink(), **settings)
+
+
+def test_modes_and_optional_settings_are_checked(net, clean):
+    with pytest.raises(mmd.BadInputError, match="trace of FIP must be 'true' or 'empirical'"):
+        mmd.purify(net, clean, "fip", trace="guessed")
+    with pytest.raises(mmd.BadInputError, match="max_norm of FIP must be a number or None"):
+        mmd.purify(net, clean, "fip", max_norm="none")
+
+
+def test_progress_is_reported(net, clean):
+    events = []
+    mmd.purify(net, clean, Shrink(), progress=events.append)
+    assert [(event.stage, event.step, event.total) for event in events] == [
+        ("shrink", 1, 2),
+        ("shrink", 2, 2),
+    ]
+
+
+def test_the_record_says_what_was_done(net, clean):
+    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0, seed=3))
+    record = purified.record()
+    assert record.task == "image-classification"
+    assert record.model.sha256_before == hash_weights(net)
+    assert record.model.sha256_after == hash_weights(purified.model)
+    assert record.defense.settings["factor"] == 0.5
+    assert record.defense.reference == (
+        "Nobody. On Making Things Smaller. Nowhere 1999. arXiv:0000.00000"
+    )
+    assert (record.triggers.targets, record.triggers.found) == (2, 1)
+    assert record.provenance.seed == 3
+    assert record.data.samples == 30
+    assert record.guard.drop_high - record.guard.drop == purified.guard.margin
+    layers = {layer.layer: layer for layer in record.layers}
+    assert list(layers) == ["conv", "head"]
+    assert layers["head"].change == pytest.approx(0.5)
+    assert (layers["conv"].units, layers["conv"].silenced) == (4, 1)
+    assert record.figures["lambda_max_before"] != record.figures["lambda_max_after"]
+
+
+def test_a_registered_defense_is_recorded_by_its_name(net, clean):
+    assert mmd.purify(net, clean, "fine-tuning", steps=1).record().defense.name == "fine-tuning"
+
+
+def test_save_writes_model_record_and_page(net, clean, tmp_path):
+    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0))
+    purified.save(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: value.tolist() for name, value in written.items()} == {
+        name: value.tolist() for name, value in purified.model.state_dict().items()
+    }
+    record = read_record(tmp_path / "out" / "purification.json")
+    assert list(record.model.files_after) == ["model.safetensors"]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    for title in (
+        "Pruning curve",
+        "Neuron weight change",
+        "Neuron activeness",
+        "Recovered triggers",
+        "Loss smoothness",
+        "Penultimate layer",
+        "What was changed",
+        "Training curves",
+    ):
+        assert title in page
+
+
+def test_save_refuses_what_exists_and_leaves_it(net, clean, tmp_path):
+    purified = mmd.purify(net, clean, Shrink())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").write_text("mine")
+    with pytest.raises(mmd.BadInputError, match="must be new"):
+        purified.save(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
+
+
+def test_nothing_appears_where_the_page_fails(net, clean, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("mmdefense.purification.render_page", fail)
+    with pytest.raises(RuntimeError, match="no ink"):
+        mmd.purify(net, clean, Shrink()).save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class Once(Net):
+    def forward(self, images):
+        return NoSecondDerivative.apply(super().forward(images))
+
+
+def test_a_model_without_a_hessian_has_a_page_all_the_same(clean, tmp_path):
+    purified = mmd.purify(Once(), clean, Shrink(max_utility_drop=1.0))
+    purified.save(tmp_path / "out")
+    assert purified.record().figures == {}
+    assert "Loss smoothness" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_a_model_that_no_layer_ends_has_no_embedding(clean, tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3)
+
+        def forward(self, images):
+            return self.conv(images).mean((2, 3))
+
+    purified = mmd.purify(Sum(), clean, "fine-tuning", steps=1)
+    purified.save(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").exists()
