@@ -135,9 +135,9 @@ def purify(
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
+        way_on = f"what was done is kept in {kept}: go on with the same command and --resume"
         typer.echo(
-            f"mmdefense: interrupted; what was done is kept in {kept}: go on with the same command "
-            "and --resume",
+            f"mmdefense: interrupted; {way_on if kept.exists() else 'nothing was done yet'}",
             err=True,
         )
         raise typer.Exit(130) from None

@@ -197,9 +197,9 @@ def _with_kept_state(error: DivergenceError, store: RunStore) -> DivergenceError
 
 def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseError:
     """Keep states that can be gone on from, and say so; remove a store that holds none."""
-    states = [path for path in store.folder.glob("*.pt") if path.stem != _IDENTITY]
+    kept = [path for path in store.folder.iterdir() if path.stem != _IDENTITY]
     failure = _unwritable(store, error) if isinstance(error, OSError) else error
-    if not states:
+    if not kept:
         shutil.rmtree(store.folder, ignore_errors=True)
         return failure
     return type(failure)(f"{failure}; what was done is kept in {store.folder}: go on with --resume")

@@ -37,15 +37,15 @@ def fisher(adapter, samples, parameters, form):
 
 
 def trace_gradient(adapter, samples, parameters, form):
-    """Return the gradient of Tr(F) as one vector, the labels' probabilities held as they are."""
+    """Return the whole gradient of Tr(F) as one vector, that of the probabilities included."""
     total = 0
     for one in one_by_one(samples):
         log_p = adapter.logits(one.inputs).log_softmax(1)[0]
         for label, value in enumerate(log_p):
-            held = value.exp().item() if form == "true" else float(label == one.labels[0])
+            weight = value.exp() if form == "true" else float(label == one.labels[0])
             squared = gradient_of(value, parameters, create_graph=True).square().sum()
-            total = total + held * gradient_of(squared, parameters, retain_graph=True)
-    return total / len(samples)
+            total = total + weight * squared
+    return gradient_of(total, parameters) / len(samples)
 
 
 def hessian(loss, parameters):

@@ -41,6 +41,31 @@ def test_purify_writes_a_drop_in_model_with_its_evidence(place, mmdefense):
     assert (place.out / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_a_hugging_face_folder_goes_in_and_comes_out(place, mmdefense):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = place.folder / "vit"
+    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8}
+    shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(num_labels=3, **size, **shape)
+    ViTForImageClassification(config).save_pretrained(folder)
+    arguments = place.purify(model=folder)
+    del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
+    assert mmdefense(*arguments).code == 0
+    given, purified = (load_file(at / "model.safetensors") for at in (folder, place.out))
+    assert given.keys() == purified.keys()
+    assert any((given[name] != purified[name]).any() for name in given)
+    assert ViTForImageClassification.from_pretrained(place.out).config.num_labels == 3
+
+
+def test_what_is_written_can_be_read_by_others(place, mmdefense):
+    assert mmdefense(*place.purify()).code == 0
+    modes = {path.stat().st_mode & 0o777 for path in place.out.iterdir()}
+    reference = place.folder / "reference"
+    reference.touch()
+    assert modes == {reference.stat().st_mode & 0o777}
+
+
 def test_a_violated_guard_is_exit_1_and_says_so(place, mmdefense, monkeypatch):
     import torch
 

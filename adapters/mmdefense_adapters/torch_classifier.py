@@ -142,13 +142,14 @@ class TorchClassifier(ImageTriggers):
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy and the Rademacher score from one forward pass.
 
-        The score of an image is ``sum_c xi_c sqrt(p_c) log p_c`` with random signs ``xi`` and
-        ``sqrt(p_c)`` held constant; its gradient has covariance F_n and needs no label draw.
+        The score of an image is ``2 sum_c xi_c sqrt(p_c)`` with random signs ``xi``. Its gradient,
+        ``sum_c xi_c sqrt(p_c) grad log p_c``, has covariance F_n, needs no label draw, and can be
+        differentiated again to the whole gradient of Tr(F), p's own share included.
         """
         log_p = self.logits(batch.inputs).log_softmax(1)
         loss = F.nll_loss(log_p, batch.labels, reduction="none")
         signs = torch.randint(0, 2, log_p.shape, generator=generator, device=log_p.device) * 2 - 1
-        return loss, (signs * log_p.detach().div(2).exp() * log_p).sum(1)
+        return loss, (signs * 2 * log_p.div(2).exp()).sum(1)
 
     def score(self, batch: LabelledBatch) -> Tensor:
         """Return 1 where the top class is the label, else 0, shape ``(N,)``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import fisher_diagonal
+from mmdefense.kernels.hooks import frozen_statistics
 from mmdefense.kernels.inversion import Recovered, Search, recover, success_of
 from mmdefense.kernels.loop import Gradients, Training, train
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
@@ -31,7 +32,7 @@ class BaEraser(Defense):
     t towards y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) + drift_weight sum_i w_i
     |theta_i - theta_0i|``: ascent on the triggers, held by the clean loss and by a weighted
     penalty on drift, whose weights w follow the Fisher information of the moving model (the
-    dynamic part). The ascent on a sample ends where the target is no likelier than chance. The
+    dynamic part). The ascent on a sample ends where the target is ten times less likely than chance. The
     stop is the success of the recovered triggers; then the search starts again, up to ``rounds``
     times, until nothing is found.
 
@@ -180,14 +181,15 @@ class BaEraser(Defense):
         weights: list[Tensor],
     ) -> Gradients:
         adapter = work.adapter
-        floor = math.log(1 / adapter.trigger_targets())
+        floor = math.log(0.1 / adapter.trigger_targets())
 
         def compute(batch: Any, step: int) -> Tensor:
             family, target, triggers = pools[step % len(pools)]
             chosen = triggers[torch.arange(len(batch)) % len(triggers)]
             stamped = adapter.stamp(batch, family, chosen[None].to(parameters[0].device))
             targets = torch.full((len(batch),), target, device=parameters[0].device)
-            log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
+            with frozen_statistics(adapter.model):
+                log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
             ascent = (log_p * adapter.not_target(batch, targets)).mean()
             loss = adapter.per_sample_loss(batch).mean()
             total = loss + self.ascent_weight * ascent

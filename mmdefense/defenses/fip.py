@@ -56,11 +56,11 @@ class _Weights:
 class _SingularValues:
     """Shifts of the singular values of all weight matrices; norms and biases if asked for."""
 
-    def __init__(self, model: nn.Module, rest: bool) -> None:
+    def __init__(self, model: nn.Module, rest: bool, scale: float) -> None:
         matrices = list(spectral_weights(model).values())
         chosen = {id(weight) for weight in matrices}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-        self.spectrum = Spectrum(matrices)
+        self.spectrum = Spectrum(matrices, scale)
         self.others: list[Tensor] = list(others) if rest else []
         self.tensors = [*self.spectrum.shifts, *self.others]
         self.weights: list[Tensor] = [*matrices, *self.others]
@@ -302,6 +302,7 @@ class FastFIP(_FisherPurification):
     """
 
     norms_and_biases: bool = True
+    scale: float = 3.0
 
     def _coordinates(self, model: nn.Module) -> _Coordinates:
-        return _SingularValues(model, self.norms_and_biases)
+        return _SingularValues(model, self.norms_and_biases, self.scale)

@@ -53,7 +53,7 @@ def unlearning_change(
             fork,
             samples,
             run,
-            stop=adapter.chance if stop is None else stop,
+            stop=_chance(adapter, samples) if stop is None else stop,
             lr=lr,
             batch_size=batch_size,
             max_epochs=max_epochs,
@@ -63,6 +63,13 @@ def unlearning_change(
 
     device = next(adapter.model.parameters()).device
     return {name: value.to(device) for name, value in run.once("change", compute).items()}
+
+
+def _chance(adapter: TaskAdapter[Any], samples: Any) -> float:
+    """Return the score of always giving the most frequent answer; at least ``adapter.chance``."""
+    strata = samples.strata()
+    most = 0 if strata is None else int(strata.unique(return_counts=True)[1].max())
+    return max(adapter.chance, most / len(samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +91,8 @@ class TSBD(Defense):
         fine_tuning: ``"activeness-aware"``, ``"vanilla"`` (alpha 0) or ``"none"``.
         unlearn_lr: Learning rate of the ascent; ten times the code's, which takes hundreds of
             epochs to the same ranking on a small clean set (ours).
-        unlearn_stop: Score at which the ascent ends; none is chance, 1/C. The code's is 0.10 on
-            every data set.
+        unlearn_stop: Score at which the ascent ends; none is chance: 1/C, or the share of the most
+            frequent class where that is more. The code's is 0.10 on every data set.
         unlearn_epochs: Where it ends in any case.
         unlearn_batch_size: Samples per update of the ascent.
         radius: The paper's r.

@@ -170,10 +170,11 @@ def markdown(cells: Iterable[Cell]) -> str:
             lines.append(_line([victim, "*before*", *_rates([r.before for r in rows]), "", ""]))
         beats = _beats(rows, groups.get((victim, rows[0].baseline)))
         violated = sum(row.violated for row in rows)
-        note = f"; guard violated in {violated} of {len(rows)}" if violated else ""
+        guard = f"guard violated in {violated} of {len(rows)}" if violated else ""
         seconds = f"{fmean(row.seconds for row in rows):.1f}"
         rates = _rates([row.after for row in rows])
-        lines.append(_line([victim, defense, *rates, seconds, beats + note]))
+        note = "; ".join(part for part in (beats, guard) if part)
+        lines.append(_line([victim, defense, *rates, seconds, note]))
     return "\n".join(lines) + "\n"
 
 

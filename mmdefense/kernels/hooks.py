@@ -55,21 +55,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm layers normalise as they do, but leave their running statistics alone."""
-    layers = [m for m in model.modules() if isinstance(m, _BATCH_NORMS)]
-    before = [
-        (m, m.track_running_stats, m.running_mean, m.running_var, m.num_batches_tracked)
-        for m in layers
-        if m.training
-    ]
-    for layer, *_ in before:
+    layers = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.training]
+    before = [(layer, layer.track_running_stats) for layer in layers]
+    for layer in layers:
         layer.track_running_stats = False
-        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     try:
         yield
     finally:
-        for layer, tracks, mean, var, count in before:
+        for layer, tracks in before:
             layer.track_running_stats = tracks
-            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, count
 
 
 @contextmanager

@@ -38,9 +38,15 @@ def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 class Spectrum:
     """The singular value coordinates of some weights; the decomposition is made once, in fp32."""
 
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
-        """Decompose ``weights``, each of two or more axes, the first of which is the output."""
+    def __init__(self, weights: Sequence[nn.Parameter], scale: float = 1.0) -> None:
+        """Decompose ``weights``, each of two or more axes, the first of which is the output.
+
+        Args:
+            weights: The parameters to move.
+            scale: A shift of one moves a singular value by ``scale``.
+        """
         self.weights = list(weights)
+        self.scale = scale
         self.start = [weight.detach().clone() for weight in weights]
         self.bases: list[tuple[Tensor, Tensor, Tensor]] = []
         for weight in self.start:
@@ -60,7 +66,7 @@ class Spectrum:
             gradients, self.shifts, self.bases, strict=True
         ):
             matrix = gradient.flatten(1).to(left.dtype)
-            alive = (values + shift.detach() > 0).to(left.dtype)
+            alive = self.scale * (values + self.scale * shift.detach() > 0).to(left.dtype)
             pulled.append(alive * ((matrix @ right.T) * left).sum(0))
         return pulled
 
@@ -70,6 +76,6 @@ class Spectrum:
             for weight, start, shift, (left, values, right) in zip(
                 self.weights, self.start, self.shifts, self.bases, strict=True
             ):
-                change = torch.relu(values + shift) - values
+                change = torch.relu(values + self.scale * shift) - values
                 moved = (left * change) @ right
                 weight.copy_(start + moved.view_as(start))

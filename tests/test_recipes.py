@@ -1,0 +1,25 @@
+"""Every recipe runs, as a user runs it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_and_shows_its_table(recipe, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--smoke", "--out", str(tmp_path / "out")])
+    runpy.run_path(str(recipe), run_name="__main__")
+    said = capsys.readouterr().out
+    for word in ("ACC", "ASR", "before", "baseline"):
+        assert word in said
+    assert list((tmp_path / "out").glob("*/report.html"))
+
+
+def test_there_is_a_recipe():
+    assert RECIPES
