@@ -20,6 +20,8 @@ def random_shift(
         images: Shape ``(N, C, H, W)``.
         generator: Source of the shifts, on the device of the images.
         fraction: Largest shift as a share of the side; 1/8 is the usual 4 pixels of 32.
+        erase: Share of the images in which a rectangle of noise, of an eighth to three eighths
+            of the side, replaces what was there (random erasing).
         keep: Share of the images that stay as they are.
         flip: Whether half of the images are mirrored left to right.
     """
@@ -42,12 +44,13 @@ def random_view(
     images: Tensor,
     generator: torch.Generator,
     *,
-    degrees: float = 12.0,
-    scale: float = 0.12,
-    shear: float = 0.1,
-    shift: float = 0.12,
-    light: float = 0.2,
-    keep: float = 0.25,
+    degrees: float = 8.0,
+    scale: float = 0.08,
+    shear: float = 0.06,
+    shift: float = 0.1,
+    light: float = 0.15,
+    erase: float = 0.6,
+    keep: float = 0.4,
     flip: bool = False,
 ) -> Tensor:
     """Return each image turned, scaled, sheared, shifted and lit a little differently.
@@ -63,6 +66,8 @@ def random_view(
         shear: Largest shear.
         shift: Largest shift as a share of the side.
         light: Largest change of brightness; contrast changes by up to ``exp(1.5 light)``.
+        erase: Share of the images in which a rectangle of noise, of an eighth to three eighths
+            of the side, replaces what was there (random erasing).
         keep: Share of the images that stay as they are.
         flip: Whether half of the images are mirrored left to right.
     """
@@ -80,5 +85,23 @@ def random_view(
     contrast = (1.5 * light * draw[5]).exp()[:, None, None, None]
     brightness = (light * draw[6])[:, None, None, None]
     altered = (moved * contrast + brightness).clamp(0, 1)
+    altered = _erase(altered, generator, erase)
     kept = ((draw[8] + 1) / 2 < keep)[:, None, None, None]
     return torch.where(kept, images, altered)
+
+
+def _erase(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """Put a rectangle of uniform noise at a random place of a ``share`` of the images."""
+    count, _, height, width = images.shape
+    device = images.device
+    draw = torch.rand(5, count, 1, generator=generator, device=device)
+    rows, columns = (
+        ((position - place).abs() < (0.125 + 0.25 * size) / 2)
+        for position, place, size in (
+            (torch.linspace(0, 1, height, device=device), draw[0], draw[1]),
+            (torch.linspace(0, 1, width, device=device), draw[2], draw[3]),
+        )
+    )
+    hit = rows[:, None, :, None] & columns[:, None, None, :] & (draw[4] < share)[:, :, None, None]
+    noise = torch.rand(images.shape, generator=generator, device=device)
+    return torch.where(hit, noise, images)

@@ -173,7 +173,7 @@ def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], 
     strata = samples.strata()
     if strata is not None:
         order = _spread(order, strata)
-    held = torch.linspace(0, total - 1, max(1, round(fraction * total))).round().long().unique()
+    held = torch.linspace(0, total - 1, max(1, round(fraction * total))).round().long()
     mask = torch.zeros(total, dtype=torch.bool)
     mask[held] = True
     return samples.subset(order[~mask]), samples.subset(order[mask])

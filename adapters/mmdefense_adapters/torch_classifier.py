@@ -163,7 +163,9 @@ class TorchClassifier(ImageTriggers):
     def head_group(self) -> UnitGroup:
         """Return the penultimate features as units on the input axis of the output layer."""
         weight, _ = self.head_weights()
-        return UnitGroup(self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron")
+        return UnitGroup(
+            self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron"
+        )
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(K, D)`` and bias ``(K,)`` of the output layer.

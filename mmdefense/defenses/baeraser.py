@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -69,12 +69,12 @@ class BaEraser(Defense):
     search_steps: int = 80
     entropy: float = 0.1
     rounds: int = 2
-    ascent_weight: float = 0.1
+    ascent_weight: float = 1.0
     drift_weight: float = 1e-3
     stop: float = 0.02
-    lr: float = 0.02
+    lr: float = 0.05
     momentum: float = 0.9
-    steps: int = 100
+    steps: int = 150
     batch_size: int = 64
     max_norm: float | None = 5.0
 
@@ -94,6 +94,7 @@ class BaEraser(Defense):
             lr=self.lr,
             momentum=self.momentum,
             max_norm=self.max_norm,
+            check_every=_PERIOD,  # a run is resumed where the weights of the penalty are new
         )
 
     def _run(self, work: Purifying[Any]) -> None:
@@ -126,7 +127,7 @@ class BaEraser(Defense):
             lambda: {
                 "found": [
                     dataclasses.asdict(record)
-                    for record in recover(work.adapter, work.fit, search, work.run, stage=stage)
+                    for record in recover(_triggered(work), work.fit, search, work.run, stage=stage)
                 ]
             },
         )
@@ -137,16 +138,14 @@ class BaEraser(Defense):
 
     def _unlearn(self, work: Purifying[Any], pools: Sequence[_Pool], turn: int) -> None:
         """Push the model off the recovered triggers until they no longer succeed."""
-        adapter = work.adapter
+        adapter = _triggered(work)
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters]
-        weights = self._importance(work, parameters, turn, 0)
         bound = max(self.stop, 0.0)
 
         def is_done(step: int) -> bool:
             if step % _PERIOD:
                 return False
-            weights[:] = self._importance(work, parameters, turn, step)
             success = max(success_of(adapter, work.fit, *pool) for pool in pools)
             work.run.report(f"unlearn {turn}", step, self.steps, recovered_success=success)
             return success <= bound and step >= self.steps // 2
@@ -157,7 +156,7 @@ class BaEraser(Defense):
             self.training,
             work.run,
             stage=f"unlearn {turn}",
-            gradients=self._gradients(work, pools, parameters, start, weights),
+            gradients=self._gradients(work, pools, parameters, start, turn),
             after_step=is_done,
         )
 
@@ -178,12 +177,15 @@ class BaEraser(Defense):
         pools: Sequence[_Pool],
         parameters: Sequence[Tensor],
         start: Sequence[Tensor],
-        weights: list[Tensor],
+        turn: int,
     ) -> Gradients:
-        adapter = work.adapter
+        adapter = _triggered(work)
         floor = math.log(0.1 / adapter.trigger_targets())
+        weights = self._importance(work, parameters, turn, 0)
 
         def compute(batch: Any, step: int) -> Tensor:
+            if step and step % _PERIOD == 0:  # here, so that a resumed run, too, begins with it
+                weights[:] = self._importance(work, parameters, turn, step)
             family, target, triggers = pools[step % len(pools)]
             chosen = triggers[torch.arange(len(batch)) % len(triggers)]
             stamped = adapter.stamp(batch, family, chosen[None].to(parameters[0].device))
@@ -206,6 +208,11 @@ class BaEraser(Defense):
         return compute
 
 
+def _triggered(work: Purifying[Any]) -> TriggerAdapter[Any]:
+    """Return the adapter as what ``purify`` has checked that it is."""
+    return cast("TriggerAdapter[Any]", work.adapter)
+
+
 _PERIOD = 20
 """Steps between two looks at the recovered triggers and the weights of the drift penalty."""
 
@@ -217,7 +224,7 @@ def _pictures(adapter: Any, found: Sequence[Recovered]) -> dict[str, Any]:
     """Return the best trigger of each target and family, for the report."""
     images, names, success, accepted = [], [], [], []
     for record in found:
-        for target in record.targets.unique().tolist():
+        for target in sorted(set(record.targets.tolist())):
             mine = (record.targets == target).nonzero().flatten()
             best = mine[record.success[mine].argmax()]
             images.append(adapter.trigger_picture(record.family, record.pool[best, 0]))

@@ -175,7 +175,8 @@ class Defense(ABC):
         before = scores(adapter, held)
         self._run(work)
         guard = _guard(work, copy_state(adapter.model), before, self.max_utility_drop)
-        work.adapter.model.train(adapter.model.training)
+        for module, given in zip(work.adapter.model.modules(), adapter.model.modules(), strict=True):
+            module.training = given.training
         return Result(
             model=work.adapter.model,
             adapter=work.adapter,
@@ -200,9 +201,7 @@ def _check_finite(model: nn.Module) -> None:
             raise BadInputError(f"weight {name!r} holds NaN or infinite values; nothing was done")
 
 
-def _guard(
-    work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float
-) -> Guard:
+def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:
     """Keep the most purified state whose drop is within ``bound``, judged with its interval.
 
     Tried in turn: the final state, the states kept on the way, latest first, and states on the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class Pruning(Defense):
         counts = self._counts(len(order))
         if self.layers == "last":
             ranks = [unit for _, unit in order]
-            curve = pruning_curve(work.adapter, work.holdout, ranks, counts).tolist()
+            adapter = cast("HeadAdapter[Any]", work.adapter)  # `_last` has checked it
+            curve = pruning_curve(adapter, work.holdout, ranks, counts).tolist()
         else:
             curve = self._curve_by_evaluation(work, groups, order, counts)
         before = curve[0]
@@ -171,17 +172,23 @@ class FinePruning(Pruning):
         )
 
     def _run(self, work: Purifying[Any]) -> None:
-        masks = work.run.once("masks", lambda: dict(self._prune(work)))
-        parameters = dict(work.adapter.model.named_parameters())
-        held = [parameters[name] for name in masks]
-        keep = [mask.to(parameter.device) for mask, parameter in zip(masks.values(), held, strict=True)]
+        kept = work.run.once(
+            "prune",
+            lambda: {"masks": self._prune(work), "curve": work.figures["pruning_curve"]},
+        )
+        work.figures["pruning_curve"] = tuple(kept["curve"])
+        parameters = dict(work.adapter.model.named_parameters(remove_duplicate=False))
+        held = [parameters[name] for name in kept["masks"]]
+        keep = [
+            mask.to(parameter.device)
+            for mask, parameter in zip(kept["masks"].values(), held, strict=True)
+        ]
 
         def hold(_: int) -> None:
-            with torch.no_grad():
-                torch._foreach_mul_(held, keep)
+            if held:  # nothing may have been pruned, and foreach refuses an empty list
+                with torch.no_grad():
+                    torch._foreach_mul_(held, keep)
 
         hold(0)
         work.run.snapshot("pruned, not fine-tuned", work.adapter.model)
-        train(
-            work.adapter, work.fit, self.training, work.run, stage="fine-tune", after_step=hold
-        )
+        train(work.adapter, work.fit, self.training, work.run, stage="fine-tune", after_step=hold)

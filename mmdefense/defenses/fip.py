@@ -96,7 +96,7 @@ class _FisherPurification(Defense):
         batch_norm: ``"train"`` normalises by batch, as the released code does.
     """
 
-    strength: float = 2.0
+    strength: float = 1.5
     eta_f: float | None = None
     eta_r: float = 10.0
     trace: Trace = "true"
@@ -144,7 +144,9 @@ class _FisherPurification(Defense):
             check_second_derivative(adapter, work.fit, space.weights)
         start = [tensor.detach().clone() for tensor in space.tensors]
         importance = run.once("fisher", lambda: self._importance(work, space))["diagonal"]
-        importance = [value.to(tensor.device) for value, tensor in zip(importance, start, strict=True)]
+        importance = [
+            value.to(tensor.device) for value, tensor in zip(importance, start, strict=True)
+        ]
         trace = float(torch.stack([value.sum() for value in importance]).sum())
         eta = self._eta(trace)
         run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta)
@@ -294,6 +296,11 @@ class FastFIP(_FisherPurification):
     keeps plain weights throughout, so keys, shapes and dtypes stay those of the given model.
 
     Attributes:
+        strength: As in FIP; Tr(F) is that of the shifts (and of norms and biases).
+        eta_r: As in FIP, over the shifts; smaller, since one shift moves a whole matrix (ours).
+        lr: As in FIP; larger for the same reason (ours).
+        scale: How far a shift of one moves a singular value; the code's s, there 1. It sets the
+            step size of singular values against that of norms and biases (ours).
         norms_and_biases: Whether the other parameters train too, as in FIP. The paper leaves open
             which of them do.
 
@@ -301,8 +308,11 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
+    strength: float = 3.0
+    eta_r: float = 0.5
+    lr: float = 0.1
     norms_and_biases: bool = True
-    scale: float = 3.0
+    scale: float = 4.0
 
     def _coordinates(self, model: nn.Module) -> _Coordinates:
         return _SingularValues(model, self.norms_and_biases, self.scale)

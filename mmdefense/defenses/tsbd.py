@@ -111,7 +111,20 @@ class TSBD(Defense):
     """
 
     ratio: float | None = None
-    candidates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
+    candidates: tuple[float, ...] = (
+        0.01,
+        0.02,
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+        0.3,
+        0.4,
+        0.5,
+        0.7,
+        0.9,
+    )
     sub_ratio: float = 0.7
     fine_tuning: Literal["activeness-aware", "vanilla", "none"] = "activeness-aware"
     unlearn_lr: float = 1e-3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
+from mmdefense.augment import random_shift
 from mmdefense.batches import LabelledBatch, LabelledSamples, split
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.errors import BadInputError
@@ -25,7 +26,7 @@ __all__ = ["CASES", "Case", "Victim", "named_cases", "train_victim"]
 _RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
 _VIT = (
     "mmdefense_tasks.victims:vit_classifier(classes={classes}, image_size={size}, "
-    "channels={channels})"
+    "channels={channels}, patch=7)"
 )
 
 
@@ -104,12 +105,13 @@ def train_victim(case: Case, run: Run) -> Victim:
     task = registry.load("tasks", case.task)()
     train_set, test = (_in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
     adapter = registry.adapt(_fresh_model(case, train_set, run))
+    planted = replace(train_set, augmentation=random_shift)  # the attacker's usual training
     attack = None
     if case.attack is not None:
         kind = registry.load("attacks", case.attack)
-        attack = kind(seed=run.seed, **case.settings).plant(adapter, train_set, case.training, run)
+        attack = kind(seed=run.seed, **case.settings).plant(adapter, planted, case.training, run)
     else:
-        train(adapter, adapter.samples(train_set), case.training, run, stage="victim")
+        train(adapter, adapter.samples(planted), case.training, run, stage="victim")
     clean = split(train_set, case.clean, run.seed)[1]
     assert isinstance(clean, LabelledSamples)
     return Victim(case, adapter, attack, clean, test, _rates(adapter, attack, test))
@@ -153,8 +155,14 @@ CASES: tuple[Case, ...] = (
     Case(name="mnist-badnets", data="mnist", training=_resnet_training(700)),
     Case(name="mnist-blended", data="mnist", attack="blended", training=_resnet_training(700)),
     Case(name="mnist-clean", data="mnist", attack=None, training=_resnet_training(700)),
-    Case(name="digits-vit-badnets", model=_VIT, training=_vit_training(900)),
-    Case(name="digits-vit-blended", model=_VIT, attack="blended", training=_vit_training(900)),
+    Case(name="mnist-vit-badnets", data="mnist", model=_VIT, training=_vit_training(1200)),
+    Case(
+        name="mnist-vit-blended",
+        data="mnist",
+        model=_VIT,
+        attack="blended",
+        training=_vit_training(1200),
+    ),
 )
 """The cases of the README's table, by name."""
 

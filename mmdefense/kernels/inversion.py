@@ -103,7 +103,7 @@ class _Generators:
             len(self.targets), count, self.search.noise, generator=generator, device=device
         )
         made = torch.sigmoid(self.maker(noise - 0.5))
-        return noise, made.unflatten(-1, self.family.shape)
+        return noise, made.view(*made.shape[:2], *self.family.shape)
 
     def information(self, noise: Tensor, triggers: Tensor) -> Tensor:
         """Return a lower bound of I(noise; trigger) for each generator, shape ``(G,)`` (MINE).
@@ -111,8 +111,8 @@ class _Generators:
         ``mean T(z, t) - log mean exp T(z', t)`` with z' the noise of other triggers.
         """
         flat = triggers.flatten(2)
-        joint = self.critic(torch.cat([noise - 0.5, flat], 2)).squeeze(-1)
-        apart = self.critic(torch.cat([noise.roll(1, dims=1) - 0.5, flat], 2)).squeeze(-1)
+        joint: Tensor = self.critic(torch.cat([noise - 0.5, flat], 2)).squeeze(-1)
+        apart: Tensor = self.critic(torch.cat([noise.roll(1, dims=1) - 0.5, flat], 2)).squeeze(-1)
         return joint.mean(1) - (apart.logsumexp(1) - math.log(apart.shape[1]))
 
 

@@ -7,6 +7,7 @@ and the outputs after each prefix are the first ones less a running sum of matri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -21,9 +22,7 @@ __all__ = ["head_activations", "pruning_curve"]
 B = TypeVar("B")
 
 
-def head_activations(
-    adapter: HeadAdapter[B], samples: Samples[B], batch_size: int = 256
-) -> Tensor:
+def head_activations(adapter: HeadAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:
     """Return the mean magnitude of each input of the output layer, shape ``(D,)``, in eval mode."""
     total: Tensor | None = None
     with mode(adapter.model, train=False):
@@ -59,7 +58,7 @@ def pruning_curve(
     weight = weight.detach().double()
     picks = torch.as_tensor(list(order), device=weight.device)
     edges = [0, *counts]
-    steps = [picks[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    steps = [picks[start:stop] for start, stop in pairwise(edges)]
     total = torch.zeros(len(counts), dtype=torch.float64)
     with mode(adapter.model, train=False), torch.no_grad():
         for batch in batches(samples, batch_size):

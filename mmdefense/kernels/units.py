@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -48,9 +49,12 @@ def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> Iterable[tuple[
 
 
 def _sums(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-    """Return the sum over the weights of each unit, shape ``(U,)``."""
+    """Return the sum over the weights of each unit, shape ``(U,)``.
+
+    In float64, so that a ranking does not hang on the order of the summation.
+    """
     rows = [unit_rows(tensors[name], axis, group) for name, axis in _weights(group, tensors)]
-    return torch.stack([row.sum(1) for row in rows]).sum(0)
+    return torch.stack([row.sum(1, dtype=torch.float64) for row in rows]).sum(0)
 
 
 def weight_change(change: Mapping[str, Tensor], groups: Sequence[UnitGroup]) -> list[Tensor]:
@@ -159,10 +163,32 @@ def select_sub_weights(
         for name, axis in _weights(group, change):
             mask = inside.setdefault(name, torch.zeros_like(change[name], dtype=torch.bool))
             mask.index_fill_(axis, _indices(group, units, mask.device), True)
-    pool = torch.cat([change[name][mask] for name, mask in inside.items()])
+    pool = torch.cat([change[name].masked_select(mask) for name, mask in inside.items()])
     count = max(1, int(share * len(pool)))
-    threshold = pool.kthvalue(len(pool) - count + 1).values
+    threshold = kth_smallest(pool, len(pool) - count + 1)
     return {name: mask & (change[name] >= threshold) for name, mask in inside.items()}
+
+
+def kth_smallest(values: Tensor, k: int, stride: int = 64) -> Tensor:
+    """Return the k-th smallest entry, exactly as ``values.kthvalue(k)``, several times faster.
+
+    Two entries of a sorted sample bracket it, and the search goes on between them (Floyd, Rivest.
+    *Expected Time Bounds for Selection*. CACM 18(3), 1975). A bracket that misses costs time only.
+
+    Args:
+        values: Shape ``(M,)``.
+        k: Rank, from 1.
+        stride: Every how many entries one is in the sample.
+    """
+    sample = values[::stride].sort().values
+    centre, spread = k * len(sample) // len(values), 3 * math.isqrt(len(sample))
+    low = sample[max(0, centre - spread)]
+    high = sample[min(len(sample) - 1, centre + spread)]
+    below = int((values < low).sum())
+    inside = values.masked_select((low <= values) & (values <= high))
+    if not below < k <= below + len(inside):
+        inside, below = values, 0
+    return inside.kthvalue(k - below).values
 
 
 def zero(model: nn.Module, marked: Mapping[str, Tensor]) -> None:

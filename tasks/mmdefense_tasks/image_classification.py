@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.augment import random_shift
+from mmdefense.augment import random_view
 from mmdefense.batches import LabelledSamples, split
 from mmdefense.errors import BadInputError
 from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
@@ -90,7 +90,7 @@ def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
     samples = LabelledSamples(
         images,
         torch.from_numpy(bunch.target).long(),
-        augmentation=random_shift,
+        augmentation=random_view,
         classes=tuple(str(digit) for digit in range(10)),
     )
     train, test = split(samples, 0.2, seed)
@@ -131,7 +131,7 @@ def load_data(
         return load_digits()[split == "test"]
     images, name = _open(where, split)
     images = _relabelled(images, classes, where)
-    augmentation = partial(random_shift, flip=name.startswith(_MIRRORED))
+    augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
     samples = StreamedImages.of(images, image_size, channels, augmentation)
     _check_enough(samples, classes, where)
     return samples if samples.bytes > memory_limit else samples.in_memory()

@@ -1,0 +1,285 @@
+"""What holds for every registered defense, whatever the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmdefense import registry
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.defenses import base
+from mmdefense.defenses.base import Result
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.run import Run, copy_state
+from mmdefense.protocol import TriggerAdapter, lacking
+
+MODELS = ["small-resnet", "cnn-without-batchnorm", "hf-vit", "hf-resnet"]
+SHORT = {"steps": 3, "batch_size": 8}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How to try a defense.
+
+    Attributes:
+        quick: Settings with which it does something, soon.
+        idle: Settings, beside those, with which it must do nothing.
+        long: Settings, beside the quick ones, with which it is worth interrupting.
+    """
+
+    quick: Mapping[str, Any]
+    idle: Mapping[str, Any]
+    long: Mapping[str, Any] = field(default_factory=lambda: {"steps": 45})
+
+
+UNLEARNING = {"unlearn_epochs": 3, "unlearn_lr": 0.01, "unlearn_batch_size": 16}
+SEARCH = {"search_steps": 3, "levels": (0.5,), "rounds": 1, "tau": 0.01}
+ROWS = {
+    "baeraser": Row(SHORT | SEARCH, {"steps": 0}, {"steps": 45, "stop": 0.0, "rounds": 2}),
+    "fast-fip": Row(SHORT, {"steps": 0}),
+    "fine-pruning": Row(SHORT | {"max_pruning_drop": 0.5}, {"max_share": 0.0, "steps": 0}),
+    "fine-tuning": Row(SHORT, {"steps": 0}),
+    "fip": Row(SHORT, {"steps": 0}),
+    "pruning": Row({"max_pruning_drop": 0.5, "holdout": 0.8}, {"max_share": 0.0}, {}),
+    "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
+}
+
+
+def make(name, **settings):
+    # No state is turned down, so that what is compared is what the defense itself has done.
+    settings = {"max_utility_drop": 1.0} | dict(ROWS[name].quick) | settings
+    return registry.load("defenses", name)(**settings)
+
+
+def test_every_registered_defense_has_a_row():
+    assert sorted(ROWS) == registry.names("defenses")
+
+
+def prepare(model, taught):
+    """Return an adapter whose model has odd modes and a frozen weight, and its clean data."""
+    adapter, samples = taught(model)
+    next(adapter.model.parameters()).requires_grad_(False)
+    next(m for m in adapter.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))).train()
+    return adapter, samples
+
+
+def condition(model):
+    return {
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
+        "modes": [m.training for m in model.modules()],
+        "wanted": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad for p in model.parameters()],
+        "forms": [(name, v.shape, v.dtype) for name, v in model.state_dict().items()],
+        "plain": [p.is_contiguous() for p in model.parameters()],
+        "values": copy_state(model),
+    }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A purification, and what can be seen around it."""
+
+    result: Result
+    before: Any
+    after: Any
+    events: list[Any]
+
+
+@pytest.fixture(scope="module")
+def trial(taught):
+    """Return a function that purifies; each trial is made once for all tests."""
+
+    @functools.cache
+    def purify(name, model, seed=0):
+        adapter, samples = prepare(model, taught)
+        before, events = condition(adapter.model), []
+        result = make(name, seed=seed).purify(adapter, samples, progress=events.append)
+        return Trial(result, before, condition(adapter.model), events)
+
+    return purify
+
+
+def assert_equal(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def differ(first, second):
+    return any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+every_pair = pytest.mark.parametrize(
+    ("name", "model"), [*itertools.product(ROWS, MODELS)]
+)
+
+
+@every_pair
+def test_the_given_model_stays_as_it_is_in_every_respect(trial, name, model):
+    tried = trial(name, model)
+    for key, value in tried.before.items():
+        if key == "values":
+            assert_equal(value, tried.after[key])
+        else:
+            assert tried.after[key] == value, key
+
+
+@every_pair
+def test_the_model_handed_back_takes_the_place_of_the_given_one(trial, name, model):
+    tried = trial(name, model)
+    purified = condition(tried.result.model)
+    assert sum(purified["hooks"]) == 0
+    assert all(grad is None for grad in purified["grads"])
+    for key in ("forms", "modes", "wanted", "plain"):
+        assert purified[key] == tried.before[key], key
+    assert differ(purified["values"], tried.before["values"]), "the defense did nothing"
+    assert all(v.isfinite().all() for v in purified["values"].values())
+    assert tried.result.adapter.model is tried.result.model
+
+
+@every_pair
+def test_the_seed_alone_decides_the_result(trial, taught, name, model):
+    first = trial(name, model).result
+    adapter, samples = prepare(model, taught)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)  # the global state has no part in it, and is left as it is
+        state = torch.get_rng_state()
+        again = make(name).purify(adapter, samples)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(copy_state(first.model), copy_state(again.model))
+    assert first.history == again.history
+    others = (trial(name, model, seed).result for seed in (1, 2, 3))
+    assert any(differ(copy_state(first.model), copy_state(other.model)) for other in others)
+
+
+@every_pair
+def test_strength_zero_is_the_identity(taught, name, model):
+    adapter, samples = prepare(model, taught)
+    given = copy_state(adapter.model)
+    result = make(name, **ROWS[name].idle).purify(adapter, samples)
+    assert_equal(given, copy_state(result.model))
+    assert result.guard.state == "final"
+
+
+@every_pair
+def test_progress_goes_forward(trial, name, model):
+    tried = trial(name, model)
+    stages = [stage for stage, _ in itertools.groupby(event.stage for event in tried.events)]
+    assert stages
+    assert len(stages) == len(set(stages)), "a stage goes on after another has begun"
+    for stage in stages:
+        steps = [event.step for event in tried.events if event.stage == stage]
+        assert steps == sorted(steps)
+        totals = {event.total for event in tried.events if event.stage == stage}
+        assert len(totals) == 1
+        assert 0 <= steps[0] <= steps[-1] <= totals.pop()
+    heard = [
+        {"stage": event.stage, "step": event.step, **event.figures}
+        for event in tried.events
+        if event.figures
+    ]
+    assert tried.result.history == heard
+
+
+class Killed(BaseException):
+    pass
+
+
+def killer(moment):
+    """Return a listener that ends the process, so to say, at the event of that number."""
+    count = itertools.count(1)
+
+    def listen(_):
+        if next(count) == moment:
+            raise Killed
+
+    return listen
+
+
+@pytest.fixture
+def frequent(monkeypatch):
+    """Keep the state at each look of the training loop."""
+    monkeypatch.setattr(base, "Run", functools.partial(Run, checkpoint_every=1))
+
+
+@pytest.mark.parametrize("model", ["small-resnet", "hf-vit"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(
+    taught, tmp_path, frequent, name, model
+):
+    adapter, samples = prepare(model, taught)
+    defense = make(name, **ROWS[name].long)
+    events: list[Any] = []
+    expected = defense.purify(adapter, samples, progress=events.append)
+    store, chance = RunStore(tmp_path), random.Random(f"{name}/{model}")
+    for _ in range(2):
+        with contextlib.suppress(Killed):
+            moment = chance.randint(1, len(events))
+            defense.purify(adapter, samples, progress=killer(moment), store=store)
+    found = defense.purify(adapter, samples, store=store)
+    assert_equal(copy_state(expected.model), copy_state(found.model))
+    assert found.history == expected.history
+    assert found.guard == expected.guard
+    assert found.figures.keys() == expected.figures.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_adapter_without_a_needed_hook_is_refused_by_name(name):
+    defense = make(name)
+    members = lacking(object(), defense.requires)
+    assert members
+    for absent in members:
+        adapter = SimpleNamespace(**{member: None for member in members if member != absent})
+        with pytest.raises(UnsupportedError, match=rf"SimpleNamespace lacks {absent}$"):
+            defense.purify(adapter, None)
+
+
+@pytest.mark.parametrize("name", ["pruning", "fine-pruning"])
+def test_pruning_the_last_layer_needs_a_linear_one(taught, name):
+    adapter, samples = taught("small-resnet")
+    members = lacking(object(), TriggerAdapter)
+    without_head = SimpleNamespace(**{m: getattr(adapter, m) for m in members})
+    without_head.fork = lambda: without_head
+    with pytest.raises(UnsupportedError, match="needs a HeadAdapter; .* use layers='all'"):
+        make(name).purify(without_head, samples)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_weights_that_are_not_finite_are_refused(taught, name):
+    adapter, samples = taught("cnn-without-batchnorm")
+    with torch.no_grad():
+        next(adapter.model.parameters()).view(-1)[3] = float("nan")
+    with pytest.raises(BadInputError, match=r"weight '0.weight' holds NaN .* nothing was done"):
+        make(name).purify(adapter, samples)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "wrong", [{"max_utility_drop": -0.1}, {"max_utility_drop": 2.0}, {"holdout": 0.0}]
+)
+def test_wrong_settings_are_refused(name, wrong):
+    with pytest.raises(BadInputError, match=rf"{next(iter(wrong))} must lie in .* got"):
+        make(name, **wrong)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_record_holds_every_setting_and_prints_as_it_was_made(trial, name):
+    result, defense = trial(name, "small-resnet").result, make(name)
+    assert type(defense)(**result.settings) == defense
+    assert result.settings.keys() == {f.name for f in dataclasses.fields(defense)}
+    assert result.defense == type(defense).__name__
+    assert result.data["samples"] == 40
+    assert result.seconds > 0

@@ -1,0 +1,220 @@
+"""Which state the guard returns, on scores that are made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmdefense.batches import LabelledSamples
+from mmdefense.defenses.base import Defense
+from mmdefense.errors import BadInputError
+from mmdefense_adapters.torch_classifier import TorchClassifier
+
+HELD = 100
+
+
+class Dial(nn.Module):
+    """Its one weight is the share of the samples that it is right about."""
+
+    def __init__(self, level=1.0):
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(level))
+        self.register_buffer("count", torch.tensor(7))
+
+    def forward(self, images):
+        return images.flatten(1)[:, :1] * torch.ones(2)
+
+
+class DialAdapter(TorchClassifier):
+    def score(self, batch):
+        return (batch.inputs.flatten(1)[:, 0] < self.model.level).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Defense):
+    """Does what it is told.
+
+    Attributes:
+        script: Receives what a defense works with.
+    """
+
+    script: Callable[[Any], object]
+    holdout: float = 0.5
+
+    def _run(self, work):
+        self.script(work)
+
+
+@pytest.fixture
+def adapter():
+    return DialAdapter(Dial())
+
+
+@pytest.fixture
+def clean():
+    """Pairs of equal samples, so that both parts of a split hold the same hundred."""
+    values = (torch.arange(HELD) + 0.5) / HELD
+    return LabelledSamples(values.repeat_interleave(2).view(-1, 1, 1, 1), torch.zeros(2 * HELD, dtype=torch.int64))
+
+
+@pytest.fixture(autouse=True)
+def halves(monkeypatch):
+    """Split by even and odd, so that every drop is a whole number of hundredths."""
+
+    def split(samples, *_):
+        order = torch.arange(2 * HELD).view(-1, 2)
+        return samples.subset(order[:, 0]), samples.subset(order[:, 1])
+
+    monkeypatch.setattr("mmdefense.defenses.base.split", split)
+
+
+def levels(*given):
+    """Return a script that keeps a state for each level but the last, which is final."""
+
+    def script(work):
+        for level in given:
+            with torch.no_grad():
+                work.adapter.model.level.fill_(level)
+            if level is not given[-1]:
+                work.run.snapshot(f"at {level}", work.adapter.model)
+
+    return script
+
+
+def purify(adapter, clean, *given, bound=0.02):
+    result = Scripted(script=levels(*given), max_utility_drop=bound).purify(adapter, clean)
+    return result.guard, result.model.level.item()
+
+
+def test_a_final_state_within_the_bound_is_returned(adapter, clean):
+    guard, level = purify(adapter, clean, 0.5, 0.99)
+    assert (guard.state, guard.violated, level) == ("final", False, pytest.approx(0.99))
+    assert (guard.before, guard.samples, guard.bound) == (1.0, HELD, 0.02)
+    assert guard.after == pytest.approx(0.99)
+    assert guard.drop == pytest.approx(0.01)
+    assert guard.message.startswith("utility guard passed: the task metric went from 1.000 to 0.99")
+
+
+def test_a_better_model_passes(adapter, clean):
+    guard, _ = purify(DialAdapter(Dial(0.5)), clean, 0.8)
+    assert guard.drop == pytest.approx(-0.3)
+    assert not guard.violated
+
+
+# Of 100 paired samples k turn wrong: the drop is k/100, its standard error that of k ones and
+# 100 - k zeros, and the half-width of the one-sided 95 % interval 1.645 of that.
+@pytest.mark.parametrize(
+    ("wrong", "margin", "passes"), [(5, 0.036033, True), (6, 0.039263, False), (30, 0.075763, False)]
+)
+def test_the_bound_is_judged_with_the_interval_of_paired_samples(
+    adapter, clean, wrong, margin, passes
+):
+    guard, _ = purify(adapter, clean, 1 - wrong / 100)
+    assert (guard.state == "final") is passes
+    whole, _ = purify(adapter, clean, 1 - wrong / 100, bound=1.0)
+    assert whole.margin == pytest.approx(margin, abs=1e-5)
+
+
+def test_no_change_at_all_has_the_margin_of_half_a_sample(adapter, clean):
+    guard, _ = purify(adapter, clean, 1.0)
+    assert guard.drop == 0
+    assert guard.margin == pytest.approx(1.645 / 200)
+
+
+def test_the_interval_is_that_of_pairs_and_not_of_two_means(clean):
+    """A model that is right about other samples has no drop, but a wide interval."""
+    result = Scripted(script=levels(0.5), max_utility_drop=1.0).purify(OtherHalf(Dial()), clean)
+    assert result.guard.drop == pytest.approx(0)
+    assert result.guard.margin == pytest.approx(1.645 * (100 / 99) ** 0.5 / 10)
+
+
+class OtherHalf(DialAdapter):
+    """The given model is right below one half, every other above."""
+
+    def score(self, batch):
+        below = batch.inputs.flatten(1)[:, 0] < 0.5
+        return (below == (self.model.level == 1)).float()
+
+
+def test_the_latest_state_that_keeps_the_bound_comes_next(adapter, clean):
+    guard, level = purify(adapter, clean, 0.99, 0.98, 0.4, 0.2)
+    assert (guard.state, guard.violated) == ("at 0.98", False)
+    assert level == pytest.approx(0.98)
+    assert "chose the earlier state 'at 0.98'" in guard.message
+
+
+@pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 75, 0.25), (0.45, 50, 0.5)])
+def test_then_states_between_the_given_and_the_final_one(adapter, clean, bound, share, level):
+    guard, found = purify(adapter, clean, 0.0, bound=bound)
+    assert guard.state == f"{share}% of the way to the final state"
+    assert found == pytest.approx(level)
+    assert not guard.violated
+
+
+def test_a_state_on_the_way_keeps_the_final_counts(adapter, clean):
+    def script(work):
+        levels(0.0)(work)
+        work.adapter.model.count += 5
+
+    result = Scripted(script=script, max_utility_drop=0.5).purify(adapter, clean)
+    assert "of the way" in result.guard.state
+    assert result.model.count == 12
+
+
+def test_where_all_states_are_as_bad_the_most_purified_is_returned_and_the_violation_said(
+    adapter, clean
+):
+    guard, level = purify(adapter, clean, -3.0, -20.0, bound=0.0)
+    assert (guard.state, guard.violated, level) == ("final", True, -20.0)
+    assert (guard.after, guard.drop) == (0.0, 1.0)
+    assert "VIOLATED, no state keeps the bound" in guard.message
+
+
+def test_of_violating_states_the_least_harmful_is_returned(adapter, clean):
+    guard, level = purify(adapter, clean, 0.7, 0.8, -20.0, bound=0.0)
+    assert (guard.state, guard.violated) == ("at 0.8", True)
+    assert level == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("final", [-1000.0, -3.0, 0.0, 0.5, 0.9])
+@pytest.mark.parametrize("bound", [0.0, 0.02, 0.3])
+def test_the_victim_itself_never_comes_back(adapter, clean, final, bound):
+    guard, level = purify(adapter, clean, final, bound=bound)
+    assert level != 1.0
+    assert adapter.model.level == 1
+    assert guard.violated == (guard.drop - guard.margin > bound)
+
+
+def test_the_figures_are_those_of_the_model_that_is_returned(adapter, clean):
+    result = Scripted(script=levels(0.6, 0.2), max_utility_drop=0.4).purify(adapter, clean)
+    held = result.adapter.samples(clean)
+    found = result.adapter.score(held.everything()).mean()
+    assert float(found) == pytest.approx(result.guard.after)
+
+
+def test_fit_and_holdout_are_apart_and_together_all(adapter, monkeypatch):
+    monkeypatch.undo()
+    parts = {}
+
+    def script(work):
+        parts["fit"], parts["holdout"] = work.fit.everything(), work.holdout.everything()
+
+    inputs, labels = torch.arange(40.0).view(-1, 1, 1, 1), torch.arange(40) % 2
+    Scripted(script=script, holdout=0.25).purify(adapter, LabelledSamples(inputs, labels))
+    seen = {name: set(part.inputs.flatten().tolist()) for name, part in parts.items()}
+    assert len(seen["holdout"]) == 10
+    assert seen["fit"].isdisjoint(seen["holdout"])
+    assert len(seen["fit"] | seen["holdout"]) == 40
+    assert parts["holdout"].labels.sum() == 5
+
+
+def test_a_single_sample_cannot_be_split(adapter, monkeypatch):
+    monkeypatch.undo()
+    one = LabelledSamples(torch.rand(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(BadInputError, match="at least"):
+        Scripted(script=levels(1.0)).purify(adapter, one)
