@@ -72,7 +72,7 @@ class BaEraser(Defense):
     ascent_weight: float = 1.0
     drift_weight: float = 1e-3
     stop: float = 0.02
-    lr: float = 0.05
+    lr: float = 0.04
     momentum: float = 0.9
     steps: int = 150
     batch_size: int = 64

@@ -25,7 +25,7 @@ class FineTuning(Defense):
         max_norm: Largest gradient norm; none does not clip.
     """
 
-    lr: float = 0.05
+    lr: float = 0.04
     momentum: float = 0.9
     steps: int = 200
     batch_size: int = 64

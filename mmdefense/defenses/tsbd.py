@@ -83,8 +83,8 @@ class TSBD(Defense):
 
     Attributes:
         ratio: The paper's neuron ratio n; none chooses it on the hold-out part: the smallest of
-            ``candidates`` whose zeroing takes the score half-way down to chance, before any
-            fine-tuning (ours; the released code logs the test accuracy of every n and chooses
+            ``candidates`` whose zeroing takes the score a quarter of the way down to chance, before
+            any fine-tuning (ours; the released code logs the test accuracy of every n and chooses
             none).
         candidates: Neuron ratios to choose among, ascending; the released code's sweep.
         sub_ratio: The paper's sub-weight ratio m.
@@ -134,7 +134,7 @@ class TSBD(Defense):
     radius: float = 0.05
     mix: float = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: float = 0.02
+    lr: float = 0.01
     momentum: float = 0.9
     steps: int = 100
     batch_size: int = 64
@@ -200,7 +200,7 @@ class TSBD(Defense):
         """Zero the sub-weights of the most changed units, and return their share n."""
         adapter = work.adapter
         before = mean_score(adapter, work.holdout)
-        enough = (before + adapter.chance) / 2
+        enough = before - (before - adapter.chance) / 4
         given = parameters_by_name(adapter.model)
         ratio = 0.0
         for ratio in self.candidates if self.ratio is None else (self.ratio,):

@@ -37,7 +37,7 @@ def _resnet_training(steps: int) -> Training:
 def _vit_training(steps: int) -> Training:
     return Training(
         steps=steps,
-        lr=1e-3,
+        lr=2e-3,
         weight_decay=0.05,
         schedule="one-cycle",
         max_norm=1.0,
@@ -155,13 +155,13 @@ CASES: tuple[Case, ...] = (
     Case(name="mnist-badnets", data="mnist", training=_resnet_training(700)),
     Case(name="mnist-blended", data="mnist", attack="blended", training=_resnet_training(700)),
     Case(name="mnist-clean", data="mnist", attack=None, training=_resnet_training(700)),
-    Case(name="mnist-vit-badnets", data="mnist", model=_VIT, training=_vit_training(1200)),
+    Case(name="mnist-vit-badnets", data="mnist", model=_VIT, training=_vit_training(1500)),
     Case(
         name="mnist-vit-blended",
         data="mnist",
         model=_VIT,
         attack="blended",
-        training=_vit_training(1200),
+        training=_vit_training(1500),
     ),
 )
 """The cases of the README's table, by name."""

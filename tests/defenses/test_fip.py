@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from mmdefense.batches import LabelledSamples
+from mmdefense.batches import LabelledSamples, split
 from mmdefense.defenses import fip
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.errors import BadInputError, UnsupportedError
@@ -71,20 +71,218 @@ def test_a_step_descends_ce_and_the_true_trace_in_the_mean_over_signs(adapter, o
     torch.testing.assert_close(torch.stack([*found.values()]).mean(0), loss + ETA * trace)
 
 
-def test_the_true_trace_is_that_of_the_model_in_whose_modes_it_trains(adapter, corners):
-    """In train mode BatchNorm normalises by the batch, in the penalty as in the loss."""
-    settings = ONE_STEP | {"batch_size": 24, "eta_f": 0.0}
-    model = adapter.model.train()
-    fit = fit_part(corners, settings)
-    expected = reference.gradient_of(
-        F.cross_entropy(model(fit.inputs), fit.labels), list(model.parameters())
-    )
-    settings["batch_norm"] = "train"
-    torch.testing.assert_close(gradient_of_a_step(FIP(**settings), adapter, corners), expected)
+@pytest.mark.parametrize("batch_norm", ["train", "eval"])
+def test_the_loss_is_that_of_the_chosen_batchnorm(adapter, corners, batch_norm):
+    defense = FIP(**ONE_STEP | {"batch_size": 24, "batch_norm": batch_norm, "trace": "none"})
+    fit = split(corners, defense.holdout, defense.seed)[0].everything()
+    found = gradient_of_a_step(defense, adapter, corners)
+    adapter.model.train(batch_norm == "train")
+    loss = F.cross_entropy(adapter.logits(fit.inputs), fit.labels)
+    torch.testing.assert_close(found, reference.gradient_of(loss, adapter.model.parameters()))
 
 
-def fit_part(samples, settings):
-    return fip_split(samples, settings.get("holdout", 0.2), settings.get("seed", 0))[0].everything()
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"trace_every": 2}, [2, 0, 2, 0, 2, 0]),
+        ({"trace_every": 3}, [3, 0, 0, 3, 0, 0]),
+        ({"fade": 1.0}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({"fade": 0.5}, [1, 2 / 3, 1 / 3, 0, 0, 0]),
+        ({"fade": 0.5, "trace_every": 2}, [2, 0, 2 / 3, 0, 0, 0]),
+    ],
+)
+@pytest.mark.parametrize("eta_r", [0.0, 7.0])
+def test_six_steps_follow_the_formula(adapter, one, recorded, settings, shares, eta_r):
+    """Period, fading and anchor, against an optimiser of three lines over explicit autograd."""
+    lr = 0.05
+    steps = ONE_STEP | {"steps": 6, "lr": lr} | settings
+    defense = FIP(eta_f=ETA, eta_r=eta_r, trace="empirical", **steps)
+    found = weights_after(defense, adapter, one)
+    parameters = list(adapter.model.parameters())
+    start = reference.flat(parameters).detach()
+    importance = reference.flat(recorded[0])
+    for step, share in enumerate(shares):
+        loss = clean_loss(adapter, one)
+        drift = reference.flat(parameters) - start
+        total = loss + eta_r / 2 * (importance * drift.square()).sum()
+        if share:
+            total = total + share * ETA * squared_gradient(loss, parameters)
+        gradient = reference.gradient_of(total, parameters)
+        rate = lr * (1 + torch.cos(torch.tensor(torch.pi * step / 6))) / 2  # the loop's cosine
+        move(parameters, -rate.double() * gradient)
+    torch.testing.assert_close(found, reference.flat(parameters).detach(), rtol=1e-5, atol=1e-8)
+    assert (found - start).norm() > 0.01
 
 
-from mmdefense.batches import split as fip_split  # noqa: E402
+def move(parameters, change):
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += change[: parameter.numel()].view_as(parameter)
+            change = change[parameter.numel() :]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Collect what FIP takes for the Fisher diagonal of the given model."""
+    found, genuine = [], fip.fisher_diagonal
+
+    def watch(*arguments, **settings):
+        found.append(genuine(*arguments, **settings))
+        return found[-1]
+
+    monkeypatch.setattr(fip, "fisher_diagonal", watch)
+    return found
+
+
+def test_the_anchor_is_weighted_by_the_fisher_information_of_the_given_model(
+    adapter, corners, recorded
+):
+    FIP(**ONE_STEP | {"steps": 0}).purify(adapter, corners)
+    fit = split(corners, 0.2, 0)[0]
+    exact = reference.fisher(adapter, fit, list(adapter.model.parameters()), "true").diagonal()
+    found = reference.flat(recorded[0])
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.9  # an unbiased estimate of one pass
+    assert 0.5 < found.sum() / exact.sum() < 2
+
+
+def test_a_strong_anchor_holds_the_weights(adapter, corners):
+    settings = {"steps": 30, "lr": 1e-4, "trace": "none", "max_utility_drop": 1.0}
+    drifts = [
+        gradient_of_a_step(FIP(eta_r=eta_r, **settings), adapter, corners)
+        for eta_r in (0.0, 1e4)
+    ]
+    fisher = reference.fisher(
+        adapter, split(corners, 0.2, 0)[0], list(adapter.model.parameters()), "true"
+    ).diagonal()
+    free, held = (float((fisher * drift.square()).sum()) for drift in drifts)
+    assert held < free / 20
+
+
+def history_of(defense, adapter, samples):
+    return defense.purify(adapter, samples).history[0]
+
+
+def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
+    idle = {"steps": 0}
+    at_one = history_of(FIP(strength=1e-3, **idle), adapter, corners)
+    assert at_one["eta_f"] * at_one["fisher_trace"] == pytest.approx(1e-3)
+    assert history_of(FIP(strength=1e9, **idle), adapter, corners)["eta_f"] == 0.5
+    assert history_of(FIP(eta_f=0.7, **idle), adapter, corners)["eta_f"] == 0.7
+    assert history_of(FIP(eta_f=0.7, trace="none", **idle), adapter, corners)["eta_f"] == 0
+
+
+def test_the_released_term_is_noise_of_mean_zero(adapter, one):
+    """Over many draws its step is that of the loss alone, while single ones are far from it."""
+    plain = gradient_of_a_step(FIP(trace="none", **ONE_STEP), adapter, one)
+    steps = torch.stack([
+        gradient_of_a_step(FIP(trace="released", eta_f=ETA, seed=seed, **ONE_STEP), adapter, one)
+        for seed in range(60)
+    ])
+    extra = steps - plain
+    assert extra.norm(dim=1).min() > 0.01 * plain.norm()
+    # The squared length of a mean of n independent vectors of mean zero is 1/n of theirs.
+    ratio = extra.mean(0).square().sum() / extra.square().sum(1).mean()
+    assert ratio < 3 / len(steps)
+
+
+def test_the_released_term_counts_early_layers_often(adapter, one, monkeypatch):
+    """With all random numbers one, it is the mean over layers of partial sums of the gradient."""
+    parameters = list(adapter.model.parameters())
+    loss = clean_loss(adapter, one)
+    gradient = torch.autograd.grad(-loss, parameters, create_graph=True)
+    total, partial = 0, 0
+    for layer in gradient:
+        partial = partial + layer.sum()
+        total = total + partial / len(gradient)
+    expected = reference.gradient_of(loss + ETA * total, parameters)
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.ones(shape))
+    defense = FIP(trace="released", eta_f=ETA, **ONE_STEP)
+    torch.testing.assert_close(gradient_of_a_step(defense, adapter, one), expected)
+
+
+def parametrised(model, shifts, others, scale):
+    """Return all weights by name, those of matrices as ``U diag(relu(s + scale d)) V^T``."""
+    weights, left = {}, iter(shifts)
+    for name, value in model.named_parameters():
+        if value.ndim == 1:
+            weights[name] = others[name]
+            continue
+        u, s, v = torch.linalg.svd(value.detach().flatten(1), full_matrices=False)
+        weights[name] = ((u * (s + scale * next(left)).relu()) @ v).view_as(value)
+    return weights
+
+
+@pytest.mark.parametrize("trace", ["empirical", "none"])
+@pytest.mark.parametrize("norms_and_biases", [True, False])
+def test_fast_fip_is_fip_under_an_explicit_parametrisation(
+    adapter, one, recorded, trace, norms_and_biases
+):
+    lr, eta_r, scale = 0.02, 3.0, 1.7
+    steps = ONE_STEP | {"steps": 2, "lr": lr, "norms_and_biases": norms_and_biases}
+    defense = FastFIP(eta_f=ETA, eta_r=eta_r, trace=trace, scale=scale, **steps)
+    found = defense.purify(adapter, one).model.state_dict()
+    model = adapter.model
+    shifts = [
+        torch.zeros(min(value.flatten(1).shape), dtype=torch.float64, requires_grad=True)
+        for value in model.parameters()
+        if value.ndim > 1
+    ]
+    others = {name: v.detach().clone() for name, v in model.named_parameters() if v.ndim == 1}
+    if norms_and_biases:
+        shifts += [value.requires_grad_() for value in others.values()]
+    start = reference.flat(shifts).detach()
+    for rate in (lr, lr / 2):
+        weights = parametrised(model, shifts, others, scale)
+        logits = functional_call(model, weights, (one.inputs[:1],))
+        loss = F.cross_entropy(logits, one.labels[:1])
+        drift = reference.flat(shifts) - start
+        total = loss + eta_r / 2 * (reference.flat(recorded[0]) * drift.square()).sum()
+        if trace == "empirical":
+            total = total + ETA * squared_gradient(loss, shifts)
+        move(shifts, -rate * reference.gradient_of(total, shifts))
+    for name, value in parametrised(model, shifts, others, scale).items():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-9)
+        moves = norms_and_biases or value.ndim > 1
+        assert torch.equal(found[name], model.get_parameter(name)) is not moves
+
+
+@pytest.mark.parametrize("kind", [FIP, FastFIP])
+def test_frozen_weights_stay(adapter, corners, kind):
+    frozen = ["4.weight", "1.bias"]
+    for name in frozen:
+        adapter.model.get_parameter(name).requires_grad_(False)
+    given = copy_state(adapter.model)
+    result = kind(steps=3, batch_size=8, max_utility_drop=1.0).purify(adapter, corners)
+    moved = {n for n, v in result.model.named_parameters() if not torch.equal(v, given[n])}
+    assert moved == {n for n, _ in result.model.named_parameters()} - set(frozen)
+
+
+@pytest.mark.parametrize("trace", ["true", "empirical"])
+def test_a_model_that_cannot_be_differentiated_twice_is_refused_first(adapter, corners, trace):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient
+
+    adapter.model[2].forward = Once.apply
+    heard = []
+    with pytest.raises(UnsupportedError, match="must be differentiated twice"):
+        FIP(trace=trace).purify(adapter, corners, progress=heard.append)
+    assert not heard
+    FIP(trace="none", steps=1).purify(adapter, corners)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("strength", -1.0), ("eta_r", -1.0), ("eta_f", -1.0), ("fade", 1.5), ("trace_every", 0)],
+)
+def test_wrong_settings_are_refused(name, value):
+    for kind in (FIP, FastFIP):
+        with pytest.raises(BadInputError, match=f"{name} must .* got {value}"):
+            kind(**{name: value})
