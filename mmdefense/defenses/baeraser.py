@@ -32,9 +32,9 @@ class BaEraser(Defense):
     t towards y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) + drift_weight sum_i w_i
     |theta_i - theta_0i|``: ascent on the triggers, held by the clean loss and by a weighted
     penalty on drift, whose weights w follow the Fisher information of the moving model (the
-    dynamic part). The ascent on a sample ends where the target is ten times less likely than chance. The
-    stop is the success of the recovered triggers; then the search starts again, up to ``rounds``
-    times, until nothing is found.
+    dynamic part). The ascent on a sample ends where the target is ten times less likely than
+    chance. The stop is the success of the recovered triggers; then the search starts again, up to
+    ``rounds`` times, until nothing is found.
 
     The released code knows the target, trains one generator of one level, has constant weights
     and stops by the true trigger; none of that is done here. A family of additive triggers stands

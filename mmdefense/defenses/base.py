@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mmdefense
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.checkpoints.weights import check_finite
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import scores
 from mmdefense.kernels.run import Progress, Run, copy_state
@@ -165,7 +166,7 @@ class Defense(ABC):
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"
             )
         begin = time.perf_counter()
-        _check_finite(adapter.model)
+        check_finite(adapter.model.state_dict(), type(adapter.model).__name__)
         samples = adapter.samples(clean)
         fit, held = split(samples, self.holdout, self.seed)
         run = Run(seed=self.seed, store=store)
@@ -175,7 +176,8 @@ class Defense(ABC):
         before = scores(adapter, held)
         self._run(work)
         guard = _guard(work, copy_state(adapter.model), before, self.max_utility_drop)
-        for module, given in zip(work.adapter.model.modules(), adapter.model.modules(), strict=True):
+        pairs = zip(work.adapter.model.modules(), adapter.model.modules(), strict=True)
+        for module, given in pairs:
             module.training = given.training
         return Result(
             model=work.adapter.model,
@@ -192,13 +194,7 @@ class Defense(ABC):
 
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
-        """Edit ``work.adapter.model`` in place; keep candidate states with ``work.run.snapshot``."""
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise BadInputError(f"weight {name!r} holds NaN or infinite values; nothing was done")
+        """Edit ``work.adapter.model`` in place; ``work.run.snapshot`` keeps candidate states."""
 
 
 def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:

@@ -178,7 +178,7 @@ class FinePruning(Pruning):
         )
         work.figures["pruning_curve"] = tuple(kept["curve"])
         parameters = dict(work.adapter.model.named_parameters(remove_duplicate=False))
-        held = [parameters[name] for name in kept["masks"]]
+        held: list[Tensor] = [parameters[name] for name in kept["masks"]]
         keep = [
             mask.to(parameter.device)
             for mask, parameter in zip(kept["masks"].values(), held, strict=True)

@@ -275,9 +275,9 @@ class FIP(_FisherPurification):
     is differentiated exactly (a second backward pass).
 
     Ours, found on victims of this project's own (docs/results.md): ``strength`` in place of a fixed
-    ``eta_F`` (the code's 0.5) that fades over the first half, ``eta_r`` 20 (the code's 5, commented out there), 200 steps of
-    batch 64 at 0.04 on a cosine (the code: 2000 of 128 at 0.005, constant), Tr(F) in every step
-    (the code: every fifth).
+    ``eta_F`` (the code's 0.5), fading over the first half; ``eta_r`` 20 (the code's 5, commented
+    out there); 200 steps of batch 64 at 0.04 on a cosine (the code: 2000 of 128 at 0.005,
+    constant); Tr(F) in every step (the code: every fifth).
 
     References:
         Karim, Arafat, Rakin, Guo, Rahnavard. *Fisher Information guided Purification against

@@ -1,8 +1,8 @@
 """Search for the triggers that a model answers to: a generator for every target and level at once.
 
 The max-entropy staircase approximator learns a distribution of triggers, not one: a generator at
-level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further, and beyond that
-spreads them out, as measured by a neural estimate of the mutual information of noise and trigger.
+level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further. Beyond that
+it spreads them out, as a neural estimate of the mutual information of noise and trigger measures.
 All generators are small networks of one shape, kept as stacked weights and run side by side.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class _Stack(nn.Module):
         super().__init__()
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             start = torch.randn(count, before, after, generator=generator) / math.sqrt(before)
             self.weights.append(nn.Parameter(start))
             self.biases.append(nn.Parameter(torch.zeros(count, 1, after)))

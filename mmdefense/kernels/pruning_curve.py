@@ -50,6 +50,7 @@ def pruning_curve(
         samples: N samples to evaluate on.
         order: Inputs of the output layer, first to be silenced first.
         counts: S ascending numbers of units.
+        batch_size: Samples per pass.
 
     Returns:
         The metric in ``[0, 1]``, shape ``(S,)``, on the CPU.
