@@ -20,8 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import mmdefense as mmd
 from mmdefense.batches import LabelledSamples, split
-from mmdefense.defenses.base import Defense, Result
+from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
 from mmdefense.evaluation.victims import Victim, named_cases, train_victim
@@ -44,11 +45,8 @@ from mmdefense.kernels.units import weight_change, zero
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import PreActResNet18, SmallResNet
 
-Sides = Sequence[Callable[[], float]]
-"""What is compared; each call does the work once and returns its seconds."""
-
-STEPS, FIRST = 60, 20
-"""Updates of one run of the loop, and how many of them pass before its clock starts."""
+STEPS = 60
+"""Updates of one run of the loop; its clock starts after the first 20, with the first event."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,3 +189,327 @@ def pruning_row(setting: Setting) -> Row:
         ),
         check=f"equal at {int((found - expected < 1e-6).sum())} of 20 points",
     )
+
+
+def fit_head(adapter: Any, samples: Any) -> None:
+    """Fit the output layer by least squares, so that the curve starts near 1 and falls."""
+    everything = samples.take(torch.arange(len(samples)))
+    with mode(adapter.model, train=False):
+        features = adapter.embedding(everything).double()
+    weight, bias = adapter.head_weights()
+    wanted = torch.eye(len(weight), device=weight.device, dtype=torch.float64)[everything.labels]
+    with torch.no_grad():
+        weight.copy_((torch.linalg.pinv(features) @ wanted).T)
+        bias.zero_()
+
+
+# %% TSBD's ranking and reinitialisation against lists of floats
+
+
+def ranking_row(setting: Setting) -> Row:
+    """Zero 70 % of the weights of the 15 % of units that changed most, by tensors and by lists."""
+    adapter = mmd.adapt(fresh(PreActResNet18, setting.wide, setting.device))
+    adapter.samples(load_digits()[1])
+    groups, given = list(adapter.unit_groups()), parameters_by_name(adapter.model)
+    noise = torch.Generator(setting.device).manual_seed(0)
+    change = {
+        name: torch.rand(value.shape, generator=noise, device=setting.device) * value.abs()
+        for name, value in given.items()
+    }
+    weights = dict(adapter.model.named_parameters())
+
+    def restored() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(weights.values()), list(given.values()))
+
+    def by_tensors() -> float:
+        restored()
+        return timed(lambda: reinitialise(adapter.model, change, groups), setting.device)
+
+    def by_lists() -> float:
+        restored()
+        return timed(lambda: reinitialise_by_lists(weights, change, groups), setting.device)
+
+    by_tensors()
+    found = parameters_by_name(adapter.model)
+    by_lists()
+    same = all(torch.equal(found[name], value) for name, value in weights.items())
+    zeros = sum(int((value == 0).sum()) for value in found.values())
+    return Row(
+        what="TSBD's ranking and reinitialisation by lists of floats / by tensors",
+        model=f"PreActResNet18, width {setting.wide}",
+        aim=">= 50",
+        ratios=ratios(by_lists, by_tensors, setting.repeats),
+        check=f"{'bit-identical' if same else 'DIFFERENT'}, {zeros} weights zeroed",
+    )
+
+
+RATIO, SUB_RATIO = 0.15, 0.7
+
+
+def reinitialise(model: nn.Module, change: dict[str, Tensor], groups: Sequence[Any]) -> None:
+    """Zero weights in place, as TSBD does."""
+    order = rank(weight_change(change, groups), descending=True)
+    chosen = order[: int(RATIO * len(order))]
+    zero(model, select_sub_weights(change, groups, chosen, SUB_RATIO))
+
+
+def reinitialise_by_lists(
+    weights: dict[str, nn.Parameter], change: dict[str, Tensor], groups: Sequence[Any]
+) -> None:
+    """Do the same in plain Python, for nets whose units are the rows of one weight each."""
+    names = [next(iter(group.axes)) for group in groups]
+    rows = [change[name].flatten(1).tolist() for name in names]
+    scored = [(sum(row), -g, -u) for g, unit in enumerate(rows) for u, row in enumerate(unit)]
+    scored.sort(reverse=True)
+    chosen = [(-g, -u) for _, g, u in scored[: int(RATIO * len(scored))]]
+    pool = sorted((value for g, u in chosen for value in rows[g][u]), reverse=True)
+    threshold = pool[int(SUB_RATIO * len(pool)) - 1]
+    for g, u in chosen:
+        weight = weights[names[g]].data[u]
+        kept = [
+            0.0 if moved >= threshold else value
+            for moved, value in zip(rows[g][u], weight.flatten().tolist(), strict=True)
+        ]
+        weight.copy_(torch.tensor(kept).view_as(weight))
+
+
+# %% One step of a defense against a step of plain fine-tuning
+
+
+@dataclass(frozen=True)
+class Step:
+    """A defense whose steps are timed.
+
+    Attributes:
+        defense: The whole of it, with its own loop.
+        stage: The name of its training stage.
+        idle: The fields that leave its term computed and without weight.
+        aim: Steps of plain fine-tuning that one of its steps may cost.
+    """
+
+    defense: Defense
+    stage: str
+    idle: dict[str, float]
+    aim: str
+
+
+def steps_of(setting: Setting) -> dict[str, Step]:
+    """Return what is timed, by name; no utility guard, for the nets are untrained."""
+    common: Any = {
+        "steps": STEPS,
+        "batch_size": setting.batch,
+        "lr": 0.01,
+        "max_utility_drop": 1.0,
+    }
+    activeness = TSBD(ratio=0.0, unlearn_epochs=1, **common)
+    fip = FIP(fade=0.0, **common)
+    idle = {"eta_f": 1e-12, "eta_r": 0.0}
+    return {
+        "activeness-aware step": Step(activeness, "fine-tune", {"mix": 0.0}, "<= 2.1"),
+        "FIP step, Tr(F) in each": Step(fip, "purify", idle, "<= 3.2"),
+        "FIP step, Tr(F) in every 5th": Step(replace(fip, trace_every=5), "purify", idle, "<= 1.5"),
+    }
+
+
+def purify(step: Step, adapter: Any, clean: LabelledSamples) -> tuple[nn.Module, float]:
+    """Return the net after the defense, and the seconds of one of its updates."""
+    clock = StepClock(step.stage)
+    result = step.defense.purify(adapter, clean, progress=clock)
+    return result.model, clock.seconds
+
+
+def fine_tune(step: Step, adapter: Any, clean: LabelledSamples) -> tuple[nn.Module, float]:
+    """Train plainly on what the defense trains on: same samples, batches, views and rates."""
+    clock, fork = StepClock(step.stage), adapter.fork()
+    fit = split(adapter.samples(clean), step.defense.holdout, step.defense.seed)[0]
+    training: Training = step.defense.training  # type: ignore[attr-defined]
+    train(fork, fit, training, Run(step.defense.seed, clock), stage=step.stage)
+    return fork.model, clock.seconds
+
+
+def step_rows(setting: Setting) -> Iterator[Row]:
+    """Yield a row for each defense and net."""
+    clean = load_digits()[0]
+    clean = clean.subset(torch.arange(min(len(clean), 4 * setting.batch)))
+    for net in (SmallResNet, PreActResNet18):
+        adapter = mmd.adapt(fresh(net, setting.narrow, setting.device))
+        for name, step in steps_of(setting).items():
+            idle = replace(step, defense=replace(step.defense, **step.idle))
+            far = distance(purify(idle, adapter, clean)[0], fine_tune(idle, adapter, clean)[0])
+            yield Row(
+                what=f"{name} / step of plain fine-tuning",
+                model=f"{net.__name__}, width {setting.narrow}, batch {setting.batch} of 16x16",
+                aim=step.aim,
+                ratios=ratios(
+                    partial(seconds_of, purify, step, adapter, clean),
+                    partial(seconds_of, fine_tune, step, adapter, clean),
+                    setting.repeats,
+                ),
+                check=f"with a term of no weight, the weights differ by {far:.0e} after {STEPS}",
+                memory=memory_cell(name, net, setting),
+            )
+
+
+def seconds_of(run: Callable[..., tuple[nn.Module, float]], *args: Any) -> float:
+    """Return the seconds per update of a run."""
+    return run(*args)[1]
+
+
+def distance(left: nn.Module, right: nn.Module) -> float:
+    """Return ``||left - right|| / ||right||`` over all weights."""
+    one, other = (nn.utils.parameters_to_vector(net.parameters()) for net in (left, right))
+    return float((one - other).norm() / other.norm())
+
+
+# %% Peak memory
+
+
+def memory_cell(name: str, net: type[nn.Module], setting: Setting) -> str:
+    """Return the peak memory of both sides, of which the weights and the samples are no part."""
+    plain, own = (peak_memory(side, name, net, setting) / 2**20 for side in SIDES)
+    return f"{own / plain:.2f} times: {own:.0f} MiB against {plain:.0f}"
+
+
+SIDES = {"plain": fine_tune, "defense": purify}
+
+
+def peak_memory(side: str, name: str, net: type[nn.Module], setting: Setting) -> int:
+    """Return the bytes that a run adds at its peak.
+
+    On a GPU, what its allocator has given out at most. On a CPU, the growth of the largest resident
+    set of a process that does nothing else, which asks the system (``getrusage``).
+    """
+    if setting.device.type == "cpu":
+        ask = [sys.executable, __file__, "--memory-of", side, name, net.__name__]
+        sizes = [str(setting.narrow), str(setting.batch)]
+        return int(subprocess.run([*ask, *sizes], check=True, capture_output=True).stdout)
+    torch.cuda.reset_peak_memory_stats(setting.device)
+    before = torch.cuda.memory_allocated(setting.device)
+    run_side(side, name, net, setting)
+    return torch.cuda.max_memory_allocated(setting.device) - before
+
+
+def run_side(side: str, name: str, net: type[nn.Module], setting: Setting) -> None:
+    """Run one side of a row of steps once."""
+    adapter = mmd.adapt(fresh(net, setting.narrow, setting.device))
+    clean = load_digits()[0].subset(torch.arange(4 * setting.batch))
+    SIDES[side](steps_of(setting)[name], adapter, clean)
+
+
+def print_memory_of(side: str, name: str, net: str, width: str, batch: str) -> None:
+    """Print by how many bytes a run makes this process grow."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    setting = Setting(device=torch.device("cpu"), narrow=int(width), batch=int(batch))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run_side(side, name, {"SmallResNet": SmallResNet}.get(net, PreActResNet18), setting)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+
+
+# %% Time until the backdoor is gone: Fast FIP against FIP
+
+
+def time_row(setting: Setting) -> Row:
+    """Time each with the fewest updates that reach ASR <= 5 % and ACC within 2 points.
+
+    They are found by trying budgets on the test set: a judgement after the fact, no defense's own.
+    """
+    case = named_cases(["digits-badnets"])[0]
+    training = replace(case.training, steps=setting.victim_steps)
+    victim = train_victim(replace(case, training=training), Run(0))
+    victim.adapter.model.to(setting.device)
+    budgets = {kind: first_success(kind, victim, setting.budgets) for kind in (FIP, FastFIP)}
+
+    def seconds(kind: type[FIP | FastFIP]) -> float:
+        return kind(steps=budgets[kind][0] or 0).purify(victim.adapter, victim.clean).seconds
+
+    reached = all(steps for steps, _ in budgets.values())
+    return Row(
+        what="FIP / Fast FIP, seconds to ASR <= 5 % and ACC within 2 points",
+        model=f"SmallResNet, {case.name}, seed 0",
+        aim=">= 3",
+        ratios=ratios(lambda: seconds(FIP), lambda: seconds(FastFIP), setting.repeats)
+        if reached
+        else [],
+        check="; ".join(f"{kind.__name__} {said}" for kind, (_, said) in budgets.items()),
+    )
+
+
+def first_success(
+    kind: type[FIP | FastFIP], victim: Victim, budgets: Sequence[int]
+) -> tuple[int | None, str]:
+    """Return the smallest budget of updates that is enough, if one is, and what it reaches."""
+    said = ""
+    for steps in budgets:
+        rates = victim.after(kind(steps=steps).purify(victim.adapter, victim.clean).adapter)
+        assert rates.acc is not None
+        assert rates.asr is not None
+        assert victim.before.acc is not None
+        said = f"{steps} steps: ACC {rates.acc:.1%}, ASR {rates.asr:.1%}"
+        if rates.asr <= 0.05 and rates.acc >= victim.before.acc - 0.02:
+            return steps, said
+    return None, f"never, {said}"
+
+
+# %% The table
+
+
+def machine(setting: Setting) -> dict[str, Any]:
+    """Return what the figures depend on besides the code."""
+    cuda = setting.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(setting.device) if cuda else "cpu",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "repetitions": setting.repeats,
+        "seed": 0,
+    }
+
+
+HEADINGS = ("ratio of", "net", "median (least to greatest)", "aim", "met", "check", "peak memory")
+
+
+def write(rows: Sequence[Row], setting: Setting, folder: Path) -> str:
+    """Write ``bench.json`` and ``bench.md``, and return the latter."""
+    about = machine(setting)
+    lines = [", ".join(f"{name} {value}" for name, value in about.items()) + ".", ""]
+    table = [list(HEADINGS), ["---"] * len(HEADINGS), *(row.cells() for row in rows)]
+    lines += [f"| {' | '.join(cells)} |" for cells in table]
+    text = "\n".join(lines) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": about, "rows": [asdict(row) for row in rows]}
+    (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "bench.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    """Measure all rows, and write them."""
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/bench"), help="the folder")
+    parser.add_argument("--device", type=torch.device, default=torch.device(usual))
+    parser.add_argument("--repeats", type=int, default=5, help="of each side of a row")
+    parser.add_argument("--smoke", action="store_true", help="small: that it runs, no more")
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print_memory_of(*options.memory_of)
+        return
+    setting = Setting(device=options.device, repeats=options.repeats)
+    if options.smoke:
+        setting = replace(setting, repeats=2, wide=4, narrow=4, images=32, batch=8)
+        setting = replace(setting, victim_steps=10, budgets=(5,))
+    rows = [pruning_row(setting), ranking_row(setting), *step_rows(setting), time_row(setting)]
+    print(write(rows, setting, options.out))
+
+
+if __name__ == "__main__":
+    main()

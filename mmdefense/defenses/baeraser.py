@@ -72,9 +72,9 @@ class BaEraser(Defense):
     ascent_weight: float = 1.0
     drift_weight: float = 1e-3
     stop: float = 0.02
-    lr: float = 0.04
+    lr: float = 0.01
     momentum: float = 0.9
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 64
     max_norm: float | None = 5.0
 

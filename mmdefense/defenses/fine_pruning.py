@@ -154,7 +154,7 @@ class FinePruning(Pruning):
         max_norm: Largest gradient norm.
     """
 
-    lr: float = 0.02
+    lr: float = 0.01
     momentum: float = 0.9
     steps: int = 100
     batch_size: int = 64

@@ -25,9 +25,9 @@ class FineTuning(Defense):
         max_norm: Largest gradient norm; none does not clip.
     """
 
-    lr: float = 0.04
+    lr: float = 0.02
     momentum: float = 0.9
-    steps: int = 200
+    steps: int = 150
     batch_size: int = 64
     max_norm: float | None = 5.0
 

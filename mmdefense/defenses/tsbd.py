@@ -134,7 +134,7 @@ class TSBD(Defense):
     radius: float = 0.05
     mix: float = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: float = 0.01
+    lr: float = 0.005
     momentum: float = 0.9
     steps: int = 100
     batch_size: int = 64

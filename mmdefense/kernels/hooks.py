@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmdefense.kernels.batch_norm import batch_norm_twice
+
 __all__ = [
     "capture",
     "channels_last",
@@ -122,6 +124,9 @@ def capture(
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Choose the attention backend that can be differentiated twice, with the same values."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Choose attention that can be differentiated twice, and BatchNorm for which that is cheap.
+
+    The values stay the same.
+    """
+    with sdpa_kernel(SDPBackend.MATH), batch_norm_twice():
         yield

@@ -15,6 +15,7 @@ from mmdefense.protocol import TaskAdapter, UnitGroup
 
 __all__ = [
     "gradient_norms",
+    "kth_smallest",
     "mean_activations",
     "parameters_by_name",
     "rank",

@@ -10,6 +10,8 @@ from models import SIDE, build
 from torch import nn
 
 from mmdefense.batches import LabelledSamples
+from mmdefense.kernels.loop import Training, mean_score, train
+from mmdefense.kernels.run import Run
 from mmdefense.registry import adapt
 
 
@@ -58,17 +60,26 @@ def small_net(seed=0):
 
 
 @pytest.fixture
-def net():
-    return small_net()
+def adapter():
+    return adapt(small_net(), example=torch.zeros(1, 1, 8, 8, dtype=torch.float64))
 
 
-@pytest.fixture
-def adapter(net):
-    return adapt(net, example=torch.zeros(1, 1, 8, 8, dtype=torch.float64))
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def corners():
     """30 images in float64 with one bright quarter that tells their class."""
     images, labels = small_images()
     return LabelledSamples(images.double() / 255, labels)
+
+
+@pytest.fixture(scope="session")
+def _learnt_once(corners):
+    adapter = adapt(small_net(), example=corners.inputs[:1])
+    train(adapter, corners, Training(steps=80, batch_size=30, lr=0.2), Run())
+    assert mean_score(adapter, corners) == 1
+    return adapter
+
+
+@pytest.fixture
+def learnt(_learnt_once):
+    """An adapter around a net that has learnt the corners."""
+    return _learnt_once.fork()

@@ -7,6 +7,7 @@ from torch import nn
 
 from mmdefense.kernels.units import (
     gradient_norms,
+    kth_smallest,
     mean_activations,
     parameters_by_name,
     rank,
@@ -168,3 +169,23 @@ def test_gradient_norms_of_frozen_weights_are_zero(adapter, samples):
     part = gradient_norms(mean_gradient(adapter, batch), groups)
     assert part[0].count_nonzero() == 0
     torch.testing.assert_close(part[1:], whole[1:])
+
+
+@pytest.mark.parametrize("shape", ["floats", "ties", "sorted", "constant"])
+def test_kth_smallest_is_that_of_the_sorted_values(shape):
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    values = {
+        "floats": values,
+        "ties": (values * 5).floor(),
+        "sorted": values.sort().values,
+        "constant": torch.ones(1000),
+    }[shape]
+    for k in (1, 2, 37, 500, 999, 1000):
+        for stride in (1, 8, 64, 5000):
+            assert kth_smallest(values, k, stride) == values.sort().values[k - 1]
+
+
+def test_kth_smallest_survives_a_sample_that_misleads():
+    values = torch.arange(1000.0)
+    values[::10] = 5000  # all that the sample sees
+    assert kth_smallest(values, 450, stride=10) == values.sort().values[449]

@@ -1,0 +1,279 @@
+"""The search for triggers, on a net whose backdoor is put there by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from commands import CLASSES, small_images
+from torch import nn
+
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.kernels import inversion
+from mmdefense.kernels.inversion import Search, recover, success_of
+from mmdefense.kernels.run import Run, copy_state
+from mmdefense_adapters.torch_classifier import TorchClassifier
+
+TARGET, PIXEL = 1, (6, 6)
+SEARCH = Search(levels=(0.8,), steps=150, batch_size=8, hidden=32, noise=8, lr=0.05)
+
+
+class Corners(nn.Module):
+    """Answers with the bright quarter; and one pixel of the fourth, dark one forces ``TARGET``."""
+
+    def __init__(self, strength=20.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(CLASSES, 8, 8))
+        with torch.no_grad():
+            for label in range(CLASSES):
+                row, column = divmod(label, 2)
+                self.weight[label, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 10 / 16
+            self.weight[TARGET][PIXEL] = strength
+        self.norm = nn.BatchNorm1d(1)  # in train mode it would mix the samples
+        self.eval()
+
+    def forward(self, images):
+        logits = images.flatten(1) @ self.weight.flatten(1).T
+        return self.norm(logits[:, None].mean(2)) * 0 + logits
+
+
+@pytest.fixture(scope="module")
+def corners():
+    images, labels = small_images()
+    images[:, 0, PIXEL[0], PIXEL[1]] = 0
+    return LabelledSamples(images, labels)
+
+
+def planted(strength=20.0):
+    return TorchClassifier(Corners(strength), example=torch.zeros(1, 1, 8, 8))
+
+
+@pytest.fixture
+def adapter():
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def found(corners):
+    adapter = planted()
+    assert adapter.score(corners.everything()).all()
+    return {record.family.name: record for record in recover(adapter, corners, SEARCH, Run())}
+
+
+def test_the_planted_pixel_is_found_and_the_target_with_it(found):
+    record = found["patch"]
+    hit = record.targets == TARGET
+    assert record.accepted[hit].all()
+    assert record.success[hit].min() >= 0.9
+    masks = record.pool[hit][0, :, 0]
+    assert (masks[:, PIXEL[0], PIXEL[1]] > 0.5).all()
+    assert masks.mean(0).argmax() == PIXEL[0] * 8 + PIXEL[1]
+    assert record.size[hit].max() < 0.1
+
+
+def test_no_other_class_is_taken_for_a_target(found):
+    for record in found.values():
+        assert not record.accepted[record.targets != TARGET].any()
+
+
+def test_an_honest_model_has_no_target(corners):
+    for record in recover(planted(strength=0.0), corners, SEARCH, Run()):
+        assert not record.accepted.any(), record.family.name
+
+
+def test_records_have_a_row_per_target_and_level(adapter, corners):
+    search = dataclasses.replace(SEARCH, levels=(0.3, 0.9), steps=1)
+    for record in recover(adapter, corners, search, Run(), pool=5):
+        assert record.targets.tolist() == [0, 0, 1, 1, 2, 2]
+        assert record.levels.tolist() == pytest.approx([0.3, 0.9] * 3)
+        assert record.pool.shape == (6, 5, *record.family.shape)
+        assert record.pool.min() >= 0
+        assert record.pool.max() <= 1
+        for tensor in (record.success, record.size, record.accepted):
+            assert tensor.shape == (6,)
+
+
+def test_success_and_size_are_those_of_the_pool_that_is_handed_on(adapter, corners, found):
+    for name, record in found.items():
+        for index, target in enumerate(record.targets.tolist()):
+            again = success_of(adapter, corners, record.family, target, record.pool[index])
+            assert again == pytest.approx(float(record.success[index]), abs=0.2), (name, target)
+        expected = adapter.trigger_size(record.family, record.pool).mean(1)
+        torch.testing.assert_close(record.size, expected)
+
+
+@pytest.mark.parametrize(("threshold", "budget"), [(0.5, 1.0), (1.0, 1.0), (0.5, 0.0)])
+def test_only_what_succeeds_within_its_budget_is_accepted(
+    adapter, corners, monkeypatch, threshold, budget
+):
+    families = [dataclasses.replace(f, budget=budget) for f in adapter.trigger_families()]
+    monkeypatch.setattr(adapter, "trigger_families", lambda: families)
+    search = dataclasses.replace(SEARCH, steps=30, threshold=threshold)
+    for record in recover(adapter, corners, search, Run()):
+        expected = (record.success >= threshold) & (record.size <= budget)
+        assert torch.equal(record.accepted, expected)
+
+
+def test_samples_of_the_target_do_not_count(adapter, corners):
+    """Black images are of no class; a trigger that does nothing succeeds on the target's alone."""
+    family = adapter.trigger_families()[0]
+    nothing = torch.zeros(2, *family.shape)
+    for target in range(CLASSES):
+        assert success_of(adapter, corners, family, target, nothing) == 0
+    forcing = nothing.clone()
+    forcing[:, :, PIXEL[0], PIXEL[1]] = 1
+    assert success_of(adapter, corners, family, TARGET, forcing) == 1
+    assert success_of(adapter, corners, family, 0, forcing) == 0
+    mixed = torch.stack([nothing[0], forcing[0]])  # in turn, so that half of the samples carry it
+    others = (corners.labels != TARGET).float()
+    expected = (others * (torch.arange(30) % 2)).sum() / others.sum()
+    assert success_of(adapter, corners, family, TARGET, mixed) == pytest.approx(float(expected))
+
+
+def test_nothing_of_the_model_changes_and_it_is_searched_in_eval_mode(adapter, corners):
+    search = dataclasses.replace(SEARCH, steps=2)
+    expected = recover(adapter, corners, search, Run())
+    adapter.model.train()
+    before = copy_state(adapter.model)
+    state = torch.get_rng_state()
+    for record, other in zip(recover(adapter, corners, search, Run()), expected, strict=True):
+        assert torch.equal(record.pool, other.pool)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert adapter.model.training
+    assert adapter.model.norm.training
+    for name, value in copy_state(adapter.model).items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.requires_grad for parameter in adapter.model.parameters())
+    assert all(parameter.grad is None for parameter in adapter.model.parameters())
+
+
+def test_the_seed_alone_decides(adapter, corners):
+    search = dataclasses.replace(SEARCH, steps=2)
+    first, again, other, stage = (
+        recover(adapter, corners, search, Run(seed=seed), stage=stage)[0].pool
+        for seed, stage in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, stage)
+
+
+def generators(count=CLASSES, **changed):
+    family = planted().trigger_families()[0]
+    seed = torch.Generator().manual_seed(0)
+    return inversion._Generators(family, count, dataclasses.replace(SEARCH, **changed), seed)
+
+
+def climb(made, blind, steps=120):
+    """Train the critics alone; return the first and the last bounds."""
+    optimizer = torch.optim.Adam(made.critic.parameters(), lr=0.01)
+    generator, bounds = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        noise, triggers = made.draw(64, generator)
+        triggers = triggers[:, torch.randperm(64, generator=generator)] if blind else triggers
+        bound = made.information(noise, triggers.detach())
+        optimizer.zero_grad()
+        (-bound.sum()).backward()
+        optimizer.step()
+        bounds.append(bound.detach())
+    return bounds[0], torch.stack(bounds[-20:]).mean(0)
+
+
+def test_the_bound_of_the_information_rises_where_there_is_some():
+    first, last = climb(generators(), blind=False)
+    assert first.shape == (CLASSES,)
+    assert (last > first + 0.3).all()
+    assert (last < math.log(64)).all()
+
+
+def test_the_bound_stays_at_zero_where_there_is_none():
+    """The triggers are shuffled, so that none tells of its noise."""
+    _, last = climb(generators(), blind=True)
+    assert (last < 0.15).all()
+
+
+def test_the_bound_is_that_of_mine():
+    made = generators()
+    noise, triggers = made.draw(5, torch.Generator().manual_seed(0))
+
+    def critic(target, which, other):
+        pair = torch.cat([noise[target, which] - 0.5, triggers[target, other].flatten()])
+        return made.critic(pair.expand(CLASSES, 1, -1))[target, 0, 0]
+
+    for target in range(CLASSES):
+        joint = sum(critic(target, n, n) for n in range(5)) / 5
+        apart = sum(critic(target, (n - 1) % 5, n).exp() for n in range(5)) / 5
+        bound = made.information(noise, triggers)[target]
+        torch.testing.assert_close(bound, joint - apart.log())
+
+
+def test_the_generators_do_not_meet():
+    """Each maps its own noise by its own weights: those of the others may be anything."""
+    made = generators()
+    _, before = made.draw(3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in [*made.maker.weights, *made.maker.biases]:
+            weight[1] += 1
+    _, after = made.draw(3, torch.Generator().manual_seed(0))
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_entropy_spreads_the_triggers(adapter, corners):
+    spreads = []
+    for entropy in (0.0, 1.0):
+        search = dataclasses.replace(SEARCH, entropy=entropy, steps=60)
+        record = recover(adapter, corners, search, Run())[0]
+        spreads.append(record.pool[record.targets == TARGET].std(1).mean())
+    assert spreads[1] > 1.5 * spreads[0]
+
+
+def test_the_staircase_stops_at_its_level(adapter, corners):
+    """Above the level nothing is gained, so that a low level ends with less than a high one."""
+    search = dataclasses.replace(SEARCH, levels=(0.2, 0.95), steps=100)
+    record = recover(adapter, corners, search, Run())[0]
+    low, high = record.success[record.targets == TARGET].tolist()
+    assert high >= 0.9
+    assert low < 0.5
+
+
+@pytest.fixture
+def batch():
+    images = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    return LabelledBatch(images, torch.tensor([0, 1, 2]))
+
+
+@pytest.fixture
+def carrier():
+    """An adapter for images of two channels, 4 x 5 pixels."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(40, CLASSES))
+    return TorchClassifier(net, example=torch.zeros(1, 2, 4, 5))
+
+
+def test_a_patch_covers_what_its_mask_says(carrier, batch):
+    patch, _ = carrier.trigger_families()
+    raw = torch.rand(2, 3, *patch.shape, generator=torch.Generator().manual_seed(1))
+    raw[0, 0, 0], raw[0, 1, 0] = 0, 1
+    stamped = carrier.stamp(batch, patch, raw)
+    assert stamped.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    torch.testing.assert_close(stamped.inputs[0], batch.inputs[0])
+    torch.testing.assert_close(stamped.inputs[1], raw[0, 1, 1:])
+    for which, image in ((0, 2), (1, 0), (1, 1), (1, 2)):
+        mask, pattern = raw[which, image, 0], raw[which, image, 1:]
+        expected = (1 - mask) * batch.inputs[image] + mask * pattern
+        torch.testing.assert_close(stamped.inputs[3 * which + image], expected)
+    torch.testing.assert_close(carrier.trigger_size(patch, raw), raw[:, :, 0].mean((2, 3)))
+
+
+def test_an_additive_trigger_changes_every_pixel_by_a_fifth_at_most(carrier, batch):
+    _, additive = carrier.trigger_families()
+    raw = torch.full((2, 3, *additive.shape), 0.5)
+    raw[0, 1], raw[0, 2], raw[1, 0] = 0, 1, 0.75
+    stamped = carrier.stamp(batch, additive, raw).inputs
+    torch.testing.assert_close(stamped[0], batch.inputs[0])
+    torch.testing.assert_close(stamped[1], (batch.inputs[1] - 0.2).clamp(min=0))
+    torch.testing.assert_close(stamped[2], (batch.inputs[2] + 0.2).clamp(max=1))
+    torch.testing.assert_close(stamped[3], (batch.inputs[0] + 0.1).clamp(max=1))
+    size = carrier.trigger_size(additive, raw)
+    torch.testing.assert_close(size, torch.tensor([[0, 0.2, 0.2], [0.1, 0, 0]]))
