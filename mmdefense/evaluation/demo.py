@@ -164,7 +164,9 @@ def _titled(figure: Figure, name: str) -> Figure:
 def _trigger_figure(attack: Attack, test: LabelledSamples) -> Figure:
     """Show test samples that are not of the target, with and without the trigger."""
     labels = test.labels
-    shown = test.subset((labels != attack.target).nonzero().squeeze(1)[:10])
+    others = (labels != attack.target).nonzero().squeeze(1)
+    spread = torch.linspace(0, len(others) - 1, 10).long()  # the test part is sorted by label
+    shown = test.subset(others[spread])
     clean = shown.everything().inputs
     names = [test.classes[label] if test.classes else str(label) for label in shown.labels.tolist()]
     return figures.triggered_samples(clean, attack.stamp(clean), names=names)
