@@ -311,8 +311,8 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
-    strength: float = 0.1
-    eta_r: float = 0.03
+    strength: float = 0.2
+    eta_r: float = 0.01
     lr: float = 0.07
     norms_and_biases: bool = True
     scale: float = 2.0
