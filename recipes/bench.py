@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mmdefense as mmd
-from mmdefense.batches import LabelledSamples, split
-from mmdefense.defenses.base import Defense
+from mmdefense.batches import LabelledSamples, Samples, split
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
 from mmdefense.evaluation.victims import Victim, named_cases, train_victim
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Training, mean_score, train
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
 from mmdefense.kernels.run import Event, Run
-from mmdefense.kernels.units import parameters_by_name, rank, select_sub_weights, silence
-from mmdefense.kernels.units import weight_change, zero
+from mmdefense.kernels.units import (
+    parameters_by_name,
+    rank,
+    select_sub_weights,
+    silence,
+    weight_change,
+    zero,
+)
+from mmdefense_adapters.torch_classifier import TorchClassifier
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import PreActResNet18, SmallResNet
-
-STEPS = 60
-"""Updates of one run of the loop; its clock starts after the first 20, with the first event."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +59,44 @@ class Setting:
         repeats: Repetitions of each row.
         wide: Filters of the first stage of the PreActResNet18 that is pruned and ranked.
         narrow: The same of the nets that are trained.
+        nets: The nets that are trained.
+        weighed: Net and defense whose peak memory is measured.
         images: Images that a pruning curve is measured on.
         batch: Samples per update.
+        steps: Updates of one run; the clock starts at the first sign of progress, after 20.
         victim_steps: Updates that plant the backdoor.
         budgets: Updates that FIP and Fast FIP are tried with, ascending.
+        flags: The arguments that lead to this setting.
     """
 
     device: torch.device
     repeats: int = 5
     wide: int = 64
     narrow: int = 16
+    nets: tuple[str, ...] = ("SmallResNet", "PreActResNet18")
+    weighed: tuple[str, str] | None = ("PreActResNet18", "FIP")
     images: int = 128
     batch: int = 64
+    steps: int = 60
     victim_steps: int = 300
     budgets: tuple[int, ...] = (20, 40, 60, 80, 100, 150, 200)
+    flags: tuple[str, ...] = ()
+
+
+SMOKE: dict[str, Any] = {
+    "repeats": 1,
+    "wide": 4,
+    "narrow": 4,
+    "nets": ("SmallResNet",),
+    "weighed": None,
+    "images": 32,
+    "batch": 8,
+    "steps": 40,
+    "victim_steps": 10,
+    "budgets": (5,),
+    "flags": ("--smoke",),
+}
+"""The settings of a run of seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +174,18 @@ class StepClock:
 # %% The pruning curve against evaluating the net at each step
 
 
-def fresh(net: Callable[..., nn.Module], width: int, device: torch.device) -> nn.Module:
+def fresh(net: Callable[..., nn.Module], width: int, setting: Setting) -> TorchClassifier:
     """Return a net for the digits with random weights, the same ones each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return net(classes=10, channels=1, width=width).to(device)
+        model = net(classes=10, channels=1, width=width).to(setting.device)
+    return TorchClassifier(model, example=load_digits()[1].inputs[:1])
 
 
 def pruning_row(setting: Setting) -> Row:
     """Silence the features of a PreActResNet18 in 20 steps, most dormant first."""
-    adapter = mmd.adapt(fresh(PreActResNet18, setting.wide, setting.device))
-    digits = load_digits()[1]
-    samples = adapter.samples(digits.subset(torch.arange(setting.images)))
+    adapter = fresh(PreActResNet18, setting.wide, setting)
+    samples = adapter.samples(load_digits()[1].subset(torch.arange(setting.images)))
     fit_head(adapter, samples)
     order = [unit for _, unit in rank([head_activations(adapter, samples)], descending=False)]
     counts = [len(order) * step // 20 for step in range(20)]
@@ -191,16 +216,15 @@ def pruning_row(setting: Setting) -> Row:
     )
 
 
-def fit_head(adapter: Any, samples: Any) -> None:
+def fit_head(adapter: TorchClassifier, samples: Samples[Any]) -> None:
     """Fit the output layer by least squares, so that the curve starts near 1 and falls."""
     everything = samples.take(torch.arange(len(samples)))
     with mode(adapter.model, train=False):
         features = adapter.embedding(everything).double()
-    weight, bias = adapter.head_weights()
+    weight, _ = adapter.head_weights()
     wanted = torch.eye(len(weight), device=weight.device, dtype=torch.float64)[everything.labels]
     with torch.no_grad():
         weight.copy_((torch.linalg.pinv(features) @ wanted).T)
-        bias.zero_()
 
 
 # %% TSBD's ranking and reinitialisation against lists of floats
@@ -208,8 +232,7 @@ def fit_head(adapter: Any, samples: Any) -> None:
 
 def ranking_row(setting: Setting) -> Row:
     """Zero 70 % of the weights of the 15 % of units that changed most, by tensors and by lists."""
-    adapter = mmd.adapt(fresh(PreActResNet18, setting.wide, setting.device))
-    adapter.samples(load_digits()[1])
+    adapter = fresh(PreActResNet18, setting.wide, setting)
     groups, given = list(adapter.unit_groups()), parameters_by_name(adapter.model)
     noise = torch.Generator(setting.device).manual_seed(0)
     change = {
@@ -277,135 +300,146 @@ def reinitialise_by_lists(
 # %% One step of a defense against a step of plain fine-tuning
 
 
+IDLE_STEPS = 10
+"""Updates of an equality check; many more would turn rounding into differences in earnest."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """A defense whose steps are timed.
+    """A defense whose steps are timed, all of it, in its own loop.
 
     Attributes:
-        defense: The whole of it, with its own loop.
+        defense: As it is timed.
+        idle: The same with its terms computed and given no weight.
         stage: The name of its training stage.
-        idle: The fields that leave its term computed and without weight.
         aim: Steps of plain fine-tuning that one of its steps may cost.
     """
 
-    defense: Defense
+    defense: FIP | TSBD
+    idle: FIP | TSBD
     stage: str
-    idle: dict[str, float]
     aim: str
 
 
 def steps_of(setting: Setting) -> dict[str, Step]:
-    """Return what is timed, by name; no utility guard, for the nets are untrained."""
-    common: Any = {
-        "steps": STEPS,
-        "batch_size": setting.batch,
-        "lr": 0.01,
-        "max_utility_drop": 1.0,
-    }
-    activeness = TSBD(ratio=0.0, unlearn_epochs=1, **common)
-    fip = FIP(fade=0.0, **common)
-    idle = {"eta_f": 1e-12, "eta_r": 0.0}
+    """Return what is timed, by name; without utility guard, for the nets are untrained."""
+    common: Any = {"steps": setting.steps, "batch_size": setting.batch, "lr": 0.01}
+    tsbd = TSBD(ratio=0.0, unlearn_epochs=1, max_utility_drop=1.0, **common)
+    each = FIP(fade=0.0, max_utility_drop=1.0, **common)
+    fifth = replace(each, trace_every=5)
+    idle: Any = {"eta_f": 1e-12, "eta_r": 0.0, "steps": IDLE_STEPS}
     return {
-        "activeness-aware step": Step(activeness, "fine-tune", {"mix": 0.0}, "<= 2.1"),
-        "FIP step, Tr(F) in each": Step(fip, "purify", idle, "<= 3.2"),
-        "FIP step, Tr(F) in every 5th": Step(replace(fip, trace_every=5), "purify", idle, "<= 1.5"),
+        "activeness-aware step": Step(
+            tsbd, replace(tsbd, mix=0.0, steps=IDLE_STEPS), "fine-tune", "<= 2.1"
+        ),
+        "FIP step, Tr(F) in each": Step(each, replace(each, **idle), "purify", "<= 3.2"),
+        "FIP step, Tr(F) in every 5th": Step(fifth, replace(fifth, **idle), "purify", "<= 1.5"),
     }
 
 
-def purify(step: Step, adapter: Any, clean: LabelledSamples) -> tuple[nn.Module, float]:
-    """Return the net after the defense, and the seconds of one of its updates."""
-    clock = StepClock(step.stage)
-    result = step.defense.purify(adapter, clean, progress=clock)
-    return result.model, clock.seconds
+def purify(
+    defense: FIP | TSBD, stage: str, adapter: TorchClassifier, clean: LabelledSamples
+) -> tuple[nn.Module, StepClock]:
+    """Return the net after the defense, and the clock of its updates."""
+    clock = StepClock(stage)
+    return defense.purify(adapter, clean, progress=clock).model, clock
 
 
-def fine_tune(step: Step, adapter: Any, clean: LabelledSamples) -> tuple[nn.Module, float]:
+def fine_tune(
+    defense: FIP | TSBD, stage: str, adapter: TorchClassifier, clean: LabelledSamples
+) -> tuple[nn.Module, StepClock]:
     """Train plainly on what the defense trains on: same samples, batches, views and rates."""
-    clock, fork = StepClock(step.stage), adapter.fork()
-    fit = split(adapter.samples(clean), step.defense.holdout, step.defense.seed)[0]
-    training: Training = step.defense.training  # type: ignore[attr-defined]
-    train(fork, fit, training, Run(step.defense.seed, clock), stage=step.stage)
-    return fork.model, clock.seconds
+    clock, fork = StepClock(stage), adapter.fork()
+    fit = split(adapter.samples(clean), defense.holdout, defense.seed)[0]
+    train(fork, fit, defense.training, Run(defense.seed, clock), stage=stage)
+    return fork.model, clock
 
 
-def step_rows(setting: Setting) -> Iterator[Row]:
-    """Yield a row for each defense and net."""
-    clean = load_digits()[0]
-    clean = clean.subset(torch.arange(min(len(clean), 4 * setting.batch)))
-    for net in (SmallResNet, PreActResNet18):
-        adapter = mmd.adapt(fresh(net, setting.narrow, setting.device))
-        for name, step in steps_of(setting).items():
-            idle = replace(step, defense=replace(step.defense, **step.idle))
-            far = distance(purify(idle, adapter, clean)[0], fine_tune(idle, adapter, clean)[0])
-            yield Row(
-                what=f"{name} / step of plain fine-tuning",
-                model=f"{net.__name__}, width {setting.narrow}, batch {setting.batch} of 16x16",
-                aim=step.aim,
-                ratios=ratios(
-                    partial(seconds_of, purify, step, adapter, clean),
-                    partial(seconds_of, fine_tune, step, adapter, clean),
-                    setting.repeats,
-                ),
-                check=f"with a term of no weight, the weights differ by {far:.0e} after {STEPS}",
-                memory=memory_cell(name, net, setting),
-            )
+def net_and_clean(name: str, setting: Setting) -> tuple[TorchClassifier, LabelledSamples]:
+    """Return what the steps are timed on."""
+    net = SmallResNet if name == "SmallResNet" else PreActResNet18
+    adapter = fresh(net, setting.narrow, setting)
+    return adapter, load_digits()[0].subset(torch.arange(4 * setting.batch))
 
 
-def seconds_of(run: Callable[..., tuple[nn.Module, float]], *args: Any) -> float:
-    """Return the seconds per update of a run."""
-    return run(*args)[1]
+def step_rows(net: str, setting: Setting) -> Iterator[Row]:
+    """Yield a row for each defense."""
+    data = net_and_clean(net, setting)
+    for name, step in steps_of(setting).items():
+        far = distance(
+            purify(step.idle, step.stage, *data)[0], fine_tune(step.idle, step.stage, *data)[0]
+        )
+        yield Row(
+            what=f"{name} / step of plain fine-tuning",
+            model=f"{net}, width {setting.narrow}, batch {setting.batch} of 16x16",
+            aim=step.aim,
+            ratios=[
+                purify(step.defense, step.stage, *data)[1].seconds
+                / fine_tune(step.defense, step.stage, *data)[1].seconds
+                for _ in range(setting.repeats)
+            ],
+            check=f"{far:.0e} apart after {IDLE_STEPS} steps with its term at no weight",
+            memory=memory_cell(name, setting) if (net, name[:3]) == setting.weighed else "",
+        )
 
 
 def distance(left: nn.Module, right: nn.Module) -> float:
     """Return ``||left - right|| / ||right||`` over all weights."""
-    one, other = (nn.utils.parameters_to_vector(net.parameters()) for net in (left, right))
+    one, other = (nn.utils.parameters_to_vector(net.parameters()).detach() for net in (left, right))
     return float((one - other).norm() / other.norm())
 
 
 # %% Peak memory
 
 
-def memory_cell(name: str, net: type[nn.Module], setting: Setting) -> str:
-    """Return the peak memory of both sides, of which the weights and the samples are no part."""
-    plain, own = (peak_memory(side, name, net, setting) / 2**20 for side in SIDES)
-    return f"{own / plain:.2f} times: {own:.0f} MiB against {plain:.0f}"
+def memory_cell(name: str, setting: Setting) -> str:
+    """Return by how much FIP and plain fine-tuning grow at their peaks, as one cell."""
+    ask = fresh_growth if setting.device.type == "cpu" else growth
+    own, plain = (ask(side, name, setting) / 2**20 for side in ("defense", "plain"))
+    return f"{own:.0f} MiB against {plain:.0f}, {own / max(plain, 1):.1f} times"
 
 
-SIDES = {"plain": fine_tune, "defense": purify}
+def fresh_growth(side: str, name: str, setting: Setting) -> int:
+    """Return :func:`growth` in a process that has done nothing else."""
+    command = [sys.executable, __file__, *setting.flags, "--device", "cpu"]
+    ran = subprocess.run([*command, "--memory-of", side, name], check=True, capture_output=True)
+    return int(ran.stdout)
 
 
-def peak_memory(side: str, name: str, net: type[nn.Module], setting: Setting) -> int:
-    """Return the bytes that a run adds at its peak.
+def growth(side: str, name: str, setting: Setting) -> int:
+    """Return the bytes that a run adds at its peak, net and samples included.
 
-    On a GPU, what its allocator has given out at most. On a CPU, the growth of the largest resident
-    set of a process that does nothing else, which asks the system (``getrusage``).
+    On a GPU, by what the allocator has given out; on a CPU, by the largest resident set
+    (``getrusage``).
     """
-    if setting.device.type == "cpu":
-        ask = [sys.executable, __file__, "--memory-of", side, name, net.__name__]
-        sizes = [str(setting.narrow), str(setting.batch)]
-        return int(subprocess.run([*ask, *sizes], check=True, capture_output=True).stdout)
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    before = torch.cuda.memory_allocated(setting.device)
-    run_side(side, name, net, setting)
-    return torch.cuda.max_memory_allocated(setting.device) - before
+    run_side(side, name, replace(setting, **SMOKE))  # loads what is loaded at first use
+    reset_peak(setting.device)
+    before = peak(setting.device)
+    run_side(side, name, setting)
+    return peak(setting.device) - before
 
 
-def run_side(side: str, name: str, net: type[nn.Module], setting: Setting) -> None:
+def run_side(side: str, name: str, setting: Setting) -> None:
     """Run one side of a row of steps once."""
-    adapter = mmd.adapt(fresh(net, setting.narrow, setting.device))
-    clean = load_digits()[0].subset(torch.arange(4 * setting.batch))
-    SIDES[side](steps_of(setting)[name], adapter, clean)
+    step = steps_of(setting)[name]
+    run = purify if side == "defense" else fine_tune
+    run(step.defense, step.stage, *net_and_clean(setting.nets[-1], setting))
 
 
-def print_memory_of(side: str, name: str, net: str, width: str, batch: str) -> None:
-    """Print by how many bytes a run makes this process grow."""
+def reset_peak(device: torch.device) -> None:
+    """Forget earlier peaks where that is possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Return the largest number of bytes in use so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    setting = Setting(device=torch.device("cpu"), narrow=int(width), batch=int(batch))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run_side(side, name, {"SmallResNet": SmallResNet}.get(net, PreActResNet18), setting)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # %% Time until the backdoor is gone: Fast FIP against FIP
@@ -498,16 +532,18 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device(usual))
     parser.add_argument("--repeats", type=int, default=5, help="of each side of a row")
     parser.add_argument("--smoke", action="store_true", help="small: that it runs, no more")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print_memory_of(*options.memory_of)
-        return
     setting = Setting(device=options.device, repeats=options.repeats)
-    if options.smoke:
-        setting = replace(setting, repeats=2, wide=4, narrow=4, images=32, batch=8)
-        setting = replace(setting, victim_steps=10, budgets=(5,))
-    rows = [pruning_row(setting), ranking_row(setting), *step_rows(setting), time_row(setting)]
+    setting = replace(setting, **SMOKE) if options.smoke else setting
+    if options.memory_of:
+        side, name = options.memory_of
+        print(growth(side, name, setting))
+        return
+    rows = [pruning_row(setting), ranking_row(setting)]
+    for net in setting.nets:
+        rows += step_rows(net, setting)
+    rows.append(time_row(setting))
     print(write(rows, setting, options.out))
 
 

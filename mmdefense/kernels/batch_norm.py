@@ -57,7 +57,7 @@ def _batch_norm(
     if not training or weight is None or bias is None or is_single:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     statistics = (running_mean, running_var, momentum, eps)
-    return _BatchNorm.apply(input, weight, bias, statistics)  # type: ignore[no-any-return, no-untyped-call]
+    return _BatchNorm.apply(input, weight, bias, statistics)  # type: ignore[no-any-return]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
-        return *_Backward.apply(gradient, x, weight, mean, inverse, ctx.eps), None  # type: ignore[no-untyped-call]
+        return *_Backward.apply(gradient, x, weight, mean, inverse, ctx.eps), None
 
 
 class _Backward(torch.autograd.Function):
@@ -82,14 +82,15 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         g = _laid_out_like(x, g)
         ctx.save_for_backward(g, x, weight, mean, inverse)
-        return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
             g, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
         )
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a: Tensor, for_weight: Tensor, for_bias: Tensor) -> Any:
-        """Return the gradients of ``<a, gamma r P g> + <for_weight, sum g x^> + <for_bias, sum g>``.
+        """Differentiate ``<a, gamma r P g> + <for_weight, sum g x^> + <for_bias, sum g>``.
 
         For ``S = mean(a g) - mean(a) mean(g) - mean(a x^) mean(g x^)``, with respect to g:
         ``gamma r P a + for_weight x^ + for_bias``; to x:

@@ -51,7 +51,7 @@ ROWS = {
     "fine-pruning": Row(SHORT | {"max_pruning_drop": 0.5}, {"max_share": 0.0, "steps": 0}),
     "fine-tuning": Row(SHORT, {"steps": 0}),
     "fip": Row(SHORT, {"steps": 0}),
-    "pruning": Row({"max_pruning_drop": 0.5, "holdout": 0.8}, {"max_share": 0.0}, {}),
+    "pruning": Row({"max_pruning_drop": 0.25, "holdout": 0.8}, {"max_share": 0.0}, {}),
     "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
 }
 
@@ -122,9 +122,7 @@ def differ(first, second):
     return any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
-every_pair = pytest.mark.parametrize(
-    ("name", "model"), [*itertools.product(ROWS, MODELS)]
-)
+every_pair = pytest.mark.parametrize(("name", "model"), [*itertools.product(ROWS, MODELS)])
 
 
 @every_pair
@@ -161,8 +159,10 @@ def test_the_seed_alone_decides_the_result(trial, taught, name, model):
         assert torch.equal(torch.get_rng_state(), state)
     assert_equal(copy_state(first.model), copy_state(again.model))
     assert first.history == again.history
-    others = (trial(name, model, seed).result for seed in (1, 2, 3))
-    assert any(differ(copy_state(first.model), copy_state(other.model)) for other in others)
+    others = [trial(name, model, seed).result for seed in (1, 2, 3)]
+    changed = [differ(copy_state(first.model), copy_state(other.model)) for other in others]
+    # Where the seed makes the split alone, the same units may be chosen on another part.
+    assert any(changed) or any(other.guard != first.guard for other in others)
 
 
 @every_pair
@@ -253,7 +253,7 @@ def test_pruning_the_last_layer_needs_a_linear_one(taught, name):
     members = lacking(object(), TriggerAdapter)
     without_head = SimpleNamespace(**{m: getattr(adapter, m) for m in members})
     without_head.fork = lambda: without_head
-    with pytest.raises(UnsupportedError, match="needs a HeadAdapter; .* use layers='all'"):
+    with pytest.raises(UnsupportedError, match=r"needs a HeadAdapter; .* use layers='all'"):
         make(name).purify(without_head, samples)
 
 
@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_refused(taught, name):
     adapter, samples = taught("cnn-without-batchnorm")
     with torch.no_grad():
         next(adapter.model.parameters()).view(-1)[3] = float("nan")
-    with pytest.raises(BadInputError, match=r"weight '0.weight' holds NaN .* nothing was done"):
+    with pytest.raises(BadInputError, match=r"'0.weight' .* must be finite, got NaN"):
         make(name).purify(adapter, samples)
 
 

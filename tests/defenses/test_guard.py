@@ -59,7 +59,9 @@ def adapter():
 def clean():
     """Pairs of equal samples, so that both parts of a split hold the same hundred."""
     values = (torch.arange(HELD) + 0.5) / HELD
-    return LabelledSamples(values.repeat_interleave(2).view(-1, 1, 1, 1), torch.zeros(2 * HELD, dtype=torch.int64))
+    return LabelledSamples(
+        values.repeat_interleave(2).view(-1, 1, 1, 1), torch.zeros(2 * HELD, dtype=torch.int64)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,8 @@ def test_a_better_model_passes(adapter, clean):
 # Of 100 paired samples k turn wrong: the drop is k/100, its standard error that of k ones and
 # 100 - k zeros, and the half-width of the one-sided 95 % interval 1.645 of that.
 @pytest.mark.parametrize(
-    ("wrong", "margin", "passes"), [(5, 0.036033, True), (6, 0.039263, False), (30, 0.075763, False)]
+    ("wrong", "margin", "passes"),
+    [(5, 0.036033, True), (6, 0.039263, False), (30, 0.075763, False)],
 )
 def test_the_bound_is_judged_with_the_interval_of_paired_samples(
     adapter, clean, wrong, margin, passes

@@ -137,6 +137,21 @@ def test_the_ratio_is_chosen_on_the_holdout_part(learnt, corners, changes):
     assert chosen == choices[0] != choices[1]
 
 
+def test_a_chosen_ratio_leaves_what_a_given_one_does(learnt, corners, monkeypatch):
+    """Hidden units change more in all, filters more in each weight, and so take their place."""
+    noise = torch.Generator().manual_seed(0)
+    change = {n: torch.rand(v.shape, generator=noise) for n, v in learnt.model.named_parameters()}
+    change["0.weight"] += 10
+    change["4.weight"] += 5
+    monkeypatch.setattr(tsbd, "unlearning_change", lambda *_, **__: change)
+    settings = {"sub_ratio": 0.05, "fine_tuning": "none"} | QUICK
+    chosen = TSBD(candidates=(0.6, 0.9), **settings).purify(learnt, corners)
+    given = TSBD(ratio=0.9, **settings).purify(learnt, corners)
+    assert next(e["ratio"] for e in chosen.history if e["stage"] == "reinitialise") == 0.9
+    for name, value in copy_state(given.model).items():
+        assert torch.equal(value, chosen.model.state_dict()[name]), name
+
+
 def test_a_given_ratio_is_not_chosen(learnt, corners):
     result = TSBD(ratio=0.45, fine_tuning="none", **QUICK).purify(learnt, corners)
     assert next(e["ratio"] for e in result.history if e["stage"] == "reinitialise") == 0.45

@@ -166,8 +166,11 @@ def generators(count=CLASSES, **changed):
     return inversion._Generators(family, count, dataclasses.replace(SEARCH, **changed), seed)
 
 
-def climb(made, blind, steps=120):
+def climb(made, blind, steps=100):
     """Train the critics alone; return the first and the last bounds."""
+    with torch.no_grad():
+        for weight in made.maker.weights:
+            weight *= 3  # or the triggers hardly differ
     optimizer = torch.optim.Adam(made.critic.parameters(), lr=0.01)
     generator, bounds = torch.Generator().manual_seed(1), []
     for _ in range(steps):
@@ -184,7 +187,7 @@ def climb(made, blind, steps=120):
 def test_the_bound_of_the_information_rises_where_there_is_some():
     first, last = climb(generators(), blind=False)
     assert first.shape == (CLASSES,)
-    assert (last > first + 0.3).all()
+    assert (last > first + 1).all()
     assert (last < math.log(64)).all()
 
 
@@ -223,15 +226,15 @@ def test_the_generators_do_not_meet():
 def test_entropy_spreads_the_triggers(adapter, corners):
     spreads = []
     for entropy in (0.0, 1.0):
-        search = dataclasses.replace(SEARCH, entropy=entropy, steps=60)
+        search = dataclasses.replace(SEARCH, entropy=entropy, steps=120)
         record = recover(adapter, corners, search, Run())[0]
         spreads.append(record.pool[record.targets == TARGET].std(1).mean())
-    assert spreads[1] > 1.5 * spreads[0]
+    assert spreads[1] > 1.3 * spreads[0]
 
 
 def test_the_staircase_stops_at_its_level(adapter, corners):
     """Above the level nothing is gained, so that a low level ends with less than a high one."""
-    search = dataclasses.replace(SEARCH, levels=(0.2, 0.95), steps=100)
+    search = dataclasses.replace(SEARCH, levels=(0.2, 0.95), lr=0.01, steps=100, entropy=0.0)
     record = recover(adapter, corners, search, Run())[0]
     low, high = record.success[record.targets == TARGET].tolist()
     assert high >= 0.9

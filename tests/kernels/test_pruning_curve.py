@@ -64,8 +64,9 @@ def test_every_point_is_that_of_the_silenced_model(taught, counts, batch_size):
 def test_a_head_without_bias_is_served(taught):
     adapter, samples = taught
     adapter.model[-1].bias = None
-    curve = pruning_curve(adapter, samples, range(SIZE), range(SIZE + 1))
-    expected = evaluated(adapter, samples, list(range(SIZE)), range(SIZE + 1))
+    counts = range(SIZE)  # with all silenced, every answer would be a tie of zeros
+    curve = pruning_curve(adapter, samples, range(SIZE), counts)
+    expected = evaluated(adapter, samples, list(range(SIZE)), counts)
     torch.testing.assert_close(curve.tolist(), expected, rtol=0, atol=1e-6)
 
 
@@ -106,6 +107,7 @@ def test_the_model_is_read_in_eval_mode_and_left_as_it_was(taught):
 
 def test_the_data_is_read_once_whatever_the_number_of_points(taught, monkeypatch):
     adapter, samples = taught
+    adapter.unit_groups()  # it finds the head by a pass of its own
     calls = []
     genuine = adapter.logits
     monkeypatch.setattr(adapter, "logits", lambda inputs: (calls.append(1), genuine(inputs))[1])
