@@ -48,7 +48,7 @@ class BaEraser(Defense):
         rounds: Largest number of searches.
         ascent_weight: Weight of the ascent against the clean loss (ours; the code's is 1/100).
         drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
-        stop: Success of the recovered triggers below which unlearning ends; chance at least.
+        stop: Success of the recovered triggers below which unlearning ends, from half of the steps on.
         lr: Peak learning rate, falling to zero on a cosine.
         momentum: Of SGD.
         steps: Updates of unlearning in a round, at most.
@@ -141,14 +141,13 @@ class BaEraser(Defense):
         adapter = _triggered(work)
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters]
-        bound = max(self.stop, 0.0)
 
         def is_done(step: int) -> bool:
             if step % _PERIOD:
                 return False
             success = max(success_of(adapter, work.fit, *pool) for pool in pools)
             work.run.report(f"unlearn {turn}", step, self.steps, recovered_success=success)
-            return success <= bound and step >= self.steps // 2
+            return success <= self.stop and step >= self.steps // 2
 
         train(
             adapter,
