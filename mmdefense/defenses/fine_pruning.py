@@ -63,8 +63,8 @@ class Pruning(Defense):
         super().__post_init__()
         if not 0 <= self.max_pruning_drop <= 1:
             raise BadInputError(f"max_pruning_drop must lie in [0, 1], got {self.max_pruning_drop}")
-        if not 0 <= self.max_share < 1:
-            raise BadInputError(f"max_share must lie in [0, 1), got {self.max_share}")
+        if not 0 <= self.max_share <= 1:
+            raise BadInputError(f"max_share must lie in [0, 1], got {self.max_share}")
         if self.points < 1:
             raise BadInputError(f"points must be at least 1, got {self.points}")
         if self.order == "weight-change" and self.layers == "last":
