@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import frozen_statistics
@@ -23,7 +23,7 @@ __all__ = ["BaEraser"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaEraser(Defense):
+class BaEraser(TrainingDefense):
     """Search for trigger distributions towards every class, and push the model off them.
 
     Step A, the max-entropy staircase approximator: a generator for every class and level, side by
@@ -48,15 +48,13 @@ class BaEraser(Defense):
         rounds: Largest number of searches.
         ascent_weight: Weight of the ascent against the clean loss (ours; the code's is 1/100).
         drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
-        stop: Success of the recovered triggers below which unlearning ends, from half of the steps on.
-        lr: Peak learning rate, falling to zero on a cosine.
-        momentum: Of SGD.
-        steps: Updates of unlearning in a round, at most.
-        batch_size: Clean samples per update; as many more carry triggers.
-        max_norm: Largest gradient norm.
+        stop: Success of the recovered triggers at which unlearning ends, from half of the steps
+            on.
+        steps: Updates of unlearning in a round, at most; each takes as many triggered samples as
+            clean ones.
 
     References:
-        Liu, Fan, Chen, Li, Ma, Wang, Yang. *Backdoor Defense with Machine Unlearning*. INFOCOM
+        Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM
         2022. arXiv:2201.09538
         Qiao, Yang, Li. *Defending Neural Backdoors via Generative Distribution Modeling*.
         NeurIPS 2019. arXiv:1910.04749
@@ -72,11 +70,7 @@ class BaEraser(Defense):
     ascent_weight: float = 1.0
     drift_weight: float = 1e-3
     stop: float = 0.02
-    lr: float = 0.01
-    momentum: float = 0.9
     steps: int = 100
-    batch_size: int = 64
-    max_norm: float | None = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,14 +82,8 @@ class BaEraser(Defense):
     @property
     def training(self) -> Training:
         """The updates of one round, as the loop takes them."""
-        return Training(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            max_norm=self.max_norm,
-            check_every=_PERIOD,  # a run is resumed where the weights of the penalty are new
-        )
+        # A run is resumed where the weights of the penalty are new.
+        return dataclasses.replace(super().training, check_every=_PERIOD)
 
     def _run(self, work: Purifying[Any]) -> None:
         search = Search(

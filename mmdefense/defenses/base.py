@@ -19,11 +19,11 @@ from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import scores
+from mmdefense.kernels.loop import Training, scores
 from mmdefense.kernels.run import Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
-__all__ = ["Defense", "Guard", "Purifying", "Result"]
+__all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense"]
 
 B = TypeVar("B")
 
@@ -195,6 +195,36 @@ class Defense(ABC):
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
         """Edit ``work.adapter.model`` in place; ``work.run.snapshot`` keeps candidate states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingDefense(Defense):
+    """A defense that trains on clean data, by SGD on a cosine.
+
+    Attributes:
+        lr: Peak learning rate, falling to zero.
+        momentum: Of SGD.
+        steps: Number of updates.
+        batch_size: Clean samples per update.
+        max_norm: Largest gradient norm; none does not clip.
+    """
+
+    lr: float = 0.01
+    momentum: float = 0.9
+    steps: int = 100
+    batch_size: int = 64
+    max_norm: float | None = 5.0
+
+    @property
+    def training(self) -> Training:
+        """The updates, as the loop takes them."""
+        return Training(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            momentum=self.momentum,
+            max_norm=self.max_norm,
+        )
 
 
 def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:

@@ -9,10 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import Training, mean_score, train
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
 from mmdefense.kernels.units import (
     Unit,
@@ -143,35 +143,11 @@ class Pruning(Defense):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinePruning(Pruning):
+class FinePruning(Pruning, TrainingDefense):
     """Prune, then fine-tune all weights with the pruned units held at zero.
 
     See :class:`Pruning` for the first part and its reference.
-
-    Attributes:
-        lr: Peak learning rate of SGD, falling to zero on a cosine.
-        momentum: Of SGD.
-        steps: Number of updates.
-        batch_size: Samples per update.
-        max_norm: Largest gradient norm.
     """
-
-    lr: float = 0.01
-    momentum: float = 0.9
-    steps: int = 100
-    batch_size: int = 64
-    max_norm: float | None = 5.0
-
-    @property
-    def training(self) -> Training:
-        """The updates of the fine-tuning, as the loop takes them."""
-        return Training(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            max_norm=self.max_norm,
-        )
 
     def _run(self, work: Purifying[Any]) -> None:
         kept = work.run.once(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import (
     check_second_derivative,
@@ -75,7 +75,7 @@ class _SingularValues:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FisherPurification(Defense):
+class _FisherPurification(TrainingDefense):
     """The objective that FIP and Fast FIP share, over coordinates of their own.
 
     Attributes:
@@ -89,11 +89,6 @@ class _FisherPurification(Defense):
         fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
             recovers accuracy; 0 keeps it constant, as the paper does (ours).
         trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.
-        lr: Peak learning rate of SGD with ``momentum``, falling to zero on a cosine.
-        momentum: Of SGD.
-        steps: Number of updates.
-        batch_size: Samples per update.
-        max_norm: Largest gradient norm.
         batch_norm: ``"train"`` normalises by batch, as the released code does.
     """
 
@@ -104,10 +99,7 @@ class _FisherPurification(Defense):
     fade: float = 0.5
     trace_every: int = 1
     lr: float = 0.02
-    momentum: float = 0.9
     steps: int = 150
-    batch_size: int = 64
-    max_norm: float | None = 5.0
     batch_norm: Literal["train", "eval"] = "train"
 
     def __post_init__(self) -> None:
@@ -125,14 +117,7 @@ class _FisherPurification(Defense):
     @property
     def training(self) -> Training:
         """The updates, as the loop takes them."""
-        return Training(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            max_norm=self.max_norm,
-            batch_norm=self.batch_norm,
-        )
+        return replace(super().training, batch_norm=self.batch_norm)
 
     @abstractmethod
     def _coordinates(self, model: nn.Module) -> _Coordinates:

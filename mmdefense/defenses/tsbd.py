@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.curvature import gradient_norm_penalty
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Gradients, Training, mean_score, train
+from mmdefense.kernels.loop import Gradients, mean_score, train
 from mmdefense.kernels.run import Run
 from mmdefense.kernels.units import (
     Unit,
@@ -73,7 +73,7 @@ def _chance(adapter: TaskAdapter[Any], samples: Any) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TSBD(Defense):
+class TSBD(TrainingDefense):
     """Zero the weights that move most when clean data is unlearnt, then fine-tune calmly.
 
     Stage 1: ascend the clean loss until the model is at chance. A unit's *neuron weight change*
@@ -99,11 +99,7 @@ class TSBD(Defense):
         mix: The paper's alpha.
         norm: ``"global"`` as in the formula; ``"tensor"`` as in the released code, where every
             tensor moves by r.
-        lr: Peak learning rate of stage 2, falling to zero on a cosine (the code: 0.01, constant).
-        momentum: Of SGD.
-        steps: Updates of stage 2.
-        batch_size: Samples per update of stage 2.
-        max_norm: Largest gradient norm of stage 2.
+        lr: Peak learning rate of stage 2 (the code: 0.01, constant).
 
     References:
         Lin, Liu, Wei, Li, Xiong. *Unveiling and Mitigating Backdoor Vulnerabilities based on
@@ -135,10 +131,6 @@ class TSBD(Defense):
     mix: float = 0.7
     norm: Literal["global", "tensor"] = "global"
     lr: float = 0.005
-    momentum: float = 0.9
-    steps: int = 100
-    batch_size: int = 64
-    max_norm: float | None = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,17 +140,6 @@ class TSBD(Defense):
             raise BadInputError(f"sub_ratio must lie in (0, 1], got {self.sub_ratio}")
         if self.ratio is None and not self.candidates:
             raise BadInputError("candidates must hold at least one ratio, got none")
-
-    @property
-    def training(self) -> Training:
-        """The updates of stage 2, as the loop takes them."""
-        return Training(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            momentum=self.momentum,
-            max_norm=self.max_norm,
-        )
 
     def _run(self, work: Purifying[Any]) -> None:
         adapter = work.adapter
