@@ -9,12 +9,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-import mmdefense
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
@@ -284,7 +284,7 @@ def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
 
 def _versions() -> dict[str, str]:
     return {
-        "mmdefense": mmdefense.__version__,
+        "mmdefense": version("mmdefense"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
