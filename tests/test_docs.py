@@ -37,6 +37,9 @@ NOT_RUN = {
     "make check": "runs beside the tests, in .ci/run",
     "make bench": "repeats each measurement",
     ".ci/run": "runs this very test",
+    "mmdefense grid -o out/grid --case digits-badnets --case digits-blended": "many minutes",
+    "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended --seeds 1": "an hour",
+    "mmdefense grid -o out/grid --case digits-clean": "many minutes",
     "pip install .": "installs from a package index; `make` does it with pinned versions",
     'pip install ".[huggingface,timm]"': "the same, with extras",
 }
