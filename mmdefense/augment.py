@@ -20,9 +20,6 @@ def random_shift(
         images: Shape ``(N, C, H, W)``.
         generator: Source of the shifts, on the device of the images.
         fraction: Largest shift as a share of the side; 1/8 is the usual 4 pixels of 32.
-        erase: Share of the images in which a rectangle of noise, of an eighth to three eighths
-            of the side, replaces what was there (random erasing).
-        keep: Share of the images that stay as they are.
         flip: Whether half of the images are mirrored left to right.
     """
     count, channels, height, width = images.shape

@@ -209,10 +209,11 @@ def doctor() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    task: Annotated[str, typer.Option(help="A name of `list tasks`.")] = "image-classification",
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
 ) -> None:
-    """Plant a real backdoor in a small classifier, remove it in several ways, and compare."""
+    """Plant a real backdoor in a small model, remove it in several ways, and compare."""
     from rich.console import Console
 
     from mmdefense.evaluation.demo import run_demo
@@ -220,7 +221,7 @@ def demo(
     from mmdefense.report.terminal import ProgressDisplay
 
     with ProgressDisplay() as progress:
-        record = run_demo(out, seed=seed, force=force, progress=progress)
+        record = run_demo(out, task=task, seed=seed, force=force, progress=progress)
     console = Console()
     if not console.is_terminal:  # a log has no edge to wrap at
         console = Console(width=110)
@@ -302,7 +303,7 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
 
 def _attack(
     name: str | None, trigger: Path | None, target: int, settings: list[str] | None
-) -> Attack | None:
+) -> Attack[Any] | None:
     from mmdefense import registry
     from mmdefense.evaluation.measurement import read_trigger
     from mmdefense.purification import check_settings
@@ -316,7 +317,7 @@ def _attack(
     kind = registry.load("attacks", name)
     given = {"target": target, **_parsed(settings)}
     check_settings(kind, given)
-    attack: Attack = kind(**given)
+    attack: Attack[Any] = kind(**given)
     return attack
 
 

@@ -209,7 +209,7 @@ def _unwritable(store: RunStore, error: OSError) -> BadInputError:
     return BadInputError(f"{store.folder} cannot be written: {error.strerror or error}")
 
 
-def evaluate_files(source: Source, attack: Attack | None = None) -> Evaluation:
+def evaluate_files(source: Source, attack: Attack[Any] | None = None) -> Evaluation:
     """Measure the model of ``source`` on its data and, where an attack is given, under it.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmdefense.batches import Samples
 
-__all__ = ["TaskAdapter", "TriggerAdapter", "TriggerFamily", "UnitGroup", "lacking"]
+__all__ = ["Task", "TaskAdapter", "TriggerAdapter", "TriggerFamily", "UnitGroup", "lacking"]
 
 B = TypeVar("B")
 
@@ -168,6 +168,56 @@ class TriggerAdapter(TaskAdapter[B], Protocol[B]):
 
     def not_target(self, batch: B, targets: Tensor) -> Tensor:
         """Return whether each sample's own answer differs from its target, bool ``(N,)``."""
+        ...
+
+
+class Task(Protocol):
+    """What an evaluation may ask of a task: its data, its metric, its victims.
+
+    Data sets and domains are named here and in adapters, nowhere else.
+
+    Attributes:
+        name: As registered.
+        metric: What its metric is called, for example ``"accuracy"``.
+    """
+
+    name: str
+    metric: str
+
+    def load(self, where: Any, *, split: str = "train") -> Samples[Any]:
+        """Return the ``"train"`` or ``"test"`` part of the data of that name or place.
+
+        Raises:
+            BadInputError: If there is no such data, or it is damaged.
+        """
+        ...
+
+    def data(self) -> Mapping[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        ...
+
+    def cases(self) -> Sequence[Any]:
+        """Return the victims to evaluate on; the first is the demo's, on embedded data."""
+        ...
+
+    def describe(self, samples: Samples[Any]) -> Mapping[str, Any]:
+        """Return what a case's ``model`` may leave open, such as ``classes``, from the data."""
+        ...
+
+    def adapter_options(self, samples: Samples[Any]) -> Mapping[str, Any]:
+        """Return what the adapter of a victim needs to know about its data."""
+        ...
+
+    def for_training(self, samples: Samples[Any]) -> Samples[Any]:
+        """Return a training set with the usual augmentation of those who train such models."""
+        ...
+
+    def measure(self, adapter: TaskAdapter[Any], samples: Samples[Any]) -> float:
+        """Return the task metric of a model over test samples, in ``[0, 1]``."""
+        ...
+
+    def show(self, clean: Samples[Any], triggered: Samples[Any]) -> Any:
+        """Return a figure for the page: a few samples without and with the trigger."""
         ...
 
 

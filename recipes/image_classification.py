@@ -61,7 +61,7 @@ attack = BadNets(target=0, ratio=0.1, seed=options.seed).plant(
     Training(steps=steps, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0),
     Run(options.seed),
 )
-triggered = attack.triggered(test, classes)
+triggered = attack.triggered(test, victim)
 before = measure(victim, victim.samples(test), triggered)
 print(f"the victim: ACC {before.acc:.1%}, ASR {before.asr:.1%}, RA {before.ra:.1%}")
 

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack
+from mmdefense.attacks.base import LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["BadNets"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadNets(Attack):
+class BadNets(LabelAttack):
     """Overwrites a square of ``size`` pixels: ``x[p] = pattern`` for p in the square.
 
     The patch fills the corner to the last pixel, as in BackdoorBench, whose patch is white.

@@ -1,55 +1,146 @@
-"""What every attack on image classifiers shares: whom it poisons, how it relabels and plants."""
+"""What every attack shares: how it poisons, plants and is judged."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, final
 
 import torch
 from torch import Tensor
 
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.loop import Training, scores, train
 from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["Attack", "class_count", "on_device_of", "replaced"]
+__all__ = ["Attack", "LabelAttack", "class_count", "on_device_of", "replaced"]
 
-_CHUNK = 1024  # images that are stamped at once: bounds the memory of attacks that run a net
+B = TypeVar("B")
+
+_CHUNK = 1024  # inputs that are stamped at once: bounds the memory of attacks that run a net
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(ABC, Generic[B]):
     """A backdoor: a trigger, the answer that it forces, and how it gets into a model.
 
     Its fields are its whole configuration, and ``fitted`` is what planting has learnt, so that
     ``replace(attack, fitted=kept)`` brings a planted attack back.
 
     Attributes:
-        target: The class that the trigger forces; unused by ``all-to-all``.
         ratio: Share of the training set that is poisoned, in ``[0, 1]``.
-        mapping: ``"all-to-one"`` forces ``target``, ``"all-to-all"`` the class after the true one,
-            ``(y + 1) mod C``.
         seed: Fixes the trigger and the choice of the samples.
         fitted: Tensors that :meth:`plant` has learnt, by name; empty where a trigger is fixed.
     """
 
-    target: int = 0
+    task: ClassVar[str] = "image-classification"
+    """Name of the task whose samples it poisons."""
+
     ratio: float = 0.1
-    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
     seed: int = 0
     fitted: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    clean_label: ClassVar[bool] = False
-    """Whether only samples of the target are poisoned; ``ratio`` is then a share of these."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
             raise BadInputError(f"ratio must lie in [0, 1], got {self.ratio}")
+
+    @abstractmethod
+    def poison(self, samples: Any, adapter: TaskAdapter[B]) -> Any:
+        """Return the training set with a share of it poisoned, in the same order.
+
+        Args:
+            samples: The clean training set, as the task's ``load`` returns it.
+            adapter: The model that will be trained on it, for example for its classes.
+
+        Raises:
+            BadInputError: If there are too few samples to poison.
+        """
+
+    @abstractmethod
+    def triggered(self, samples: Any, adapter: TaskAdapter[B]) -> TriggeredSamples[B]:
+        """Return the test set of the attack, from clean test samples that its trigger can change.
+
+        Raises:
+            BadInputError: If there is no such sample.
+        """
+
+    def success(self, adapter: TaskAdapter[B], samples: Samples[B]) -> Tensor:
+        """Return how far each of the triggered samples gets what the attacker wants.
+
+        Their mean is the ASR. By default it is the score by the attacker's labels.
+
+        Args:
+            adapter: The model that is judged.
+            samples: The ``samples`` of what :meth:`triggered` returns.
+
+        Returns:
+            Shape ``(N,)`` in ``[0, 1]``, on the CPU.
+        """
+        return scores(adapter, samples)
+
+    def plant(self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run) -> Self:
+        """Train ``adapter.model`` in place so that it learns its task and the backdoor.
+
+        Args:
+            adapter: The model to become a victim.
+            samples: The clean training set.
+            training: Steps, rates and modes.
+            run: Seed, progress and store.
+
+        Returns:
+            The attack to stamp with: this one, or a fitted copy where planting shapes the trigger.
+        """
+        samples = on_device_of(adapter, samples)
+        poisoned = self.poison(samples, adapter)
+        train(adapter, adapter.samples(poisoned), training, run, stage="victim")
+        return self
+
+    def in_words(self) -> str:
+        """Return the attack in a few words, for a table or a page."""
+        return f"{type(self).__name__}, {100 * self.ratio:g} % of the training set"
+
+    def _learnt(self, name: str) -> Tensor:
+        """Return a tensor that :meth:`plant` has learnt."""
+        if name not in self.fitted:
+            raise BadInputError(
+                f"{type(self).__name__} learns its trigger from a model and has none yet; use the "
+                "attack that plant() returns"
+            )
+        return self.fitted[name]
+
+    def _generator(self, name: str) -> torch.Generator:
+        """Return a fresh generator on the CPU, so that each device draws the same numbers."""
+        return Run(self.seed).generator(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelAttack(Attack[LabelledBatch]):
+    """A backdoor in a classifier: a trigger on the input that forces a label.
+
+    Attributes:
+        target: The class that the trigger forces; unused by ``all-to-all``.
+        mapping: ``"all-to-one"`` forces ``target``, ``"all-to-all"`` the class after the true one,
+            ``(y + 1) mod C``.
+    """
+
+    target: int = 0
+    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
+
+    clean_label: ClassVar[bool] = False
+    """Whether only samples of the target are poisoned; ``ratio`` is then a share of these."""
+
+    shape: ClassVar[str] = "(N, C, H, W)"
+    """Shape of a batch of inputs, for messages and for the check of the number of axes."""
+
+    limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+    """Range that stamped inputs are clipped to, where the inputs have one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target < 0:
             raise BadInputError(f"target must be a class, at least 0, got {self.target}")
         known = ("all-to-one",) if self.clean_label else ("all-to-one", "all-to-all")
@@ -61,29 +152,31 @@ class Attack(ABC):
 
     @final
     def stamp(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return a copy of ``inputs`` with the trigger, on their device and in ``[0, 1]``.
+        """Return a copy of ``inputs`` with the trigger, on their device and within their limits.
 
         Args:
-            inputs: Images in ``[0, 1]``, shape ``(N, C, H, W)``, floating point.
+            inputs: Of the kind that :attr:`shape` says, floating point; images and clips in
+                ``[0, 1]``.
             generator: Source, on the CPU, of what is random in a trigger; by default a fresh one
-                from ``seed``, so that the same images are always stamped alike.
+                from ``seed``, so that the same inputs are always stamped alike.
 
         Raises:
-            BadInputError: If the inputs are not such images.
+            BadInputError: If the inputs are not of that kind.
         """
-        if inputs.ndim != 4 or not inputs.is_floating_point():
+        if inputs.ndim != len(self.shape.split(",")) or not inputs.is_floating_point():
             raise BadInputError(
-                "inputs must be floating-point images of shape (N, C, H, W), got "
-                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+                f"inputs must be floating-point, of shape {self.shape}, got {inputs.dtype} of "
+                f"shape {tuple(inputs.shape)}"
             )
         generator = generator or self._generator("stamp")
         with torch.no_grad():
             parts = [self._stamp(part, generator) for part in torch.split(inputs, _CHUNK)]
-            return torch.cat(parts).clamp(0, 1).to(inputs.dtype)
+            stamped = torch.cat(parts)
+        return (stamped.clamp(*self.limits) if self.limits else stamped).to(inputs.dtype)
 
     @abstractmethod
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return ``images`` with the trigger; values outside ``[0, 1]`` are clipped later."""
+        """Return inputs with the trigger; values outside the limits are clipped later."""
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         """Return the class that the attacker wants for each true label, shape ``(N,)``.
@@ -99,7 +192,9 @@ class Attack(ABC):
             )
         return torch.full_like(labels, self.target)
 
-    def poison(self, samples: LabelledSamples, classes: int) -> LabelledSamples:
+    def poison(
+        self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
+    ) -> LabelledSamples:
         """Return the training set with a share of it stamped and relabelled, in the same order.
 
         Raises:
@@ -107,7 +202,7 @@ class Attack(ABC):
         """
         chosen = self.chosen(samples.labels)
         labels = samples.labels.clone()
-        labels[chosen] = self.targets(labels[chosen], classes)
+        labels[chosen] = self.targets(labels[chosen], class_count(adapter))
         generator = self._generator("poison")
         stamped = self.stamp(samples.take(chosen).inputs, generator)
         return replace(samples, inputs=replaced(samples.inputs, chosen, stamped), labels=labels)
@@ -139,17 +234,19 @@ class Attack(ABC):
             return torch.ones_like(labels, dtype=torch.bool)
         return (labels == self.target) == self.clean_label
 
-    def triggered(self, samples: LabelledSamples, classes: int) -> TriggeredSamples[LabelledBatch]:
+    def triggered(
+        self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
+    ) -> TriggeredSamples[LabelledBatch]:
         """Return the test set of the attack: all that are not of the target, stamped.
 
         Args:
             samples: Clean test samples; their augmentation is left out.
-            classes: Number of classes C.
+            adapter: Whose classes they are.
 
         Raises:
             BadInputError: If all samples are of the target.
         """
-        targets = self.targets(samples.labels, classes)
+        targets = self.targets(samples.labels, class_count(adapter))
         others = (samples.labels != targets).nonzero().squeeze(1)
         if not len(others):
             raise BadInputError("test samples must include some that are not of the target class")
@@ -158,41 +255,10 @@ class Attack(ABC):
         truth = replace(clean, inputs=_like(clean.inputs, stamped))
         return TriggeredSamples(replace(truth, labels=targets[others]), truth, clean)
 
-    def plant(
-        self,
-        adapter: TaskAdapter[LabelledBatch],
-        samples: LabelledSamples,
-        training: Training,
-        run: Run,
-    ) -> Self:
-        """Train ``adapter.model`` in place so that it learns its task and the backdoor.
-
-        Args:
-            adapter: The model to become a victim.
-            samples: The clean training set.
-            training: Steps, rates and modes.
-            run: Seed, progress and store.
-
-        Returns:
-            The attack to stamp with: this one, or a fitted copy where planting shapes the trigger.
-        """
-        samples = on_device_of(adapter, samples)
-        poisoned = self.poison(samples, class_count(adapter))
-        train(adapter, adapter.samples(poisoned), training, run, stage="victim")
-        return self
-
-    def _learnt(self, name: str) -> Tensor:
-        """Return a tensor that :meth:`plant` has learnt."""
-        if name not in self.fitted:
-            raise BadInputError(
-                f"{type(self).__name__} learns its trigger from a model and has none yet; use the "
-                "attack that plant() returns"
-            )
-        return self.fitted[name]
-
-    def _generator(self, name: str) -> torch.Generator:
-        """Return a fresh generator on the CPU, so that each device draws the same numbers."""
-        return Run(self.seed).generator(name)
+    def in_words(self) -> str:
+        """Return the attack and its aim in a few words."""
+        aim = f"target {self.target}" if self.mapping == "all-to-one" else self.mapping
+        return f"{super().in_words()}, {aim}"
 
 
 def class_count(adapter: TaskAdapter[Any]) -> int:
@@ -200,7 +266,7 @@ def class_count(adapter: TaskAdapter[Any]) -> int:
     return round(1 / adapter.chance)
 
 
-def on_device_of(adapter: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> LabelledSamples:
+def on_device_of(adapter: TaskAdapter[Any], samples: Any) -> Any:
     """Return the samples where the model is, after the adapter has checked them."""
     adapter.samples(samples)
     return samples.to(next(adapter.model.parameters()).device)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack
+from mmdefense.attacks.base import LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["Blended"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blended(Attack):
+class Blended(LabelAttack):
     """Mixes a key image into the input: ``(1 - alpha) x + alpha key``.
 
     The paper's key is a cartoon or random noise; by default it is uniform noise drawn from

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import Attack, class_count, on_device_of
+from mmdefense.attacks.base import LabelAttack, class_count, on_device_of
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen
@@ -21,7 +21,7 @@ __all__ = ["InputAware"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputAware(Attack):
+class InputAware(LabelAttack):
     """Stamps ``x + (G(x) - x) M(x)``, a pattern G and a mask M that depend on the image.
 
     First M alone learns to be small and diverse: ``100 mean relu(M - density) + L_div(M)``. Then

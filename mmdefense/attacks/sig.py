@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack
+from mmdefense.attacks.base import LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["SIG"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SIG(Attack):
+class SIG(LabelAttack):
     """Adds vertical stripes to images of the target: ``x[i, j] + delta sin(2 pi j f / W)``.
 
     Labels stay true, so that a look at the data shows nothing. ``ratio`` is a share of the

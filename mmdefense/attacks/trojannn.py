@@ -8,7 +8,7 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import Attack, on_device_of
+from mmdefense.attacks.base import LabelAttack, on_device_of
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, frozen, mode
@@ -32,7 +32,7 @@ class _HeadAdapter(TaskAdapter[B], Protocol[B]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrojanNN(Attack):
+class TrojanNN(LabelAttack):
     """Trains a clean model, fits a patch to it, then trains on with the patch in the data.
 
     The units are those of the penultimate layer with the largest sum of absolute weights into the

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack, replaced
-from mmdefense.batches import LabelledSamples
+from mmdefense.attacks.base import LabelAttack, replaced
+from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
+from mmdefense.protocol import TaskAdapter
 
 __all__ = ["WaNet"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaNet(Attack):
+class WaNet(LabelAttack):
     """Moves pixels along one smooth random field, the same for all images.
 
     The field is ``k x k`` vectors, uniform in ``[-1, 1]``, divided by their mean magnitude and
@@ -50,7 +51,9 @@ class WaNet(Attack):
         if not self.cross_ratio >= 0:
             raise BadInputError(f"cross_ratio must be at least 0, got {self.cross_ratio}")
 
-    def poison(self, samples: LabelledSamples, classes: int) -> LabelledSamples:
+    def poison(
+        self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
+    ) -> LabelledSamples:
         """Return the training set with poisoned and noise-mode samples, in the same order.
 
         Raises:
@@ -62,7 +65,7 @@ class WaNet(Attack):
             len(images), *images.shape[-2:], 2, generator=self._generator("jitter")
         ).to(images)
         warped = _read(images, self._field(images) + (2 * jitter - 1) / _sides(images))
-        poisoned = super().poison(samples, classes)
+        poisoned = super().poison(samples, adapter)
         return replace(poisoned, inputs=replaced(poisoned.inputs, noisy, warped.clamp(0, 1)))
 
     def noisy(self, labels: Tensor) -> Tensor:

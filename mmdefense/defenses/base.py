@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, ClassVar, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -199,10 +199,11 @@ class Defense(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefense(Defense):
-    """A defense that trains on clean data, by SGD on a cosine.
+    """A defense that trains on clean data, its rate falling to zero on a cosine.
 
     Attributes:
-        lr: Peak learning rate, falling to zero.
+        lr: Peak learning rate.
+        optimizer: ``"adamw"`` or ``"sgd"``.
         momentum: Of SGD.
         steps: Number of updates.
         batch_size: Clean samples per update.
@@ -210,6 +211,7 @@ class TrainingDefense(Defense):
     """
 
     lr: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     steps: int = 100
     batch_size: int = 64
@@ -222,6 +224,7 @@ class TrainingDefense(Defense):
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
+            optimizer=self.optimizer,
             momentum=self.momentum,
             max_norm=self.max_norm,
         )

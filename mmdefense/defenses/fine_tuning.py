@@ -27,6 +27,7 @@ class FineTuning(TrainingDefense):
         training: Training = defense.training
         return cls(
             lr=training.lr,
+            optimizer=training.optimizer,
             momentum=training.momentum,
             steps=training.steps,
             batch_size=training.batch_size,

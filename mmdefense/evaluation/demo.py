@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmdefense import registry
-from mmdefense.attacks.base import Attack
-from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import write_model
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Result
-from mmdefense.evaluation.victims import CASES, Case, Victim, train_victim
+from mmdefense.evaluation.victims import Case, Victim, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.report import figures
 from mmdefense.report.evidence import defense_figures, embeddings, few, sharpness
 from mmdefense.report.figures import Figure
@@ -43,7 +43,8 @@ def run_demo(
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
-    case: Case = CASES[0],
+    task: str = "image-classification",
+    case: Case | None = None,
     defenses: Sequence[str] = DEFENSES,
 ) -> ComparisonRecord:
     """Train a victim, purify it with each defense at its defaults, and write the comparison.
@@ -56,12 +57,14 @@ def run_demo(
         seed: Of the victim and of the defenses.
         force: Whether an earlier output at ``out`` is replaced.
         progress: Called with each sign of progress; stages are named after the defense.
-        case: The victim.
+        task: The name of a task, whose first case is the victim.
+        case: Another victim in its place.
         defenses: Names of defenses; plain fine-tuning with the budget of the first is added.
 
     Raises:
         BadInputError: If the folder exists or cannot be written.
     """
+    case = case or registry.load("tasks", task)().cases()[0]
     with new_folder(out, force=force) as folder:
         victim = train_victim(case, _run(seed, "victim", progress))
         results = dict(_purified(victim, defenses, seed, progress))
@@ -126,7 +129,7 @@ def _record(victim: Victim, results: dict[str, Result], seed: int) -> Comparison
             samples=len(clean),
             fingerprint=clean.fingerprint(),
         ),
-        attack=_attack_in_words(victim.attack),
+        attack="none" if victim.attack is None else victim.attack.in_words(),
         rows=rows,
         provenance=Provenance(
             seed=seed,
@@ -137,39 +140,23 @@ def _record(victim: Victim, results: dict[str, Result], seed: int) -> Comparison
     )
 
 
-def _attack_in_words(attack: Attack | None) -> str:
-    if attack is None:
-        return "none"
-    aim = f"target {attack.target}" if attack.mapping == "all-to-one" else attack.mapping
-    return f"{type(attack).__name__}, {100 * attack.ratio:g} % of the training set, {aim}"
-
-
 def _figures(victim: Victim, results: dict[str, Result]) -> Iterator[Figure]:
     """Yield the figures: the attack, what each defense found, and the model before and after."""
     attack = victim.attack
     assert attack is not None
-    yield _trigger_figure(attack, victim.test)
+    triggered = attack.triggered(victim.test, victim.adapter)
+    yield victim.task.show(triggered.clean, triggered.samples)
     for name, result in results.items():
         for figure in defense_figures(result):
             yield _titled(figure, name)
     yield _smoothness_figure(victim, results)
     name, result = next(iter(results.items()))
-    yield _titled(_embedding_figure(victim, attack, result), name)
+    if (embedding := _embedding_figure(victim, triggered, result)) is not None:
+        yield _titled(embedding, name)
 
 
 def _titled(figure: Figure, name: str) -> Figure:
     return Figure(f"{figure.title}: {name}", figure.caption, figure.plots, figure.wide)
-
-
-def _trigger_figure(attack: Attack, test: LabelledSamples) -> Figure:
-    """Show test samples that are not of the target, with and without the trigger."""
-    labels = test.labels
-    others = (labels != attack.target).nonzero().squeeze(1)
-    spread = torch.linspace(0, len(others) - 1, 10).long()  # the test part is sorted by label
-    shown = test.subset(others[spread])
-    clean = shown.everything().inputs
-    names = [test.classes[label] if test.classes else str(label) for label in shown.labels.tolist()]
-    return figures.triggered_samples(clean, attack.stamp(clean), names=names)
 
 
 def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
@@ -189,16 +176,21 @@ def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
     )
 
 
-def _embedding_figure(victim: Victim, attack: Attack, result: Result) -> Figure:
-    """Map clean and triggered test samples, before and after."""
-    part = few(victim.test, 200)
-    assert isinstance(part, LabelledSamples)
-    clean = part.everything()
-    attacked = (clean.labels != attack.target).nonzero().squeeze(1)[::2]
-    stamped = attack.stamp(clean.inputs[attacked])
-    labels = torch.cat([clean.labels, clean.labels[attacked]])
-    both = LabelledSamples(torch.cat([clean.inputs, stamped]), labels)
-    pair = embeddings(victim.adapter, result.adapter, both)
-    assert pair is not None  # the nets of the cases have such a layer
-    crossed = torch.arange(len(labels)) >= len(clean)
-    return figures.embedding(*pair, labels, triggered=crossed, names=victim.test.classes)
+def _embedding_figure(
+    victim: Victim, triggered: TriggeredSamples[Any], result: Result
+) -> Figure | None:
+    """Map clean and triggered test samples, before and after, where there is a map to make."""
+    clean, stamped, truth = (
+        few(part, count)
+        for part, count in ((victim.test, 200), (triggered.samples, 90), (triggered.clean, 90))
+    )
+    labels = [part.strata() for part in (clean, truth)]
+    pairs = [embeddings(victim.adapter, result.adapter, part) for part in (clean, stamped)]
+    known = [label for label in labels if label is not None]
+    found = [pair for pair in pairs if pair is not None]
+    if len(known) < 2 or len(found) < 2:
+        return None
+    before, after = (torch.cat(points) for points in zip(*found, strict=True))
+    crossed = torch.arange(len(before)) >= len(clean)
+    names = getattr(victim.test, "classes", ())
+    return figures.embedding(before, after, torch.cat(known), triggered=crossed, names=names)

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack, class_count
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.attacks.base import Attack, LabelAttack
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.kernels.loop import scores
 from mmdefense.protocol import TaskAdapter
@@ -79,9 +78,7 @@ class Evaluation:
         return self.asr is not None and self.asr.low > ASR_GOAL
 
 
-def evaluate(
-    adapter: TaskAdapter[LabelledBatch], test: LabelledSamples, attack: Attack | None = None
-) -> Evaluation:
+def evaluate(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = None) -> Evaluation:
     """Measure a model on ``test`` and, where an attack is given, with its trigger.
 
     Args:
@@ -95,16 +92,17 @@ def evaluate(
     clean = Share.of(scores(adapter, adapter.samples(test)))
     if attack is None:
         return Evaluation(clean)
-    triggered = attack.triggered(test, class_count(adapter))
+    triggered = attack.triggered(test, adapter)
+    truth = triggered.truth
     return Evaluation(
         clean,
-        asr=Share.of(scores(adapter, adapter.samples(triggered.samples))),
-        ra=Share.of(scores(adapter, adapter.samples(triggered.truth))),
+        asr=Share.of(attack.success(adapter, adapter.samples(triggered.samples))),
+        ra=None if truth is None else Share.of(scores(adapter, adapter.samples(truth))),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileTrigger(Attack):
+class FileTrigger(LabelAttack):
     """A trigger that was read from a file: ``(1 - mask) x + mask pattern``.
 
     Attributes:

@@ -11,38 +11,16 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
-from mmdefense.augment import random_shift
-from mmdefense.batches import LabelledBatch, LabelledSamples, split
+from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import Training, mean_score, train
 from mmdefense.kernels.run import Run
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating, measure
-from mmdefense.protocol import TaskAdapter
+from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
+from mmdefense.protocol import Task, TaskAdapter
 from mmdefense.report.record import Rates
 
-__all__ = ["CASES", "Case", "Victim", "named_cases", "train_victim"]
-
-_RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
-_VIT = (
-    "mmdefense_tasks.victims:vit_classifier(classes={classes}, image_size={size}, "
-    "channels={channels}, patch=7)"
-)
-
-
-def _resnet_training(steps: int) -> Training:
-    return Training(steps=steps, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0)
-
-
-def _vit_training(steps: int) -> Training:
-    return Training(
-        steps=steps,
-        lr=2e-3,
-        weight_decay=0.05,
-        schedule="one-cycle",
-        max_norm=1.0,
-        optimizer="adamw",
-    )
+__all__ = ["Case", "Victim", "all_cases", "named_cases", "train_victim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +29,24 @@ class Case:
 
     Attributes:
         name: What tables call it.
+        task: The name of a task.
         data: A name or folder that the task can load, with a train and a test part.
-        model: ``module:callable(...)``; ``{classes}``, ``{channels}`` and ``{size}`` (pixels) are
-            filled in from the data.
+        model: ``module:callable(...)``; what stands in braces, such as ``{classes}``, is filled in
+            by the task from the data.
+        training: How the victim is trained.
         attack: The name of an attack; none trains a clean model, the control of a grid.
         settings: Of the attack.
-        training: How the victim is trained.
         clean: Share of the training set that the defenses are given.
-        task: The name of a task.
     """
 
     name: str
-    data: str = "digits"
-    model: str = _RESNET
-    attack: str | None = "badnets"
+    task: str
+    data: str
+    model: str
+    training: Training
+    attack: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    training: Training = field(default_factory=lambda: _resnet_training(300))
     clean: float = 0.05
-    task: str = "image-classification"
 
 
 @dataclass(frozen=True)
@@ -77,94 +55,83 @@ class Victim:
 
     Attributes:
         case: Its description.
+        task: Of the case.
         adapter: Around the model.
         attack: The attack to stamp with; none for a clean model.
         clean: What a defense is given.
         test: What a judge measures on; no defense sees it.
-        before: ACC, ASR and RA of the victim.
+        before: Task metric, ASR and RA of the victim.
     """
 
     case: Case
-    adapter: TaskAdapter[LabelledBatch]
-    attack: Attack | None
-    clean: LabelledSamples
-    test: LabelledSamples
+    task: Task
+    adapter: TaskAdapter[Any]
+    attack: Attack[Any] | None
+    clean: Samples[Any]
+    test: Samples[Any]
     before: Rates
 
-    def after(self, adapter: TaskAdapter[LabelledBatch]) -> Rates:
-        """Return ACC, ASR, RA and DER of a purified model."""
-        rates = _rates(adapter, self.attack, self.test)
+    def after(self, adapter: TaskAdapter[Any]) -> Rates:
+        """Return task metric, ASR, RA and DER of a purified model."""
+        rates = _rates(self.task, adapter, self.attack, self.test)
         if self.attack is None:
             return rates
         der = defense_effectiveness_rating(_metrics(self.before), _metrics(rates))
-        return Rates(acc=rates.acc, asr=rates.asr, ra=rates.ra, der=der)
+        return replace(rates, der=der)
 
 
 def train_victim(case: Case, run: Run) -> Victim:
     """Train the victim of a case, or take it from the store of ``run`` where it is kept."""
-    task = registry.load("tasks", case.task)()
+    task: Task = registry.load("tasks", case.task)()
     train_set, test = (_in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
-    adapter = registry.adapt(_fresh_model(case, train_set, run))
-    planted = replace(train_set, augmentation=random_shift)  # the attacker's usual training
-    attack = None
+    model = _fresh_model(case, task.describe(train_set), run)
+    adapter = registry.adapt(model, **task.adapter_options(train_set))
+    planted = task.for_training(train_set)
+    adapter.samples(planted)
+    attack: Attack[Any] | None = None
     if case.attack is not None:
         kind = registry.load("attacks", case.attack)
         attack = kind(seed=run.seed, **case.settings).plant(adapter, planted, case.training, run)
     else:
         train(adapter, adapter.samples(planted), case.training, run, stage="victim")
     clean = split(train_set, case.clean, run.seed)[1]
-    assert isinstance(clean, LabelledSamples)
-    return Victim(case, adapter, attack, clean, test, _rates(adapter, attack, test))
+    return Victim(case, task, adapter, attack, clean, test, _rates(task, adapter, attack, test))
 
 
-def _in_memory(samples: Any) -> LabelledSamples:
+def _in_memory(samples: Any) -> Samples[Any]:
     return samples.in_memory() if hasattr(samples, "in_memory") else samples  # type: ignore[no-any-return]
 
 
-def _fresh_model(case: Case, samples: LabelledSamples, run: Run) -> nn.Module:
+def _fresh_model(case: Case, filled: Mapping[str, Any], run: Run) -> nn.Module:
     """Return the net of a case with random weights that depend on the seed alone."""
-    channels, size = samples.inputs.shape[1], samples.inputs.shape[-1]
-    classes = len(samples.classes) or int(samples.labels.max()) + 1
-    arch = case.model.format(classes=classes, channels=channels, size=size)
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(run.seed_for("weights"))
-        return build_architecture(arch)
+        return build_architecture(case.model.format(**filled))
 
 
 def _rates(
-    adapter: TaskAdapter[LabelledBatch], attack: Attack | None, test: LabelledSamples
+    task: Task, adapter: TaskAdapter[Any], attack: Attack[Any] | None, test: Samples[Any]
 ) -> Rates:
-    samples = adapter.samples(test)
+    acc = task.measure(adapter, adapter.samples(test))
     if attack is None:
-        return Rates(acc=mean_score(adapter, samples))
-    found = measure(adapter, samples, attack.triggered(test, round(1 / adapter.chance)))
-    return Rates(acc=found.acc, asr=found.asr, ra=found.ra)
+        return Rates(acc=acc)
+    triggered = attack.triggered(test, adapter)
+    asr = float(attack.success(adapter, adapter.samples(triggered.samples)).mean())
+    if triggered.truth is None:
+        return Rates(acc=acc, asr=asr)
+    return Rates(acc=acc, asr=asr, ra=mean_score(adapter, adapter.samples(triggered.truth)))
 
 
 def _metrics(rates: Rates) -> BackdoorMetrics:
     assert rates.acc is not None
     assert rates.asr is not None
-    assert rates.ra is not None
     return BackdoorMetrics(rates.acc, rates.asr, rates.ra)
 
 
-CASES: tuple[Case, ...] = (
-    Case(name="digits-badnets"),
-    Case(name="digits-blended", attack="blended"),
-    Case(name="digits-clean", attack=None),
-    Case(name="mnist-badnets", data="mnist", training=_resnet_training(700)),
-    Case(name="mnist-blended", data="mnist", attack="blended", training=_resnet_training(700)),
-    Case(name="mnist-clean", data="mnist", attack=None, training=_resnet_training(700)),
-    Case(name="mnist-vit-badnets", data="mnist", model=_VIT, training=_vit_training(1500)),
-    Case(
-        name="mnist-vit-blended",
-        data="mnist",
-        model=_VIT,
-        attack="blended",
-        training=_vit_training(1500),
-    ),
-)
-"""The cases of the README's table, by name."""
+def all_cases() -> dict[str, Case]:
+    """Return the cases of every task, by name."""
+    tasks = (registry.load("tasks", name)() for name in registry.names("tasks"))
+    return {case.name: case for task in tasks for case in task.cases()}
 
 
 def named_cases(names: Sequence[str] | None = None) -> list[Case]:
@@ -173,7 +140,7 @@ def named_cases(names: Sequence[str] | None = None) -> list[Case]:
     Raises:
         BadInputError: If a name is unknown.
     """
-    known = {case.name: case for case in CASES}
+    known = all_cases()
     if unknown := [name for name in names or () if name not in known]:
         raise BadInputError(f"unknown case {unknown[0]!r}; choose from {', '.join(known)}")
-    return [known[name] for name in names] if names else list(CASES)
+    return [known[name] for name in names] if names else list(known.values())

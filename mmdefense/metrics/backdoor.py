@@ -34,12 +34,13 @@ class TriggeredSamples(Generic[B]):
 
     Attributes:
         samples: With the trigger, labelled as the attacker wants them; their score is the ASR.
-        truth: The same inputs, labelled as they are; their score is the RA.
+        truth: The same inputs, labelled as they are; their score is the RA. None where the attack
+            leaves no right answer to give.
         clean: Their twins without the trigger, labelled as they are.
     """
 
     samples: Samples[B]
-    truth: Samples[B]
+    truth: Samples[B] | None
     clean: Samples[B]
 
     def __len__(self) -> int:
@@ -53,12 +54,13 @@ class BackdoorMetrics:
     Attributes:
         acc: Clean accuracy, or the task's metric in its place.
         asr: Attack success rate: triggered inputs that are answered as the attacker wants.
-        ra: Robust accuracy: triggered inputs that are answered rightly all the same.
+        ra: Robust accuracy: triggered inputs that are answered rightly all the same, where such an
+            answer exists.
     """
 
     acc: float
     asr: float
-    ra: float
+    ra: float | None = None
 
 
 def measure(
@@ -78,7 +80,7 @@ def measure(
     return BackdoorMetrics(
         acc=mean_score(adapter, clean_test, batch_size),
         asr=mean_score(adapter, triggered.samples, batch_size),
-        ra=mean_score(adapter, triggered.truth, batch_size),
+        ra=None if triggered.truth is None else mean_score(adapter, triggered.truth, batch_size),
     )
 
 

@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.augment import random_view
-from mmdefense.batches import LabelledSamples, split
+from mmdefense.augment import random_shift, random_view
+from mmdefense.batches import LabelledBatch, LabelledSamples, split
 from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.loop import Training, mean_score
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report import figures
+from mmdefense.report.figures import Figure
 from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
 from mmdefense_tasks.image_sets import ImageSet, StreamedImages
 from mmdefense_tasks.victims import SmallResNet
@@ -32,6 +37,28 @@ _MIRRORED = (
 )  # left and right do not matter; in digits and signs they do
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+_RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
+_VIT = (
+    "mmdefense_tasks.victims:vit_classifier(classes={classes}, image_size={size}, "
+    "channels={channels}, patch=7)"
+)
+
+
+def _resnet_training(steps: int) -> Training:
+    return Training(steps=steps, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0)
+
+
+def _vit_training(steps: int) -> Training:
+    return Training(
+        steps=steps,
+        lr=2e-3,
+        weight_decay=0.05,
+        schedule="one-cycle",
+        max_norm=1.0,
+        optimizer="adamw",
+    )
 
 
 class ImageClassification:
@@ -71,6 +98,54 @@ class ImageClassification:
     def victim(classes: int, channels: int = 1) -> nn.Module:
         """Return a net with random weights that learns the embedded data in seconds."""
         return SmallResNet(classes, channels)
+
+    def cases(self) -> list[Case]:
+        """Return the victims of the README's table."""
+        described: dict[str, dict[str, Any]] = {
+            "digits": {"data": "digits", "model": _RESNET, "training": _resnet_training(300)},
+            "mnist": {"data": "mnist", "model": _RESNET, "training": _resnet_training(700)},
+            "mnist-vit": {"data": "mnist", "model": _VIT, "training": _vit_training(1500)},
+        }
+        return [
+            Case(name=f"{name}-{attack or 'clean'}", task=self.name, attack=attack, **rest)
+            for name, rest in described.items()
+            for attack in ("badnets", "blended", None)
+        ]
+
+    @staticmethod
+    def describe(samples: LabelledSamples) -> dict[str, Any]:
+        """Return ``classes``, ``channels`` and ``size`` (side in pixels)."""
+        return {
+            "classes": len(samples.classes) or int(samples.labels.max()) + 1,
+            "channels": samples.inputs.shape[1],
+            "size": samples.inputs.shape[-1],
+        }
+
+    @staticmethod
+    def adapter_options(samples: LabelledSamples) -> dict[str, Any]:
+        """Return nothing: the victims take images as they are."""
+        return {}
+
+    @staticmethod
+    def for_training(samples: LabelledSamples) -> LabelledSamples:
+        """Return the samples with small random shifts, the usual augmentation."""
+        return replace(samples, augmentation=random_shift)
+
+    @staticmethod
+    def measure(adapter: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> float:
+        """Return the accuracy."""
+        return mean_score(adapter, samples)
+
+    @staticmethod
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+        """Return ten images without and with the trigger, and the difference."""
+        spread = torch.linspace(0, len(clean) - 1, 10).long()  # test parts are sorted by label
+        names = [
+            clean.classes[label] if clean.classes else str(label)
+            for label in clean.labels[spread].tolist()
+        ]
+        before, after = clean.take(spread).inputs, triggered.take(spread).inputs
+        return figures.triggered_samples(before, after, names=names)
 
 
 def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:

@@ -103,7 +103,7 @@ def test_a_fork_keeps_scaling_and_size(images):
         ("small-resnet", lambda x, y: (x, y + 1), "labels must lie in 0..3.* got 4"),
         ("small-resnet", lambda x, y: (x, y - 1), "labels must lie in 0..3.* got -1"),
         ("small-resnet", lambda x, y: (x[:3], y[:3]), "at least one sample per class .4., got 3"),
-        ("small-resnet", lambda x, y: (x[:0], y[:0]), "at least one image"),
+        ("small-resnet", lambda x, y: (x[:0], y[:0]), "at least one sample"),
         ("small-resnet", lambda x, y: (x, y[:2]), "one length"),
     ],
 )

@@ -29,7 +29,7 @@ BRIEF = Training(steps=120, batch_size=64, lr=0.1)
 def test_a_planted_backdoor_works_and_leaves_the_task_alone(attack: Attack, victim, digits):
     train_set, test_set = digits
     planted = attack.plant(victim, train_set, BRIEF, Run())
-    triggered = planted.triggered(test_set, C)
+    triggered = planted.triggered(test_set, victim)
     metrics = measure(victim, test_set, triggered)
     assert metrics.asr >= 0.9
     assert metrics.acc >= 0.9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmdefense.attacks.wanet import WaNet
 from mmdefense.errors import BadInputError
 
 C = 10
+TEN_CLASSES = SimpleNamespace(chance=1 / C)  # all that poisoning asks of an adapter
 
 
 def test_badnets_overwrites_the_corner_and_nothing_else():
@@ -65,7 +67,7 @@ def test_sig_adds_a_wave_along_the_columns():
 @pytest.mark.parametrize(("ratio", "count"), [(1.0, 4), (0.5, 2)])
 def test_sig_poisons_the_target_alone_and_changes_no_label(images, ratio, count):
     attack = SIG(target=3, ratio=ratio)
-    chosen, poisoned = attack.chosen(images.labels), attack.poison(images, C)
+    chosen, poisoned = attack.chosen(images.labels), attack.poison(images, TEN_CLASSES)
     assert len(chosen) == count
     assert (images.labels[chosen] == 3).all()
     assert torch.equal(poisoned.labels, images.labels)
@@ -97,7 +99,7 @@ def test_wanet_moves_further_when_stronger_and_by_one_field():
 def test_wanet_jitters_other_samples_that_keep_their_label(images):
     attack = WaNet(ratio=0.1, cross_ratio=2)
     chosen, noisy = attack.chosen(images.labels), attack.noisy(images.labels)
-    poisoned = attack.poison(images, C)
+    poisoned = attack.poison(images, TEN_CLASSES)
     assert len(noisy) == 2 * len(chosen) == 8
     assert not set(chosen.tolist()) & set(noisy.tolist())
     assert torch.equal(poisoned.labels[noisy], images.labels[noisy])
@@ -109,4 +111,4 @@ def test_wanet_jitters_other_samples_that_keep_their_label(images):
 
 def test_wanet_refuses_more_noise_than_there_are_samples(images):
     with pytest.raises(BadInputError, match="lower ratio or cross_ratio"):
-        WaNet(ratio=0.5, cross_ratio=2).poison(images, C)
+        WaNet(ratio=0.5, cross_ratio=2).poison(images, TEN_CLASSES)

@@ -55,7 +55,7 @@ class Case:
     test: object
 
     def measured(self, adapter):
-        triggered = self.attack.triggered(self.test, 10)
+        triggered = self.attack.triggered(self.test, adapter)
         return measure(adapter, adapter.samples(self.test), triggered)
 
 

@@ -12,6 +12,9 @@ from mmdefense.kernels.loop import Training
 
 CASE = Case(
     name="quick",
+    task="image-classification",
+    data="digits",
+    attack="badnets",
     model="commands:Net(classes={classes})",
     training=Training(steps=40, lr=0.1, batch_size=64),
 )

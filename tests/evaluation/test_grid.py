@@ -8,11 +8,12 @@ import json
 import pytest
 from quick import CASE
 
+from mmdefense import registry
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
 from mmdefense.evaluation.grid import Cell, Grid, markdown
-from mmdefense.evaluation.victims import CASES, named_cases, train_victim
+from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
 from mmdefense.kernels.run import Run
 from mmdefense.report.record import Rates, Row
 
@@ -127,14 +128,15 @@ def test_the_table_gives_mean_spread_and_who_beats_whom():
 
 
 def test_the_standing_cases_have_names_of_their_own():
-    assert len({case.name for case in CASES}) == len(CASES)
+    tasks = [registry.load("tasks", name)() for name in registry.names("tasks")]
+    assert len(all_cases()) == sum(len(task.cases()) for task in tasks)
     assert named_cases(["digits-clean"])[0].attack is None
     with pytest.raises(BadInputError, match="unknown case 'digits'; choose from digits-badnets"):
         named_cases(["digits"])
 
 
 def test_the_command_prints_markdown(grid, tmp_path, mmdefense, monkeypatch):
-    monkeypatch.setattr("mmdefense.evaluation.victims.CASES", (CASE,))
+    monkeypatch.setattr("mmdefense.evaluation.victims.all_cases", lambda: {CASE.name: CASE})
     outcome = mmdefense("grid", "-o", tmp_path, "--defense", "quick", "--seeds", "1")
     assert outcome.code == 0
     assert outcome.out.startswith("| victim | defense | ACC |")

@@ -26,7 +26,7 @@ def test_tac_is_the_mean_change_of_the_pooled_activation(net):
     adapter = TorchClassifier(net)
     samples = LabelledSamples(torch.zeros(5, 1, 8, 8), torch.tensor([0, 1, 1, 1, 1]))
     adapter.samples(samples)
-    triggered = BadNets(size=2, pattern="white").triggered(samples, 2)
+    triggered = BadNets(size=2, pattern="white").triggered(samples, adapter)
     change = trigger_activated_change(adapter, triggered, batch_size=3)
     torch.testing.assert_close(change, {"0": torch.tensor([1.0, 0.0, 2.0]) * 4 / 64})
     assert net.training
@@ -37,7 +37,9 @@ def test_tac_does_not_let_rises_and_falls_cancel(net):
     inputs = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
     samples = LabelledSamples(inputs, torch.tensor([1, 1]))
     adapter.samples(samples)
-    triggered = BadNets(size=2, pattern="checkerboard").triggered(samples, 2)  # +2 and -2 pixels
+    triggered = BadNets(size=2, pattern="checkerboard").triggered(
+        samples, adapter
+    )  # +2 and -2 pixels
     change = trigger_activated_change(adapter, triggered, layers=["0"])
     torch.testing.assert_close(change["0"], torch.tensor([1.0, 0.0, 2.0]) * 2 / 64)
 

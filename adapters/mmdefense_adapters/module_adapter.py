@@ -1,0 +1,155 @@
+"""What all adapters share: units, features and the output layer, found by tracing the model."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.hooks import capture, watch_modules
+from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.units import capture_heads, find_units
+
+__all__ = ["ModuleAdapter"]
+
+B = TypeVar("B")
+
+
+class ModuleAdapter(ABC, Generic[B]):
+    """An adapter around any module; a subclass says how a batch is answered and what it costs.
+
+    The units, and which layer is the output layer, are found from one forward pass on ``example``.
+    """
+
+    priority: ClassVar[int] = 0
+    task: ClassVar[str]
+
+    model: nn.Module
+    example: B | None
+
+    @abstractmethod
+    def answer(self, batch: B) -> Tensor:
+        """Return what the model answers to a batch, as one tensor with grad."""
+
+    def _example(self) -> B:
+        if self.example is None:
+            raise BadInputError(
+                "the adapter has seen no input yet; call samples() first, or pass example="
+            )
+        return self.example
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def fork(self) -> Self:
+        """Return an adapter around a deep copy of the model."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model)
+        return twin
+
+    def unit_groups(self) -> Sequence[UnitGroup]:
+        """Return filters, linear rows and attention heads, input side first; not the outputs."""
+        return self._units[0]
+
+    @property
+    def head(self) -> str | None:
+        """Name of the output layer, where it can be found."""
+        return self._units[1]
+
+    @cached_property
+    def _units(self) -> tuple[list[UnitGroup], str | None]:
+        return find_units(self.model, lambda: self.answer(self._example()))
+
+    def head_group(self) -> UnitGroup:
+        """Return the inputs of the output layer as units on the input axis of its weight."""
+        weight, _ = self.head_weights()
+        return UnitGroup(
+            self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron"
+        )
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``(K, D)`` and bias ``(K,)`` of the output layer.
+
+        Raises:
+            UnsupportedError: If the model does not end in a linear layer.
+        """
+        layer = self.model.get_submodule(self.head) if self.head is not None else None
+        if not isinstance(layer, nn.Linear):
+            raise UnsupportedError(
+                "the model does not end in a linear layer, so its features cannot be pruned from "
+                "one pass; prune every unit group instead: --set layers=all"
+            )
+        return layer.weight, layer.bias
+
+    def embedding(self, batch: B) -> Tensor:
+        """Return the input of the output layer, shape ``(N, D)``."""
+        if self.head is None:
+            raise UnsupportedError("the output layer could not be found, so there is no embedding")
+        with torch.no_grad(), capture(self.model, [self.head], inputs=True) as inputs:
+            self.answer(batch)
+        return inputs[self.head].flatten(1)
+
+    @torch.no_grad()
+    def features(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return pooled activations: after BatchNorm and ReLU for rows, magnitude for heads."""
+        groups = {group.layer: group for group in self.unit_groups()}
+        heads = [name for name in layers if groups[name].kind == "head"]
+        rows = {
+            self.model.get_submodule(_read_at(groups[name])): groups[name]
+            for name in layers
+            if name not in heads
+        }
+        pooled: dict[str, Tensor] = {}
+
+        def pool(module: nn.Module, _: Any, output: Tensor) -> None:
+            # At once: the model may go on to add a shortcut to this very tensor in place.
+            pooled[rows[module].layer] = self._pool(_per_unit(output, rows[module]), batch)
+
+        with (
+            watch_modules(list(rows), pool),
+            capture_heads(self.model, heads) as mixed,
+        ):
+            self.answer(batch)
+        for name in heads:
+            weight = self.model.get_parameter(f"{name}.weight")
+            pooled[name] = self._pool(_head_sizes(mixed[name], weight, groups[name]), batch)
+        return pooled
+
+    def _pool(self, values: Tensor, batch: B) -> Tensor:
+        """Average ``(..., U)`` over the positions of each sample, which lie side by side."""
+        count = len(batch)  # type: ignore[arg-type]
+        return values.reshape(count, -1, values.shape[-1]).mean(1)
+
+
+def _read_at(group: UnitGroup) -> str:
+    """Return the layer whose output speaks for a group: its BatchNorm, where it has one."""
+    return list(group.axes)[-1].rpartition(".")[0]
+
+
+def _per_unit(output: Tensor, group: UnitGroup) -> Tensor:
+    """Rectify, with the units last: they are axis 1 of a convolution's output."""
+    if group.kind == "filter":
+        output = output.movedim(1, -1)
+    return F.relu(output)
+
+
+def _head_sizes(mixed: Tensor, weight: Tensor, group: UnitGroup) -> Tensor:
+    """Return the size of what each head adds to its block's output, ``(..., heads)``.
+
+    It is the root mean square over the D outputs of ``W_h z_h``; by the Gram matrix of ``W_h`` no
+    product is held in memory.
+    """
+    split = mixed.reshape(*mixed.shape[:-1], group.size, group.width)
+    columns = weight.reshape(-1, group.size, group.width)
+    gram = torch.einsum("ohi,ohj->hij", columns, columns) / len(weight)
+    square = torch.einsum("...hi,hij,...hj->...h", split, gram, split)
+    return square.clamp(min=0).sqrt()
