@@ -92,9 +92,9 @@ class _FisherPurification(TrainingDefense):
         batch_norm: ``"train"`` normalises by batch, as the released code does.
     """
 
-    strength: float = 0.7
+    strength: float = 0.2
     eta_f: float | None = None
-    eta_r: float = 20.0
+    eta_r: float = 2.0
     trace: Trace = "true"
     fade: float = 0.5
     trace_every: int = 1
@@ -135,7 +135,8 @@ class _FisherPurification(TrainingDefense):
         ]
         trace = float(torch.stack([value.sum() for value in importance]).sum())
         eta = self._eta(trace)
-        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta)
+        rate = self._rate(trace)
+        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=rate)
         compute = self._gradients(work, space, start, importance, eta)
 
         def after_step(step: int) -> None:
@@ -146,7 +147,7 @@ class _FisherPurification(TrainingDefense):
         train(
             adapter,
             work.fit,
-            self.training,
+            replace(self.training, lr=rate),
             run,
             stage="purify",
             gradients=compute,
@@ -168,6 +169,10 @@ class _FisherPurification(TrainingDefense):
         if self.eta_f is not None:
             return self.eta_f
         return min(_PAPER_ETA_F, self.strength / trace) if trace > 0 else _PAPER_ETA_F
+
+    def _rate(self, trace: float) -> float:
+        """Return the peak learning rate, where Tr(F) of the given model is known."""
+        return self.lr
 
     def _gradients(
         self,
@@ -262,7 +267,7 @@ class FIP(_FisherPurification):
     is differentiated exactly (a second backward pass).
 
     Ours, found on victims of this project's own (docs/results.md): ``strength`` in place of a fixed
-    ``eta_F`` (the code's 0.5), fading over the first half; ``eta_r`` 20 (the code's 5, commented
+    ``eta_F`` (the code's 0.5), fading over the first half; ``eta_r`` 2 (the code's 5, commented
     out there); 150 steps of batch 64 at 0.02 on a cosine (the code: 2000 of 128 at 0.005,
     constant); Tr(F) in every step (the code: every fifth).
 
@@ -286,7 +291,11 @@ class FastFIP(_FisherPurification):
         strength: As in FIP; Tr(F) is that of the shifts (and of norms and biases). Smaller: with
             more, the clean loss is hardly followed (ours).
         eta_r: As in FIP, over the shifts; smaller, since one shift moves a whole matrix (ours).
-        lr: As in FIP; larger for the same reason (ours).
+        lr: The largest rate; far above FIP's, since singular values and norms alone have to undo
+            the backdoor (ours).
+        step: The rate times Tr(F) is at most this, so that a sharper net, such as a transformer,
+            is moved by smaller steps (ours).
+        steps: More than in FIP, for the reason of ``lr``.
         scale: How far a shift of one moves a singular value; the code's s, there 1. It sets the
             step size of singular values against that of norms and biases (ours).
         norms_and_biases: Whether the other parameters train too, as in FIP. The paper leaves open
@@ -296,11 +305,22 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
-    strength: float = 0.2
+    strength: float = 0.02
     eta_r: float = 0.01
-    lr: float = 0.07
+    lr: float = 0.3
+    step: float = 30.0
+    steps: int = 200
     norms_and_biases: bool = True
-    scale: float = 2.0
+    scale: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("step", "scale"):
+            if not getattr(self, name) > 0:
+                raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def _rate(self, trace: float) -> float:
+        return min(self.lr, self.step / trace) if trace > 0 else self.lr
 
     def _coordinates(self, model: nn.Module) -> _Coordinates:
         return _SingularValues(model, self.norms_and_biases, self.scale)

@@ -130,7 +130,8 @@ class TSBD(TrainingDefense):
     radius: float = 0.05
     mix: float = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: float = 0.005
+    lr: float = 0.01
+    steps: int = 150
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -169,6 +169,13 @@ def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
     assert history_of(FIP(eta_f=0.7, trace="none", **idle), adapter, corners)["eta_f"] == 0
 
 
+def test_a_sharp_model_is_moved_by_small_steps_of_fast_fip(adapter, corners):
+    trace = history_of(FastFIP(steps=0), adapter, corners)["fisher_trace"]
+    for step, rate in ((0.1 * trace, 0.1), (1e3 * trace, 0.3)):
+        found = history_of(FastFIP(steps=0, lr=0.3, step=step), adapter, corners)["lr"]
+        assert found == pytest.approx(rate)
+
+
 def test_the_released_term_is_noise_of_mean_zero(adapter, one):
     """Over many draws its step is that of the loss alone, while single ones are far from it."""
     plain = gradient_of_a_step(FIP(trace="none", **ONE_STEP), adapter, one)
@@ -288,3 +295,9 @@ def test_wrong_settings_are_refused(name, value):
     for kind in (FIP, FastFIP):
         with pytest.raises(BadInputError, match=f"{name} must .* got {value}"):
             kind(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["step", "scale"])
+def test_fast_fip_moves_nothing_without_a_step_or_a_scale(name):
+    with pytest.raises(BadInputError, match=f"{name} must be positive, got 0"):
+        FastFIP(**{name: 0.0})
