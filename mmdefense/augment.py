@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["random_shift", "random_view"]
+__all__ = [
+    "random_boxed_view",
+    "random_clip_shift",
+    "random_clip_view",
+    "random_shift",
+    "random_view",
+    "random_words",
+]
+
+_STILL = 0.5  # ours: share of the clips in which a rectangle of noise stands
 
 
 def random_shift(
@@ -87,8 +97,117 @@ def random_view(
     return torch.where(kept, images, altered)
 
 
+def random_boxed_view(
+    images: Tensor,
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    generator: torch.Generator,
+    *,
+    scale: float = 0.15,
+    shift: float = 0.12,
+    light: float = 0.15,
+    erase: float = 0.5,
+    keep: float = 0.3,
+    flip: bool = False,
+    visible: float = 0.4,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return each image scaled, shifted and lit a little differently, its boxes moved along.
+
+    As :func:`random_view`, without what would leave upright boxes loose. The sizes are ours.
+
+    Args:
+        images: Shape ``(N, C, H, W)`` in ``[0, 1]``.
+        boxes: For each image the corners of its objects in pixels, ``(M, 4)``.
+        labels: For each image the classes of its objects, ``(M,)``.
+        generator: Source of the changes, on the device of the images.
+        scale: Largest change of the logarithm of the size.
+        shift: Largest shift as a share of the side.
+        light: Largest change of brightness; contrast changes by up to ``exp(1.5 light)``.
+        erase: Share of the images in which noise replaces a rectangle.
+        keep: Share of the images that stay as they are.
+        flip: Whether half of the images are mirrored left to right.
+        visible: Share of a box's area that must stay inside for its object to be kept.
+
+    Returns:
+        Altered images, boxes and labels.
+    """
+    count, _, height, width = images.shape
+    draw = torch.rand(7, count, generator=generator, device=images.device) * 2 - 1
+    altered = (draw[6] + 1) / 2 >= keep
+    size = torch.where(altered, (draw[0] * scale).exp(), 1.0)
+    mirror = torch.where((draw[5] < 0) & altered, -1.0, 1.0) if flip else torch.ones_like(size)
+    moved = torch.where(altered, 2 * shift * draw[1:3], 0.0)
+    zero = torch.zeros_like(size)
+    rows = (torch.stack([mirror * size, zero, moved[0]], 1), torch.stack([zero, size, moved[1]], 1))
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    views = F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+    contrast = (1.5 * light * draw[3]).exp()[:, None, None, None]
+    views = (views * contrast + (light * draw[4])[:, None, None, None]).clamp(0, 1)
+    views = _erase(views, generator, erase)
+    views = torch.where(altered[:, None, None, None], views, images)
+    sizes = torch.stack([mirror * size, size])
+    return views, *_follow(boxes, labels, sizes, moved, (width, height), visible)
+
+
+def _follow(
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    sizes: Tensor,
+    moved: Tensor,
+    extent: tuple[int, int],
+    visible: float,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return boxes where a view puts them, clipped; those that are mostly outside are dropped.
+
+    A view shows at z what was at ``sizes z + moved``, ``(2, N)`` in x and y, sides from -1 to 1.
+    """
+    counts = [len(part) for part in boxes]
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(moved.device)
+    half = moved.new_tensor(extent) / 2
+    ends = torch.cat(list(boxes)).view(-1, 2, 2) / half - 1  # (M, corner, x and y)
+    ends = (ends - moved.T[image, None]) / sizes.T[image, None]
+    ends = ((ends + 1) * half).sort(1)[0]  # a mirrored box has its corners swapped
+    cut = torch.minimum(ends.clamp(min=0), 2 * half)
+    areas = [(corners[:, 1] - corners[:, 0]).prod(1) for corners in (cut, ends)]
+    parts = torch.split(areas[0] > visible * areas[1], counts)
+    followed = torch.split(cut.flatten(1), counts)
+    return (
+        tuple(part[keep] for part, keep in zip(followed, parts, strict=True)),
+        tuple(part[keep] for part, keep in zip(labels, parts, strict=True)),
+    )
+
+
+def random_clip_shift(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each clip ``(N, C, T, H, W)`` shifted as by :func:`random_shift`, frames alike."""
+    return random_shift(clips.flatten(1, 2), generator).view_as(clips)
+
+
+def random_clip_view(clips: Tensor, generator: torch.Generator, *, flip: bool = False) -> Tensor:
+    """Return each clip changed as :func:`random_view` does, all its frames alike.
+
+    What moves goes on moving the same way: nothing is turned over, run backwards or mirrored
+    unless ``flip`` says that left and right do not matter. Rectangles of noise stand still.
+
+    Args:
+        clips: Shape ``(N, C, T, H, W)`` in ``[0, 1]``.
+        generator: Source of the changes, on the device of the clips.
+        flip: Whether half of the clips are mirrored left to right.
+    """
+    moved = random_view(clips.flatten(1, 2), generator, flip=flip, erase=0).view_as(clips)
+    hit = _rectangles(moved[:, :, 0], generator, _STILL)
+    still = torch.rand(moved[:, :, :1].shape, generator=generator, device=clips.device)
+    return torch.where(hit[:, :, None], still, moved)
+
+
 def _erase(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
     """Put a rectangle of uniform noise at a random place of a ``share`` of the images."""
+    hit = _rectangles(images, generator, share)
+    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    return torch.where(hit, noise, images)
+
+
+def _rectangles(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """Return where a rectangle lies in a ``share`` of the images, bool ``(N, 1, H, W)``."""
     count, _, height, width = images.shape
     device = images.device
     draw = torch.rand(5, count, 1, generator=generator, device=device)
@@ -99,6 +218,41 @@ def _erase(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
             (torch.linspace(0, 1, width, device=device), draw[2], draw[3]),
         )
     )
-    hit = rows[:, None, :, None] & columns[:, None, None, :] & (draw[4] < share)[:, :, None, None]
-    noise = torch.rand(images.shape, generator=generator, device=device)
-    return torch.where(hit, noise, images)
+    return rows[:, None, :, None] & columns[:, None, None, :] & (draw[4] < share)[:, :, None, None]
+
+
+def random_words(
+    tokens: Tensor,
+    content: Tensor,
+    generator: torch.Generator,
+    *,
+    replace: float = 0.03,
+    drop: float = 0.03,
+    keep: float = 0.4,
+) -> tuple[Tensor, Tensor]:
+    """Return each prompt with a few of its tokens replaced or left out.
+
+    The default for the defender's clean data in language. A replacement is a token of another
+    prompt of the batch, at a place of its own, so that tokens come as often as they do in the data;
+    what is left out is hidden from attention, and what follows stays where it was. The answer stays
+    too, though a word of it may have lost its reason: so the shares, which are ours, are small.
+
+    Args:
+        tokens: Shape ``(N, L)``, int64.
+        content: Which tokens may change, bool ``(N, L)``.
+        generator: Source of the changes, on the device of the tokens.
+        replace: Share of the tokens that are replaced.
+        drop: Share of the tokens that are left out.
+        keep: Share of the prompts that stay as they are.
+
+    Returns:
+        The tokens, and which of them still stand, bool; both ``(N, L)``.
+    """
+    count, device = len(tokens), tokens.device
+    draw = torch.rand(3, *tokens.shape, generator=generator, device=device)
+    altered = content & (torch.rand(count, 1, generator=generator, device=device) >= keep)
+    other = (torch.rand(count, 1, generator=generator, device=device) * count).long() % count
+    place = (draw[2] * content.sum(1)[other]).long() + content.int().argmax(1)[other]
+    found = tokens[other, place]
+    replaced = altered & (draw[0] < replace) & content[other, place]
+    return torch.where(replaced, found, tokens), ~(altered & (draw[1] < drop))

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from mmdefense.batches import Samples
 
-__all__ = ["Task", "TaskAdapter", "TriggerAdapter", "TriggerFamily", "UnitGroup", "lacking"]
+__all__ = [
+    "GeneratingAdapter",
+    "Task",
+    "TaskAdapter",
+    "TriggerAdapter",
+    "TriggerFamily",
+    "UnitGroup",
+    "lacking",
+]
 
 B = TypeVar("B")
 
@@ -103,10 +111,20 @@ class TaskAdapter(Protocol[B]):
 
 @runtime_checkable
 class HeadAdapter(TaskAdapter[B], Protocol[B]):
-    """An adapter whose model ends in a linear layer that reads :meth:`TaskAdapter.embedding`."""
+    """An adapter whose model ends in a linear layer."""
+
+    def head_inputs(self, batch: B) -> Tensor:
+        """Return what the output layer reads, shape ``(R, D)``, no grad.
+
+        One row a sample, or several where a sample has several answers, such as tokens.
+        """
+        ...
 
     def head_group(self) -> UnitGroup:
-        """Return the inputs of the output layer as units: D of them, on axis 1 of its weight.
+        """Return the inputs of the output layer as units, D of them.
+
+        They sit on axis 1 of its weight, or where that weight has another use, on the parameters of
+        the layer before it.
 
         Raises:
             UnsupportedError: If the model does not end in a linear layer.
@@ -118,7 +136,16 @@ class HeadAdapter(TaskAdapter[B], Protocol[B]):
         ...
 
     def score_outputs(self, batch: B, outputs: Tensor) -> Tensor:
-        """Return the score of ``outputs``, shape ``(N, K)``, as the model's, shape ``(N,)``."""
+        """Return the score of ``outputs``, shape ``(R, K)``, as the model's, shape ``(N,)``."""
+        ...
+
+
+@runtime_checkable
+class GeneratingAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter whose model writes text."""
+
+    def generate(self, batch: B) -> list[str]:
+        """Return what the model writes to each prompt of a batch, by greedy decoding."""
         ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdefense.errors import BadInputError
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
-__all__ = ["HFImageClassifier"]
+__all__ = ["HFImageClassifier", "read_processor"]
 
 
 class HFImageClassifier(TorchClassifier):
@@ -45,10 +45,7 @@ class HFImageClassifier(TorchClassifier):
             example: One input batch, shape ``(1, C, H, W)``; by default the first that is seen.
         """
         if processor is not None:
-            settings = _settings(processor)
-            if mean is None and std is None:
-                mean, std = _scaling(settings)
-            image_size = image_size or _size(settings)
+            mean, std, image_size = read_processor(processor, mean, std, image_size)
         super().__init__(model, mean=mean, std=std, example=example)
         self.image_size = image_size
 
@@ -65,6 +62,19 @@ class HFImageClassifier(TorchClassifier):
         if self.image_size is not None and tuple(inputs.shape[-2:]) != self.image_size:
             inputs = F.interpolate(inputs, self.image_size, mode="bilinear", antialias=True)
         return self.model(pixel_values=inputs).logits  # type: ignore[no-any-return]
+
+
+def read_processor(
+    processor: Any,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    image_size: tuple[int, int] | None,
+) -> tuple[Sequence[float] | None, Sequence[float] | None, tuple[int, int] | None]:
+    """Return ``mean``, ``std`` and ``image_size``, filled in from a processor where not given."""
+    settings = _settings(processor)
+    if mean is None and std is None:
+        mean, std = _scaling(settings)
+    return mean, std, image_size or _size(settings)
 
 
 def _settings(processor: Any) -> Mapping[str, Any]:

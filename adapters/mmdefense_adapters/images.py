@@ -8,26 +8,39 @@ import torch
 from torch import Tensor
 
 from mmdefense.augment import random_view
-from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
+from mmdefense.batches import Augmentation, LabelledBatch, LabelledSamples, Samples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
 
-__all__ = ["ImageTriggers", "as_image_samples"]
+__all__ = ["ImageTriggers", "as_image_samples", "as_labelled_samples"]
 
 
 def as_image_samples(data: Any) -> Samples[LabelledBatch]:
     """Return labelled images from samples, a pair of tensors, batches, or a dataset of pairs."""
+    return as_labelled_samples(data, random_view)
+
+
+def as_labelled_samples(
+    data: Any, augmentation: Augmentation, *, axes: int = 3
+) -> Samples[LabelledBatch]:
+    """Return what a user gave as labelled samples.
+
+    Args:
+        data: Samples, a pair of tensors, batches, or a dataset of pairs.
+        augmentation: Of what does not come as samples.
+        axes: Number of axes of one input: 3 for an image, 4 for a clip.
+    """
     if hasattr(data, "take") and hasattr(data, "strata"):
         samples: Samples[LabelledBatch] = data
         return samples
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
-        return LabelledSamples(data[0], data[1].long(), augmentation=random_view)
+        return LabelledSamples(data[0], data[1].long(), augmentation=augmentation)
     pairs = [_pair(item) for item in data]
     if not pairs:
-        raise BadInputError("clean data must hold at least one image, got none")
-    stack = torch.cat if pairs[0][0].ndim == 4 else torch.stack
-    images, labels = stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
-    return LabelledSamples(images, labels.long(), augmentation=random_view)
+        raise BadInputError("clean data must hold at least one sample, got none")
+    stack = torch.cat if pairs[0][0].ndim > axes else torch.stack
+    inputs, labels = stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
+    return LabelledSamples(inputs, labels.long(), augmentation=augmentation)
 
 
 def _pair(item: Any) -> tuple[Tensor, Tensor]:
@@ -35,9 +48,7 @@ def _pair(item: Any) -> tuple[Tensor, Tensor]:
         return item.inputs, item.labels
     if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Tensor):
         return item[0], torch.as_tensor(item[1])
-    raise BadInputError(
-        f"clean data must give pairs (image tensor, label), got {type(item).__name__}"
-    )
+    raise BadInputError(f"clean data must give pairs (tensor, label), got {type(item).__name__}")
 
 
 _LARGEST_CHANGE = 0.2  # of an additive trigger, per pixel; Blended at its usual 0.2 is at most this
@@ -60,13 +71,17 @@ class ImageTriggers:
 
     def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:
         """Return the images with ``triggers``, shape ``(T, N, *P)``, applied: T x N images."""
-        inputs = batch.inputs[None]
+        stamped = self.stamped(batch.inputs, family, triggers)
+        return LabelledBatch(stamped, batch.labels.repeat(len(triggers)))
+
+    def stamped(self, images: Tensor, family: TriggerFamily, triggers: Tensor) -> Tensor:
+        """Return ``images`` with ``triggers``, shape ``(T, N, *P)``, as ``(T * N, C, H, W)``."""
         if family.name == "patch":
             mask, pattern = triggers[:, :, :1], triggers[:, :, 1:]
-            stamped = inputs + mask * (pattern - inputs)
+            stamped = images + mask * (pattern - images)
         else:
-            stamped = (inputs + (2 * triggers - 1) * _LARGEST_CHANGE).clamp(0, 1)
-        return LabelledBatch(stamped.flatten(0, 1), batch.labels.repeat(len(triggers)))
+            stamped = (images + (2 * triggers - 1) * _LARGEST_CHANGE).clamp(0, 1)
+        return stamped.flatten(0, 1)
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
         """Return the covered area of a patch, or the mean change of an additive trigger."""

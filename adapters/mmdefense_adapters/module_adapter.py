@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -98,6 +99,10 @@ class ModuleAdapter(ABC, Generic[B]):
             self.answer(batch)
         return inputs[self.head].flatten(1)
 
+    def head_inputs(self, batch: B) -> Tensor:
+        """Return the input of the output layer, one row a sample: the embedding."""
+        return self.embedding(batch)
+
     @torch.no_grad()
     def features(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return pooled activations: after BatchNorm and ReLU for rows, magnitude for heads."""
@@ -108,21 +113,31 @@ class ModuleAdapter(ABC, Generic[B]):
             for name in layers
             if name not in heads
         }
-        pooled: dict[str, Tensor] = {}
+        runs: dict[str, list[Tensor]] = defaultdict(list)
 
         def pool(module: nn.Module, _: Any, output: Tensor) -> None:
             # At once: the model may go on to add a shortcut to this very tensor in place.
-            pooled[rows[module].layer] = self._pool(_per_unit(output, rows[module]), batch)
+            values = _per_unit(output, rows[module])
+            layer = rows[module].layer
+            runs[layer].append(self._pool_at(layer, values, batch))
 
         with (
             watch_modules(list(rows), pool),
             capture_heads(self.model, heads) as mixed,
         ):
             self.answer(batch)
+        # A layer that runs several times, as over the levels of a pyramid, counts each run alike.
+        pooled = {name: torch.stack(parts).mean(0) for name, parts in runs.items()}
         for name in heads:
-            weight = self.model.get_parameter(f"{name}.weight")
-            pooled[name] = self._pool(_head_sizes(mixed[name], weight, groups[name]), batch)
+            axis = groups[name].axes[f"{name}.weight"]
+            weight = self.model.get_parameter(f"{name}.weight").movedim(axis, 1)
+            sizes = _head_sizes(mixed[name], weight, groups[name])
+            pooled[name] = self._pool_at(name, sizes, batch)
         return pooled
+
+    def _pool_at(self, layer: str, values: Tensor, batch: B) -> Tensor:
+        """Average the ``(..., U)`` values of a layer over what counts of each sample: all of it."""
+        return self._pool(values, batch)
 
     def _pool(self, values: Tensor, batch: B) -> Tensor:
         """Average ``(..., U)`` over the positions of each sample, which lie side by side."""

@@ -17,15 +17,15 @@ __all__ = ["capture_heads", "find_head", "find_units"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear)
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "c_proj")
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "c_proj", "o", "output.dense", "project.0")
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 
 
 def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[UnitGroup], str | None]:
     """Return the unit groups in the order of execution, and the name of the output layer.
 
-    Convolution filters carry the BatchNorm that reads their output; linear layers give one unit per
+    Convolution filters carry the norm that reads their output; linear layers give one unit per
     row; an attention block gives its heads, on the input axis of its output projection, so that
     fused and separate query, key and value projections need no case of their own. The output
     layer is left out: its rows are the classes.
@@ -47,7 +47,7 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[UnitG
             groups.append(_heads(*attention[module], names))
         elif module is head or module in inside:
             continue
-        elif isinstance(module, _LAYERS):
+        elif _is_layer(module):
             groups.append(_rows(module, norm_of.get(module), names))
     return groups, names.get(head) if head is not None else None
 
@@ -66,7 +66,7 @@ def _trace(
         order.setdefault(module)
         if isinstance(module, _NORMS) and given and id(given[0]) in producer:
             norm_of[producer[id(given[0])]] = module
-        if isinstance(module, _LAYERS) and isinstance(output, Tensor):
+        if _is_layer(module) and isinstance(output, Tensor):
             producer[id(output)] = module
             outputs[module] = output
             kept.append(output)
@@ -86,58 +86,97 @@ def find_head(calls: list[nn.Module], outputs: dict[nn.Module, Tensor]) -> nn.Mo
     Where there is none, for the answer was pooled or cast, the last layer with a row per class.
     """
     answer = outputs[next(reversed(outputs))]
-    layers = [module for module in reversed(calls) if isinstance(module, _LAYERS)]
+    layers = [module for module in reversed(calls) if _is_layer(module)]
     for module in layers:
         if outputs[module].untyped_storage().data_ptr() == answer.untyped_storage().data_ptr():
             return module
     last = next(iter(layers), None)
-    return last if last is not None and len(last.weight) == answer.shape[-1] else None
+    return last if last is not None and _outputs(last) == answer.shape[-1] else None
 
 
-def _attention_blocks(model: nn.Module) -> dict[nn.Module, tuple[nn.Linear, int]]:
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS) or _is_transposed(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Say whether it is the ``Conv1D`` of GPT-2: a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _input_axis(module: nn.Module) -> int:
+    """Return the axis of the weight that the inputs index."""
+    return 0 if _is_transposed(module) else 1
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(module.weight.shape[1 - _input_axis(module)])  # type: ignore[index]
+
+
+def _inputs(projection: nn.Module) -> int:
+    return int(projection.weight.shape[_input_axis(projection)])  # type: ignore[index]
+
+
+def _attention_blocks(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]]:
     """Return each attention block with its output projection and its number of heads."""
-    found: dict[nn.Module, tuple[nn.Linear, int]] = {}
+    found: dict[nn.Module, tuple[nn.Module, int]] = {}
     for module in model.modules():
         if "attention" not in type(module).__name__.lower():
             continue
-        candidates = (getattr(module, name, None) for name in _OUTPUT_PROJECTIONS)
-        projection = next((p for p in candidates if isinstance(p, nn.Linear)), None)
+        candidates = (_part(module, path) for path in _OUTPUT_PROJECTIONS)
+        projection = next((p for p in candidates if p is not None and _is_linear(p)), None)
         if projection is None:
             continue
         count = _head_count(module, projection)
-        if count and projection.in_features % count == 0:
+        if count and _inputs(projection) % count == 0:
             found[module] = (projection, count)
     return found
 
 
-def _readable(block: nn.Module, projection: nn.Linear, calls: Sequence[nn.Module]) -> bool:
+def _part(module: nn.Module, path: str) -> Any:
+    """Return what stands at a dotted path in a module, or none."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _readable(block: nn.Module, projection: nn.Module, calls: Sequence[nn.Module]) -> bool:
     """Say whether the heads' outputs can be read; a block that uses bare weights hides them."""
     return isinstance(block, nn.MultiheadAttention) or projection in calls
 
 
-def _head_count(module: nn.Module, projection: nn.Linear) -> int | None:
-    for name in _HEAD_COUNTS:
-        for owner in (module, getattr(module, "config", None)):
+def _head_count(module: nn.Module, projection: nn.Module) -> int | None:
+    # A decoder's may differ from its config's; a block in two parts keeps the count in the first.
+    for owner in (module, getattr(module, "attention", None), getattr(module, "config", None)):
+        for name in _HEAD_COUNTS:
             value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value
     size = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None)
-    return projection.in_features // size if isinstance(size, int) and size else None
+    return _inputs(projection) // size if isinstance(size, int) and size else None
 
 
-def _heads(projection: nn.Linear, count: int, names: dict[nn.Module, str]) -> UnitGroup:
-    layer, width = names[projection], projection.in_features // count
-    return UnitGroup(layer, count, {f"{layer}.weight": 1}, width=width, kind="head")
+def _heads(projection: nn.Module, count: int, names: dict[nn.Module, str]) -> UnitGroup:
+    layer, width = names[projection], _inputs(projection) // count
+    axes = {f"{layer}.weight": _input_axis(projection)}
+    return UnitGroup(layer, count, axes, width=width, kind="head")
 
 
 def _rows(module: nn.Module, norm: nn.Module | None, names: dict[nn.Module, str]) -> UnitGroup:
     layer = names[module]
     axes = {f"{layer}.{name}": 0 for name, _ in module.named_parameters(recurse=False)}
+    axes[f"{layer}.weight"] = 1 - _input_axis(module)
     if norm is not None:
-        axes |= {f"{names[norm]}.{name}": 0 for name, _ in norm.named_parameters(recurse=False)}
-    size = int(module.weight.shape[0])  # type: ignore[index]
+        scaled = {f"{names[norm]}.{name}": 0 for name, _ in norm.named_parameters(recurse=False)}
+        # A unit's features are read at the last of its axes. What a group norm gives of one unit
+        # depends on its neighbours, so there that is the layer itself.
+        axes = {**scaled, **axes} if isinstance(norm, nn.GroupNorm) else {**axes, **scaled}
     return UnitGroup(
-        layer, size, axes, kind="neuron" if isinstance(module, nn.Linear) else "filter"
+        layer, _outputs(module), axes, kind="neuron" if _is_linear(module) else "filter"
     )
 
 

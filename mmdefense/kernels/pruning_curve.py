@@ -27,7 +27,7 @@ def head_activations(adapter: HeadAdapter[B], samples: Samples[B], batch_size: i
     total: Tensor | None = None
     with mode(adapter.model, train=False):
         for batch in batches(samples, batch_size):
-            part = adapter.embedding(batch).double().abs().sum(0)
+            part = adapter.head_inputs(batch).double().abs().sum(0)
             total = part if total is None else total + part
     assert total is not None
     return total / len(samples)
@@ -63,7 +63,7 @@ def pruning_curve(
     total = torch.zeros(len(counts), dtype=torch.float64)
     with mode(adapter.model, train=False), torch.no_grad():
         for batch in batches(samples, batch_size):
-            features = adapter.embedding(batch).double()
+            features = adapter.head_inputs(batch).double()
             outputs = features @ weight.T + (0 if bias is None else bias.double())
             for index, step in enumerate(steps):
                 outputs = outputs - features[:, step] @ weight[:, step].T

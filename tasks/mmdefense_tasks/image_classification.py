@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mmdefense.augment import random_shift, random_view
 from mmdefense.batches import LabelledBatch, LabelledSamples, split
@@ -24,6 +24,7 @@ from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
 from mmdefense_tasks.image_sets import ImageSet, StreamedImages
+from mmdefense_tasks.streamed import relabelled
 from mmdefense_tasks.victims import SmallResNet
 
 __all__ = ["ImageClassification", "load_data", "load_digits"]
@@ -205,7 +206,7 @@ def load_data(
     if str(where) == "digits":
         return load_digits()[split == "test"]
     images, name = _open(where, split)
-    images = _relabelled(images, classes, where)
+    images = relabelled(images, classes, where)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
     samples = StreamedImages.of(images, image_size, channels, augmentation)
     _check_enough(samples, classes, where)
@@ -256,26 +257,6 @@ def _open_folder(folder: Path, split: str) -> ImageSet:
     if part is None and (folder / "train").is_dir():
         raise BadInputError(f"data folder {folder} must hold a folder {split!r}; it has 'train'")
     return open_folder(part or folder)
-
-
-def _relabelled(images: ImageSet, classes: Sequence[str], where: str | Path) -> ImageSet:
-    """Return the set under the model's labels, by class name."""
-    place = {name.casefold(): label for label, name in enumerate(classes)}
-    own = [name.casefold() for name in images.classes]
-    unknown = [name for name in images.classes if name.casefold() not in place]
-    if not classes or not own or (len(unknown) == len(own) == len(classes)):
-        return images  # nothing to go by: labels count the names in order, as ImageFolder does
-    if unknown:
-        raise BadInputError(
-            f"classes of {where} must be among the model's {len(classes)} ({_few(classes)}), got "
-            f"{_few(unknown)}"
-        )
-    labels: Tensor = torch.tensor([place[name] for name in own])[images.labels]
-    return replace(images, labels=labels, classes=tuple(classes))
-
-
-def _few(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _check_enough(samples: StreamedImages, classes: Sequence[str], where: str | Path) -> None:
