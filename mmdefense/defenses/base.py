@@ -23,7 +23,7 @@ from mmdefense.kernels.loop import Training, scores
 from mmdefense.kernels.run import Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
-__all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense"]
+__all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versions"]
 
 B = TypeVar("B")
 
@@ -188,7 +188,7 @@ class Defense(ABC):
             history=run.history,
             figures=work.figures,
             seconds=time.perf_counter() - begin,
-            versions=_versions(),
+            versions=versions(),
             data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
         )
 
@@ -285,7 +285,8 @@ def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a purification, and the device."""
     return {
         "mmdefense": version("mmdefense"),
         "torch": torch.__version__,

@@ -40,7 +40,8 @@ class Pruning(Defense):
     features by signed mean.) ``layers="all"`` prunes every unit group together.
 
     Attributes:
-        layers: ``"last"`` or ``"all"``.
+        layers: ``"last"``, ``"all"``, or ``"auto"``: the last where the model ends in a linear
+            layer, as classifiers do, else all.
         order: ``"activation"``, ascending; or ``"weight-change"``, TSBD's neuron weight change,
             descending (with ``layers="all"`` only).
         max_pruning_drop: Largest drop of held-out accuracy that pruning may cost, in ``[0, 1]``;
@@ -53,7 +54,7 @@ class Pruning(Defense):
         Networks*. RAID 2018. arXiv:1805.12185
     """
 
-    layers: Literal["last", "all"] = "last"
+    layers: Literal["auto", "last", "all"] = "auto"
     order: Literal["activation", "weight-change"] = "activation"
     max_pruning_drop: float = 0.1
     points: int = 100
@@ -75,9 +76,10 @@ class Pruning(Defense):
 
     def _prune(self, work: Purifying[Any]) -> dict[str, Tensor]:
         """Silence units in place, and return the mask that keeps them silent, by parameter."""
-        groups, order = self._last(work) if self.layers == "last" else self._all(work)
+        last = self._only_last(work.adapter)
+        groups, order = self._last(work) if last else self._all(work)
         counts = self._counts(len(order))
-        if self.layers == "last":
+        if last:
             ranks = [unit for _, unit in order]
             adapter = cast("HeadAdapter[Any]", work.adapter)  # `_last` has checked it
             curve = pruning_curve(adapter, work.holdout, ranks, counts).tolist()
@@ -96,6 +98,17 @@ class Pruning(Defense):
         fractions = [count / len(order) for count in counts[: len(curve)]]
         work.figures["pruning_curve"] = (fractions, curve, share)
         return silence_mask(model, groups, order[:kept])
+
+    def _only_last(self, adapter: Any) -> bool:
+        if self.layers != "auto":
+            return self.layers == "last"
+        if self.order == "weight-change" or not isinstance(adapter, HeadAdapter):
+            return False
+        try:
+            adapter.head_weights()
+        except UnsupportedError:
+            return False
+        return True
 
     def _counts(self, total: int) -> list[int]:
         """Return numbers of units from 0 to ``max_share`` of ``total``, ascending, each once."""

@@ -307,7 +307,7 @@ class FastFIP(_FisherPurification):
 
     strength: float = 0.02
     eta_r: float = 0.01
-    lr: float = 0.3
+    lr: float = 0.2
     step: float = 30.0
     steps: int = 200
     norms_and_biases: bool = True

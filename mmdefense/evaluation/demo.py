@@ -13,8 +13,8 @@ from mmdefense import registry
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import write_model
 from mmdefense.checkpoints.weights import hash_weights
-from mmdefense.defenses.base import Result
-from mmdefense.evaluation.victims import Case, Victim, train_victim
+from mmdefense.defenses.base import Result, versions
+from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.report import figures
@@ -67,8 +67,8 @@ def run_demo(
     case = case or registry.load("tasks", task)().cases()[0]
     with new_folder(out, force=force) as folder:
         victim = train_victim(case, _run(seed, "victim", progress))
-        results = dict(_purified(victim, defenses, seed, progress))
-        record = _record(victim, results, seed)
+        rows, results = _purified(victim, defenses, seed, progress)
+        record = _record(victim, rows, seed)
         write_model(victim.adapter.model, folder)
         write_record(record, folder / "comparison.json")
         render_page(record, list(_figures(victim, results)), folder / "report.html")
@@ -92,31 +92,27 @@ def _run(seed: int, name: str, progress: Progress | None) -> Run:
 
 def _purified(
     victim: Victim, defenses: Sequence[str], seed: int, progress: Progress | None
-) -> Iterator[tuple[str, Result]]:
-    """Yield the result of each defense, and of plain fine-tuning with the budget of the first."""
+) -> tuple[list[Row], dict[str, Result]]:
+    """Return a line for each defense and for plain fine-tuning with the budget of the first.
+
+    Beside them stand the results of those that the model supports.
+    """
     chosen = {name: registry.load("defenses", name)(seed=seed) for name in defenses}
-    baseline = registry.load("defenses", _BASELINE).like(chosen[defenses[0]])
-    for name, defense in {**chosen, _BASELINE: baseline}.items():
-        yield name, defense.purify(victim.adapter, victim.clean, progress=_named(name, progress))
+    chosen[_BASELINE] = registry.load("defenses", _BASELINE).like(chosen[defenses[0]])
+    rows, results = [], {}
+    for name, defense in chosen.items():
+        baseline = "" if name == _BASELINE else _BASELINE
+        row, result = purified_row(victim, name, defense, baseline, _named(name, progress))
+        rows.append(row)
+        if result is not None:
+            results[name] = result
+    return rows, results
 
 
-def _record(victim: Victim, results: dict[str, Result], seed: int) -> ComparisonRecord:
+def _record(victim: Victim, rows: Sequence[Row], seed: int) -> ComparisonRecord:
     model, clean = victim.adapter.model, victim.clean
-    rows = tuple(
-        Row(
-            defense=name,
-            before=victim.before,
-            after=victim.after(result.adapter),
-            seconds=result.seconds,
-            baseline="" if name == _BASELINE else _BASELINE,
-            violated=result.guard.violated,
-            settings=result.settings,
-        )
-        for name, result in results.items()
-    )
-    first = next(iter(results.values()))
     return ComparisonRecord(
-        title=f"A backdoor in a classifier of {victim.case.data}, and its removal",
+        title=f"A backdoor in a model of {victim.case.data}, and its removal",
         task=victim.case.task,
         model=ModelInfo(
             name=victim.case.name,
@@ -130,10 +126,10 @@ def _record(victim: Victim, results: dict[str, Result], seed: int) -> Comparison
             fingerprint=clean.fingerprint(),
         ),
         attack="none" if victim.attack is None else victim.attack.in_words(),
-        rows=rows,
+        rows=tuple(rows),
         provenance=Provenance(
             seed=seed,
-            versions=first.versions,
+            versions=versions(),
             device=str(next(model.parameters()).device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         ),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from mmdefense import registry
 from mmdefense.checkpoints.runs import RunStore, write_atomically
-from mmdefense.defenses.base import Defense
+from mmdefense.defenses.base import Defense, versions
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case, Victim, train_victim
+from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.formats import number
@@ -121,19 +121,9 @@ def _victim(case: Case, seed: int, folder: Path, progress: Progress) -> Victim:
 def _measure(
     victim: Victim, name: str, defense: Defense, baseline: str, progress: Progress
 ) -> Cell:
-    result = defense.purify(victim.adapter, victim.clean, progress=progress)
-    row = Row(
-        defense=name,
-        victim=victim.case.name,
-        before=victim.before,
-        after=victim.after(result.adapter),
-        seconds=result.seconds,
-        baseline=baseline,
-        violated=result.guard.violated,
-        settings=result.settings,
-    )
-    case = plain(victim.case)
-    return Cell(seed=defense.seed, row=row, case=case, versions=result.versions)
+    row = purified_row(victim, name, defense, baseline, progress)[0]
+    named = replace(row, victim=victim.case.name)
+    return Cell(seed=defense.seed, row=named, case=plain(victim.case), versions=versions())
 
 
 def _writer(cell: Cell) -> Callable[[Any], object]:
@@ -173,7 +163,7 @@ def markdown(cells: Iterable[Cell]) -> str:
         guard = f"guard violated in {violated} of {len(rows)}" if violated else ""
         seconds = f"{fmean(row.seconds for row in rows):.1f}"
         rates = _rates([row.after for row in rows])
-        note = "; ".join(part for part in (beats, guard) if part)
+        note = "; ".join(part for part in (rows[0].note, beats, guard) if part)
         lines.append(_line([victim, defense, *rates, seconds, note]))
     return "\n".join(lines) + "\n"
 

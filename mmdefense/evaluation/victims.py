@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,14 +15,15 @@ from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.architecture import build_architecture
-from mmdefense.errors import BadInputError
+from mmdefense.defenses.base import Defense, Result
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training, mean_score, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.run import Progress, Run
 from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
 from mmdefense.protocol import Task, TaskAdapter
-from mmdefense.report.record import Rates
+from mmdefense.report.record import Rates, Row
 
-__all__ = ["Case", "Victim", "all_cases", "named_cases", "train_victim"]
+__all__ = ["Case", "Victim", "all_cases", "named_cases", "purified_row", "train_victim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +131,41 @@ def _metrics(rates: Rates) -> BackdoorMetrics:
     return BackdoorMetrics(rates.acc, rates.asr, rates.ra)
 
 
+def purified_row(
+    victim: Victim,
+    name: str,
+    defense: Defense,
+    baseline: str = "",
+    progress: Progress | None = None,
+) -> tuple[Row, Result | None]:
+    """Return what a defense makes of a victim, as a line of a table, and its result.
+
+    Where the model lacks what the defense needs, the line says so, and there is no result.
+    """
+    kept: dict[str, Any] = {"defense": name, "before": victim.before}
+    try:
+        result = defense.purify(victim.adapter, victim.clean, progress=progress)
+    except UnsupportedError as error:
+        settings = dataclasses.asdict(defense)
+        return Row(**kept, after=Rates(), seconds=0.0, settings=settings, note=str(error)), None
+    row = Row(
+        **kept,
+        after=victim.after(result.adapter),
+        seconds=result.seconds,
+        baseline=baseline,
+        violated=result.guard.violated,
+        settings=result.settings,
+    )
+    return row, result
+
+
 def all_cases() -> dict[str, Case]:
-    """Return the cases of every task, by name."""
-    tasks = (registry.load("tasks", name)() for name in registry.names("tasks"))
-    return {case.name: case for task in tasks for case in task.cases()}
+    """Return the cases of every task, by name; of those whose libraries are installed."""
+    found: dict[str, Case] = {}
+    for name in registry.names("tasks"):
+        with suppress(UnsupportedError):
+            found |= {case.name: case for case in registry.load("tasks", name)().cases()}
+    return found
 
 
 def named_cases(names: Sequence[str] | None = None) -> list[Case]:

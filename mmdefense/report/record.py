@@ -233,6 +233,7 @@ class Row:
         baseline: Name of the row of the same victim that this one has to beat.
         violated: Whether the utility guard was violated.
         settings: The defense's settings.
+        note: What a reader must know besides, such as why nothing was measured.
     """
 
     defense: str
@@ -243,6 +244,7 @@ class Row:
     baseline: str = ""
     violated: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

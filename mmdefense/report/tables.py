@@ -114,7 +114,7 @@ def _tone(field: str, value: float | None) -> str:
 
 
 def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
-    notes = []
+    notes = [row.note] if row.note else []
     if row.violated:
         notes.append("utility guard violated")
     if beats_baseline(row, rows) is False:

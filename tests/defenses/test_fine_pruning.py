@@ -9,7 +9,7 @@ from mmdefense.batches import split
 from mmdefense.defenses import fine_pruning
 from mmdefense.defenses.fine_pruning import FinePruning, Pruning
 from mmdefense.defenses.tsbd import unlearning_change
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.units import mean_activations, rank, silence, weight_change
@@ -178,12 +178,27 @@ def test_a_tied_weight_is_pruned_under_each_of_its_names(adapter, corners):
     assert not result.model[5][2].weight.any(1).all()
 
 
+def test_all_layers_are_pruned_where_the_last_cannot_be(adapter, corners, monkeypatch):
+    events = []
+    Pruning().purify(adapter, corners, progress=events.append)
+    assert events[-1].total == adapter.head_group().size
+
+    def no_head(_):
+        raise UnsupportedError("no head")
+
+    monkeypatch.setattr(type(adapter), "head_weights", no_head)
+    Pruning().purify(adapter, corners, progress=events.append)
+    assert events[-1].total == sum(group.size for group in adapter.unit_groups())
+    with pytest.raises(UnsupportedError, match="no head"):
+        Pruning(layers="last").purify(adapter, corners)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_pruning_drop": 1.5}, "max_pruning_drop must lie"),
         ({"points": 0}, "points must be at least 1, got 0"),
-        ({"order": "weight-change"}, "must go with layers 'all', got 'last'"),
+        ({"order": "weight-change", "layers": "last"}, "must go with layers 'all', got 'last'"),
     ],
 )
 @pytest.mark.parametrize("kind", [Pruning, FinePruning])
