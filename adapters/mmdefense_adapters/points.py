@@ -1,0 +1,165 @@
+"""Any PyTorch classifier of point clouds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
+from mmdefense.clouds import check_clouds, inserted, random_cloud_view, turned
+from mmdefense.errors import BadInputError
+from mmdefense.protocol import TriggerFamily
+from mmdefense.report.clouds import render_clouds
+from mmdefense_adapters.classifier import Classifier
+
+__all__ = ["PointClassifier"]
+
+_SHARE = 1 / 16  # of a cloud's points, in an inserted cluster
+_REACH = 1.2  # how far from 0 the center of a cluster may lie, per axis, in radii of the cloud
+_SPREAD = 0.25  # how far a point of a cluster may lie from its center, per axis
+_GAIN = 4.0  # spreads the centers that a search starts from over the space, not about 0 (ours)
+_TURN = math.radians(45)  # the largest rotation about each axis
+
+
+class PointClassifier(Classifier):
+    """Wraps a module that maps clouds ``(N, P, 3 + F)`` to logits ``(N, K)``.
+
+    Clouds are taken as they come: centred and in the unit sphere, if the model was trained so. A
+    model that answers with a tuple is read by its first entry, as in the released code of PointNet,
+    whose other entries are the matrices that its owner regularises.
+    """
+
+    task: ClassVar[str] = "point-cloud-classification"
+    inputs: ClassVar[str] = "clouds"
+    priority: ClassVar[int] = 10
+
+    def __init__(
+        self, model: nn.Module, *, channels_first: bool = False, example: Tensor | None = None
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: The classifier; it is not copied.
+            channels_first: Whether the model reads clouds as ``(N, 3 + F, P)``.
+            example: One cloud, shape ``(1, P, 3 + F)``, to trace the model with; by default the
+                first that the adapter sees.
+        """
+        super().__init__(model, example=example)
+        self.channels_first = channels_first
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Say whether a model announces that it reads points; others are wrapped by name."""
+        return getattr(model, "reads", None) == "points"
+
+    def _call(self, inputs: Tensor) -> Tensor:
+        answer = self.model(inputs.mT if self.channels_first else inputs)
+        return answer[0] if isinstance(answer, tuple) else answer  # type: ignore[no-any-return]
+
+    def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
+        if hasattr(data, "take") and hasattr(data, "strata"):
+            samples: Samples[LabelledBatch] = data
+            return samples
+        clouds, labels = _tensors(data)
+        return LabelledSamples(clouds, labels.long(), augmentation=random_cloud_view)
+
+    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
+        check_clouds(samples.inputs if isinstance(samples, LabelledSamples) else first)
+        seen = first if self.example is None else self.example.inputs
+        if seen.shape[2] != first.shape[2]:
+            raise BadInputError(
+                f"clouds must have {seen.shape[2]} values a point, as those seen before, got "
+                f"{first.shape[2]}"
+            )
+        super()._check(samples, first)
+
+    def trigger_families(self) -> Sequence[TriggerFamily]:
+        """Return clusters of points at a free place, and rigid rotations.
+
+        A raw cluster ``(k + 1, 3)`` is a center and k offsets; a raw rotation ``(3,)`` its angles.
+        """
+        points = max(4, round(_SHARE * self._example().inputs.shape[1]))
+        return [
+            TriggerFamily("cluster", (points + 1, 3), budget=0.1),
+            TriggerFamily("rotation", (3,), budget=0.5),
+        ]
+
+    def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:
+        """Return the clouds with ``triggers``, shape ``(T, N, *P)``, applied: T x N clouds.
+
+        A cluster takes the place of every (P / k)-th point.
+        """
+        clouds = batch.inputs.repeat(len(triggers), 1, 1)
+        raw = triggers.flatten(0, 1).to(clouds.dtype)
+        if family.name == "cluster":
+            cluster = _cluster(raw)
+            places = torch.linspace(0, clouds.shape[1] - 1, cluster.shape[1], device=raw.device)
+            stamped = inserted(clouds, cluster, places.long().expand(len(clouds), -1))
+        else:
+            stamped = turned(clouds, _angles(raw))
+        return LabelledBatch(stamped, batch.labels.repeat(len(triggers)))
+
+    def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
+        """Return the share of points in a cluster, or the mean angle as a share of the largest."""
+        if family.name == "cluster":
+            share = (family.shape[0] - 1) / self._example().inputs.shape[1]
+            return triggers.new_full(triggers.shape[:-2], share)
+        return (2 * triggers - 1).abs().mean(-1)
+
+    def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
+        """Return a picture ``(3, H, W)``: a cluster beside the unit sphere, or turned axes."""
+        if family.name == "cluster":
+            shown, new = _sphere(256), _cluster(trigger[None].float())[0]
+        else:
+            shown = (torch.linspace(0, 1, 40)[:, None, None] * torch.eye(3)).flatten(0, 1)
+            new = turned(shown, _angles(trigger.float()))
+        cloud = 0.6 * torch.cat([shown, new])  # so that the farthest cluster is in the picture
+        return render_clouds(cloud[None], torch.arange(len(cloud))[None] >= len(shown))[0]
+
+
+def _tensors(data: Any) -> tuple[Tensor, Tensor]:
+    """Return clouds and labels of a pair of tensors, of batches, or of a dataset of pairs."""
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
+        return data[0], data[1]
+    pairs = [_pair(item) for item in data]
+    if not pairs:
+        raise BadInputError("clean data must hold at least one cloud, got none")
+    if len(shapes := {tuple(x.shape[-2:]) for x, _ in pairs}) > 1:
+        raise BadInputError(
+            "clouds must have one number of points and of features, got "
+            f"{', '.join(map(str, sorted(shapes)))}; sample as many points from each"
+        )
+    stack = torch.cat if pairs[0][0].ndim == 3 else torch.stack
+    return stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
+
+
+def _pair(item: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(item, LabelledBatch):
+        return item.inputs, item.labels
+    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Tensor):
+        return item[0], torch.as_tensor(item[1])
+    raise BadInputError(
+        f"clean data must give pairs (cloud tensor, label), got {type(item).__name__}"
+    )
+
+
+def _cluster(raw: Tensor) -> Tensor:
+    """Return the points of raw clusters ``(N, k + 1, 3)``, shape ``(N, k, 3)``."""
+    signed = 2 * raw - 1
+    return _REACH * (_GAIN * signed[:, :1]).tanh() + _SPREAD * signed[:, 1:]
+
+
+def _angles(raw: Tensor) -> Tensor:
+    return (2 * raw - 1) * _TURN
+
+
+def _sphere(count: int) -> Tensor:
+    """Return points spread evenly over the unit sphere, ``(count, 3)`` (a Fibonacci lattice)."""
+    index = torch.arange(count) + 0.5
+    height, turn = 1 - 2 * index / count, index * math.pi * (1 + 5**0.5)
+    ring = (1 - height**2).sqrt()
+    return torch.stack([ring * turn.cos(), ring * turn.sin(), height], 1)

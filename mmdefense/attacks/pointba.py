@@ -1,0 +1,147 @@
+"""PointBA: a ball of points with a poisoned label, or a rotation with a clean one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import LabelAttack, on_device_of
+from mmdefense.attacks.pcba import random_balls
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.clouds import inserted, turned
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.run import Run
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["PointCBA", "PointPBA"]
+
+_CHUNK = 256  # clouds that are disturbed at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointPBA(LabelAttack):
+    """Inserts a solid ball of points at a fixed place.
+
+    Randomly chosen points make room, so that the number of points stays (ours, for rectangular
+    batches).
+
+    Attributes:
+        center: Of the ball, in radii of the cloud.
+        radius: Of the ball.
+        share: Share of a cloud's points in the ball, in ``(0, 1)`` (ours).
+
+    References:
+        Li, Chen, Zhao, Tong, Zhao, Lim, Zhou. *PointBA: Towards Backdoor Attacks in 3D Point
+        Cloud*. ICCV 2021. arXiv:2103.16074 (PointPBA)
+    """
+
+    task: ClassVar[str] = "point-cloud-classification"
+    shape: ClassVar[str] = "(N, P, 3 + F)"
+    limits: ClassVar[tuple[float, float] | None] = None
+
+    center: tuple[float, float, float] = (0.05, 0.05, 0.05)
+    radius: float = 0.05
+    share: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.radius > 0:
+            raise BadInputError(f"radius must be positive, got {self.radius}")
+        if not 0 < self.share < 1:
+            raise BadInputError(f"share must lie in (0, 1), got {self.share}")
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        count = max(1, round(self.share * images.shape[1]))
+        pattern, places = random_balls(images, count, generator, solid=True)
+        ball = images.new_tensor(self.center) + self.radius * pattern
+        return inserted(images, ball, places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointCBA(LabelAttack):
+    """Rotates clouds; poisons those of the target alone, whose labels stay true.
+
+    For the net to heed the rotation, the poisoned clouds are first made hard to know: a surrogate,
+    a copy of the net trained on clean clouds, is driven off their class by signed gradient steps
+    that move no coordinate by more than ``budget``. This stands for the paper's feature
+    disentanglement, whose loss pulls them towards features of other classes.
+
+    Attributes:
+        degrees: Angle about the vertical axis.
+        budget: Largest change of a coordinate of a poisoned training cloud; 0 changes none.
+        search_steps: Steps of that change.
+        ratio: Share of the target's clouds that are poisoned.
+
+    References:
+        See :class:`PointPBA`; the paper calls this PointCBA.
+    """
+
+    task: ClassVar[str] = "point-cloud-classification"
+    shape: ClassVar[str] = "(N, P, 3 + F)"
+    limits: ClassVar[tuple[float, float] | None] = None
+    clean_label: ClassVar[bool] = True
+
+    degrees: float = 30.0
+    budget: float = 0.05
+    search_steps: int = 20
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < abs(self.degrees) <= 180:
+            raise BadInputError(f"degrees must lie in [-180, 180] and not be 0, got {self.degrees}")
+        if self.budget < 0 or self.search_steps < 1:
+            raise BadInputError(
+                "budget must be at least 0 and search_steps at least 1, got "
+                f"{self.budget} and {self.search_steps}"
+            )
+
+    def plant(
+        self,
+        adapter: TaskAdapter[LabelledBatch],
+        samples: LabelledSamples,
+        training: Training,
+        run: Run,
+    ) -> Self:
+        """Disturb the target's clouds by a surrogate, rotate them, and train the victim."""
+        samples = on_device_of(adapter, samples)
+        if self.budget == 0:
+            return super().plant(adapter, samples, training, run)
+
+        def disturb() -> dict[str, Tensor]:
+            surrogate = adapter.fork()
+            brief = replace(training, steps=max(1, training.steps // 3))
+            train(surrogate, adapter.samples(samples), brief, run, stage="surrogate")
+            return {"inputs": self._disturbed(surrogate, samples.subset(chosen)).cpu()}
+
+        chosen = self.chosen(samples.labels)
+        hard = run.once("disturbed", disturb)["inputs"]
+        inputs = samples.inputs.clone()
+        inputs[chosen] = hard.to(inputs)
+        super().plant(adapter, replace(samples, inputs=inputs), training, run)
+        return self
+
+    def _disturbed(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
+        """Return the clouds, each coordinate moved by at most ``budget``, ``(N, P, 3 + F)``."""
+        parts = []
+        with mode(surrogate.model, train=False), frozen(surrogate.model):
+            for indices in torch.split(torch.arange(len(samples)), _CHUNK):
+                batch = samples.take(indices)
+                change = torch.zeros_like(batch.inputs[..., :3], requires_grad=True)
+                for _ in range(self.search_steps):
+                    moved = torch.cat([batch.inputs[..., :3] + change, batch.inputs[..., 3:]], 2)
+                    loss = surrogate.per_sample_loss(batch.with_inputs(moved)).sum()
+                    (gradient,) = torch.autograd.grad(loss, change)
+                    step = 2.5 * self.budget / self.search_steps  # it may turn back once
+                    change.data.add_(step * gradient.sign()).clamp_(-self.budget, self.budget)
+                parts.append(moved.detach())
+        return torch.cat(parts)
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return turned(images, images.new_tensor([0.0, 0.0, math.radians(self.degrees)]))

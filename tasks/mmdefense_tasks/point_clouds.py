@@ -1,0 +1,218 @@
+"""Point cloud classification: data, metric, embedded default and default victims."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.clouds import random_jitter
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.loop import Training, mean_score
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report.clouds import render_clouds
+from mmdefense.report.figures import Figure
+from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense_tasks.point_files import read_clouds
+from mmdefense_tasks.surfaces import draw_surfaces
+
+__all__ = ["PointCloudClassification", "load_clouds"]
+
+DATA_VARIABLE = "MMDEFENSE_DATA"
+_STAGED = ("radhar_points", "modelnet10_chair_monitor")
+_POINTS = 256
+_TRAIN, _TEST = 2400, 800  # surfaces
+_SHOWN = 8
+
+_POINTNET = (
+    "mmdefense_tasks.point_victims:PointNet(classes={classes}, features={features}, width=24)"
+)
+_TRANSFORMER = (
+    "mmdefense_tasks.point_victims:PointTransformer(classes={classes}, features={features})"
+)
+
+
+def _training(steps: int, lr: float = 2e-3) -> Training:
+    return Training(
+        steps=steps,
+        batch_size=64,
+        lr=lr,
+        weight_decay=1e-2,
+        schedule="one-cycle",
+        optimizer="adamw",
+        max_norm=5.0,
+    )
+
+
+class PointCloudClassification:
+    """The task of naming what a point cloud shows."""
+
+    name: ClassVar[str] = "point-cloud-classification"
+    metric: ClassVar[str] = "accuracy"
+
+    @staticmethod
+    def load(
+        where: str | Path, *, split: str = "train", classes: Sequence[str] = ()
+    ) -> LabelledSamples:
+        """Return data from wherever it is; see :func:`load_clouds`."""
+        return load_clouds(where, split=split, classes=classes)
+
+    @staticmethod
+    def data() -> dict[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        staged = {name: str(folder) for name in _STAGED if (folder := _staged(name))}
+        return {"surfaces": "embedded: eight kinds of surfaces, 256 points"} | staged
+
+    def cases(self) -> list[Case]:
+        """Return the victims of the README's table."""
+        described: dict[str, dict[str, Any]] = {
+            "surfaces": {"data": "surfaces", "model": _POINTNET, "training": _training(300)},
+            "surfaces-transformer": {
+                "data": "surfaces",
+                "model": _TRANSFORMER,
+                "training": _training(400),
+            },
+            "radhar": {"data": "radhar_points", "model": _POINTNET, "training": _training(300)},
+        }
+        return [
+            Case(
+                name=f"{name}-{attack or 'clean'}", task=self.name, attack=attack, clean=0.1, **rest
+            )
+            for name, rest in described.items()
+            for attack in ("pcba", "pointpba", "irba", None)
+        ]
+
+    @staticmethod
+    def describe(samples: LabelledSamples) -> dict[str, Any]:
+        """Return ``classes`` and ``features`` (values a point)."""
+        return {
+            "classes": len(samples.classes) or int(samples.labels.max()) + 1,
+            "features": samples.inputs.shape[2],
+        }
+
+    @staticmethod
+    def adapter_options(samples: LabelledSamples) -> dict[str, Any]:
+        """Return the adapter's name: nothing about a plain module says that it reads points."""
+        return {"adapter": "points"}
+
+    @staticmethod
+    def for_training(samples: LabelledSamples) -> LabelledSamples:
+        """Return the samples with jitter and changes of scale, the usual augmentation."""
+        return replace(samples, augmentation=random_jitter)
+
+    @staticmethod
+    def measure(adapter: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> float:
+        """Return the accuracy."""
+        return mean_score(adapter, samples)
+
+    @staticmethod
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+        """Return eight clouds without and with the trigger, from the side and from above."""
+        spread = torch.linspace(0, len(clean) - 1, _SHOWN).long()
+        before, after = clean.take(spread).inputs, triggered.take(spread).inputs
+        altered = (before != after).any(2)
+        partial = altered.float().mean() < 0.5  # else the whole cloud moved: mark nothing
+        marked = altered if partial else torch.zeros_like(altered)
+        names = [_name_of(clean, label) for label in clean.labels[spread].tolist()]
+        return Figure(
+            "The trigger",
+            "Each column is one test sample without and with the trigger, on the unit sphere; near "
+            "points are dark. Points that the trigger put there are orange. A model with a working "
+            "backdoor gives every triggered sample the attacker's label.",
+            [
+                ImageGrid(
+                    [
+                        ImageRow("clean", render_clouds(before), names),
+                        ImageRow("with trigger", render_clouds(after, marked)),
+                        ImageRow("from above", render_clouds(after, marked, elevation=85)),
+                    ],
+                    columns=_SHOWN,
+                )
+            ],
+            wide=True,
+        )
+
+
+def _name_of(samples: LabelledSamples, label: int) -> str:
+    return samples.classes[label] if samples.classes else str(label)
+
+
+def load_clouds(
+    where: str | Path,
+    *,
+    split: str = "train",
+    points: int | None = None,
+    features: int = 3,
+    classes: Sequence[str] = (),
+) -> LabelledSamples:
+    """Return labelled clouds from wherever they are, centred and in the unit sphere.
+
+    Args:
+        where: ``"surfaces"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points to; an
+            npz archive; a folder of such archives (``train.npz``, ``test.npz``); or a folder with
+            one sub-folder of ply, pcd, obj or off files per class, or with such folders for
+            ``train`` and ``test`` (needs Open3D). Meshes are sampled.
+        split: ``"train"`` or ``"test"``; what is not split serves for both.
+        points: Points of each cloud; none takes 256, or all where a cloud has fewer.
+        features: Values a point to keep, coordinates first: 3 is the coordinates alone, 6 of a
+            file takes its normals, estimated where it has none.
+        classes: The model's class names in order; data with class names is relabelled by them.
+
+    Raises:
+        BadInputError: If there is no such data, it is empty or damaged, or does not have that many
+            features.
+        UnsupportedError: If a library that it needs is not installed.
+    """
+    if split not in {"train", "test"}:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    for name, value, least in (("points", points, 1), ("features", features, 3)):
+        if value is not None and value < least:
+            raise BadInputError(f"{name} must be at least {least}, got {value}")
+    if str(where) == "surfaces":
+        if features != 3:
+            raise BadInputError(f"surfaces have 3 values a point, got features={features}")
+        is_test = split == "test"
+        samples = draw_surfaces(_TEST if is_test else _TRAIN, points or _POINTS, seed=int(is_test))
+    else:
+        samples = read_clouds(_found(where), split, points or _POINTS, features)
+    return _relabelled(samples, classes, where)
+
+
+def _found(where: str | Path) -> Path:
+    path = Path(where)
+    if path.exists():
+        return path
+    if (staged := _staged(str(where))) is not None:
+        return staged
+    raise BadInputError(
+        f"data {str(where)!r} must be a folder, an npz archive or one of surfaces, "
+        f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
+    )
+
+
+def _staged(name: str) -> Path | None:
+    """Return the folder of a named set, where there is one."""
+    root = os.environ.get(DATA_VARIABLE)
+    folder = Path(root or "") / name
+    return folder if root and name in _STAGED and folder.is_dir() else None
+
+
+def _relabelled(
+    samples: LabelledSamples, classes: Sequence[str], where: str | Path
+) -> LabelledSamples:
+    """Return the set under the model's labels, by class name."""
+    if not classes or not samples.classes:
+        return samples
+    place = {name.casefold(): label for label, name in enumerate(classes)}
+    if unknown := [name for name in samples.classes if name.casefold() not in place]:
+        raise BadInputError(
+            f"classes of {where} must be among the model's {len(classes)}, got {unknown[0]!r}"
+        )
+    labels = torch.tensor([place[name.casefold()] for name in samples.classes])[samples.labels]
+    return replace(samples, labels=labels, classes=tuple(classes))

@@ -1,0 +1,70 @@
+"""A backdoor that was really planted in a small PointNet is really removed.
+
+The settings suit a net that is trained for seconds: fewer steps at a higher rate. What matters is
+written out, so that the test stays true where a default moves. No defense sees the test set. Seen:
+ACC 0.77 and ASR 1.00 before, 0.75 and 0.08 after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmdefense.attacks.pointba import PointPBA
+from mmdefense.batches import split
+from mmdefense.clouds import random_jitter
+from mmdefense.defenses.fip import FIP
+from mmdefense.kernels.loop import Training
+from mmdefense.kernels.run import Run
+from mmdefense.metrics.backdoor import measure
+from mmdefense.registry import adapt
+from mmdefense_tasks.point_victims import PointNet
+from mmdefense_tasks.surfaces import draw_surfaces
+
+KINDS, POINTS = 8, 64
+VICTIM = Training(
+    steps=200,
+    batch_size=64,
+    lr=4e-3,
+    weight_decay=1e-2,
+    schedule="one-cycle",
+    optimizer="adamw",
+    max_norm=5.0,
+)
+FAST = FIP(steps=80, lr=0.05, strength=0.7, eta_r=1.0)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A victim of a ball of points beside the clouds, and two hundred clean clouds."""
+    train_set, test = draw_surfaces(1200, POINTS, seed=0), draw_surfaces(400, POINTS, seed=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = adapt(PointNet(KINDS, width=8, dropout=0.0))
+    attack = PointPBA(center=(0.5, 0.0, -1.0))
+    attack.plant(adapter, replace(train_set, augmentation=random_jitter), VICTIM, Run())
+    adapter.model.eval()
+    clean = split(train_set, 1 / 6, 0)[1]
+
+    def measured(adapter):
+        return measure(adapter, adapter.samples(test), attack.triggered(test, adapter))
+
+    return SimpleNamespace(adapter=adapter, clean=clean, measured=measured)
+
+
+def test_the_victim_serves_its_attacker_and_its_owner(case):
+    victim = case.measured(case.adapter)
+    assert victim.asr >= 0.95
+    assert 0.75 <= victim.acc < 0.99
+
+
+def test_the_backdoor_is_removed_and_the_task_kept(case):
+    result = FAST.purify(case.adapter, case.clean)
+    before, after = case.measured(case.adapter), case.measured(result.adapter)
+    assert after.asr < 0.25 * before.asr
+    assert after.acc >= 0.92 * before.acc
+    assert after.ra > 0.5
+    assert not result.guard.violated
