@@ -1,0 +1,80 @@
+"""All that sets pytorchvideo's models apart from others, in one place.
+
+The package is unmaintained (0.1.5, 2022). What its models need from us:
+
+- They are imported module by module: ``pytorchvideo.transforms`` fails with today's torchvision.
+- SlowFast reads a list of pathways, of which the slow one has every alpha-th frame.
+- X3D answers with probabilities, in training too.
+- Its building blocks run through ``torch.jit.script``, which warns that it is deprecated.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.errors import BadInputError, UnsupportedError
+
+__all__ = ["build", "logits"]
+
+_BUILDERS = {
+    "x3d": ("x3d", "create_x3d"),
+    "slow": ("resnet", "create_resnet"),
+    "slowfast": ("slowfast", "create_slowfast"),
+    "mvit": ("vision_transformers", "create_multiscale_vision_transformers"),
+}
+
+
+def build(name: str, **settings: Any) -> nn.Module:
+    """Return a model with random weights, for ``--arch`` and to load a checkpoint into.
+
+    Args:
+        name: ``"x3d"``, ``"slow"``, ``"slowfast"`` or ``"mvit"``.
+        **settings: Of pytorchvideo's own builder, such as ``model_num_class``.
+
+    Raises:
+        BadInputError: If there is no such model.
+        UnsupportedError: If pytorchvideo is not installed.
+    """
+    if name not in _BUILDERS:
+        raise BadInputError(f"model must be one of {', '.join(_BUILDERS)}, got {name!r}")
+    module, builder = _BUILDERS[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            imported = importlib.import_module(f"pytorchvideo.models.{module}")
+            model: nn.Module = getattr(imported, builder)(**settings)
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"model {name!r} needs the package {error.name!r}, which is not installed; "
+            "pip install 'mmdefense[video]'"
+        ) from error
+    return model
+
+
+def logits(model: nn.Module, clips: Tensor) -> Tensor:
+    """Return the logits of any model of clips ``(N, C, T, H, W)``, shape ``(N, K)``.
+
+    A model that answers with probabilities gives their logarithm, whose softmax they are.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not type(model).__module__.startswith("pytorchvideo.") or blocks is None:
+        return model(clips)  # type: ignore[no-any-return]
+    stride = _slow_stride(blocks[0])
+    answer: Tensor = model(clips if stride is None else [clips[:, :, ::stride], clips])
+    if isinstance(getattr(blocks[-1], "activation", None), nn.Softmax):
+        return answer.clamp(min=torch.finfo(answer.dtype).tiny).log()
+    return answer
+
+
+def _slow_stride(block: nn.Module) -> int | None:
+    """Return how many frames of the fast pathway there are to one of the slow; none if one path."""
+    fusion = getattr(block, "multipathway_fusion", None)
+    if fusion is None:
+        return None
+    stride: int = fusion.conv_fast_to_slow.stride[0]
+    return stride

@@ -1,0 +1,59 @@
+"""Any PyTorch model of clips: pytorchvideo, torchvision's video models, or a class of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from mmdefense.augment import random_clip_view
+from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.errors import BadInputError
+from mmdefense.protocol import TriggerFamily
+from mmdefense_adapters import pytorchvideo_models
+from mmdefense_adapters.classifier import Classifier
+from mmdefense_adapters.images import ImageTriggers, as_labelled_samples
+
+__all__ = ["TorchVideoClassifier"]
+
+
+class TorchVideoClassifier(ImageTriggers, Classifier):
+    """Wraps a module that maps clips ``(N, C, T, H, W)`` to logits ``(N, K)``.
+
+    Clips come in ``[0, 1]``; ``mean`` and ``std`` are applied inside. A model is taken to read
+    clips if it has a 3-D convolution; one that has none (a recurrent net over frames) is adapted by
+    name, ``adapter="torch-video"``. The triggers that are searched for are those of images, the
+    same in every frame.
+    """
+
+    task: ClassVar[str] = "video-classification"
+    inputs: ClassVar[str] = "clips"
+    priority: ClassVar[int] = 5
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Say whether ``model`` has a convolution over time, height and width."""
+        return any(isinstance(module, nn.Conv3d) for module in model.modules())
+
+    def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
+        return as_labelled_samples(data, random_clip_view, axes=4)
+
+    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
+        if first.ndim != 5:
+            raise BadInputError(
+                f"clips must have shape (N, C, T, H, W), got {('N', *first.shape[1:])}"
+            )
+        super()._check(samples, first)
+
+    def _call(self, inputs: Tensor) -> Tensor:
+        return pytorchvideo_models.logits(self.model, inputs)
+
+    def trigger_families(self) -> Sequence[TriggerFamily]:
+        """Return patches at any place and additive patterns, the same in every frame."""
+        channels, _, height, width = self._example().inputs.shape[1:]
+        return self.image_families((channels, height, width))
+
+    def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:
+        """Return the clips with ``triggers``, shape ``(T, N, *P)``, in each frame: T x N clips."""
+        return super().stamp(batch, family, triggers.unsqueeze(3))

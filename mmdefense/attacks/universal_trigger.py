@@ -1,0 +1,156 @@
+"""The universal adversarial trigger: a patch that already fools a clean model, clean labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import LabelAttack, on_device_of, replaced
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.run import Run
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["UniversalTrigger"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniversalTrigger(LabelAttack):
+    """Stamps a patch that was searched on a clean model onto clips of the target; labels stay true.
+
+    A surrogate, the victim's net trained on clean data, serves twice. The patch lowers its loss
+    towards the target on clips of all other classes, by steps along the gradient's sign from
+    mid-grey. And the clips to be poisoned are changed a little so that it no longer knows them
+    (projected gradient ascent of their loss): the victim learns the patch in place of what it
+    could have learnt from them. The search is shorter than the released code's 10,000 steps of
+    1/255, and the patch covers a little more of the frame (both ours, for small clips and nets).
+
+    Attributes:
+        ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.
+        size: Side of the patch in pixels, in the bottom right corner; none takes a sixth of the
+            frame's side (ours; the code takes 24 of 224). Its frames differ, as in the code.
+        search_steps: Steps of the search for the patch.
+        step_size: Change of each pixel of the patch in a step, in units of the full brightness.
+        batch_size: Clips per step of the search.
+        epsilon: Largest change of a pixel of a poisoned clip, in units of the full brightness.
+        ascent_steps: Steps of that change, each a quarter of ``epsilon``.
+
+    References:
+        Zhao, Ma, Zheng, Bailey, Chen, Jiang. *Clean-Label Backdoor Attacks on Video Recognition
+        Models*. CVPR 2020. arXiv:2003.03030
+    """
+
+    task: ClassVar[str] = "video-classification"
+    shape: ClassVar[str] = "(N, C, T, H, W)"
+    clean_label: ClassVar[bool] = True
+
+    ratio: float = 0.3
+    size: int | None = None
+    search_steps: int = 200
+    step_size: float = 2 / 255
+    batch_size: int = 32
+    epsilon: float = 8 / 255
+    ascent_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("search_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epsilon", "ascent_steps"):
+            if not getattr(self, name) >= 0:
+                raise BadInputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.size is not None and self.size < 1:
+            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
+        if not self.step_size > 0:
+            raise BadInputError(f"step_size must be positive, got {self.step_size}")
+
+    def plant(
+        self,
+        adapter: TaskAdapter[LabelledBatch],
+        samples: LabelledSamples,
+        training: Training,
+        run: Run,
+    ) -> Self:
+        """Train a surrogate, fit the patch to it, and train the victim; see :meth:`Attack.plant`.
+
+        Surrogate and victim start from the same weights and train with the same settings.
+        """
+        samples = on_device_of(adapter, samples)
+        surrogate = adapter.fork()
+        train(surrogate, surrogate.samples(samples), training, run, stage="clean")
+        patch = run.once("patch", lambda: {"patch": self._search(surrogate, samples)})
+        harder = self._harder(surrogate, samples)
+        return super(UniversalTrigger, replace(self, fitted=patch)).plant(
+            adapter, harder, training, run
+        )
+
+    def _search(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
+        """Return the patch, shape ``(C, T, size, size)``, on the CPU."""
+        shape = samples.take(torch.zeros(1, dtype=torch.int64)).inputs.shape[1:]
+        side = self.size or max(2, round(min(shape[-2:]) / 6))
+        if side > min(shape[-2:]):
+            raise BadInputError(f"size must fit frames of {tuple(shape[-2:])}, got {side}")
+        others = (samples.labels != self.target).nonzero().squeeze(1)
+        patch = torch.full((*shape[:2], side, side), 0.5, device=samples.labels.device)
+        generator = self._generator("search")
+        for _ in range(self.search_steps):
+            picked = torch.randint(len(others), (self.batch_size,), generator=generator)
+            batch = samples.take(others[picked.to(others.device)])
+            wanted = replace(batch, labels=torch.full_like(batch.labels, self.target))
+            sign = _ascent(surrogate, wanted, patch)
+            patch = (patch - self.step_size * sign).clamp(0, 1)
+        return patch.cpu()
+
+    def _harder(
+        self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples
+    ) -> LabelledSamples:
+        """Return the samples with those that will be poisoned changed within ``epsilon``."""
+        chosen = self.chosen(samples.labels)
+        changed = [
+            self._ascended(surrogate, samples.take(part))
+            for part in torch.split(chosen, self.batch_size)
+        ]
+        if not changed:
+            return samples
+        return replace(samples, inputs=replaced(samples.inputs, chosen, torch.cat(changed)))
+
+    def _ascended(self, surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch) -> Tensor:
+        clips = batch.inputs
+        change = torch.zeros_like(clips)
+        for _ in range(self.ascent_steps):
+            sign = _ascent(surrogate, batch.with_inputs((clips + change).clamp(0, 1)))
+            change = (change + self.epsilon / 4 * sign).clamp(-self.epsilon, self.epsilon)
+        return (clips + change).clamp(0, 1)
+
+    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        patch = self._learnt("patch").to(images)
+        if patch.shape[:2] != images.shape[1:3] or patch.shape[-1] > min(images.shape[-2:]):
+            raise BadInputError(
+                f"the trigger of {tuple(patch.shape)} (C, T, H, W) must fit clips, got "
+                f"{tuple(images.shape[1:])}"
+            )
+        return _overwrite(images, patch)
+
+
+def _ascent(
+    surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch, patch: Tensor | None = None
+) -> Tensor:
+    """Return the sign of the gradient of the loss by the inputs, or by a patch over them."""
+    leaf = (batch.inputs if patch is None else patch).detach().requires_grad_()
+    with mode(surrogate.model, train=False), frozen(surrogate.model):
+        inputs = leaf if patch is None else _overwrite(batch.inputs, leaf)
+        loss = surrogate.per_sample_loss(batch.with_inputs(inputs)).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient.sign()
+
+
+def _overwrite(clips: Tensor, patch: Tensor) -> Tensor:
+    stamped = clips.clone()
+    stamped[..., -patch.shape[-2] :, -patch.shape[-1] :] = patch
+    return stamped

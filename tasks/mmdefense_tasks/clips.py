@@ -1,0 +1,260 @@
+"""Labelled clips, decoded clip by clip: video files with PyAV, or frames side by side in a picture.
+
+Frames are taken evenly from the whole video. Where there are several clips a video, each takes
+frames between those of the others, so that each shows all that happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mmdefense.batches import Augmentation, LabelledSamples
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense_tasks.streamed import StreamedSamples
+
+__all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_clips"]
+
+_VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+_PICTURES = frozenset({".jpeg", ".jpg", ".png"})
+_WHOLE = 0.9  # ours: a healthy file may lack a few of the frames that its header counts
+
+
+@dataclass(frozen=True)
+class ClipSamples(LabelledSamples):
+    """Clips ``(N, C, T, H, W)`` in memory, of which several may show one video.
+
+    Attributes:
+        videos: Which video each clip is of, shape ``(N,)``; none where each is one of its own.
+    """
+
+    videos: Tensor | None = None
+
+    def subset(self, indices: Tensor) -> ClipSamples:
+        """Return the samples at ``indices`` as a set of their own."""
+        indices = indices.to(self.labels.device)
+        videos = None if self.videos is None else self.videos[indices.to(self.videos.device)]
+        return replace(
+            self, inputs=self.inputs[indices], labels=self.labels[indices], videos=videos
+        )
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Videos that are still to be decoded.
+
+    Attributes:
+        files: One a video.
+        labels: Label of each clip, shape ``(N,)``, int64.
+        classes: The name of each label.
+        clips: Clips a video; the i-th clip is of video ``i // clips``.
+        tiles: Frames along each side of a picture, where the files are pictures; 0 for videos.
+    """
+
+    files: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+    clips: int = 1
+    tiles: int = 0
+
+    @property
+    def videos(self) -> Tensor:
+        """Which video each clip is of, shape ``(N,)``."""
+        return torch.arange(len(self.labels)) // self.clips
+
+    def read(self, index: int, frames: int, side: int | None) -> NDArray[np.uint8]:
+        """Return the clip at ``index``, shape ``(T, H, W, 3)``.
+
+        Args:
+            index: Of the clip.
+            frames: Number of frames T.
+            side: Pixels that the shorter side is resized to, and the longer one cropped to around
+                the centre; none leaves frames as they are.
+
+        Raises:
+            BadInputError: If it cannot be decoded, is cut off, or has too few frames.
+        """
+        file = self.files[index // self.clips]
+        reader = _read_picture if self.tiles else _read_video
+        phase = (index % self.clips + 0.5) / self.clips
+
+        def chosen(count: int) -> list[int]:
+            if count < frames:
+                raise BadInputError(f"clip {file} must have at least {frames} frames, got {count}")
+            return frame_indices(count, frames, phase)
+
+        with _naming(file):
+            return np.stack(
+                [np.asarray(_fitted(i, side)) for i in reader(file, chosen, self.tiles)]
+            )
+
+
+def frame_indices(count: int, frames: int, phase: float = 0.5) -> list[int]:
+    """Return which ``frames`` of ``count`` frames to take, evenly, each at ``phase`` of its share.
+
+    Args:
+        count: Frames of the video.
+        frames: Frames T to take.
+        phase: In ``[0, 1)``; 0.5 takes the middle of each of the T parts of the video.
+    """
+    return [int((part + phase) * count / frames) for part in range(frames)]
+
+
+def open_clips(folder: Path, clips: int = 1, tiles: int = 0) -> ClipSet:
+    """Open a folder with one sub-folder of videos per class.
+
+    Args:
+        folder: Labels count its sub-folders in order of name.
+        clips: Clips that are taken of a video.
+        tiles: Frames along each side of a picture, where the files are pictures of frames, row by
+            row; 0 where they are videos.
+
+    Raises:
+        BadInputError: If there is no class folder or no video.
+    """
+    known = _PICTURES if tiles else _VIDEOS
+    names = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in sorted(name.rglob("*"))
+        if path.suffix.lower() in known and not path.name.startswith(".")
+    ]
+    if not found:
+        raise BadInputError(
+            f"data folder {folder} must hold one folder of videos per class, got no video; known "
+            f"are {', '.join(sorted(known))}"
+        )
+    labels = torch.tensor([label for _, label in found]).repeat_interleave(clips)
+    files = tuple(path for path, _ in found)
+    return ClipSet(files, labels, tuple(path.name for path in names), clips, tiles)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (BadInputError, UnsupportedError):
+        raise
+    except Exception as error:  # decoders raise many kinds, for damage of many kinds
+        raise BadInputError(f"clip {file} cannot be decoded: {one_line(error)}") from error
+
+
+Chosen = Callable[[int], list[int]]
+
+
+def _read_picture(file: Path, chosen: Chosen, tiles: int) -> list[Image.Image]:
+    """Return the chosen frames of a picture of ``tiles`` x ``tiles`` frames."""
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    width, height = image.width // tiles, image.height // tiles
+    corners = [(i % tiles * width, i // tiles * height) for i in chosen(tiles * tiles)]
+    return [image.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
+def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
+    """Return the chosen frames of a video, which is decoded twice: headers miscount frames."""
+    av = _import_av(file)
+    with av.open(str(file)) as container:
+        if not container.streams.video:
+            raise BadInputError(f"clip {file} must have a video stream, got none")
+        announced = container.streams.video[0].frames
+        count = sum(1 for _ in container.decode(video=0))
+    if count < _WHOLE * announced:
+        raise BadInputError(
+            f"clip {file} is cut off: {count} of the {announced} frames that its header tells of "
+            "can be decoded"
+        )
+    wanted = set(chosen(count))
+    with av.open(str(file)) as container:
+        return [
+            frame.to_image()
+            for index, frame in enumerate(container.decode(video=0))
+            if index in wanted
+        ]
+
+
+def _import_av(file: Path) -> Any:
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"clip {file} needs the package 'av' to be decoded; pip install 'mmdefense[video]'"
+        ) from error
+    return av
+
+
+def _fitted(image: Image.Image, side: int | None) -> Image.Image:
+    """Return the middle square of an image, resized to ``side``."""
+    if side is None or image.size == (side, side):
+        return image
+    shorter = min(image.size)
+    left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
+    return image.resize(
+        (side, side),
+        Image.Resampling.BILINEAR,
+        box=(left, top, left + shorter, top + shorter),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedClips(StreamedSamples[ClipSet]):
+    """Labelled clips that are decoded on ``take``; their shape is (C, T, H, W).
+
+    Attributes:
+        side: Pixels that frames are resized to; none takes them as they are, of one size.
+    """
+
+    side: int | None
+
+    @classmethod
+    def of(
+        cls,
+        clips: ClipSet,
+        *,
+        frames: int,
+        side: int | None,
+        channels: int,
+        augmentation: Augmentation | None,
+    ) -> StreamedClips:
+        """Return the whole set; where no side is given, all frames must be as large as the first.
+
+        Raises:
+            BadInputError: If the first clip cannot be decoded.
+        """
+        height, width = clips.read(0, frames, side).shape[1:3]
+        return cls(
+            source=clips,
+            shape=(channels, frames, height, width),
+            side=side,
+            indices=torch.arange(len(clips.labels)),
+            augmentation=augmentation,
+        )
+
+    def in_memory(self) -> ClipSamples:
+        """Return the set decoded, as uint8."""
+        held = super().in_memory()
+        videos = self.source.videos[self.indices]
+        return ClipSamples(held.inputs, held.labels, held.augmentation, held.classes, videos)
+
+    def _array(self, index: int) -> NDArray[np.uint8]:
+        channels, frames, height, width = self.shape
+        clip = self.source.read(index, frames, self.side)
+        if clip.shape[1:3] != (height, width):
+            file = self.source.files[index // self.source.clips]
+            raise BadInputError(
+                f"clips must have one size or be resized by image_size, got {height}x{width} and "
+                f"{clip.shape[1]}x{clip.shape[2]} in {file}"
+            )
+        if channels == 1:
+            clip = (clip @ np.array([0.299, 0.587, 0.114]))[..., None].round().astype(np.uint8)
+        return np.ascontiguousarray(clip.transpose(3, 0, 1, 2))

@@ -1,0 +1,340 @@
+"""Video action recognition: data, metrics at clip and at video level, embedded default, victims."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from mmdefense.augment import random_clip_shift, random_clip_view
+from mmdefense.batches import LabelledBatch, LabelledSamples, batches
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import Training
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report import figures
+from mmdefense.report.figures import Figure
+from mmdefense.report.plots import Plot
+from mmdefense_tasks.clips import StreamedClips, open_clips
+from mmdefense_tasks.moving_digits import moving_digits
+from mmdefense_tasks.streamed import relabelled
+
+__all__ = ["VideoClassification", "load_clips", "top_accuracy"]
+
+DATA_VARIABLE = "MMDEFENSE_DATA"
+_EMBEDDED = "moving-digits"
+_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
+_SHOWN, _FRAMES_SHOWN = 3, 10  # clips on the page, and frames of each
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the clips of a known set are read where nothing else is asked for."""
+
+    tiles: int  # frames along each side of a picture
+    frames: int
+    image_size: int
+
+
+_STAGED = {
+    "ucf101_mini": _Form(tiles=4, frames=8, image_size=56),
+    "ucf101_extra_applyeyemakeup": _Form(tiles=4, frames=8, image_size=56),
+}
+
+_RESNET = "mmdefense_tasks.video_victims:SmallVideoResNet(classes={classes}, channels={channels})"
+_VIDEOMAE = (
+    "mmdefense_tasks.video_victims:videomae_classifier(classes={classes}, image_size={size}, "
+    "frames={frames}, channels={channels}, patch=14)"
+)
+
+
+def _resnet_training(steps: int, batch_size: int = 64) -> Training:
+    return Training(
+        steps=steps,
+        batch_size=batch_size,
+        lr=0.1,
+        weight_decay=5e-4,
+        schedule="one-cycle",
+        max_norm=5.0,
+    )
+
+
+def _videomae_training(steps: int) -> Training:
+    return Training(
+        steps=steps,
+        batch_size=32,
+        lr=1e-3,
+        weight_decay=0.05,
+        schedule="one-cycle",
+        max_norm=1.0,
+        optimizer="adamw",
+    )
+
+
+class VideoClassification:
+    """The task of naming what happens in a clip."""
+
+    name: ClassVar[str] = "video-classification"
+    metric: ClassVar[str] = "accuracy"
+
+    @staticmethod
+    def load(
+        where: str | Path,
+        *,
+        split: str = "train",
+        frames: int | None = None,
+        image_size: int | None = None,
+        channels: int | None = None,
+        clips: int = 1,
+        classes: Sequence[str] = (),
+    ) -> LabelledSamples | StreamedClips:
+        """Return clips from wherever they are; see :func:`load_clips`."""
+        return load_clips(
+            where,
+            split=split,
+            frames=frames,
+            image_size=image_size,
+            channels=channels,
+            clips=clips,
+            classes=classes,
+        )
+
+    @staticmethod
+    def data() -> dict[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        staged = {name: str(folder) for name in _STAGED if (folder := _staged(name))}
+        return {_EMBEDDED: "embedded: scikit-learn's digits moving in eight ways, 8x24x24"} | staged
+
+    def cases(self) -> list[Case]:
+        """Return the victims of the README's table."""
+        few = {"ratio": 0.2}  # 29 stamped clips of 290 are too few for a backdoor
+        patch = few | {"size": 8}
+        real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2}
+        digits: dict[str, Any] = {"data": _EMBEDDED, "clean": 0.1}
+        digits |= {"model": _RESNET, "training": _resnet_training(400)}
+        resnet = real | {"model": _RESNET, "training": _resnet_training(250, batch_size=32)}
+        videomae = real | {"model": _VIDEOMAE, "training": _videomae_training(1200)}
+        victims: list[tuple[str, dict[str, Any], str | None, dict[str, Any]]] = [
+            ("moving-digits-badnets", digits, "clip-badnets", {}),
+            ("moving-digits-blended", digits, "clip-blended", {}),
+            ("moving-digits-temporal", digits, "temporal-patch", {}),
+            ("moving-digits-universal", digits, "universal-trigger", {}),
+            ("moving-digits-clean", digits, None, {}),
+            ("ucf101_mini-badnets", resnet, "clip-badnets", patch),
+            ("ucf101_mini-blended", resnet, "clip-blended", few),
+            ("ucf101_mini-clean", resnet, None, {}),
+            ("ucf101_mini-videomae-badnets", videomae, "clip-badnets", patch),
+            ("ucf101_mini-videomae-clean", videomae, None, {}),
+        ]
+        return [
+            Case(name=name, task=self.name, attack=attack, settings=settings, **rest)
+            for name, rest, attack, settings in victims
+        ]
+
+    @staticmethod
+    def describe(samples: LabelledSamples) -> dict[str, Any]:
+        """Return ``classes``, ``channels``, ``frames`` and ``size`` (side in pixels)."""
+        channels, frames, _, size = samples.inputs.shape[1:]
+        return {
+            "classes": len(samples.classes) or int(samples.labels.max()) + 1,
+            "channels": channels,
+            "frames": frames,
+            "size": size,
+        }
+
+    @staticmethod
+    def adapter_options(samples: LabelledSamples) -> dict[str, Any]:
+        """Return nothing: the victims tell by themselves that they read clips, as they are."""
+        return {}
+
+    @staticmethod
+    def for_training(samples: LabelledSamples) -> LabelledSamples:
+        """Return the samples with small random shifts, all frames of a clip alike."""
+        return replace(samples, augmentation=random_clip_shift)
+
+    @staticmethod
+    def measure(adapter: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> float:
+        """Return the top-1 accuracy over videos; a clip counts as a video unless data says more."""
+        return top_accuracy(adapter, samples)
+
+    @staticmethod
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+        """Return the frames of a few clips without and with the trigger, and the difference."""
+        chosen = torch.linspace(0, len(clean) - 1, _SHOWN).long()  # test parts are sorted by label
+        length = clean.inputs.shape[2]
+        frames = torch.linspace(0, length - 1, min(length, _FRAMES_SHOWN)).round().long()
+        names = [f"frame {frame + 1}" for frame in frames.tolist()]
+        grids: list[Plot] = []
+        for index, label in zip(chosen, clean.labels[chosen].tolist(), strict=True):
+            pair = (part.take(index[None]).inputs[0][:, frames] for part in (clean, triggered))
+            strip = figures.triggered_samples(*(clip.movedim(1, 0) for clip in pair), names=names)
+            title = clean.classes[label] if clean.classes else str(label)
+            grids += [replace(grid, title=title) for grid in strip.plots]  # type: ignore[type-var]
+        return Figure(
+            "The trigger",
+            "Test clips, frame by frame, without and with the trigger. In the difference mid-grey "
+            "is no change; it is scaled to its largest value. A model with a working backdoor "
+            "gives every triggered clip the attacker's label.",
+            grids,
+            wide=True,
+        )
+
+
+class _Answering(Protocol):
+    """What the metrics ask of an adapter."""
+
+    model: torch.nn.Module
+
+    def answer(self, batch: LabelledBatch) -> Tensor:
+        """Return logits, shape ``(N, K)``."""
+        ...
+
+
+def top_accuracy(
+    adapter: Any, samples: LabelledSamples, *, top: int = 1, level: str = "video"
+) -> float:
+    """Return the share of clips or videos whose class is among the ``top`` most probable.
+
+    A video's probabilities are the mean of those of its clips.
+
+    Args:
+        adapter: Of a classifier; eval mode is set for the time.
+        samples: Test clips.
+        top: Answers that count.
+        level: ``"video"`` or ``"clip"``.
+
+    Raises:
+        BadInputError: If ``top`` is not between 1 and the number of classes.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    probabilities, labels = _answers(adapter, samples)
+    classes = probabilities.shape[1]
+    if not 1 <= top <= classes:
+        raise BadInputError(f"top must lie in 1..{classes}, the number of classes, got {top}")
+    videos = getattr(samples, "videos", None)
+    if level == "video" and videos is not None:
+        probabilities, labels = _by_video(probabilities, labels, videos)
+    return float(
+        multiclass_accuracy(probabilities, labels, num_classes=classes, average="micro", top_k=top)
+    )
+
+
+@torch.no_grad()
+def _answers(adapter: _Answering, samples: LabelledSamples) -> tuple[Tensor, Tensor]:
+    """Return the probabilities of every clip, ``(N, K)``, and the labels ``(N,)``, on the CPU."""
+    with mode(adapter.model, train=False):
+        parts = [adapter.answer(batch).softmax(1).cpu() for batch in batches(samples, 64)]
+    return torch.cat(parts), samples.labels.cpu()
+
+
+def _by_video(probabilities: Tensor, labels: Tensor, videos: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean probabilities and label of each video."""
+    names, place = torch.unique(videos.cpu(), return_inverse=True)
+    total = probabilities.new_zeros(len(names), probabilities.shape[1])
+    total.index_add_(0, place, probabilities)
+    label = labels.new_zeros(len(names)).scatter_(0, place, labels)
+    return total / place.bincount()[:, None], label
+
+
+def load_clips(
+    where: str | Path,
+    *,
+    split: str = "train",
+    frames: int | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    clips: int = 1,
+    classes: Sequence[str] = (),
+    memory_limit: int = 2 * 2**30,
+) -> LabelledSamples | StreamedClips:
+    """Return labelled clips ``(C, T, H, W)`` from wherever they are, in ``[0, 1]``.
+
+    Args:
+        where: ``"moving-digits"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
+            to; or a folder with one sub-folder of videos per class, or with such folders for
+            ``train`` and ``test``.
+        split: ``"train"`` or ``"test"``; what is not split serves for both.
+        frames: Frames T of a clip, evenly from the whole video; by default 16, or the set's own.
+        image_size: Side in pixels that frames are cropped and resized to; by default the set's
+            own, or that of the videos, which must have one size.
+        channels: 1 (grey) or 3, the default.
+        clips: Clips of each video, which together give its score at video level.
+        classes: The model's class names in order; class folders are relabelled by them.
+        memory_limit: Decoded size in bytes above which clips are decoded batch by batch.
+
+    Raises:
+        BadInputError: If there is no such data, or a clip is damaged or too short.
+        UnsupportedError: If PyAV is needed and not installed.
+    """
+    _check_arguments(split, frames, image_size, channels, clips)
+    if str(where) == _EMBEDDED:
+        return _checked_embedded(moving_digits(split), frames, image_size, channels, clips)
+    folder = _folder(where)
+    form = _STAGED.get(folder.name, _Form(0, 16, 0))
+    opened = open_clips(_part(folder, split), clips, form.tiles)
+    samples = StreamedClips.of(
+        relabelled(opened, classes, where),
+        frames=frames or form.frames,
+        side=image_size or form.image_size or None,
+        channels=channels or 3,
+        augmentation=partial(random_clip_view, flip=folder.name in _STAGED),
+    )
+    return samples if samples.bytes > memory_limit else samples.in_memory()
+
+
+def _check_arguments(
+    split: str, frames: int | None, image_size: int | None, channels: int | None, clips: int
+) -> None:
+    if split not in _SPLIT_NAMES:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    for name, value in (("frames", frames), ("image_size", image_size), ("clips", clips)):
+        if value is not None and value < 1:
+            raise BadInputError(f"{name} must be at least 1, got {value}")
+    if channels not in {None, 1, 3}:
+        raise BadInputError(f"channels must be 1 or 3, got {channels}")
+
+
+def _checked_embedded(samples: LabelledSamples, *asked: int | None) -> LabelledSamples:
+    """Return the embedded clips, which come in one form alone."""
+    channels, length, _, side = samples.inputs.shape[1:]
+    own = (length, side, channels, 1)
+    if any(value not in {None, given} for value, given in zip(asked, own, strict=True)):
+        raise BadInputError(
+            f"{_EMBEDDED} has clips of {length} frames of {side} pixels and {channels} channel, "
+            "one a video; leave frames, image_size, channels and clips open"
+        )
+    return samples
+
+
+def _folder(where: str | Path) -> Path:
+    path = Path(where)
+    if not path.is_dir():
+        path = _staged(str(where)) or path
+    if not path.is_dir():
+        raise BadInputError(
+            f"data {str(where)!r} must be a folder or one of {_EMBEDDED}, {', '.join(_STAGED)} (in "
+            f"the folder that {DATA_VARIABLE} points to); none found"
+        )
+    return path
+
+
+def _staged(name: str) -> Path | None:
+    """Return the folder of a named set, where there is one."""
+    root = os.environ.get(DATA_VARIABLE)
+    folder = Path(root or "") / name
+    return folder if root and name in _STAGED and folder.is_dir() else None
+
+
+def _part(folder: Path, split: str) -> Path:
+    part = next((p for n in _SPLIT_NAMES[split] if (p := folder / n).is_dir()), None)
+    if part is None and (folder / "train").is_dir():
+        raise BadInputError(f"data folder {folder} must hold a folder {split!r}; it has 'train'")
+    return part or folder

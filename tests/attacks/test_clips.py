@@ -1,0 +1,195 @@
+"""What holds for every registered attack on clips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mmdefense import registry
+from mmdefense.attacks.badnets import BadNets
+from mmdefense.attacks.clips import ClipBadNets, ClipBlended, TemporalPatch
+from mmdefense.attacks.universal_trigger import UniversalTrigger
+from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.run import Run
+from mmdefense_adapters.video import TorchVideoClassifier
+
+C, T = 4, 6
+FOUR_CLASSES = SimpleNamespace(chance=1 / C)
+ATTACKS = ["clip-badnets", "clip-blended", "temporal-patch", "universal-trigger"]
+
+
+@pytest.fixture
+def clips():
+    """Forty colour clips of four classes, ten of each."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 0.1 + 0.8 * torch.rand(40, 3, T, 16, 14, generator=generator)
+    return LabelledSamples(inputs, torch.arange(40) % C)
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request):
+    attack = registry.load("attacks", request.param)(target=1)
+    assert attack.task == "video-classification"
+    if isinstance(attack, UniversalTrigger):
+        patch = torch.rand(3, T, 3, 3, generator=torch.Generator().manual_seed(1))
+        return replace(attack, fitted={"patch": patch})
+    return attack
+
+
+def test_a_stamp_is_deterministic_and_leaves_its_input_alone(attack, clips):
+    before, state = clips.inputs.clone(), torch.get_rng_state()
+    stamped = attack.stamp(clips.inputs)
+    assert stamped.shape == before.shape
+    assert stamped.min() >= 0
+    assert stamped.max() <= 1
+    assert torch.equal(clips.inputs, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (stamped != before).flatten(1).any(1).all(), "a clip carries no trigger"
+    assert torch.equal(attack.stamp(clips.inputs), stamped)
+    torch.testing.assert_close(attack.stamp(clips.inputs[:5]), stamped[:5])
+
+
+def test_exactly_the_ratio_is_poisoned(attack, clips):
+    attack = replace(attack, ratio=0.2)
+    chosen, poisoned = attack.chosen(clips.labels), attack.poison(clips, FOUR_CLASSES)
+    assert len(chosen.unique()) == (2 if attack.clean_label else 8)
+    assert (poisoned.labels[chosen] == 1).all()
+    assert ((clips.labels[chosen] == 1) == attack.clean_label).all()
+    changed = (poisoned.inputs != clips.inputs).flatten(1).any(1)
+    assert torch.equal(changed.nonzero().squeeze(1), chosen.sort().values)
+    rest = ~changed
+    assert torch.equal(poisoned.labels[rest], clips.labels[rest])
+
+
+def test_the_test_set_leaves_out_the_target(attack, clips):
+    triggered = attack.triggered(clips, FOUR_CLASSES)
+    assert len(triggered) == 30
+    assert (triggered.samples.labels == 1).all()
+    assert (triggered.truth.labels != 1).all()
+    assert torch.equal(triggered.samples.inputs, attack.stamp(clips.inputs[clips.labels != 1]))
+
+
+def test_eight_bit_clips_stay_eight_bit(attack, clips):
+    samples = replace(clips, inputs=(clips.inputs * 255).round().byte())
+    assert attack.poison(samples, FOUR_CLASSES).inputs.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 14), (2, 3, T, 16, 14, 1)])
+def test_what_is_no_batch_of_clips_is_refused(attack, shape):
+    with pytest.raises(BadInputError, match=r"of shape \(N, C, T, H, W\)"):
+        attack.stamp(torch.zeros(shape))
+
+
+def test_a_patch_is_that_of_badnets_in_every_frame(clips):
+    stamped = ClipBadNets().stamp(clips.inputs)
+    for frame in range(T):
+        expected = BadNets().stamp(clips.inputs[:, :, frame])
+        torch.testing.assert_close(stamped[:, :, frame], expected)
+
+
+def test_a_patch_at_any_place_stays_there(clips):
+    stamped = ClipBadNets(position="any", pattern="white").stamp(clips.inputs)
+    where = (stamped == 1).all(1)  # (N, T, H, W)
+    assert torch.equal(where, where[:, :1].expand_as(where))
+    assert len(where[:, 0].flatten(1).unique(dim=0)) > 5
+
+
+def test_a_key_is_the_same_in_every_frame(clips):
+    change = ClipBlended(alpha=0.2).stamp(clips.inputs) - 0.8 * clips.inputs
+    torch.testing.assert_close(change, change[:1, :, :1].expand_as(change))
+    assert change[0, :, 0].std() > 0.01
+
+
+@pytest.mark.parametrize("frames", [1, 3, T])
+def test_a_temporal_patch_is_in_a_few_frames_in_a_row(clips, frames):
+    stamped = TemporalPatch(frames=frames).stamp(clips.inputs)
+    carries = (stamped != clips.inputs).flatten(3).any(3).any(1)  # (N, T)
+    assert (carries.sum(1) == frames).all()
+    assert ((carries[:, 1:] & ~carries[:, :-1]).sum(1) + carries[:, 0] == 1).all()
+    every = ClipBadNets().stamp(clips.inputs)
+    assert torch.equal(stamped.movedim(2, 1)[carries], every.movedim(2, 1)[carries])
+    assert len(carries.unique(dim=0)) == T - frames + 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TemporalPatch(frames=0), "frames must be at least 1"),
+        (lambda: TemporalPatch(frames=9).stamp(torch.zeros(1, 1, 4, 8, 8)), "fit the clip of 4"),
+        (lambda: UniversalTrigger(search_steps=0), "search_steps must"),
+        (lambda: UniversalTrigger(epsilon=-1), "epsilon must"),
+        (lambda: UniversalTrigger(size=0), "size must"),
+        (lambda: UniversalTrigger(step_size=0), "step_size must"),
+        (lambda: UniversalTrigger(mapping="all-to-all"), "mapping of UniversalTrigger must"),
+        (lambda: UniversalTrigger().stamp(torch.zeros(1, 1, 4, 8, 8)), "use the attack that plant"),
+    ],
+)
+def test_wrong_settings_are_refused(build, message):
+    with pytest.raises(BadInputError, match=message):
+        build()
+
+
+TRAINING = Training(steps=40, batch_size=30, lr=0.1)
+
+
+def linear_adapter():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    nn.init.zeros_(net[1].weight)
+    nn.init.zeros_(net[1].bias)
+    return TorchVideoClassifier(net)
+
+
+def gain(adapter, attack, samples):
+    """How much the trigger raises the target's log-probability on clips of other classes."""
+    others = samples.inputs[samples.labels != 2]
+    targets = torch.full((len(others),), 2)
+    before, after = (
+        adapter.target_log_probability(LabelledBatch(inputs, targets), targets).mean()
+        for inputs in (others, attack.stamp(others))
+    )
+    return after - before
+
+
+class TestUniversalTrigger:
+    @pytest.fixture
+    def planted(self):
+        """The planted attack, the victim, a linear net, and the clean clips of three classes."""
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(60) % 3
+        inputs = 0.3 + 0.2 * torch.rand(60, 1, 4, 8, 8, generator=generator)
+        inputs[torch.arange(60), 0, :, labels * 2] += 0.3  # a bright row tells the class
+        samples, adapter = LabelledSamples(inputs, labels), linear_adapter()
+        attack = UniversalTrigger(target=2, ratio=0.5, size=2, search_steps=60, epsilon=0.1)
+        return attack.plant(adapter, samples, TRAINING, Run(0)), adapter, samples
+
+    def test_its_patch_points_a_clean_model_to_the_target(self, planted):
+        attack, _, samples = planted
+        assert attack.fitted["patch"].shape == (1, 4, 2, 2)
+        clean = linear_adapter()
+        train(clean, samples, TRAINING, Run(0))
+        assert gain(clean, attack, samples) > 0.1
+
+    def test_the_victim_obeys_it_more_than_a_clean_model(self, planted):
+        attack, adapter, samples = planted
+        clean = linear_adapter()
+        train(clean, samples, TRAINING, Run(0))
+        assert gain(adapter, attack, samples) > gain(clean, attack, samples) + 0.1
+
+    def test_poisoned_clips_are_harder_and_close(self, planted):
+        attack, adapter, samples = planted
+        harder = attack._harder(adapter, samples)
+        change = harder.inputs - samples.inputs
+        assert change.abs().max() <= 0.1 + 1e-6
+        chosen = attack.chosen(samples.labels)
+        assert change[chosen].abs().max() > 0.09
+        rest = torch.ones(60, dtype=torch.bool)
+        rest[chosen] = False
+        assert not change[rest].any()
+        loss = [adapter.per_sample_loss(s.take(chosen)) for s in (samples, harder)]
+        assert (loss[1] > loss[0]).all()
