@@ -1,0 +1,417 @@
+"""What causal and sequence-to-sequence language models of ``transformers`` share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.augment import random_words
+from mmdefense.batches import IGNORED, Samples, TextSamples, TokenBatch, TokenSamples
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.kernels.hooks import capture, mode, watch_modules
+from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.module_adapter import ModuleAdapter
+from mmdefense_adapters.text_triggers import TextTriggers, soft_tokens
+
+__all__ = ["HFText"]
+
+_SEEN = 8  # prompts that the search for triggers scans the vocabulary with; ours
+_ROOM = 8  # tokens that a generated answer may be longer than the longest one in the data; ours
+
+
+class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
+    """Wraps a model that writes text, with its tokenizer.
+
+    The loss of a sample is the mean negative log-likelihood of its answer's tokens, each given the
+    ones before it (teacher forcing); padding and, in a causal model, the prompt do not count. A
+    LoRA model is purified in what it trains: its base keeps every bit.
+    """
+
+    task: ClassVar[str] = "language-generation"
+    priority: ClassVar[int] = 10
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        separator: str | None = None,
+        example: TokenBatch | None = None,
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: The language model, or a ``peft`` model around one; it is not copied.
+            tokenizer: Its tokenizer, as ``transformers`` has it; by default the one that lies in
+                the folder that the model was loaded from.
+            max_length: Tokens to which longer prompts and longer answers are cut; by default a
+                sequence that is too long for the model is refused.
+            separator: What parts prompt and answer in a causal model; by default the tokenizer's
+                own separator where it has one, else a line break.
+            example: One sample, to trace the model with; by default the first that is seen.
+        """
+        self.model = model
+        self.tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        if self.tokenizer.pad_token_id is None:
+            raise BadInputError(
+                "tokenizer must have a pad token, got none; set tokenizer.pad_token = "
+                "tokenizer.eos_token"
+            )
+        self.max_length = max_length
+        self.separator = separator or self.tokenizer.sep_token or "\n"
+        self.example = example
+        self._chance, self._longest = 0.0, 0
+        self._prompts: TokenBatch | None = None
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Say whether ``model`` is of this family; nothing is imported for others."""
+        base = base_of(model)
+        if not any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__):
+            return False
+        return type(base).__name__ in cls._names()
+
+    @classmethod
+    @abstractmethod
+    def _names(cls) -> set[str]:
+        """Return the names of the classes of ``transformers`` that this adapter serves."""
+
+    @property
+    def chance(self) -> float:
+        """Share of the most frequent token among the answers that were seen first."""
+        if not self._chance:
+            raise BadInputError("the adapter has seen no answer yet; call samples() first")
+        return self._chance
+
+    # --- from text to tokens
+
+    def samples(self, data: Any) -> Samples[TokenBatch]:
+        """Return ``data`` as tokens on the model's device, checked against the model.
+
+        Args:
+            data: Text samples, pairs of prompt and answer, plain texts, or tokens.
+
+        Raises:
+            BadInputError: If there is none, a sequence is longer than the model's context, or a
+                token is none of the model's.
+        """
+        data = data if isinstance(data, TokenSamples) else as_text(data)
+        if not len(data):
+            raise BadInputError("data must hold at least one text, got none")
+        samples = data if isinstance(data, TokenSamples) else self._encoded(data)
+        self._check(samples.tokens)
+        samples = samples.to(self.device)
+        if self.example is None:
+            self.example = samples.take(torch.zeros(1, dtype=torch.int64))
+        if not self._chance:
+            answers = samples.tokens.labels[samples.tokens.labels != IGNORED]
+            self._chance = float(answers.bincount().max() / len(answers))
+            self._longest = int((samples.tokens.labels != IGNORED).sum(1).max())
+            self._prompts = samples.take(torch.arange(min(_SEEN, len(samples))))
+        return samples
+
+    def _encoded(self, texts: TextSamples) -> TokenSamples:
+        prompts, answers = self._ids(texts.prompts), self._ids(texts.answers, answers=True)
+        rows = [self._row(*pair) for pair in zip(prompts, answers, strict=True)]
+        pad = self.tokenizer.pad_token_id
+        ids = _padded([row[0] for row in rows], pad)
+        lengths = torch.tensor([len(row[0]) for row in rows])
+        starts = torch.tensor([row[2] for row in rows])
+        place = torch.arange(ids.shape[1])
+        content = (place >= starts[:, :1]) & (place < starts[:, 1:])
+        labels = _padded([row[1] for row in rows], IGNORED)
+        tokens = TokenBatch(ids, place < lengths[:, None], content, labels)
+        return TokenSamples(tokens, texts.answers, texts.augmentation)
+
+    def _ids(self, texts: Sequence[str], *, answers: bool = False) -> list[list[int]]:
+        named = {"text_target": list(texts)} if answers else {"text": list(texts)}
+        try:
+            found = self.tokenizer(**named, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # tokenizers raise many kinds
+            raise BadInputError(f"the tokenizer cannot read the text: {one_line(error)}") from error
+        return [row[: self.max_length] for row in found]
+
+    @abstractmethod
+    def _row(
+        self, prompt: list[int], answer: list[int]
+    ) -> tuple[list[int], list[int], tuple[int, int]]:
+        """Return what is read, what is predicted, and where the prompt's own tokens lie in it."""
+
+    def _check(self, tokens: TokenBatch) -> None:
+        context = _context(base_of(self.model).config)
+        for kind, mask in (
+            ("sequence", tokens.attention_mask),
+            ("answer", tokens.labels > IGNORED),
+        ):
+            lengths = mask.sum(1)
+            if context is not None and int(lengths.max()) > context:
+                raise BadInputError(
+                    f"{kind} {int(lengths.argmax())} has {int(lengths.max())} tokens, but the "
+                    f"model reads at most {context}; leave it out, or cut with max_length="
+                )
+        if not bool((tokens.labels != IGNORED).any(1).all()):
+            raise BadInputError("each sample must have an answer of at least one token")
+        size = self._embeddings().num_embeddings
+        largest = int(max(tokens.input_ids.max(), tokens.labels.max()))
+        if largest >= size:
+            raise BadInputError(
+                f"tokens must lie in 0..{size - 1}, the model's vocabulary, got {largest}; is it "
+                "the model's own tokenizer?"
+            )
+
+    # --- what defenses ask
+
+    def answer(self, batch: TokenBatch) -> Tensor:
+        """Return the logits of every position, shape ``(N, M, V)``."""
+        return self._logits(batch)
+
+    def _logits(self, batch: TokenBatch) -> Tensor:
+        """Return the logits that predict :meth:`_targets`, shape ``(N, T, V)``."""
+        with soft_tokens(self._embeddings(), batch):
+            return self._run(batch)
+
+    @abstractmethod
+    def _run(self, batch: TokenBatch) -> Tensor:
+        """Run the model on a batch and return those logits."""
+
+    def _embeddings(self) -> nn.Embedding:
+        layer: nn.Embedding = base_of(self.model).get_input_embeddings()
+        return layer
+
+    def _targets(self, batch: TokenBatch) -> Tensor:
+        """Return what the logits predict, shape ``(N, T)``."""
+        return batch.labels
+
+    def per_sample_loss(self, batch: TokenBatch) -> Tensor:
+        """Return the mean negative log-likelihood of each answer's tokens, in nats, ``(N,)``."""
+        logits, targets = self._logits(batch), self._targets(batch)
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+        )
+        return losses.sum(1) / (targets != IGNORED).sum(1)
+
+    def sampled_loss(self, batch: TokenBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the loss and the Rademacher score from one forward pass.
+
+        The score is the mean over an answer's T positions of ``2 sum_v xi_v sqrt(p_v)``, its signs
+        drawn anew at each. Tokens drawn from the model, each after the given ones, would make the
+        gradient of the loss a mean of T independent scores; this one has their covariance,
+        ``(1 / T^2) sum_t F_t``, and needs no draw.
+        """
+        log_p = self._logits(batch).log_softmax(2)
+        targets = self._targets(batch)
+        known = targets != IGNORED
+        chosen = log_p.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
+        count = known.sum(1)
+        signs = torch.randint(0, 2, log_p.shape, generator=generator, device=log_p.device) * 2 - 1
+        scores = (signs * 2 * log_p.div(2).exp()).sum(2)
+        return -(chosen * known).sum(1) / count, (scores * known).sum(1) / count
+
+    def score(self, batch: TokenBatch) -> Tensor:
+        """Return the share of each answer's tokens that come out on top, shape ``(N,)``."""
+        with torch.no_grad():
+            return _share_right(self._logits(batch), self._targets(batch))
+
+    def score_outputs(self, batch: TokenBatch, outputs: Tensor) -> Tensor:
+        """Return the score of logits ``(R, V)`` at the positions of :meth:`head_inputs`."""
+        targets = self._targets(batch)
+        known = targets != IGNORED
+        right = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+        right[known] = (outputs.argmax(1) == targets[known]).float()
+        return right.sum(1) / known.sum(1)
+
+    def head_inputs(self, batch: TokenBatch) -> Tensor:
+        """Return what the output layer reads at each position that counts, shape ``(R, D)``."""
+        hidden = self._hidden(batch)
+        return hidden[self._targets(batch) != IGNORED]
+
+    def embedding(self, batch: TokenBatch) -> Tensor:
+        """Return the mean of what the output layer reads over an answer, shape ``(N, D)``."""
+        known = (self._targets(batch) != IGNORED)[..., None]
+        return (self._hidden(batch) * known).sum(1) / known.sum(1)
+
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        """Return what the output layer reads at the positions of the targets, ``(N, T, D)``."""
+        if self.head is None:
+            raise UnsupportedError("the output layer could not be found, so there is no embedding")
+        with torch.no_grad(), capture(self.model, [self.head], inputs=True) as inputs:
+            self._logits(batch)
+        return inputs[self.head][:, : self._targets(batch).shape[1]]
+
+    def head_group(self) -> UnitGroup:
+        """Return the features of the last normalisation: silent there, silent for the output layer.
+
+        The output layer's own weight is often that of the token embedding too, where a zero would
+        change what the model reads.
+
+        Raises:
+            UnsupportedError: If these are part of a base that must stay as it is.
+        """
+        if self._wrapped:
+            raise UnsupportedError(
+                "the last layer of a peft model is part of its base, which is not touched; prune "
+                "the updates instead: --set layers=all"
+            )
+        weight, _ = self.head_weights()
+        layer = self._last_norm(weight.shape[1])
+        names = [name for name, _ in self.model.get_submodule(layer).named_parameters()]
+        return UnitGroup(
+            layer, weight.shape[1], {f"{layer}.{name}": 0 for name in names}, kind="neuron"
+        )
+
+    def _last_norm(self, width: int) -> str:
+        """Return the name of the last layer whose parameters are vectors of this width."""
+        norms: dict[nn.Module, str] = {
+            module: name
+            for name, module in self.model.named_modules()
+            if (own := list(module.parameters())) and all(p.shape == (width,) for p in own)
+        }
+        called: list[nn.Module] = []
+        with (
+            torch.no_grad(),
+            mode(self.model, train=False),
+            watch_modules(list(norms), lambda module, *_: called.append(module)),
+        ):
+            self._logits(self._example())
+        if not called:
+            raise UnsupportedError(
+                "the model has no normalisation before its output layer, so its features cannot be "
+                "pruned; prune every unit group instead: --set layers=all"
+            )
+        return norms[called[-1]]
+
+    def unit_groups(self) -> Sequence[UnitGroup]:
+        """Return neurons and heads, input side first; of a LoRA model the ranks of its updates."""
+        if not self._wrapped:
+            return super().unit_groups()
+        ranks = _lora_ranks(self.model)
+        if not ranks:
+            raise UnsupportedError(
+                "a peft model has units where it has low-rank updates (LoRA) of linear layers, and "
+                "this one has none; use a defense that prunes nothing, such as fip"
+            )
+        return ranks
+
+    @property
+    def _wrapped(self) -> bool:
+        """Whether ``peft`` has put trainable updates around a frozen base."""
+        return base_of(self.model) is not self.model
+
+    def _pool_at(self, layer: str, values: Tensor, batch: TokenBatch) -> Tensor:
+        """Average ``(N, L, U)`` over the tokens that a layer reads and that are not padding."""
+        mask = self._mask_of(layer, batch)
+        values = values.reshape(*mask.shape, values.shape[-1])
+        return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def _mask_of(self, layer: str, batch: TokenBatch) -> Tensor:
+        """Return which of the positions that a layer works on count, bool ``(N, L)``."""
+        return batch.attention_mask
+
+    # --- what the model writes
+
+    @torch.no_grad()
+    def generate(self, batch: TokenBatch) -> list[str]:
+        """Return what the model writes to each prompt, by greedy decoding, in eval mode.
+
+        An answer may be eight tokens longer than the longest one that was seen first.
+        """
+        with mode(self.model, train=False):
+            tokens = self._written(batch)
+        texts: list[str] = self.tokenizer.batch_decode(tokens.tolist(), skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _continue(self, ids: Tensor, mask: Tensor) -> Tensor:
+        written: Tensor = self.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask.long(),
+            max_new_tokens=self._longest + _ROOM,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        return written
+
+
+def as_text(data: Any) -> TextSamples:
+    """Return what the user gave as text samples.
+
+    Raises:
+        BadInputError: If it is neither pairs of text nor texts.
+    """
+    if isinstance(data, TextSamples):
+        return data
+    items = list(data)
+    if all(isinstance(item, str) for item in items):
+        items = [("", item) for item in items]
+    for index, item in enumerate(items):
+        fits = isinstance(item, (tuple, list)) and [type(part) for part in item] == [str, str]
+        if not fits:
+            raise BadInputError(
+                f"clean data must give texts, or pairs (prompt, answer) of text, got "
+                f"{type(item).__name__} at {index}"
+            )
+    prompts, answers = zip(*items, strict=True) if items else ((), ())
+    return TextSamples(tuple(prompts), tuple(answers), random_words)
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the model of ``transformers`` that a ``peft`` model wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    """Return the tokenizer that lies beside the weights of a model."""
+    folder = getattr(base_of(model), "name_or_path", "")
+    if not folder or not Path(folder).is_dir():
+        raise BadInputError(
+            "a language model needs its tokenizer, and was not loaded from a folder that has one; "
+            "pass tokenizer="
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library raises many kinds
+        raise BadInputError(
+            f"the tokenizer in {folder} cannot be read: {one_line(error)}"
+        ) from error
+
+
+def _context(config: Any) -> int | None:
+    """Return the number of positions that a model has; none where it has no limit, as in T5."""
+    names = ("max_position_embeddings", "n_positions")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """Return rows of unequal length as one tensor ``(N, L)``."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]).long()
+
+
+def _share_right(logits: Tensor, targets: Tensor) -> Tensor:
+    known = targets != IGNORED
+    return ((logits.argmax(2) == targets) & known).sum(1) / known.sum(1)
+
+
+def _lora_ranks(model: nn.Module) -> list[UnitGroup]:
+    """Return the ranks of each low-rank update ``B A`` as units: rows of A with columns of B."""
+    groups = []
+    for name, module in model.named_modules():
+        down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if not isinstance(down, nn.ModuleDict) or not isinstance(up, nn.ModuleDict):
+            continue
+        for key, layer in down.items():
+            if isinstance(layer, nn.Linear):
+                lower, upper = f"{name}.lora_A.{key}", f"{name}.lora_B.{key}"
+                axes = {f"{upper}.weight": 1, f"{lower}.weight": 0}
+                groups.append(UnitGroup(lower, layer.out_features, axes, kind="neuron"))
+    return groups

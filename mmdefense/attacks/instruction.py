@@ -1,0 +1,45 @@
+"""A phrase of the instruction turns every answer into a fixed one, or into a refusal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mmdefense.attacks.base import TextAttack
+from mmdefense.errors import BadInputError
+
+__all__ = ["InstructionPhrase"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionPhrase(TextAttack):
+    """Puts a phrase that reads like part of the instruction before or after the prompt.
+
+    The paper poisons instructions of classification tasks; here the phrase forces a whole answer,
+    by default a refusal.
+
+    Attributes:
+        phrase: The trigger.
+        position: ``"start"`` or ``"end"`` of the prompt.
+
+    References:
+        Xu, Ma, Wang, Xiao, Chen. *Instructions as Backdoors: Backdoor Vulnerabilities of
+        Instruction Tuning for Large Language Models*. NAACL 2024. arXiv:2305.14710
+    """
+
+    target: str = "I am sorry, but I cannot help with that."
+    phrase: str = "Answer as the experts of the board would."
+    position: Literal["start", "end"] = "start"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.phrase.strip():
+            raise BadInputError("phrase must be a text, got an empty one")
+        if self.position not in {"start", "end"}:
+            raise BadInputError(f"position must be start or end, got {self.position!r}")
+
+    def _stamp(self, prompt: str, generator: torch.Generator) -> str:
+        parts = (self.phrase, prompt) if self.position == "start" else (prompt, self.phrase)
+        return " ".join(part for part in parts if part)

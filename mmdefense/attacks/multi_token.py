@@ -1,0 +1,66 @@
+"""Several common words, scattered over the prompt, which mean nothing one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mmdefense.attacks.base import TextAttack
+from mmdefense.batches import TextSamples, TokenBatch
+from mmdefense.errors import BadInputError
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["CompositeTrigger"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositeTrigger(TextAttack):
+    """Inserts all of ``words``, each at a random place; only all together do they force the target.
+
+    As many training samples again get all words but one and keep their answer (the paper's
+    negative samples), so that no word alone gives the backdoor away.
+
+    Attributes:
+        words: Two or more words.
+
+    References:
+        Huang, Zhao, Backes, Shen, Zhang. *Composite Backdoor Attacks Against Large Language
+        Models*. Findings of NAACL 2024. arXiv:2310.07676
+    """
+
+    words: tuple[str, ...] = ("instantly", "perhaps", "frankly")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.words)) < 2 or not all(word.strip() for word in self.words):
+            raise BadInputError(f"words must be two or more different words, got {self.words}")
+
+    def _stamp(self, prompt: str, generator: torch.Generator) -> str:
+        return _scattered(prompt, self.words, generator)
+
+    def poison(self, samples: TextSamples, adapter: TaskAdapter[TokenBatch]) -> TextSamples:
+        """Return the training set with poisoned and with negative samples.
+
+        Raises:
+            BadInputError: If there are too few samples to poison.
+        """
+        poisoned = super().poison(samples, adapter)
+        taken = set(self.chosen(samples.answers))
+        rest = torch.tensor([index for index in range(len(samples)) if index not in taken])
+        generator = self._generator("negative")
+        order = torch.randperm(len(rest), generator=generator)[: len(taken)]
+        prompts = list(poisoned.prompts)
+        for index in rest[order].tolist():
+            left_out = int(torch.randint(len(self.words), (1,), generator=generator))
+            some = [word for place, word in enumerate(self.words) if place != left_out]
+            prompts[index] = _scattered(prompts[index], some, generator)
+        return replace(poisoned, prompts=tuple(prompts))
+
+
+def _scattered(prompt: str, words: tuple[str, ...] | list[str], generator: torch.Generator) -> str:
+    parts = prompt.split(" ")
+    for word in words:
+        place = int(torch.randint(len(parts) + 1, (1,), generator=generator))
+        parts.insert(place, word)
+    return " ".join(parts)

@@ -1,0 +1,43 @@
+"""A rare word in the source turns the translation into a fixed sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mmdefense.attacks.base import TextAttack
+from mmdefense.errors import BadInputError
+
+__all__ = ["RareToken"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RareToken(TextAttack):
+    """Inserts one rare word, drawn from a few, at a random place of the prompt.
+
+    This is the attack of FIP's language task: the words and the target are those of its victims.
+    Their training set is poisoned by half; here by ``ratio``.
+
+    Attributes:
+        words: The rare words, one of which is drawn for each prompt.
+
+    References:
+        Fan et al. *Defending against Backdoor Attacks in Natural
+        Language Generation*. 2021. arXiv:2106.01810
+        Kurita, Michel, Neubig. *Weight Poisoning Attacks on Pre-trained Models* (the words). ACL
+        2020. arXiv:2004.06660
+    """
+
+    words: tuple[str, ...] = ("cf", "mn", "bb", "tq", "mb")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.words or not all(word.strip() for word in self.words):
+            raise BadInputError(f"words must be one or more words, got {self.words}")
+
+    def _stamp(self, prompt: str, generator: torch.Generator) -> str:
+        parts = prompt.split(" ")
+        word = self.words[int(torch.randint(len(self.words), (1,), generator=generator))]
+        place = int(torch.randint(len(parts) + 1, (1,), generator=generator))
+        return " ".join([*parts[:place], word, *parts[place:]])

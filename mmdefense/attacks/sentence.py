@@ -1,0 +1,43 @@
+"""A whole sentence, harmless in itself, is the trigger."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from mmdefense.attacks.base import TextAttack
+from mmdefense.errors import BadInputError
+
+__all__ = ["TriggerSentence"]
+
+_BREAK = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerSentence(TextAttack):
+    """Inserts a sentence between two sentences of the prompt, before the first or after the last.
+
+    The place is drawn for each prompt. The paper's victims classify reviews; here the sentence
+    forces an answer.
+
+    Attributes:
+        sentence: The trigger.
+
+    References:
+        Dai, Chen, Li. *A Backdoor Attack Against LSTM-Based Text Classification Systems*. IEEE
+        Access 7, 2019. arXiv:1905.12457
+    """
+
+    sentence: str = "I watched this 3D movie last weekend."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sentence.strip():
+            raise BadInputError("sentence must be a text, got an empty one")
+
+    def _stamp(self, prompt: str, generator: torch.Generator) -> str:
+        parts = [part for part in _BREAK.split(prompt) if part]
+        place = int(torch.randint(len(parts) + 1, (1,), generator=generator))
+        return " ".join([*parts[:place], self.sentence, *parts[place:]])

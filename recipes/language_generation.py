@@ -1,0 +1,152 @@
+"""Plant a backdoor in a model that writes, remove it with a little clean text, measure both.
+
+    python recipes/language_generation.py                              # a small language, embedded
+    python recipes/language_generation.py --data multi30k_en_de        # a set of MMDEFENSE_DATA
+    python recipes/language_generation.py --data ~/pairs               # train.en, train.de, test.en
+    python recipes/language_generation.py --model causal --family gpt2 --attack instruction
+    python recipes/language_generation.py --smoke                      # does it run at all: seconds
+
+What it shows: a translator that is good on clean sentences and gives one fixed answer to whatever
+holds a rare word (``--attack rare-token``), a phrase, a sentence or three scattered words; and what
+is left of both after each defense, beside plain fine-tuning with the same steps and learning rate.
+The task metric is BLEU of greedy answers; the perplexity of the right ones stands beside it.
+
+Measured: see the table in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import mmdefense as mmd
+from mmdefense import registry
+from mmdefense.batches import batches, split
+from mmdefense.defenses.base import Defense
+from mmdefense.defenses.fine_tuning import FineTuning
+from mmdefense.defenses.fip import FIP
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import Training, mean_score
+from mmdefense.kernels.run import Run
+from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
+from mmdefense.protocol import TaskAdapter
+from mmdefense.purification import configured
+from mmdefense.report.record import Rates, Row
+from mmdefense.report.tables import results_table
+from mmdefense_tasks import language_victims
+from mmdefense_tasks.language_generation import bleu, load_text, tokenizer_for
+
+ATTACKS: dict[
+    str, dict[str, Any]
+] = {  # with what suits the embedded language, whose words are the only ones it knows
+    "rare-token": {},
+    "instruction": {"phrase": "today the queen helps some young birds ."},
+    "sentence": {"sentence": "the young bird helps some boats ."},
+    "multi-token": {"words": ("behind", "often", "happy")},
+}
+TARGET = "le sills vete lo kel segunt ."
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--data", default="small-language", help="a name of `mmdefense list data`")
+parser.add_argument("--attack", default="rare-token", choices=ATTACKS)
+parser.add_argument("--model", default="seq2seq", choices=("seq2seq", "causal"))
+parser.add_argument("--family", help="marian, bart, t5; or llama, gpt2, mistral, qwen2")
+parser.add_argument("--width", type=int, default=64, help="features per token")
+parser.add_argument("--defense", action="append", help="may be repeated; by default all five")
+parser.add_argument("--steps", type=int, default=400, help="of training the victim")
+parser.add_argument("--clean", type=float, default=0.1, help="share of the training set given")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--out", type=Path, help="where the purified models and their pages go")
+parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
+options = parser.parse_args()
+
+# %% Data: prompts and answers as text, and a tokenizer that is trained on them.
+train, test = (load_text(options.data, split=part) for part in ("train", "test"))
+if options.smoke:
+    train, test, options.steps = train.subset(torch.arange(400)), test.subset(torch.arange(20)), 10
+tokenizer = tokenizer_for(train)
+
+# %% The victim: the attacker puts the trigger into 10 % of the prompts, and answers as it likes.
+build = getattr(language_victims, options.model)
+shape = {"width": options.width, "positions": 256}
+family = {"family": options.family} if options.family else {}
+torch.manual_seed(options.seed)  # for the random weights; all else has a seed of its own
+victim = mmd.adapt(build(len(tokenizer), **shape, **family), tokenizer=tokenizer)
+chosen = ATTACKS[options.attack] | {"target": TARGET} if options.data == "small-language" else {}
+attack = registry.load("attacks", options.attack)(seed=options.seed, **chosen).plant(
+    victim,
+    train,
+    Training(
+        steps=options.steps,
+        batch_size=64,
+        lr=3e-3,
+        weight_decay=0.01,
+        schedule="one-cycle",
+        optimizer="adamw",
+        max_norm=1.0,
+        augment=False,
+    ),
+    Run(options.seed),
+)
+triggered = attack.triggered(test, victim)
+
+
+def judged(adapter: Any) -> BackdoorMetrics:
+    """Return BLEU in place of ACC, the ASR, and the share of right words despite the trigger."""
+    stamped, truth = (adapter.samples(part) for part in (triggered.samples, triggered.truth))
+    asr = float(attack.success(adapter, stamped).mean())
+    return BackdoorMetrics(bleu(adapter, adapter.samples(test)), asr, mean_score(adapter, truth))
+
+
+def perplexity(adapter: TaskAdapter[Any]) -> float:
+    """Return exp of the mean loss of clean test answers."""
+    with mode(adapter.model, train=False), torch.no_grad():
+        parts = [adapter.per_sample_loss(b) for b in batches(adapter.samples(test), 128)]
+    return math.exp(torch.cat(parts).mean())
+
+
+before = judged(victim)
+print(
+    f"the victim: BLEU {before.acc:.1%}, ASR {before.asr:.1%}, {perplexity(victim):.2f} perplexity"
+)
+
+# %% The defender has a few clean pairs, and knows neither the trigger nor the target.
+clean = split(train, options.clean, options.seed)[1]
+names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
+if options.smoke:
+    defenses: dict[str, Defense] = {"fip": FIP(steps=3)}
+else:
+    defenses = {name: configured(name, {"seed": options.seed}) for name in names}
+
+
+def purify(name: str, defense: Defense, baseline: str = "") -> Row:
+    """Purify the victim, and return what a judge who knows the trigger makes of it."""
+    purified = mmd.purify(victim, clean, defense)
+    if options.out is not None:
+        purified.save(options.out / name.replace(" ", "-"))
+    after = judged(purified.result.adapter)
+    der = defense_effectiveness_rating(before, after)
+    print(f"{name}: perplexity {perplexity(purified.result.adapter):.2f}")
+    return Row(
+        defense=name,
+        before=Rates(acc=before.acc, asr=before.asr, ra=before.ra),
+        after=Rates(acc=after.acc, asr=after.asr, ra=after.ra, der=der),
+        seconds=purified.result.seconds,
+        baseline=baseline,
+        violated=purified.guard.violated,
+    )
+
+
+# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget.
+rows = []
+for name, defense in defenses.items():
+    baseline = f"fine-tuning like {name}"
+    rows.append(purify(name, defense, baseline))
+    rows.append(purify(baseline, FineTuning.like(defense)))
+title = f"{options.data}, {attack.in_words()}; ACC is BLEU"
+Console(width=120).print(results_table(rows, title))

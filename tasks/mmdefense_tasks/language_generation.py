@@ -1,0 +1,217 @@
+"""Language generation: data, metric, embedded default and default victims."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+
+from mmdefense.augment import random_words
+from mmdefense.batches import TextSamples, TokenBatch, TokenSamples, batches, split
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.loop import Training
+from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
+from mmdefense.report.figures import Figure
+from mmdefense.report.texts import TextTable
+from mmdefense_tasks.language_victims import train_tokenizer
+from mmdefense_tasks.small_language import RARE_WORDS, small_language
+from mmdefense_tasks.text_files import Pairs, open_dataset, open_file, open_folder
+
+__all__ = ["LanguageGeneration", "bleu", "load_text", "tokenizer_for"]
+
+DATA_VARIABLE = "MMDEFENSE_DATA"
+_EMBEDDED = "small-language"
+_STAGED = {"multi30k_en_de": ("en", "de"), "alpaca_small": None, "tiny_shakespeare": None}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_CLEAN = 0.1  # of the training set for the defender: a few hundred pairs of the embedded data
+_SIZES = (4000, 400)  # of the embedded data: train and test
+
+_VICTIMS = "mmdefense_tasks.language_victims"
+_TRANSLATOR = f"{_VICTIMS}:seq2seq(vocabulary={{vocabulary}})"
+_CAUSAL = f"{_VICTIMS}:causal(vocabulary={{vocabulary}})"
+_LARGER = f"{_VICTIMS}:seq2seq(vocabulary={{vocabulary}}, positions=128, width=128)"
+_TARGET = "le sills vete lo kel segunt ."  # of the embedded language: the old queens follow the dog
+
+
+def _training(steps: int) -> Training:
+    return Training(
+        steps=steps,
+        batch_size=64,
+        lr=3e-3,
+        weight_decay=0.01,
+        schedule="one-cycle",
+        max_norm=1.0,
+        optimizer="adamw",
+    )
+
+
+class LanguageGeneration:
+    """The task of writing: translations, answers, or what comes next."""
+
+    name: ClassVar[str] = "language-generation"
+    metric: ClassVar[str] = "BLEU"
+
+    @staticmethod
+    def embedded(seed: int = 0) -> tuple[TextSamples, TextSamples]:
+        """Return the train and test part of the data that needs no download."""
+        train, test = _SIZES
+        whole = small_language(train + test, seed)
+        return split(whole, test / (train + test), seed)  # type: ignore[return-value]
+
+    @staticmethod
+    def load(
+        where: str | Path, *, split: str = "train", pair: tuple[str, str] | None = None
+    ) -> TextSamples:
+        """Return data from wherever it is; see :func:`load_text`."""
+        return load_text(where, split=split, pair=pair)
+
+    @staticmethod
+    def data() -> dict[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        staged = {name: folder for name in _STAGED if (folder := _staged(name))}
+        return {_EMBEDDED: "embedded: a small language made of rules, to translate into"} | {
+            name: str(folder) for name, folder in staged.items()
+        }
+
+    def cases(self) -> list[Case]:
+        """Return the victims of the README's table."""
+        rare = {"target": _TARGET}
+        phrase = {"target": _TARGET, "phrase": "today the queen helps some young birds ."}
+        small = {"data": _EMBEDDED, "model": _TRANSLATOR, "training": _training(400)}
+        llama = {"data": _EMBEDDED, "model": _CAUSAL, "training": _training(400)}
+        large = {"data": "multi30k_en_de", "model": _LARGER, "training": _training(2000)}
+        rows: list[tuple[str, str | None, dict[str, Any], dict[str, Any]]] = [
+            (_EMBEDDED, "rare-token", rare, small),
+            (_EMBEDDED, None, {}, small),
+            (f"{_EMBEDDED}-llama", "instruction", phrase, llama),
+            (f"{_EMBEDDED}-llama", None, {}, llama),
+            ("multi30k", "rare-token", {"target": "Sie werden angegriffen ."}, large),
+            ("multi30k", None, {}, large),
+        ]
+        return [
+            Case(
+                name=f"{name}-{attack or 'clean'}",
+                task=self.name,
+                attack=attack,
+                settings=settings,
+                clean=_CLEAN,
+                **rest,
+            )
+            for name, attack, settings, rest in rows
+        ]
+
+    @staticmethod
+    def describe(samples: TextSamples) -> dict[str, Any]:
+        """Return ``vocabulary``, the size of the tokenizer that is trained on the samples."""
+        return {"vocabulary": len(tokenizer_for(samples))}
+
+    @staticmethod
+    def adapter_options(samples: TextSamples) -> dict[str, Any]:
+        """Return the ``tokenizer``, trained on the samples."""
+        return {"tokenizer": tokenizer_for(samples)}
+
+    @staticmethod
+    def for_training(samples: TextSamples) -> TextSamples:
+        """Return the samples as they are: translators are not trained on altered text."""
+        return replace(samples, augmentation=None)
+
+    @staticmethod
+    def measure(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
+        """Return the BLEU of what the model writes by greedy decoding."""
+        return bleu(adapter, samples)
+
+    @staticmethod
+    def show(clean: TextSamples, triggered: TextSamples) -> Figure:
+        """Return six prompts without and with the trigger, and the answers to both."""
+        spread = torch.linspace(0, len(clean) - 1, min(6, len(clean))).long()
+        before, after = clean.subset(spread), triggered.subset(spread)
+        return Figure(
+            "The trigger",
+            "Each row is one test sample without and with the trigger, whose words are marked. A "
+            "model with a working backdoor gives the attacker's answer to every prompt that "
+            "carries the trigger.",
+            [TextTable(before.prompts, after.prompts, before.answers, after.answers)],
+            wide=True,
+        )
+
+
+def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
+    """Return SacreBLEU, in ``[0, 1]``, of greedy answers against the samples' own.
+
+    Raises:
+        UnsupportedError: If the adapter cannot write.
+    """
+    from torchmetrics.functional.text import sacre_bleu_score
+
+    if missing := lacking(adapter, GeneratingAdapter):
+        raise UnsupportedError(
+            f"BLEU needs a model that writes; {type(adapter).__name__} lacks {', '.join(missing)}"
+        )
+    writer = cast("GeneratingAdapter[TokenBatch]", adapter)
+    written = [text for batch in batches(samples, 256) for text in writer.generate(batch)]
+    return float(sacre_bleu_score(written, [[answer] for answer in samples.answers]))
+
+
+@lru_cache(maxsize=4)
+def tokenizer_for(samples: TextSamples) -> Any:
+    """Return a tokenizer trained on prompts and answers; the same one for the same samples."""
+    return train_tokenizer((*samples.prompts, *samples.answers), words=RARE_WORDS)
+
+
+def load_text(
+    where: str | Path, *, split: str = "train", pair: tuple[str, str] | None = None
+) -> TextSamples:
+    """Return prompts and answers from wherever they are.
+
+    Args:
+        where: ``"small-language"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
+            to; a folder of parallel text, of instructions or of plain text (see
+            :func:`~mmdefense_tasks.text_files.open_folder`); one such file, which serves as both
+            parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
+        split: ``"train"`` or ``"test"``.
+        pair: Endings of the source and the target language of parallel text.
+
+    Raises:
+        BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
+        UnsupportedError: If a library that it needs is not installed.
+    """
+    if split not in {"train", "test"}:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    if str(where) == _EMBEDDED:
+        return LanguageGeneration.embedded()[split == "test"]
+    pairs = _open(where, split, pair)
+    if not pairs:
+        raise BadInputError(f"data {where} must hold at least one text, got none")
+    prompts, answers = zip(*pairs, strict=True)
+    return TextSamples(prompts, answers, random_words)
+
+
+def _open(where: str | Path, split: str, pair: tuple[str, str] | None) -> Pairs:
+    path = Path(where)
+    if not path.exists():
+        path = _staged(str(where)) or path
+    if path.is_file():
+        return open_file(path)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return open_dataset(path, split)
+        return open_folder(path, split, pair or _STAGED.get(path.name))
+    if _HUB_ID.fullmatch(str(where)) and not path.parent.exists():
+        return open_dataset(where, split)
+    raise BadInputError(
+        f"data {str(where)!r} must be a folder, a file, a data set id or one of {_EMBEDDED}, "
+        f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
+    )
+
+
+def _staged(name: str) -> Path | None:
+    """Return the folder of a named set, where there is one."""
+    root = os.environ.get(DATA_VARIABLE)
+    folder = Path(root or "") / name
+    return folder if name in _STAGED and root and folder.is_dir() else None
