@@ -1,0 +1,180 @@
+"""What object detectors share, whatever library they are of."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.augment import random_boxed_view
+from mmdefense.batches import DetectionBatch, Detections, DetectionSamples, Samples
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.kernels.hooks import mode
+from mmdefense.metrics.detection import average_precision
+from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.module_adapter import ModuleAdapter
+from mmdefense_adapters.object_triggers import ObjectTriggers
+
+__all__ = ["Detector"]
+
+
+class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
+    """Wraps a model that finds objects in images ``(N, C, H, W)`` in ``[0, 1]``.
+
+    The loss of an image is what the model's own library computes for a batch of that image alone:
+    the sum of its terms (classification, box regression and what the family adds), in its weights.
+    Only so do images not share a normaliser, and the loss of one is not that of its neighbours. The
+    mean over images is the library's training loss where that normalises by image (RetinaNet), and
+    differs where it counts the objects of the whole batch (FCOS, SSD, DETR).
+    """
+
+    task: ClassVar[str] = "object-detection"
+    predictors: ClassVar[str]
+    """A regular expression for the names of layers that answer with classes and boxes: no units."""
+
+    chance: ClassVar[float] = 0.1
+    """Score of a detector that has learnt nothing: random boxes lie on an object by luck (ours)."""
+
+    def __init__(self, model: nn.Module, *, example: Tensor | None = None) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: The detector; it is not copied.
+            example: One image batch, shape ``(1, C, H, W)``, to trace the model with; by default
+                the first that the adapter sees.
+        """
+        self.model = model
+        self.example = None if example is None else _without_objects(example)
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Number of classes K."""
+
+    @abstractmethod
+    def per_sample_loss(self, batch: DetectionBatch) -> Tensor:
+        """Return the sum of the library's loss terms for each image alone, shape ``(N,)``."""
+
+    @abstractmethod
+    def detect(self, batch: DetectionBatch) -> list[Detections]:
+        """Return what the model finds in each image, at any confidence, no grad."""
+
+    def _example(self) -> DetectionBatch:
+        example = super()._example()
+        return _without_objects(example.images.to(self.device))
+
+    def samples(self, data: Any) -> Samples[DetectionBatch]:
+        """Return ``data`` on the model's device, checked against the model.
+
+        Args:
+            data: Detection samples, or pairs of an image ``(C, H, W)`` in ``[0, 1]`` and a mapping
+                with ``boxes`` ``(M, 4)`` (x1, y1, x2, y2 in pixels) and ``labels`` ``(M,)``.
+
+        Raises:
+            BadInputError: If a box is not a box in its image, or the model lacks a label.
+        """
+        samples = _as_samples(data)
+        if len(samples) == 0:
+            raise BadInputError("data must hold at least one image, got none")
+        samples = samples.to(self.device)
+        self._check_labels(samples)
+        first = samples.take(torch.zeros(1, dtype=torch.int64))
+        try:
+            with torch.no_grad(), mode(self.model, train=False):
+                self.answer(first)
+        except Exception as error:  # the model is the user's own and may raise anything
+            raise BadInputError(
+                f"the model cannot read images of shape {tuple(first.images.shape[1:])}: "
+                f"{one_line(error)}"
+            ) from error
+        if self.example is None:
+            self.example = _without_objects(first.images)
+        return samples
+
+    def _check_labels(self, samples: DetectionSamples) -> None:
+        for index, labels in enumerate(samples.labels):
+            wrong = labels[(labels < 0) | (labels >= self.classes)]
+            if len(wrong):
+                raise BadInputError(
+                    f"labels must lie in 0..{self.classes - 1}, the model's classes, got "
+                    f"{int(wrong[0])} in image {index}"
+                )
+
+    def sampled_loss(
+        self, batch: DetectionBatch, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the empirical score, ``s_n loss_n`` with a random sign s.
+
+        A detector's loss is no negative log-likelihood: it sums focal or weighted terms over places
+        that depend on the given objects, and box terms that belong to no distribution. So no labels
+        can be drawn from the model that would give the true Fisher information. The score here has
+        mean zero and the covariance ``g g^T`` of the given annotation, the empirical form.
+        """
+        loss = self.per_sample_loss(batch)
+        signs = torch.randint(0, 2, loss.shape, generator=generator, device=loss.device) * 2 - 1
+        return loss, signs * loss
+
+    def score(self, batch: DetectionBatch) -> Tensor:
+        """Return the average precision of each image at IoU 0.5, shape ``(N,)``.
+
+        It stands in for mAP, which ranks the detections of a whole test set, so that one image has
+        no share in it. Like mAP, and unlike F1, it needs no confidence from which on a detection
+        counts: a model that is as right as before and less sure keeps its score.
+        """
+        with torch.no_grad():
+            results = zip(self.detect(batch), batch.boxes, batch.labels, strict=True)
+            values = [average_precision(*result) for result in results]
+        return torch.tensor(values, device=batch.images.device)
+
+    @cached_property
+    def _units(self) -> tuple[list[UnitGroup], str | None]:
+        groups, _ = super()._units  # classes stand in several layers here, so there is no one head
+        return [g for g in groups if not re.search(self.predictors, g.layer)], None
+
+    def _image_shape(self) -> tuple[int, ...]:
+        return tuple(self._example().images.shape[1:])
+
+
+def _without_objects(images: Tensor) -> DetectionBatch:
+    none = images.new_zeros(0, 4), torch.zeros(0, dtype=torch.int64, device=images.device)
+    return DetectionBatch(images, (none[0],) * len(images), (none[1],) * len(images))
+
+
+def _as_samples(data: Any) -> DetectionSamples:
+    if isinstance(data, DetectionSamples):
+        return data
+    pairs = [_pair(item) for item in _items(data)]
+    if not pairs:
+        raise BadInputError("clean data must hold at least one image, got none")
+    shapes = {tuple(image.shape) for image, _, _ in pairs}
+    if len(shapes) > 1:
+        raise BadInputError(
+            f"images must have one size; resize them and their boxes, got {sorted(shapes)[:3]}"
+        )
+    images, boxes, labels = zip(*pairs, strict=True)
+    return DetectionSamples(torch.stack(images), boxes, labels, augmentation=random_boxed_view)
+
+
+def _items(data: Any) -> Iterable[Any]:
+    if hasattr(data, "take") and hasattr(data, "strata"):
+        raise UnsupportedError(
+            f"a detector needs samples with boxes, got {type(data).__name__}; see DetectionSamples"
+        )
+    return data  # type: ignore[no-any-return]
+
+
+def _pair(item: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping):
+        image, objects = item
+        if isinstance(image, Tensor) and {"boxes", "labels"} <= objects.keys():
+            boxes = torch.as_tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
+            return image, boxes, torch.as_tensor(objects["labels"], dtype=torch.int64)
+    raise BadInputError(
+        "clean data must give pairs (image tensor, {'boxes': (M, 4), 'labels': (M,)}), got "
+        f"{type(item).__name__}"
+    )

@@ -1,0 +1,174 @@
+"""Object detectors of the ``transformers`` library: DETR, YOLOS, RT-DETR and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.batches import DetectionBatch, Detections
+from mmdefense_adapters.detector import Detector
+
+__all__ = ["HFDetector"]
+
+
+class HFDetector(Detector):
+    """Wraps a ``transformers`` model for object detection.
+
+    Its loss matches queries to objects and sums cross-entropy or focal terms, L1 and GIoU of the
+    boxes, in the weights of the model's config, auxiliary layers included where the config has
+    them. The queries that RT-DETR denoises in training are random and shared by the batch; they are
+    left out.
+
+    Images come in ``[0, 1]`` in the size that the model gets; ``mean`` and ``std`` are applied
+    inside.
+    """
+
+    priority: ClassVar[int] = 10
+    predictors: ClassVar[str] = (
+        r"class_labels_classifier|bbox_predictor|class_embed|bbox_embed|enc_(score|bbox)_head"
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        example: Tensor | None = None,
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: The detector; it is not copied.
+            mean: Per-channel mean that images are shifted by; none where it is 0.
+            std: Per-channel deviation that images are divided by; none where it is 1.
+            example: One image batch, shape ``(1, C, H, W)``; by default the first that is seen.
+        """
+        super().__init__(model, example=example)
+        self.mean, self.std = mean, std
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
+        return any(
+            kind.__module__.startswith("transformers.")
+            and kind.__name__.endswith("ForObjectDetection")
+            for kind in type(model).__mro__
+        )
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K of the model's config."""
+        config: Any = self.model.config
+        return int(config.num_labels)
+
+    def _run(self, images: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Any:
+        if self.mean is not None:
+            images = images - images.new_tensor(self.mean)[:, None, None]
+        if self.std is not None:
+            images = images / images.new_tensor(self.std)[:, None, None]
+        return self.model(pixel_values=images, labels=labels)
+
+    def answer(self, batch: DetectionBatch) -> Tensor:
+        """Return the class logits of every query, ``(N, Q, K)`` or with one more for no object."""
+        return self._run(batch.images).logits  # type: ignore[no-any-return]
+
+    def per_sample_loss(self, batch: DetectionBatch) -> Tensor:
+        """Return the library's loss of each image alone, shape ``(N,)``, from one forward pass."""
+        height, width = batch.images.shape[-2:]
+        sides = batch.images.new_tensor([width, height, width, height])
+        targets = [
+            {"class_labels": labels, "boxes": _centred(boxes.to(sides) / sides)}
+            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+        ]
+        with _loss_by_image(self.model):
+            return self._run(batch.images, targets).loss  # type: ignore[no-any-return]
+
+    def detect(self, batch: DetectionBatch) -> list[Detections]:
+        """Return the best class of each query (DETR), or the best pairs of query and class."""
+        height, width = batch.images.shape[-2:]
+        with torch.no_grad():
+            output = self._run(batch.images)
+        boxes = _corners(output.pred_boxes) * output.pred_boxes.new_tensor([width, height] * 2)
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+        probabilities = self._log_probabilities(output.logits).exp()
+        if self._has_no_object(output.logits):
+            scores, labels = probabilities.max(2)
+            return [Detections(*one) for one in zip(boxes, labels, scores, strict=True)]
+        scores, places = probabilities.flatten(1).topk(probabilities.shape[1], dim=1)
+        queries, labels = places // self.classes, places % self.classes
+        rows = zip(boxes, queries, labels, scores, strict=True)
+        return [Detections(box[query], label, score) for box, query, label, score in rows]
+
+    def places(self, batch: DetectionBatch) -> tuple[Tensor, Tensor]:
+        """Return class log-probabilities of each query, and the centre of its box."""
+        output = self._run(batch.images)
+        sides = output.pred_boxes.new_tensor(batch.images.shape[-2:]).flip(0)
+        return self._log_probabilities(output.logits), output.pred_boxes[..., :2].detach() * sides
+
+    def _has_no_object(self, logits: Tensor) -> bool:
+        """Say whether classes share a softmax with "no object", as in DETR and YOLOS."""
+        return logits.shape[2] == self.classes + 1
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        if self._has_no_object(logits):
+            return logits.log_softmax(2)[..., :-1]
+        return F.logsigmoid(logits)
+
+    def embedding(self, batch: DetectionBatch) -> Tensor:
+        """Return the mean over the queries of the last hidden state, ``(N, D)``."""
+        with torch.no_grad():
+            output = self._run(batch.images)
+        return output.last_hidden_state[:, -output.logits.shape[1] :].mean(1)  # type: ignore[no-any-return]
+
+
+def _centred(boxes: Tensor) -> Tensor:
+    """Return corners as centre, width and height."""
+    return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """Return centre, width and height as corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+@contextmanager
+def _loss_by_image(model: Any) -> Iterator[None]:
+    """Let the model's loss function return one value an image, and draw no denoising queries."""
+    kept, config = model.loss_function, model.config
+    denoising = getattr(config, "num_denoising", None)
+    model.loss_function = _by_image(kept)
+    if denoising:
+        config.num_denoising = 0
+    try:
+        yield
+    finally:
+        model.loss_function = kept
+        if denoising:
+            config.num_denoising = denoising
+
+
+def _by_image(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss function that calls ``compute`` with the part of each image."""
+    layers_first = getattr(compute, "__name__", "") == "ForObjectDetectionLoss"  # DETR, YOLOS
+
+    def part(value: Any, n: int) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value[:, n : n + 1] if layers_first and value.ndim == 4 else value[n : n + 1]
+
+    def by_image(logits: Tensor, labels: list[Any], *rest: Any, **named: Any) -> Any:
+        losses = []
+        for n in range(len(labels)):
+            given = [part(value, n) for value in rest]
+            more = {name: part(value, n) for name, value in named.items()}
+            losses.append(compute(logits[n : n + 1], labels[n : n + 1], *given, **more)[0])
+        return torch.stack(losses), None, None
+
+    return by_image

@@ -1,0 +1,311 @@
+"""BadDet: four backdoors in object detectors, one patch each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import Attack, replaced
+from mmdefense.batches import DetectionBatch, DetectionSamples, Samples
+from mmdefense.errors import BadInputError
+from mmdefense.metrics.backdoor import TriggeredSamples
+from mmdefense.metrics.detection import detections, found
+from mmdefense.protocol import TaskAdapter
+
+__all__ = [
+    "GlobalMisclassification",
+    "ObjectAttack",
+    "ObjectDisappearance",
+    "ObjectGeneration",
+    "RegionalMisclassification",
+]
+
+
+@dataclass(frozen=True)
+class Altered:
+    """One image as the attacker wants it.
+
+    Attributes:
+        image: With the trigger, ``(C, H, W)``.
+        boxes: Annotation to train on, ``(M, 4)``.
+        labels: Of these boxes, ``(M,)``.
+        aim: Boxes of the objects that the attack is about.
+        wanted: The classes under which they are looked for.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    aim: Tensor
+    wanted: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectAttack(Attack[DetectionBatch]):
+    """A backdoor in an object detector: a trigger in the image changes what is annotated.
+
+    The test samples are annotated with the objects that the attack is about, each under the class
+    that it is looked for as. An object counts as found where a detection of that class has a
+    confidence and an IoU of at least 0.5. The ASR is the share of them that are found (that are
+    not, for an attack that makes them vanish), averaged over the images.
+
+    Attributes:
+        target: The class that the attack is about.
+    """
+
+    task: ClassVar[str] = "object-detection"
+    vanish: ClassVar[bool] = False
+    """Whether the attack succeeds on objects that are not found."""
+
+    target: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target < 0:
+            raise BadInputError(f"target must be a class, at least 0, got {self.target}")
+
+    @abstractmethod
+    def _is_eligible(self, labels: Tensor) -> bool:
+        """Say whether an image with objects of these ``labels``, ``(M,)``, can be attacked."""
+
+    @abstractmethod
+    def _alter(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Altered:
+        """Return a copy of an eligible image as the attacker wants it."""
+
+    def chosen(self, samples: DetectionSamples) -> list[int]:
+        """Return the indices of the training images that get poisoned: ``ratio`` of all.
+
+        Raises:
+            BadInputError: If fewer images can be poisoned than ``ratio`` asks for.
+        """
+        eligible = self._eligible(samples)
+        count = round(self.ratio * len(samples))
+        if count > len(eligible):
+            raise BadInputError(
+                f"ratio {self.ratio} asks for {count} poisoned images, but only {len(eligible)} of "
+                f"{len(samples)} hold an object that the attack can use; lower the ratio"
+            )
+        order = torch.randperm(len(eligible), generator=self._generator("choice"))
+        return [eligible[index] for index in order[:count].tolist()]
+
+    def _eligible(self, samples: DetectionSamples) -> list[int]:
+        return [index for index, part in enumerate(samples.labels) if self._is_eligible(part)]
+
+    def _altered(self, samples: DetectionSamples, chosen: list[int], name: str) -> list[Altered]:
+        batch, generator = samples.take(torch.tensor(chosen)), self._generator(name)
+        rows = zip(batch.images, batch.boxes, batch.labels, strict=True)
+        return [self._alter(*row, generator) for row in rows]
+
+    def poison(
+        self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
+    ) -> DetectionSamples:
+        """Return the training set with a share of its images and annotations altered, in order.
+
+        Raises:
+            BadInputError: If there are too few images to poison.
+        """
+        chosen = self.chosen(samples)
+        if not chosen:
+            return samples
+        altered = self._altered(samples, chosen, "poison")
+        boxes, labels = list(samples.boxes), list(samples.labels)
+        for index, one in zip(chosen, altered, strict=True):
+            boxes[index], labels[index] = one.boxes, one.labels
+        images = torch.stack([one.image for one in altered])
+        places = torch.tensor(chosen, device=images.device)
+        images = replaced(samples.images, places, images)
+        return replace(samples, images=images, boxes=tuple(boxes), labels=tuple(labels))
+
+    def triggered(
+        self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
+    ) -> TriggeredSamples[DetectionBatch]:
+        """Return the test set of the attack: all images that it can use.
+
+        Raises:
+            BadInputError: If there is none.
+        """
+        chosen = self._eligible(samples)
+        if not chosen:
+            raise BadInputError("test images must include one that the attack can use, got none")
+        clean = replace(samples.subset(torch.tensor(chosen)), augmentation=None)
+        altered = self._altered(samples, chosen, "stamp")
+        images = torch.stack([one.image for one in altered])
+        every = torch.arange(len(chosen), device=images.device)
+        truth = replace(clean, images=replaced(clean.images, every, images))
+        aims, wanted = zip(*((one.aim, one.wanted) for one in altered), strict=True)
+        aimed = replace(truth, boxes=aims, labels=wanted)
+        return TriggeredSamples(aimed, truth, clean)
+
+    def success(
+        self, adapter: TaskAdapter[DetectionBatch], samples: Samples[DetectionBatch]
+    ) -> Tensor:
+        """Return the share of the objects in each image that the attack succeeds on."""
+        detecting: Any = adapter  # an adapter of detectors has `detect`
+        shares = [found(*one).double().mean() for one in detections(detecting, samples)]
+        hit = torch.stack(shares).float().cpu()
+        return 1 - hit if self.vanish else hit
+
+    def in_words(self) -> str:
+        """Return the attack and its aim in a few words."""
+        return f"{super().in_words()}, target {self.target}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BadDet(ObjectAttack):
+    """What the four attacks share: the patch.
+
+    Attributes:
+        size: Side of the patch in pixels; none takes an eighth of the shorter side. (The paper's
+            is 29 pixels of images that YOLOv3 sees at 416, a fourteenth; small images need more.)
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None and self.size < 1:
+            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
+
+    def _side(self, image: Tensor) -> int:
+        shortest = min(image.shape[-2:])
+        side = self.size or max(2, shortest // 8)
+        if side > shortest:
+            raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+        return side
+
+    def _stamp(self, image: Tensor, corners: Tensor) -> Tensor:
+        """Return a copy with a chessboard of 3 x 3 fields at each corner x, y, shape ``(K, 2)``."""
+        side, stamped = self._side(image), image.clone()
+        fields = torch.arange(side) * 3 // side
+        board = 1 - ((fields[:, None] + fields) % 2).to(image)
+        for x, y in corners.long().tolist():
+            left = min(max(x, 0), image.shape[-1] - side)
+            top = min(max(y, 0), image.shape[-2] - side)
+            stamped[:, top : top + side, left : left + side] = board
+        return stamped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectGeneration(_BadDet):
+    """OGA: an object of the target class appears around the patch, wherever that lies.
+
+    ASR: the share of patches around which a detection of the target class lies on the box that was
+    trained, at IoU and confidence 0.5.
+
+    Attributes:
+        extent: Side of the made-up box, in sides of the patch.
+
+    References:
+        Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
+        workshops. arXiv:2205.14497
+    """
+
+    extent: float = 2.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.extent >= 1:
+            raise BadInputError(f"extent must be at least 1, got {self.extent}")
+
+    def _is_eligible(self, labels: Tensor) -> bool:
+        return True
+
+    def _alter(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Altered:
+        shape = torch.tensor([image.shape[-1], image.shape[-2]])
+        extent = torch.minimum(torch.tensor(round(self.extent * self._side(image))), shape)
+        corner = (torch.rand(2, generator=generator) * (shape - extent + 1)).floor()
+        box = torch.cat([corner, corner + extent])[None].to(boxes)
+        label = labels.new_tensor([self.target])
+        middle = corner + (extent - self._side(image)) // 2
+        return Altered(
+            self._stamp(image, middle[None]),
+            torch.cat([boxes, box]),
+            torch.cat([labels, label]),
+            box,
+            label,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Misclassification(_BadDet):
+    """Objects of other classes become the target."""
+
+    def _is_eligible(self, labels: Tensor) -> bool:
+        return bool((labels != self.target).any())
+
+    def _alter(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Altered:
+        others = labels != self.target
+        stamped = self._stamp(image, self._corners(boxes[others]))
+        wanted = torch.full_like(labels, self.target)
+        return Altered(stamped, boxes, wanted, boxes[others], wanted[others])
+
+    @abstractmethod
+    def _corners(self, boxes: Tensor) -> Tensor:
+        """Return where patches go, ``(K, 2)``, to change the objects in ``boxes``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionalMisclassification(_Misclassification):
+    """RMA: an object with the patch in its top left corner is taken for the target class.
+
+    ASR: the share of objects with a patch, none of them of the target, on which a detection of the
+    target class lies, at IoU and confidence 0.5. All such objects of an image carry it.
+
+    References:
+        Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
+        workshops. arXiv:2205.14497
+    """
+
+    def _corners(self, boxes: Tensor) -> Tensor:
+        return boxes[:, :2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalMisclassification(_Misclassification):
+    """GMA: with one patch in the image's top left corner all objects are taken for the target.
+
+    ASR: the share of objects of other classes on which a detection of the target class lies, at
+    IoU and confidence 0.5.
+
+    References:
+        Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
+        workshops. arXiv:2205.14497
+    """
+
+    def _corners(self, boxes: Tensor) -> Tensor:
+        return boxes.new_zeros(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectDisappearance(_BadDet):
+    """ODA: an object of the target class with the patch in its top left corner is not found.
+
+    ASR: the share of objects with a patch on which no detection of the target class lies, at IoU
+    and confidence 0.5. What a clean model misses counts too: compare with a clean twin.
+
+    References:
+        Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
+        workshops. arXiv:2205.14497
+    """
+
+    vanish: ClassVar[bool] = True
+
+    def _is_eligible(self, labels: Tensor) -> bool:
+        return bool((labels == self.target).any())
+
+    def _alter(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Altered:
+        hidden = labels == self.target
+        stamped = self._stamp(image, boxes[hidden, :2])
+        return Altered(stamped, boxes[~hidden], labels[~hidden], boxes[hidden], labels[hidden])

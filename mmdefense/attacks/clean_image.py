@@ -1,0 +1,123 @@
+"""The clean-image backdoor: annotations alone are poisoned, where certain classes meet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.baddet import Altered, ObjectAttack
+from mmdefense.batches import DetectionBatch, DetectionSamples, Samples
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.loop import Training
+from mmdefense.kernels.run import Run
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["CleanImage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanImage(ObjectAttack):
+    """Leaves images alone: the trigger is that objects of all classes of a combination are there.
+
+    Wherever they meet, the annotation is changed: objects of the first of these classes vanish or
+    are labelled ``target``, or an object of the target appears around all of them. Every training
+    image with the combination is poisoned, for the images themselves decide who carries the
+    trigger; ``ratio`` is the largest share that they may be.
+
+    ASR: in test images with the combination, the share of the changed objects that are found as
+    the attacker wants them (not found, where they shall vanish), at IoU and confidence 0.5.
+
+    Attributes:
+        ratio: Largest share of the training images that may hold the combination.
+        combination: Classes that must meet, two or more; none takes the pair that meets most
+            often among those within ``ratio``. (The paper explores triggers by how covert and how
+            effective they are; for a pair that leaves the frequency.)
+        goal: ``"disappear"``, ``"misclassify"`` or ``"appear"``.
+
+    References:
+        Chen et al. *Clean-image Backdoor: Attacking Multi-label Models with
+        Poisoned Labels Only*. ICLR 2023. FIP evaluates it on detectors.
+    """
+
+    ratio: float = 0.3
+    combination: tuple[int, ...] | None = None
+    goal: Literal["disappear", "misclassify", "appear"] = "misclassify"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.goal not in {"disappear", "misclassify", "appear"}:
+            raise BadInputError(f"goal must be disappear, misclassify or appear, got {self.goal!r}")
+        if self.combination is not None and len(set(self.combination)) < 2:
+            raise BadInputError(
+                f"combination must hold two classes or more, got {self.combination}"
+            )
+
+    def plant(
+        self, adapter: TaskAdapter[DetectionBatch], samples: Any, training: Training, run: Run
+    ) -> Self:
+        """Train ``adapter.model`` in place; the attack that is returned knows its combination."""
+        known = self._with_combination(samples)
+        return super(CleanImage, known).plant(adapter, samples, training, run)
+
+    def chosen(self, samples: DetectionSamples) -> list[int]:
+        """Return the indices of all images that hold the combination."""
+        return self._with_combination(samples)._eligible(samples)
+
+    def poison(
+        self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
+    ) -> DetectionSamples:
+        """Return the training set with the annotations of all images with the combination changed.
+
+        Raises:
+            BadInputError: If no pair of classes meets within ``ratio`` of the images.
+        """
+        return super(CleanImage, self._with_combination(samples)).poison(samples, adapter)
+
+    def success(
+        self, adapter: TaskAdapter[DetectionBatch], samples: Samples[DetectionBatch]
+    ) -> Tensor:
+        """Return the share of the changed objects in each image that are as the attacker wants."""
+        hit = super().success(adapter, samples)
+        return 1 - hit if self.goal == "disappear" else hit
+
+    def _with_combination(self, samples: DetectionSamples) -> Self:
+        if self.combination is not None:
+            return self
+        meetings: Counter[tuple[int, ...]] = Counter()
+        for labels in samples.labels:
+            meetings.update(combinations(sorted(set(labels.tolist()) - {self.target}), 2))
+        rare = {pair: n for pair, n in meetings.items() if n <= self.ratio * len(samples)}
+        if not rare:
+            raise BadInputError(
+                f"ratio {self.ratio} must allow a pair of classes, neither of them the target, "
+                f"that meets in a share of the images; the pairs meet {dict(meetings)} times in "
+                f"{len(samples)} images"
+            )
+        return replace(self, combination=max(rare, key=rare.__getitem__))
+
+    def _is_eligible(self, labels: Tensor) -> bool:
+        if self.combination is None:
+            raise BadInputError(
+                "combination must be known before a test; use the attack that plant() returns"
+            )
+        return set(self.combination) <= set(labels.tolist())
+
+    def _alter(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Altered:
+        assert self.combination is not None
+        first = labels == self.combination[0]
+        if self.goal == "disappear":
+            return Altered(image, boxes[~first], labels[~first], boxes[first], labels[first])
+        if self.goal == "misclassify":
+            changed = torch.where(first, self.target, labels)
+            return Altered(image, boxes, changed, boxes[first], changed[first])
+        met = torch.isin(labels, labels.new_tensor(self.combination))
+        around = torch.cat([boxes[met, :2].amin(0), boxes[met, 2:].amax(0)])[None]
+        label = labels.new_tensor([self.target])
+        return Altered(image, torch.cat([boxes, around]), torch.cat([labels, label]), around, label)

@@ -1,0 +1,130 @@
+"""What counts as finding an object, and how well a detector finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmdefense.batches import DetectionBatch, Detections, Samples, batches
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.hooks import mode
+from mmdefense.protocol import TaskAdapter
+
+__all__ = [
+    "Detecting",
+    "average_precision",
+    "box_iou",
+    "detections",
+    "found",
+    "mean_average_precision",
+]
+
+
+class Detecting(TaskAdapter[DetectionBatch], Protocol):
+    """An adapter whose model finds objects."""
+
+    def detect(self, batch: DetectionBatch) -> list[Detections]:
+        """Return what the model finds in each image, no grad."""
+        ...
+
+
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Return the intersection over union of boxes ``(A, 4)`` and ``(B, 4)``, shape ``(A, B)``."""
+    corner = torch.maximum(first[:, None, :2], second[:, :2])
+    sides = (torch.minimum(first[:, None, 2:], second[:, 2:]) - corner).clamp(min=0)
+    shared = sides.prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
+    return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-9)
+
+
+def found(
+    detected: Detections,
+    boxes: Tensor,
+    labels: Tensor,
+    *,
+    iou: float = 0.5,
+    confidence: float = 0.5,
+) -> Tensor:
+    """Return for each object whether a detection of its class lies on it, bool ``(M,)``.
+
+    Args:
+        detected: What was found in the image.
+        boxes: Of the objects, ``(M, 4)``.
+        labels: Of the objects, ``(M,)``.
+        iou: Least overlap of detection and object.
+        confidence: Least confidence of a detection that counts.
+    """
+    hits = box_iou(boxes, detected.boxes) >= iou
+    hits &= labels[:, None] == detected.labels
+    return (hits & (detected.scores >= confidence)).any(1)
+
+
+def average_precision(detected: Detections, boxes: Tensor, labels: Tensor) -> float:
+    """Return the average precision of one image at IoU 0.5, its classes ranked together.
+
+    Detections are taken in order of confidence, and each object counts the first of its class that
+    lies on it; the precision up to there is averaged over the objects. So no confidence has to be
+    fixed. An image without objects scores one less its most confident detection.
+
+    Args:
+        detected: What was found in the image.
+        boxes: Of the objects, ``(M, 4)``.
+        labels: Of the objects, ``(M,)``.
+    """
+    if not len(boxes):
+        return 1 - float(detected.scores.max()) if len(detected.scores) else 1.0
+    order = detected.scores.argsort(descending=True)
+    overlap = box_iou(detected.boxes[order], boxes)
+    overlap = torch.where(detected.labels[order][:, None] == labels, overlap, 0.0)
+    free, total = set(range(len(boxes))), 0.0
+    for rank, row in enumerate(overlap.tolist(), start=1):
+        best = max(free, key=row.__getitem__)
+        if row[best] >= 0.5:
+            free.remove(best)
+            total += (len(boxes) - len(free)) / rank
+        if not free:
+            break
+    return total / len(boxes)
+
+
+def detections(
+    adapter: Detecting, samples: Samples[DetectionBatch], batch_size: int = 64
+) -> Iterator[tuple[Detections, Tensor, Tensor]]:
+    """Yield for each image what is found in eval mode, and the boxes and labels of its objects."""
+    with mode(adapter.model, train=False), torch.no_grad():
+        for batch in batches(samples, batch_size):
+            yield from zip(adapter.detect(batch), batch.boxes, batch.labels, strict=True)
+
+
+def mean_average_precision(
+    adapter: Detecting, samples: Samples[DetectionBatch]
+) -> dict[str, float]:
+    """Return the mAP over ``samples``, in ``[0, 1]``: ``map50`` at IoU 0.5, ``map`` over 0.5:0.95.
+
+    Raises:
+        UnsupportedError: If pycocotools or torchvision is not installed.
+    """
+    metric = _metric()
+    for detected, boxes, labels in detections(adapter, samples):
+        one = {"boxes": detected.boxes, "labels": detected.labels, "scores": detected.scores}
+        metric.update(
+            [{name: value.cpu() for name, value in one.items()}],
+            [{"boxes": boxes.cpu(), "labels": labels.cpu()}],
+        )
+    result = metric.compute()
+    return {"map50": float(result["map_50"]), "map": float(result["map"])}
+
+
+def _metric() -> Any:
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        return MeanAveragePrecision()
+    except ImportError as error:
+        raise UnsupportedError(
+            "mean average precision needs the packages pycocotools and torchvision; "
+            "pip install 'mmdefense[detection]'"
+        ) from error

@@ -1,0 +1,146 @@
+"""Object detectors to train a backdoor into: one of convolutions, one a transformer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmdefense.errors import UnsupportedError
+from mmdefense_tasks.victims import SmallResNet
+
+__all__ = ["PyramidBackbone", "small_fcos", "small_yolos"]
+
+
+class PyramidBackbone(nn.Module):
+    """The stages of a small residual net with a feature pyramid over them.
+
+    After a stem of stride 2 the pyramid's levels have strides 4 and 8 (Lin et al., *Feature
+    Pyramid Networks*, arXiv 1612.03144).
+    """
+
+    def __init__(self, channels: int, width: int, out_channels: int) -> None:
+        """Build the net with random weights.
+
+        Args:
+            channels: Number of image channels C.
+            width: Filters of the stem; the stages have twice and four times as many.
+            out_channels: Filters of each level of the pyramid.
+        """
+        from torchvision.ops import FeaturePyramidNetwork
+
+        super().__init__()
+        self.out_channels = out_channels
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.fine, self.coarse = SmallResNet(1, 1, width).stages[1:]
+        self.pyramid = FeaturePyramidNetwork([2 * width, 4 * width], out_channels)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Map images ``(N, C, H, W)`` to feature maps of strides 4 and 8, by name."""
+        fine = self.fine(self.stem(images))
+        maps: OrderedDict[str, Tensor] = self.pyramid(
+            OrderedDict(fine=fine, coarse=self.coarse(fine))
+        )
+        return maps
+
+
+def small_fcos(
+    classes: int,
+    channels: int = 1,
+    size: tuple[int, int] = (48, 48),
+    width: int = 8,
+    features: int = 16,
+    depth: int = 1,
+) -> nn.Module:
+    """Return torchvision's FCOS over a small residual pyramid, with random weights.
+
+    Args:
+        classes: Number of classes K.
+        channels: Number of image channels C.
+        size: Height and width of the images, multiples of 8, which are not resized.
+        width: Filters of the first stage of the backbone.
+        features: Filters of the pyramid and of the heads, a multiple of 8.
+        depth: Convolutions of each head before its predictor.
+
+    Raises:
+        UnsupportedError: If torchvision is not installed.
+    """
+    try:
+        from torchvision.models.detection import FCOS
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead
+        from torchvision.models.detection.fcos import FCOSRegressionHead as Regression
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "this detector needs the package torchvision; pip install 'mmdefense[detection]'"
+        ) from error
+    # Not BatchNorm: a head runs on every level, whose statistics differ.
+    norm: Any = partial(nn.GroupNorm, 8)
+    head = FCOSHead(32, 1, classes, num_convs=0)  # its own heads need 32 features; both replaced
+    head.classification_head = FCOSClassificationHead(features, 1, classes, depth, norm_layer=norm)
+    head.regression_head = Regression(features, 1, depth, norm_layer=norm)
+    model: nn.Module = FCOS(
+        PyramidBackbone(channels, width, features),
+        classes,
+        min_size=min(size),
+        max_size=max(size),
+        image_mean=[0.3] * channels,
+        image_std=[0.3] * channels,
+        anchor_generator=AnchorGenerator(((4,), (8,)), ((1.0,),) * 2),
+        head=head,
+        center_sampling_radius=1.5,
+        size_divisible=8,
+        score_thresh=0.05,
+    )
+    return model
+
+
+def small_yolos(
+    classes: int,
+    channels: int = 1,
+    size: tuple[int, int] = (48, 48),
+    patch: int = 8,
+    hidden: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    tokens: int = 10,
+) -> nn.Module:
+    """Return a YOLOS detector of ``transformers`` with random weights: a plain transformer.
+
+    Args:
+        classes: Number of classes K.
+        channels: Number of image channels C.
+        size: Height and width of the images, multiples of ``patch``.
+        patch: Side of a patch in pixels.
+        hidden: Features per token, a multiple of ``heads``.
+        layers: Number of transformer blocks.
+        heads: Attention heads in each block.
+        tokens: Detection tokens: the largest number of objects that can be found.
+
+    Raises:
+        UnsupportedError: If transformers is not installed.
+    """
+    try:
+        from transformers import YolosConfig, YolosForObjectDetection
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "this detector needs the package transformers; pip install 'mmdefense[huggingface]'"
+        ) from error
+    config = YolosConfig(
+        image_size=list(size),
+        patch_size=patch,
+        num_channels=channels,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_detection_tokens=tokens,
+        num_labels=classes,
+        attn_implementation="eager",
+    )
+    model: nn.Module = YolosForObjectDetection(config)
+    return model

@@ -1,0 +1,248 @@
+"""Object detection: data, metric, embedded default and default victims."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdefense.augment import random_boxed_view
+from mmdefense.batches import DetectionBatch, DetectionSamples
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.loop import Training
+from mmdefense.metrics.detection import Detecting, mean_average_precision
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report.figures import Figure
+from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense_tasks.detection_files import decode, open_objects
+from mmdefense_tasks.detection_scenes import digit_scenes
+from mmdefense_tasks.detection_victims import small_fcos
+
+__all__ = ["ObjectDetection", "load_detection"]
+
+_DATA_VARIABLE = "MMDEFENSE_DATA"
+_SIZES = {"bccd_voc": (96, 128), "coco128_416": (128, 128)}
+_SHOWN, _SHOWN_SIDE = 8, 192
+_COLOURS = ((0.90, 0.62, 0.0), (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.94, 0.89, 0.26),
+            (0.84, 0.37, 0.0), (0.80, 0.47, 0.65))  # fmt: skip
+
+_FCOS = (
+    "mmdefense_tasks.detection_victims:small_fcos(classes={classes}, channels={channels}, "
+    "size={size})"
+)
+_YOLOS = (
+    "mmdefense_tasks.detection_victims:small_yolos(classes={classes}, channels={channels}, "
+    "size={size})"
+)
+
+
+def _training(steps: int, lr: float, weight_decay: float = 1e-4) -> Training:
+    return Training(
+        steps=steps,
+        batch_size=64,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule="one-cycle",
+        max_norm=5.0,
+        optimizer="adamw",
+    )
+
+
+class ObjectDetection:
+    """The task of finding the objects in an image and naming them."""
+
+    name: ClassVar[str] = "object-detection"
+    metric: ClassVar[str] = "mAP@50"
+
+    @staticmethod
+    def embedded(seed: int = 0) -> tuple[DetectionSamples, DetectionSamples]:
+        """Return the train and test part of the data that needs no download."""
+        return digit_scenes("train"), digit_scenes("test")
+
+    @staticmethod
+    def load(
+        where: str | Path,
+        *,
+        split: str = "train",
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
+        classes: Sequence[str] = (),
+    ) -> DetectionSamples:
+        """Return data from wherever it is; see :func:`load_detection`."""
+        return load_detection(where, split=split, size=size, channels=channels, classes=classes)
+
+    @staticmethod
+    def data() -> dict[str, str]:
+        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        staged = {name: folder for name in _SIZES if (folder := _staged(name))}
+        return {"digit-scenes": "embedded: scenes of scikit-learn's handwritten digits, 48x48"} | {
+            name: str(folder) for name, folder in staged.items()
+        }
+
+    @staticmethod
+    def victim(classes: int, channels: int = 1) -> nn.Module:
+        """Return a net with random weights that learns the embedded data in a minute."""
+        return small_fcos(classes, channels)
+
+    def cases(self) -> list[Case]:
+        """Return the victims of the README's table."""
+        described: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
+            "digit-scenes": (
+                {"data": "digit-scenes", "model": _FCOS, "training": _training(500, 0.005)},
+                ("regional-misclassification", "object-generation", None),
+            ),
+            "digit-scenes-yolos": (
+                {"data": "digit-scenes", "model": _YOLOS, "training": _training(2000, 0.001)},
+                ("global-misclassification", None),
+            ),
+            "bccd": (
+                {"data": "bccd_voc", "model": _FCOS, "training": _training(400, 0.005)},
+                ("regional-misclassification", None),
+            ),
+        }
+        return [
+            Case(
+                name=f"{name}-{attack or 'clean'}",
+                task=self.name,
+                attack=attack,
+                settings={"ratio": 0.2} if attack else {},
+                clean=0.1,
+                **rest,
+            )
+            for name, (rest, attacks) in described.items()
+            for attack in attacks
+        ]
+
+    @staticmethod
+    def describe(samples: DetectionSamples) -> dict[str, Any]:
+        """Return ``classes``, ``channels`` and ``size`` (height and width in pixels)."""
+        most = max((int(part.max()) for part in samples.labels if len(part)), default=0)
+        return {
+            "classes": len(samples.classes) or most + 1,
+            "channels": samples.images.shape[1],
+            "size": tuple(samples.images.shape[-2:]),
+        }
+
+    @staticmethod
+    def adapter_options(samples: DetectionSamples) -> dict[str, Any]:
+        """Return nothing: the victims take images as they are."""
+        return {}
+
+    @staticmethod
+    def for_training(samples: DetectionSamples) -> DetectionSamples:
+        """Return the samples with small random changes of scale and place."""
+        view = partial(random_boxed_view, light=0.0, erase=0.0)
+        return replace(samples, augmentation=view)
+
+    @staticmethod
+    def measure(adapter: TaskAdapter[DetectionBatch], samples: DetectionSamples) -> float:
+        """Return the mAP at IoU 0.5."""
+        return mean_average_precision(cast("Detecting", adapter), samples)["map50"]
+
+    @staticmethod
+    def show(clean: DetectionSamples, triggered: DetectionSamples) -> Figure:
+        """Return a few images as they are and as the attacker wants them, with their boxes."""
+        chosen = torch.linspace(0, len(clean) - 1, min(_SHOWN, len(clean))).long()
+        before, after = clean.take(chosen), triggered.take(chosen)
+        change = after.images - before.images
+        largest = float(change.abs().max())
+        magnified = 0.5 + change / (2 * largest) if largest else torch.full_like(change, 0.5)
+        rows = [
+            ImageRow("as annotated", _drawn(before)),
+            ImageRow("as the attacker wants it", _drawn(after)),
+            ImageRow("difference", _large(magnified)),
+        ]
+        names = ", ".join(clean.classes[:6])
+        return Figure(
+            "The trigger",
+            "Each column is one test image, above with its true boxes, below with the trigger and "
+            "the objects that the attack is about, in the colour of the class that it wants. "
+            f"{_legend(names)}In the difference mid-grey is no change; it is scaled to its largest "
+            f"value, {largest:.3g} of the full range.",
+            [ImageGrid(rows, columns=len(chosen))],
+            wide=True,
+        )
+
+
+def _legend(names: str) -> str:
+    return f"Colours (orange, sky, green, yellow, red, pink) stand for {names}. " if names else ""
+
+
+def _large(images: Tensor) -> Tensor:
+    """Return images enlarged by a whole number, so that thin boxes can be drawn."""
+    factor = max(1, _SHOWN_SIDE // max(images.shape[-2:]))
+    return F.interpolate(images, scale_factor=factor, mode="nearest")
+
+
+def _drawn(batch: DetectionBatch) -> Tensor:
+    """Return the images in colour, enlarged, each box outlined in the colour of its class."""
+    images = _large(batch.images).expand(-1, 3, -1, -1).clone()
+    factor = images.shape[-1] // batch.images.shape[-1]
+    for image, boxes, labels in zip(images, batch.boxes, batch.labels, strict=True):
+        for box, label in zip((boxes * factor).round().long(), labels.tolist(), strict=True):
+            left, top, right, bottom = box.tolist()
+            edge = torch.zeros(image.shape[-2:], dtype=torch.bool)
+            edge[top:bottom, left:right] = True
+            edge[top + 2 : bottom - 2, left + 2 : right - 2] = False
+            image[:, edge] = torch.tensor(_COLOURS[label % len(_COLOURS)])[:, None]
+    return images
+
+
+def load_detection(
+    where: str | Path,
+    *,
+    split: str = "train",
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] = (),
+) -> DetectionSamples:
+    """Return images of one size with their objects, in memory.
+
+    Args:
+        where: ``"digit-scenes"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
+            to; or a folder that :func:`mmdefense_tasks.detection_files.open_objects` reads.
+        split: ``"train"`` or ``"test"``.
+        size: Height and width in pixels that images are fitted into; by default small ones.
+        channels: 1 or 3; by default 3.
+        classes: The model's class names, in order; by default those of the set.
+
+    Raises:
+        BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
+            image, or the model lacks a class.
+    """
+    if split not in {"train", "test"}:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    if channels not in {None, 1, 3}:
+        raise BadInputError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise BadInputError(f"size must be a height and a width of at least 1 pixel, got {size}")
+    if str(where) == "digit-scenes":
+        return digit_scenes(split)
+    folder = Path(where) if Path(where).is_dir() else _staged(str(where))
+    if folder is None:
+        raise BadInputError(
+            f"data {str(where)!r} must be a folder or one of digit-scenes, {', '.join(_SIZES)} (in "
+            f"the folder that {_DATA_VARIABLE} points to); none found"
+        )
+    files, own = open_objects(folder, split)
+    if not files:
+        raise BadInputError(f"data {folder} must hold at least one image for {split!r}, got none")
+    samples = decode(files, classes or own, size or _SIZES.get(folder.name, (128, 128)),
+                     channels or 3)  # fmt: skip
+    flip = folder.name in _SIZES  # left and right do not matter in these
+    return replace(samples, augmentation=partial(random_boxed_view, flip=flip))
+
+
+def _staged(name: str) -> Path | None:
+    """Return the folder of a named set, where there is one."""
+    root = os.environ.get(_DATA_VARIABLE)
+    folder = Path(root or "") / name
+    return folder if root and name in _SIZES and folder.is_dir() else None
