@@ -8,7 +8,7 @@ import functools
 import itertools
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -254,7 +254,7 @@ def test_pruning_the_last_layer_needs_a_linear_one(taught, name):
     without_head = SimpleNamespace(**{m: getattr(adapter, m) for m in members})
     without_head.fork = lambda: without_head
     with pytest.raises(UnsupportedError, match=r"needs a HeadAdapter; .* use layers='all'"):
-        make(name).purify(without_head, samples)
+        replace(make(name), layers="last").purify(without_head, samples)
 
 
 @pytest.mark.parametrize("name", ROWS)
