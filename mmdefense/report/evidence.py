@@ -46,7 +46,7 @@ def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -
     On at most 128 samples, with one probe: enough to compare a model with its purified self, which
     get the same samples and the same probe.
     """
-    part = few(samples, _CURVATURE_SAMPLES)
+    part = adapter.samples(few(samples, _CURVATURE_SAMPLES))
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     try:
@@ -68,7 +68,8 @@ def embeddings(
 
 def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Tensor:
     with mode(adapter.model, train=False):
-        return torch.cat([adapter.embedding(batch).cpu() for batch in batches(samples, 64)])
+        read = adapter.samples(samples)
+        return torch.cat([adapter.embedding(batch).cpu() for batch in batches(read, 64)])
 
 
 def embedding_figure(
