@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from mmdefense.checkpoints.faults import check_file
 from mmdefense.errors import BadInputError, one_line
 
 __all__ = [
@@ -35,13 +37,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         BadInputError: If the file is damaged, holds no state dict, or would run code.
     """
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it then refuses; the refusal is one line
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise refused(path, error) from error
     except Exception as error:  # a damaged file fails in many ways
+        if "weights_only" in str(error):  # an older format, which cannot be read as tensors alone
+            raise refused(path, error) from error
         raise BadInputError(f"model file {path} cannot be read: {one_line(error)}") from error
     for name in _WRAPPERS:
         if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):

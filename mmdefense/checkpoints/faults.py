@@ -1,0 +1,330 @@
+"""What is wrong with the files of a model, seen without reading a tensor or running anything.
+
+The loader refuses a model for any of these; a scan reports each of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from mmdefense.errors import BadInputError, one_line
+
+__all__ = [
+    "Fault",
+    "check_file",
+    "check_folder",
+    "leads_outside",
+    "link_faults",
+    "read_json",
+    "remote_code",
+    "safetensors_faults",
+    "shard_faults",
+    "zip_faults",
+]
+
+Kind = Literal["bomb", "code", "header", "path", "structure"]
+
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header; the format's own limit."""
+MAX_ENTRIES = 100_000
+"""Entries of an archive; a checkpoint has one a tensor. Ours."""
+BOMB_RATIO, BOMB_BYTES = 200, 1 << 25
+"""An archive that unpacks to this many bytes, and to this multiple of its own, is a bomb. Ours."""
+MAX_GAP = 24
+"""Bytes between the entries of a zip: the longest data descriptor has 24."""
+
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong, as a phrase that ends a sentence.
+
+    Attributes:
+        kind: A bomb, code to be run, a lying header, a path that leads outside, or a structure
+            that two readers would read differently.
+        text: What is wrong, with its place in the file.
+    """
+
+    kind: Kind
+    text: str
+
+
+def check_file(path: Path) -> None:
+    """Refuse a weight file that has a fault.
+
+    Raises:
+        BadInputError: Naming the first fault.
+    """
+    if path.suffix == ".safetensors":
+        faults = safetensors_faults(path)
+    else:
+        with path.open("rb") as file:
+            faults = zip_faults(file) if zipfile.is_zipfile(file) else []
+    _refuse(path, faults)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a Hugging Face folder that wants code to be run, or files from elsewhere.
+
+    Raises:
+        BadInputError: Naming the first fault.
+    """
+    files = sorted(folder.glob("*"))
+    faults = [fault for path in files for fault in link_faults(path, folder)]
+    for path in files if not faults else ():
+        if path.name.endswith("config.json"):
+            faults += remote_code(path)
+        elif path.name.endswith(".index.json"):
+            faults += shard_faults(path)
+        elif path.suffix in {".safetensors", ".bin"}:
+            check_file(path)
+    _refuse(folder, faults)
+
+
+def _refuse(path: Path, faults: list[Fault]) -> None:
+    if faults:
+        is_damaged = faults[0].kind == "header"
+        how = "cannot be read" if is_damaged else "was refused and nothing in it executed"
+        raise BadInputError(f"model {path} {how}: {_one_line(faults[0].text)}")
+
+
+def _one_line(text: str) -> str:
+    """Return a phrase in which names from the file cannot break the line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def safetensors_faults(path: Path) -> list[Fault]:
+    """Return where a safetensors header contradicts the file or itself.
+
+    References:
+        The format's description in the README of huggingface/safetensors: eight bytes of length,
+        a JSON header, and a buffer that the tensors cover without overlap and without holes.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+            if length is None or length > size - 8:
+                return [_header(f"its header claims {length} bytes, and the file has {size}")]
+            if length > MAX_HEADER:
+                return [_header(f"its header of {length} bytes exceeds {MAX_HEADER}")]
+            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        return [_header(f"its header is no plain JSON object: {one_line(error)}")]
+    if not isinstance(header, dict):
+        return [_header(f"its header must be a JSON object, got {type(header).__name__}")]
+    return list(_header_faults(header, size - 8 - length))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the name {name!r} stands there {count} times")
+    return dict(pairs)
+
+
+def _header(text: str) -> Fault:
+    return Fault("header", text)
+
+
+def _header_faults(header: dict[str, Any], size: int) -> Iterator[Fault]:
+    """Yield the faults of a header over a buffer of ``size`` bytes."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        yield _header("its __metadata__ must map names to text")
+    spans = []
+    for name, entry in header.items():
+        fault = _entry_fault(name, entry, size)
+        if fault:
+            yield fault
+        else:
+            spans.append((*entry["data_offsets"], name))
+    if len(spans) == len(header):
+        yield from _span_faults(sorted(spans), size)
+
+
+def _entry_fault(name: str, entry: Any, size: int) -> Fault | None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return _header(
+            f"tensor {name!r} must have dtype, shape and data_offsets, got {entry!r:.80}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _BITS:
+        return _header(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        return _header(f"tensor {name!r} has shape {shape!r:.60} and offsets {offsets!r:.60}")
+    begin, end = offsets
+    if not begin <= end <= size:
+        return _header(f"tensor {name!r} lies at {begin}..{end} of {size} bytes")
+    if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
+        return _header(f"tensor {name!r} of shape {shape} and {dtype} has {end - begin} bytes")
+    return None
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _span_faults(spans: list[tuple[int, int, str]], size: int) -> Iterator[Fault]:
+    for (_, end, name), (begin, _, after) in pairwise([(0, 0, "the header"), *spans]):
+        if begin < end:
+            yield _header(f"tensor {after!r} overlaps {name!r}")
+        elif begin > end:
+            yield _header(f"{begin - end} bytes before tensor {after!r} belong to no tensor")
+    last = max((end for _, end, _ in spans), default=0)
+    if last < size:
+        yield _header(f"{size - last} bytes behind the last tensor belong to no tensor")
+
+
+def zip_faults(file: IO[bytes]) -> list[Fault]:
+    """Return where a zip archive is a bomb, leads outside, or is read in two ways.
+
+    References:
+        Fifield. *A better zip bomb*. WOOT 2019, for entries that overlap.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            comment = archive.comment
+            end = archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        return [Fault("structure", f"its table of contents is damaged: {one_line(error)}")]
+    faults = [*_bomb_faults(entries), *_name_faults(entries), *_local_faults(file, entries, end)]
+    if b"PK\x05\x06" in comment:
+        faults.append(Fault("structure", "a second table of contents hides in its comment"))
+    return faults
+
+
+def _bomb_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
+    if len(entries) > MAX_ENTRIES:
+        yield Fault("bomb", f"it has {len(entries)} entries, more than {MAX_ENTRIES}")
+    unpacked = sum(entry.file_size for entry in entries)
+    packed = sum(entry.compress_size for entry in entries)
+    if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * packed:
+        yield Fault("bomb", f"{packed} bytes unpack to {unpacked}: a zip bomb")
+
+
+def _name_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
+    for entry in entries:
+        if leads_outside(entry.filename):
+            yield Fault("path", f"entry {entry.filename!r} would be unpacked outside its folder")
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            yield Fault("path", f"entry {entry.filename!r} is a symbolic link")
+    for name, count in Counter(entry.filename for entry in entries).items():
+        if count > 1:
+            yield Fault("structure", f"{count} entries have the name {name!r}")
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a relative name, in the manner of Linux or Windows, leaves the folder it is in."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or name[1:2] == ":"
+
+
+def _local_faults(file: IO[bytes], entries: list[zipfile.ZipInfo], end: int) -> Iterator[Fault]:
+    """Yield where the header in front of an entry contradicts the contents behind them all."""
+    spans = [(0, 0, "the start")]
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        file.seek(entry.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            yield Fault("structure", f"no header stands before entry {entry.filename!r}")
+            continue
+        flags, name_length, extra_length = struct.unpack("<6xH18xHH", header)
+        name = file.read(name_length)
+        if name != entry.orig_filename.encode("utf-8" if flags & 0x800 else "cp437", "replace"):
+            yield Fault("structure", f"entry {entry.filename!r} has another name in its own header")
+        if (flags | entry.flag_bits) & 0x1:
+            yield Fault("structure", f"entry {entry.filename!r} claims to be encrypted")
+        begin = entry.header_offset + 30 + name_length + extra_length
+        spans.append((entry.header_offset, begin + entry.compress_size, entry.filename))
+    for (_, stop, before), (begin, _, after) in pairwise([*spans, (end, end, "the contents")]):
+        if begin < stop:
+            yield Fault("structure", f"entries {before!r} and {after!r} overlap: a zip bomb")
+        elif begin > stop + MAX_GAP:
+            yield Fault("structure", f"{begin - stop} bytes before {after!r} belong to no entry")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        BadInputError: If it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
+
+
+def remote_code(path: Path) -> list[Fault]:
+    """Return where a configuration asks for code that comes with the checkpoint."""
+    found = dict(_walk(read_json(path)))
+    return [
+        Fault("code", f"{path.name} asks for code of its own: {key} = {json.dumps(value)}")
+        for key, value in found.items()
+        if key.split(".")[-1] in {"auto_map", "custom_pipelines", "trust_remote_code"} and value
+    ]
+
+
+def _walk(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each named value of nested JSON with its dotted name."""
+    named = value if isinstance(value, Mapping) else {}
+    if isinstance(value, list):
+        named = {str(index): item for index, item in enumerate(value)}
+    for key, item in named.items():
+        name = f"{where}.{key}".strip(".")
+        yield name, item
+        yield from _walk(item, name)
+
+
+def shard_faults(index: Path) -> list[Fault]:
+    """Return the shards of an index that lie outside its folder."""
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, Mapping) else None
+    names = {str(name) for name in shards.values()} if isinstance(shards, Mapping) else set()
+    return [
+        Fault("path", f"{index.name} names the shard {name!r} outside the folder")
+        for name in sorted(names)
+        if leads_outside(name)
+    ]
+
+
+def link_faults(path: Path, folder: Path) -> list[Fault]:
+    """Return whether ``path`` is a symbolic link that leaves ``folder``.
+
+    The hub's cache keeps the files of ``snapshots/<revision>`` as links into the ``blobs`` beside
+    it; those stay inside what was downloaded.
+    """
+    if not path.is_symlink():
+        return []
+    target = Path(os.path.realpath(path))
+    root = folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if any(target.is_relative_to(place) for place in allowed):
+        return []
+    name = path.relative_to(folder)
+    return [Fault("path", f"the link {str(name)!r} leads outside the folder, to {target}")]

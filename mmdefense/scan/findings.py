@@ -1,0 +1,169 @@
+"""What a scan finds: findings, the record that joins them, and a verdict that claims no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from mmdefense.errors import BadInputError
+
+__all__ = [
+    "LEVELS",
+    "Finding",
+    "Level",
+    "Rule",
+    "ScanRecord",
+    "Verdict",
+    "reaches",
+    "worst_level",
+]
+
+Level = Literal["low", "medium", "high"]
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+"""From weak to strong."""
+
+PARTS = ("files", "weights", "behaviour")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that a reviewer should know.
+
+    Attributes:
+        id: The rule that found it, for example ``"pickle-import"``.
+        level: How strong it is: ``"low"`` is a remark, ``"medium"`` wants a look before the model
+            is loaded, ``"high"`` means do not load it.
+        subject: The file, layer or class; what lies in an archive stands behind an ``!``.
+        measured: What was looked at.
+        value: What was found there.
+        reference: What it was held against.
+        meaning: What it means.
+        blind_spot: What the rule cannot see.
+    """
+
+    id: str
+    level: Level
+    subject: str
+    measured: str
+    value: str | float
+    reference: str
+    meaning: str
+    blind_spot: str
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise BadInputError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What all findings of one kind have in common.
+
+    Attributes:
+        id: As in :class:`Finding`; so are all others.
+        level: The level where a finding gives none of its own.
+        measured: See :class:`Finding`.
+        reference: See :class:`Finding`.
+        meaning: See :class:`Finding`.
+        blind_spot: See :class:`Finding`.
+    """
+
+    id: str
+    level: Level
+    measured: str
+    reference: str
+    meaning: str
+    blind_spot: str
+
+    def found(
+        self,
+        subject: str,
+        value: str | float,
+        *,
+        level: Level | None = None,
+        reference: str | None = None,
+    ) -> Finding:
+        """Return a finding of this rule."""
+        return Finding(
+            id=self.id,
+            level=level or self.level,
+            subject=subject,
+            measured=self.measured,
+            value=value,
+            reference=reference or self.reference,
+            meaning=self.meaning,
+            blind_spot=self.blind_spot,
+        )
+
+
+def worst_level(findings: Iterable[Finding]) -> Level | None:
+    """Return the strongest level, or none where there is no finding."""
+    return max((finding.level for finding in findings), key=LEVELS.index, default=None)
+
+
+def reaches(findings: Iterable[Finding], level: Level) -> bool:
+    """Whether any finding is as strong as ``level`` or stronger."""
+    worst = worst_level(findings)
+    return worst is not None and LEVELS.index(worst) >= LEVELS.index(level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What may be concluded, in one sentence or two.
+
+    Attributes:
+        level: The strongest level that was found; none where nothing was.
+        text: Never says that a model is clean: no scan can know that.
+    """
+
+    level: Level | None
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanRecord:
+    """All that a scan looked at and found.
+
+    Attributes:
+        model: What was scanned, as the user called it.
+        findings: Strongest first.
+        parts: Which of files, weights and behaviour were looked at.
+        files: SHA-256 of each file by its name, as ``sha256sum`` prints it.
+        version: Of mmdefense.
+    """
+
+    model: str
+    findings: Sequence[Finding]
+    parts: Sequence[str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.findings, key=lambda found: -LEVELS.index(found.level))
+        object.__setattr__(self, "findings", tuple(ordered))
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be concluded."""
+        level = worst_level(self.findings)
+        return Verdict(level=level, text=f"{self._found(level)} {self._limits()}")
+
+    def _found(self, level: Level | None) -> str:
+        if level is None:
+            return "Nothing was found by what was looked at."
+        count = sum(finding.level == level for finding in self.findings)
+        many = f"{count} finding{'s' * (count > 1)} of {level} level"
+        advice = {
+            "high": "do not load this model.",
+            "medium": "look at them before this model is loaded.",
+            "low": "remarks, none of which alone speaks against the model.",
+        }
+        return f"{many}: {advice[level]}"
+
+    def _limits(self) -> str:
+        looked = f"Looked at: {', '.join(self.parts) or 'nothing'}"
+        left = [part for part in PARTS if part not in self.parts]
+        not_looked = f"; not looked at: {', '.join(left)}" if left else ""
+        return f"{looked}{not_looked}. No trigger found is not proof that there is none."

@@ -1,0 +1,124 @@
+"""A scan's record as text for a person, JSON for a program, and SARIF for a code scanner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmdefense.report.encoding import plain
+from mmdefense.scan.findings import Finding, Level, ScanRecord
+
+__all__ = ["FORMATS", "to_json", "to_sarif", "to_text"]
+
+_STYLES: Mapping[Level, str] = {"low": "cyan", "medium": "yellow", "high": "bold red"}
+_SARIF_LEVELS: Mapping[Level, str] = {"low": "note", "medium": "warning", "high": "error"}
+_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+
+
+def to_text(record: ScanRecord) -> str:
+    """Return the verdict and a table of the findings."""
+    console = Console()
+    if not console.is_terminal:  # a log has no edge to wrap at
+        console = Console(width=120)
+    with console.capture() as captured:
+        if record.findings:
+            console.print(_table(record))
+        console.print(Text(record.verdict.text))
+        if record.files:
+            console.print(Text(f"{len(record.files)} files hashed; --format json lists them"))
+    return captured.get().rstrip("\n")
+
+
+def _table(record: ScanRecord) -> Table:
+    table = Table(title=Text(f"scan of {_printable(record.model)}"), title_justify="left")
+    for heading in ("level", "where", "what", "what it means, and what it cannot see"):
+        table.add_column(heading, overflow="fold")
+    for found in record.findings:
+        table.add_row(
+            Text(found.level, style=_STYLES[found.level]),
+            Text(_printable(found.subject)),
+            Text(f"{found.id}: {_shown(found)} (against: {_printable(found.reference)})"),
+            Text(f"{found.meaning} Cannot see: {found.blind_spot}"),
+        )
+    return table
+
+
+def _shown(found: Finding) -> str:
+    return f"{found.value:.3g}" if isinstance(found.value, float) else _printable(found.value)
+
+
+def _printable(text: str) -> str:
+    """Return text of unknown origin without what would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def to_json(record: ScanRecord) -> str:
+    """Return the whole record, verdict included."""
+    content = {**plain(record), "verdict": plain(record.verdict)}
+    return json.dumps(content, indent=2)
+
+
+def to_sarif(record: ScanRecord) -> str:
+    """Return the findings as a SARIF 2.1.0 log.
+
+    References:
+        OASIS. *Static Analysis Results Interchange Format (SARIF) Version 2.1.0*. 2020.
+    """
+    rules = list({found.id: found for found in record.findings}.values())
+    order = [found.id for found in rules]
+    run = {
+        "tool": {
+            "driver": {
+                "name": "mmdefense",
+                "version": record.version,
+                "rules": [_rule(found) for found in rules],
+            }
+        },
+        "artifacts": [
+            {"location": {"uri": quote(name)}, "hashes": {"sha-256": digest}}
+            for name, digest in record.files.items()
+        ],
+        "results": [_result(found, order.index(found.id)) for found in record.findings],
+        "properties": {"verdict": record.verdict.text, "parts": list(record.parts)},
+    }
+    return json.dumps({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
+
+
+def _rule(found: Finding) -> dict[str, Any]:
+    return {
+        "id": found.id,
+        "shortDescription": {"text": found.measured},
+        "fullDescription": {"text": found.meaning},
+        "help": {"text": f"Cannot see: {found.blind_spot}"},
+    }
+
+
+def _result(found: Finding, rule: int) -> dict[str, Any]:
+    where = found.subject.split("!")[0]
+    is_file = found.id.split("-")[0] not in {"weights", "behaviour"}
+    location = (
+        {"physicalLocation": {"artifactLocation": {"uri": quote(where)}}}
+        if is_file
+        else {"logicalLocations": [{"fullyQualifiedName": found.subject}]}
+    )
+    return {
+        "ruleId": found.id,
+        "ruleIndex": rule,
+        "level": _SARIF_LEVELS[found.level],
+        "message": {"text": f"{found.subject}: {_shown(found)}; against {found.reference}"},
+        "locations": [location],
+        "properties": plain(found),
+    }
+
+
+FORMATS: Mapping[str, Callable[[ScanRecord], str]] = {
+    "text": to_text,
+    "json": to_json,
+    "sarif": to_sarif,
+}

@@ -1,0 +1,362 @@
+"""What a pickle would import and call, found by following its opcodes without running any.
+
+The opcodes are followed with a stack and a memo of their own, so that a name that is put together
+out of sight (from the memo, from under a popped decoy) is the name that the unpickler would look
+up. A name that cannot be followed is reported as such, and so is a stream that cannot be read to
+its end: whatever stands there, an unpickler that reads more forgivingly may run it.
+
+How bad a name is says picklescan's list of known gadgets, completed by a rule that needs no list:
+what PyTorch's weights-only unpickler would refuse is at least ``medium``, and what comes from the
+standard library and is no plain data type is ``high``.
+
+References:
+    pickletools in the Python standard library, for the opcodes; picklescan's issues 14 and 22 for
+    the memo decoys; protectai/modelscan's issues 85, 330 and 338 for gadgets beyond deny lists.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import base64
+import binascii
+import io
+import logging
+import pickletools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import IO, Any, cast
+
+from mmdefense.scan.findings import Finding, Level, Rule
+
+__all__ = ["MAX_DEPTH", "Followed", "follow", "is_dangerous", "level_of", "scan_pickles"]
+
+IMPORT = Rule(
+    id="pickle-import",
+    level="medium",
+    measured="a name that the pickle imports",
+    reference="names that PyTorch's weights-only unpickler allows",
+    meaning="Unpickling it looks this name up and can call it with arguments from the file.",
+    blind_spot="what the named thing does; a class of an installed library may be harmless.",
+)
+HIDDEN = Rule(
+    id="pickle-hidden-import",
+    level="high",
+    measured="an import whose name is made while unpickling",
+    reference="names written out in the file",
+    meaning="The name that is imported cannot be told without running the pickle.",
+    blind_spot="which name it is.",
+)
+BROKEN = Rule(
+    id="pickle-broken",
+    level="medium",
+    measured="whether the pickle can be read to its end",
+    reference="a stream of known opcodes that ends in STOP",
+    meaning="What stands before the break runs all the same, and other readers may go on after it.",
+    blind_spot="what stands after the break.",
+)
+NESTED_TOO_DEEP = Rule(
+    id="pickle-nesting",
+    level="high",
+    measured="pickles within pickles",
+    reference="four levels",
+    meaning="Layers of pickles hide what the innermost one does.",
+    blind_spot="what lies below the fourth level.",
+)
+
+MAX_DEPTH = 4
+_STREAMS = 10_000
+_MAX_ITEM, _MAX_LINE, _MAX_NESTED = 1 << 30, 1 << 20, 1 << 24
+_MARK = object()
+_UNKNOWN = object()
+_STRINGS = {
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+}
+_CALLS = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
+_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
+
+
+@dataclass
+class Followed:
+    """What one pickle does.
+
+    Attributes:
+        imports: Names as ``(module, name)``; none where a name could not be followed.
+        calls: Whether anything is called.
+        constants: Strings and bytes that could hold a further pickle.
+        error: Why it could not be read to its end; empty where it could.
+    """
+
+    imports: list[tuple[str, str] | None] = field(default_factory=list)
+    calls: bool = False
+    constants: list[str | bytes] = field(default_factory=list)
+    error: str = ""
+
+
+def follow(stream: IO[bytes] | _Bounded) -> Followed:
+    """Follow the opcodes of the next pickle of ``stream``, to its STOP or to where it breaks."""
+    machine = _Machine()
+    try:
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
+            machine.step(opcode, argument)
+    except Exception as error:  # genops raises ValueError, UnicodeDecodeError, IndexError ...
+        machine.followed.error = str(error) or type(error).__name__
+    return machine.followed
+
+
+class _Machine:
+    """A pickle machine over strings and unknowns: it makes no object and imports nothing."""
+
+    def __init__(self) -> None:
+        self.followed = Followed()
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.protocol = 0
+
+    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Do to the stack what the opcode does to its kinds of value."""
+        name = opcode.name
+        self.followed.calls |= name in _CALLS
+        if name == "PROTO":
+            self.protocol = argument
+        elif name in {"GLOBAL", "INST"}:
+            module, _, attribute = argument.partition(" ")
+            self._import(module, attribute)
+            self._replace(opcode)
+        elif name == "STACK_GLOBAL":
+            attribute, module = self._pop(), self._pop()
+            self._import(module, attribute)
+            self.stack.append(_UNKNOWN)
+        elif name.startswith("EXT"):
+            self.followed.imports.append(None)
+            self.stack.append(_UNKNOWN)
+        elif not self._step_memo(name, argument):
+            self._step_value(opcode, argument)
+
+    def _step_memo(self, name: str, argument: Any) -> bool:
+        top = self.stack[-1] if self.stack else _UNKNOWN
+        if name in {"PUT", "BINPUT", "LONG_BINPUT"}:
+            self.memo[argument] = top
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = top
+        elif name in {"GET", "BINGET", "LONG_BINGET"}:
+            self.stack.append(self.memo.get(argument, _UNKNOWN))
+        elif name == "DUP":
+            self.stack.append(top)
+        else:
+            return False
+        return True
+
+    def _step_value(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        if opcode.name in _STRINGS | _BYTES:
+            self.stack.append(argument)
+            self.followed.constants.append(argument[:_MAX_NESTED])
+        elif opcode.name == "MARK":
+            self.stack.append(_MARK)
+        else:
+            self._replace(opcode)
+
+    def _replace(self, opcode: pickletools.OpcodeInfo) -> None:
+        """Pop what the opcode takes and push unknowns for what it gives."""
+        for kind in reversed(opcode.stack_before):
+            if kind is pickletools.stackslice:
+                continue
+            if kind is pickletools.markobject:
+                self._pop_to_mark()
+            elif self.stack:
+                self.stack.pop()
+        self.stack += [_UNKNOWN] * len(opcode.stack_after)
+
+    def _pop_to_mark(self) -> None:
+        while self.stack and self.stack.pop() is not _MARK:
+            pass
+
+    def _pop(self) -> Any:
+        return self.stack.pop() if self.stack else _UNKNOWN
+
+    def _import(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.followed.imports.append(None)
+            return
+        if self.protocol < 3:  # such pickles may bear the names of Python 2
+            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+            module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        self.followed.imports.append((module, name))
+
+
+def scan_pickles(
+    stream: IO[bytes], subject: str, *, declared: bool = True, depth: int = 0
+) -> Iterator[Finding]:
+    """Yield what speaks against the pickles that stand one behind the other in ``stream``.
+
+    PyTorch's older format and some trainers write several; readers differ in how many they load.
+
+    Args:
+        stream: A binary file.
+        subject: Its name in the findings.
+        declared: Whether it calls itself a pickle. Of other bytes, such as the raw storages behind
+            the pickles of the older format, only what names an import is reported.
+        depth: How many pickles and archives it lies in.
+    """
+    if depth > MAX_DEPTH:
+        yield NESTED_TOO_DEEP.found(subject, depth)
+        return
+    names: set[tuple[str, str] | None] = set()
+    bounded = _Bounded(stream)
+    for count in range(_STREAMS):
+        followed = follow(bounded)
+        is_first = declared and count == 0
+        if followed.error and not is_first and not is_dangerous(followed):
+            break
+        names.update(followed.imports)
+        for constant in followed.constants:
+            yield from _scan_constant(constant, subject, depth)
+        if followed.error:
+            yield BROKEN.found(subject, followed.error)
+            break
+        if not _more(stream):
+            break
+    yield from _judged(names, subject)
+
+
+def is_dangerous(followed: Followed) -> bool:
+    """Whether bytes, which may be a broken pickle or none, import what is of high level and call.
+
+    A word list can read like an import; one that is called as well is none.
+    """
+    return followed.calls and any(
+        name is not None and level_of(*name) == "high" for name in followed.imports
+    )
+
+
+class _Bounded:
+    """A stream that refuses to hand out more at once than any pickle needs."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _MAX_ITEM:
+            raise ValueError(f"an item of {size} bytes is too large to be looked into")
+        return self.stream.read(size)
+
+    def readline(self) -> bytes:
+        return self.stream.readline(_MAX_LINE)
+
+
+def _more(stream: IO[bytes]) -> bool:
+    """Whether a further byte follows; the stream stays where it is."""
+    if not stream.read(1):
+        return False
+    stream.seek(-1, io.SEEK_CUR)
+    return True
+
+
+def _judged(names: set[tuple[str, str] | None], subject: str) -> Iterator[Finding]:
+    for found in sorted(names - {None}, key=str):
+        assert found is not None
+        level = level_of(*found)
+        if level:
+            yield IMPORT.found(subject, ".".join(found), level=level)
+    if None in names:
+        yield HIDDEN.found(subject, "a name that is made while unpickling")
+
+
+def _scan_constant(constant: str | bytes, subject: str, depth: int) -> Iterator[Finding]:
+    """Yield what a string or bytes of a pickle hold, if they are a pickle with imports."""
+    for data in _readings(constant):
+        inner = follow(io.BytesIO(data))
+        refused = any(name is None or level_of(*name) for name in inner.imports)
+        if is_dangerous(inner) or (refused and not inner.error):
+            yield from scan_pickles(io.BytesIO(data), f"{subject}!nested pickle", depth=depth + 1)
+
+
+def _readings(constant: str | bytes) -> Iterator[bytes]:
+    data = constant.encode("latin-1", "ignore") if isinstance(constant, str) else bytes(constant)
+    if len(data) < 4:
+        return
+    yield data
+    text = data[:1_000_000].decode("latin-1")
+    if _BASE64.fullmatch(text):
+        try:
+            yield base64.b64decode(text, altchars=b"-_" if set("-_") & set(text) else None)
+        except (binascii.Error, ValueError):
+            return
+
+
+# The standard library's plain data types: made by a pickle, they compute nothing.
+_DATA_TYPES = {
+    *(f"builtins.{name}" for name in ("object", "int", "float", "bool", "complex", "str", "bytes")),
+    *(f"builtins.{name}" for name in ("bytearray", "tuple", "list", "dict", "set", "frozenset")),
+    *(f"builtins.{name}" for name in ("slice", "range", "NoneType", "Ellipsis")),
+    *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    *("pathlib.PureWindowsPath", "pathlib.PurePath", "argparse.Namespace", "decimal.Decimal"),
+    *("types.SimpleNamespace", "fractions.Fraction", "uuid.UUID", "copyreg._reconstructor"),
+    *("_codecs.encode", "copyreg.__newobj__", "enum.Enum", "enum.auto"),
+}
+# Functions of PyTorch and its neighbours that read files, run code or start processes; classes of
+# torch.nn and other libraries stay medium.
+_DANGEROUS = re.compile(
+    r"torch\.(load|save|compile|hub|jit|ops|classes|library|serialization|package|utils|_C|cuda|"
+    r"multiprocessing|distributed|_inductor|_dynamo|_functorch|testing|fx|onnx|export|_lobpcg|"
+    r"storage\._load_from_bytes|_load_global_deps|from_file|_weights_only_unpickler)\b"
+    r"|numpy\.(load|loadtxt|genfromtxt|fromfile|memmap|save|ctypeslib|distutils|f2py|testing|lib|"
+    r"DataSource|_core\.memmap|compat)\b(?!\.stride_tricks)"
+    r"|pandas\.(read_\w+|eval|io|compat|core\.(computation|eval)\w*)\b"
+    r"|(joblib\.(load|dump|memory|parallel|externals)|dill|cloudpickle|mlflow|pip|setuptools|"
+    r"pkg_resources|IPython|tensorflow\.(io|saved_model|keras\.models)|keras\.models|transformers\."
+    r"(pipeline|pipelines|dynamic_module_utils|trainer)|huggingface_hub|jinja2|yaml|requests|httpx|"
+    r"aiohttp|urllib3|paramiko|fabric|sh|pexpect|numba|cffi|numexpr)\b"
+)
+
+
+def level_of(module: str, name: str) -> Level | None:
+    """Return how strongly an import speaks against a pickle; none for what only makes tensors."""
+    full = f"{module}.{name}"
+    if full in _allowed_by_torch():
+        return None
+    if full in _DATA_TYPES:
+        return "medium"
+    is_standard = module.partition(".")[0] in sys.stdlib_module_names
+    if is_standard or _walks(name) or _DANGEROUS.match(full) or _known_gadget(module, name):
+        return "high"
+    return "medium"
+
+
+def _walks(name: str) -> bool:
+    """Whether an attribute leads through a module to another, as ``serialization.os.system``."""
+    parts = name.split(".")
+    return any(part in sys.stdlib_module_names or part.startswith("__") for part in parts)
+
+
+@cache
+def _allowed_by_torch() -> frozenset[str]:
+    """Return the names that ``torch.load(weights_only=True)`` accepts with nothing added."""
+    from torch import _weights_only_unpickler
+
+    return frozenset(_weights_only_unpickler._get_allowed_globals())
+
+
+@cache
+def _known_gadget(module: str, name: str) -> bool:
+    """Whether picklescan calls a name dangerous: the one place that knows this library.
+
+    It gets a pickle of nothing but this name, for its own following of opcodes can be misled.
+    """
+    from picklescan.scanner import SafetyLevel, scan_pickle_bytes
+
+    data = f"c{module}\n{name}\n.".encode("utf-8", "surrogatepass")
+    log = logging.getLogger("picklescan")
+    level, log.disabled = log.disabled, True
+    try:
+        found = scan_pickle_bytes(io.BytesIO(data), "name").globals
+    finally:
+        log.disabled = level
+    return any(one.safety is SafetyLevel.Dangerous for one in found)
