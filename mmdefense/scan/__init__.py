@@ -1,0 +1,63 @@
+"""Look at a model of unknown origin before it is used: its files, its weights, its behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmdefense.checkpoints.weights import read_state
+from mmdefense.errors import BadInputError
+from mmdefense.scan.files import hash_all, scan_files
+from mmdefense.scan.findings import Finding, ScanRecord, worst_level
+from mmdefense.scan.weights import scan_weights
+
+__all__ = ["scan", "scan_files", "scan_weights"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def scan(model: str | Path | nn.Module, data: Any = None) -> ScanRecord:
+    """Return what speaks against a model; nothing that comes with it is run.
+
+    Args:
+        model: A folder or file, whose weights are read as tensors once no file speaks strongly
+            against it; or a module, of which there are no files to look at.
+        data: Clean data for a look at the behaviour, which is not there yet.
+
+    Raises:
+        BadInputError: If there is no model.
+    """
+    if isinstance(model, nn.Module):
+        name, files, findings = type(model).__name__, {}, []
+    else:
+        name, files, findings = str(model), hash_all(model), scan_files(model)
+    parts = ["files"] if files else []
+    weights = _weights(model, findings)
+    if weights:
+        findings = [*findings, *scan_weights(weights)]
+        parts.append("weights")
+    return ScanRecord(
+        model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
+    )
+
+
+def _weights(
+    model: str | Path | nn.Module, findings: list[Finding]
+) -> nn.Module | Mapping[str, Tensor] | None:
+    """Return a model or the tensors of its files; none where they are not safe or not there."""
+    if isinstance(model, nn.Module):
+        return model
+    if worst_level(findings) == "high":
+        return None
+    root = Path(model)
+    files = sorted(root.glob("*")) if root.is_dir() else [root]
+    stored = [path for path in files if path.suffix in _WEIGHTS]
+    chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
+    try:
+        return {name: value for path in chosen for name, value in read_state(path).items()}
+    except BadInputError:
+        return None  # what speaks against the file is among the findings

@@ -1,0 +1,248 @@
+"""What stands apart among a model's weights: no data is needed, and nothing is run.
+
+Three measures, each of them a hint and no proof, for clean models have outliers as well; that is
+why their findings are of low level:
+
+- channels whose Lipschitz constant exceeds their layer's mean by u deviations (CLP),
+- layers whose largest singular value is large against the same layer of other blocks,
+- rows of the output head whose norm or bias is far from the other classes'.
+
+A model is read as its state dict in the order of registration, so that CNNs, ViTs and transformers
+look the same; a matrix has one row a channel.
+
+References:
+    [CLP] Zheng, Tang, Li, Liu. *Data-free Backdoor Removal based on Channel Lipschitzness*. ECCV
+    2022. arXiv:2208.03111. Implemented: the constant of a convolution with its BatchNorm, and u = 3
+    deviations within a layer. Beyond the paper: linear layers, whose channel is a row; heads are
+    measured by their own rule.
+    [NC] Wang et al. *Neural Cleanse*. IEEE S&P 2019, for the anomaly index by median absolute
+    deviation. [IH] Iglewicz, Hoaglin. *How to Detect and Handle Outliers*. ASQC 1993, for its
+    bound of 3.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.scan.findings import Finding, Rule
+
+__all__ = [
+    "anomaly_index",
+    "channel_lipschitz",
+    "largest_singular_value",
+    "scan_weights",
+    "spectral_excess",
+]
+
+CHANNEL = Rule(
+    id="weights-channel-lipschitz",
+    level="low",
+    measured="the largest channel Lipschitz constant of a layer, in deviations from the mean",
+    reference="3 deviations over the channels of the layer (CLP, ECCV 2022)",
+    meaning="A channel that amplifies much more than its neighbours may be there for a trigger.",
+    blind_spot="triggers spread over many channels; clean layers have such channels as well.",
+)
+SPECTRUM = Rule(
+    id="weights-spectrum",
+    level="low",
+    measured="the largest singular value of a layer over the root mean square of all of them",
+    reference="the same layer of the other blocks, 3.5 by median absolute deviation",
+    meaning="One direction of this layer outweighs the rest, unlike in its sister layers.",
+    blind_spot="layers without at least four sisters; a backdoor that is in all of them.",
+)
+HEAD = Rule(
+    id="weights-head-row",
+    level="low",
+    measured="norm and bias of a row of the output head, by median absolute deviation",
+    reference="3.5 over the rows of the head",
+    meaning="The class or token is easier to reach than others; backdoors favour their target.",
+    blind_spot="classes that training data favoured; heads of fewer than five rows.",
+)
+
+U = 3.0
+"""Deviations from the mean that CLP tolerates; the paper's default."""
+ANOMALY = 3.5
+SISTERS, ROWS = 5, 5
+STRONGEST = 10
+"""Findings of each measure; on a large model more would hide the first ones. Ours."""
+_EMBEDDINGS = re.compile(r"(emb|wte|wpe|shared\.|position|relative_attention_bias|_token)")
+
+
+def scan_weights(model: nn.Module | Mapping[str, Tensor], *, u: float = U) -> list[Finding]:
+    """Return the weights of a model that stand apart, the strongest of each measure.
+
+    Args:
+        model: A model or its state dict, in the order of registration.
+        u: Deviations from the mean above which a channel is named.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    layers = _matrices(state, _transposed(model))
+    head = _head(model, layers)
+    body = {name: weight for name, weight in layers.items() if name != head}
+    found = [_strongest(_channels(body, _norm_scales(state), u)), _strongest(_spectra(body))]
+    if head:
+        found.append(_strongest(_head_rows(layers[head], state, head)))
+    return [finding for findings in found for finding in findings]
+
+
+def _strongest(findings: Iterator[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: -float(finding.value))[:STRONGEST]
+
+
+def _transposed(model: nn.Module | Mapping[str, Tensor]) -> set[str]:
+    """Return the weights whose second axis counts the outputs, where the module says so."""
+    if not isinstance(model, nn.Module):
+        return set()
+    kinds = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D")  # the last: GPT-2
+    return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ in kinds}
+
+
+def _matrices(state: Mapping[str, Tensor], transposed: set[str]) -> dict[str, Tensor]:
+    """Return the weights of layers, channels first, embeddings left out.
+
+    Where no module tells, a matrix whose bias fits its second axis alone is GPT-2's kind.
+    """
+    found = {}
+    for name, value in state.items():
+        if value.ndim < 2 or not value.is_floating_point() or _EMBEDDINGS.search(name):
+            continue
+        outputs = state.get(name.removesuffix("weight") + "bias", value[:, 0]).shape[0]
+        is_transposed = name in transposed or outputs == value.shape[1] != value.shape[0]
+        weight = value.transpose(0, 1) if is_transposed else value
+        found[name] = weight.detach().to(torch.float32)
+    return found
+
+
+def _norm_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the BatchNorm behind a convolution multiplies each of its channels by.
+
+    A BatchNorm is behind the convolution that is registered just before it, if the widths agree:
+    ``|gamma| / sqrt(var + eps)``, with the eps of PyTorch's default.
+    """
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    scales = {}
+    for before, after in pairwise(layers):
+        var, gamma = state.get(f"{after}.running_var"), state.get(f"{after}.weight")
+        weight = state.get(f"{before}.weight")
+        if var is None or weight is None or weight.ndim < 2 or len(weight) != len(var):
+            continue
+        scale = (var.detach().float() + 1e-5).rsqrt()
+        scales[f"{before}.weight"] = scale if gamma is None else scale * gamma.detach().abs()
+    return scales
+
+
+def channel_lipschitz(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return an upper bound of each channel's Lipschitz constant, shape ``(C,)``.
+
+    For a kernel of shape ``(C, I, ...)`` it is the largest singular value of each channel's
+    ``(I, -1)`` matrix, times the scale of the BatchNorm behind it; of a linear row it is the norm.
+
+    Args:
+        weight: Channels first.
+        scale: Shape ``(C,)``, where a BatchNorm follows.
+    """
+    kernels = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
+    narrow = kernels if kernels.shape[1] >= kernels.shape[2] else kernels.mT
+    gram = narrow.mT.double() @ narrow.double()  # as small as the kernel: 9 x 9 for 3 x 3
+    values: Tensor = torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt()
+    return values if scale is None else values * scale
+
+
+def _channels(
+    layers: Mapping[str, Tensor], scales: Mapping[str, Tensor], u: float
+) -> Iterator[Finding]:
+    for name, weight in layers.items():
+        if len(weight) < 2:
+            continue
+        constants = channel_lipschitz(weight, scales.get(name))
+        spread = constants.std()
+        if not spread > 0:
+            continue
+        deviations = (constants - constants.mean()) / spread
+        above = int((deviations > u).sum())
+        if above:
+            worst = float(deviations.max())
+            which = ", ".join(map(str, deviations.topk(min(above, 3)).indices.tolist()))
+            yield CHANNEL.found(
+                name,
+                worst,
+                reference=f"{u:g} deviations, which {above} of {len(weight)} channels exceed, "
+                f"first {which} (CLP, ECCV 2022)",
+            )
+
+
+def largest_singular_value(matrix: Tensor, block: int = 8, steps: int = 20) -> float:
+    """Return the largest singular value, by block power iteration where a matrix is large.
+
+    References:
+        Halko, Martinsson, Tropp. *Finding Structure with Randomness*. SIAM Review 53(2), 2011.
+    """
+    if min(matrix.shape) <= 256:
+        return float(torch.linalg.matrix_norm(matrix, ord=2))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], block, generator=generator).to(matrix)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix.mT @ (matrix @ basis)).Q
+    return float(torch.linalg.matrix_norm(matrix @ basis, ord=2))
+
+
+def spectral_excess(weight: Tensor) -> float:
+    """Return the largest singular value over the root mean square of all, free of any scale."""
+    matrix = weight.flatten(1)
+    typical = float(matrix.norm()) / min(matrix.shape) ** 0.5
+    return largest_singular_value(matrix) / typical if typical > 0 else 0.0
+
+
+def anomaly_index(values: Tensor) -> Tensor:
+    """Return ``(x - median) / (1.4826 MAD)`` of each value; zero where there is no spread.
+
+    1.4826 makes the median absolute deviation that of a normal distribution. [NC]
+    """
+    centred = values - values.median()
+    spread = 1.4826 * centred.abs().median()
+    return centred / spread if spread > 0 else torch.zeros_like(centred)
+
+
+def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Yield the layers that exceed those of their name in the other blocks, of the same kind."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, weight in layers.items():
+        groups.setdefault((re.sub(r"\d+", "*", name), weight.ndim), []).append(name)
+    for names in groups.values():
+        if len(names) < SISTERS:
+            continue
+        values = torch.tensor([spectral_excess(layers[name]) for name in names])
+        for name, index in zip(names, anomaly_index(values).tolist(), strict=True):
+            if index > ANOMALY:
+                yield SPECTRUM.found(name, index)
+
+
+def _head(model: nn.Module | Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the output head: the last linear layer, which registration puts last."""
+    linear = [name for name, weight in layers.items() if weight.ndim == 2]
+    if isinstance(model, nn.Module):
+        kinds = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear = [name for name in linear if name in kinds]
+    return linear[-1] if linear else None
+
+
+def _head_rows(weight: Tensor, state: Mapping[str, Tensor], name: str) -> Iterator[Finding]:
+    if len(weight) < ROWS:
+        return
+    bias = state.get(name.removesuffix("weight") + "bias")
+    measured = {"norm": anomaly_index(weight.norm(dim=1))}
+    if bias is not None and len(bias) == len(weight):
+        measured["bias"] = anomaly_index(bias.detach().float())
+    for what, index in measured.items():
+        for row in (index > ANOMALY).nonzero().flatten().tolist():
+            yield HEAD.found(f"{name}[{row}]", float(index[row]), reference=_of_rows(what, weight))
+
+
+def _of_rows(what: str, weight: Tensor) -> str:
+    return f"{ANOMALY} for the {what} over {len(weight)} rows, by median absolute deviation"

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mmdefense.errors import BadInputError
+from mmdefense.scan import scan
+from mmdefense.scan.findings import Finding, ScanRecord, reaches, worst_level
+from mmdefense.scan.formats import to_json, to_sarif, to_text
+
+
+def finding(level="high", id="pickle-import", subject="a.pt!data.pkl", value="posix.system"):
+    return Finding(
+        id=id, level=level, subject=subject, measured="an import", value=value,
+        reference="names allowed", meaning="It runs.", blind_spot="what it does.",
+    )  # fmt: skip
+
+
+def record(*findings, parts=("files",)):
+    return ScanRecord(model="m", findings=findings, parts=parts, files={"a.pt": "00ff"})
+
+
+def test_levels_are_ordered():
+    findings = [finding("low"), finding("medium")]
+    assert worst_level(findings) == "medium"
+    assert worst_level([]) is None
+    assert reaches(findings, "low")
+    assert reaches(findings, "medium")
+    assert not reaches(findings, "high")
+    assert not reaches([], "low")
+
+
+def test_an_unknown_level_is_refused():
+    with pytest.raises(BadInputError, match="low, medium, high"):
+        finding("severe")
+
+
+@pytest.mark.parametrize("findings", [(), (finding("low"),), (finding("medium"),), (finding(),)])
+def test_no_verdict_says_that_a_model_is_clean(findings):
+    verdict = record(*findings).verdict
+    assert "clean" not in verdict.text
+    assert "not looked at: weights, behaviour" in verdict.text
+    assert "not proof" in verdict.text
+    assert verdict.level == worst_level(findings)
+
+
+def test_the_strongest_finding_stands_first():
+    ordered = record(finding("low"), finding("high"), finding("medium")).findings
+    assert [found.level for found in ordered] == ["high", "medium", "low"]
+
+
+def test_text_names_everything_and_cannot_steer_the_terminal():
+    text = to_text(record(finding(value="x\x1b[2J\n")))
+    for word in ("high", "pickle-import", "It runs.", "what it does.", "not proof"):
+        assert word in " ".join(text.split())
+    assert "\x1b[2J" not in text
+
+
+def test_json_holds_the_whole_record():
+    content = json.loads(to_json(record(finding(value=float("nan")))))
+    assert content["findings"][0]["subject"] == "a.pt!data.pkl"
+    assert content["findings"][0]["value"] is None
+    assert content["files"] == {"a.pt": "00ff"}
+    assert content["verdict"]["level"] == "high"
+
+
+def test_sarif_is_what_the_standard_asks_for():
+    low = finding("low", "weights-spectrum", "layers.3.weight", 4.2)
+    log = json.loads(to_sarif(record(finding(), finding("medium", subject="b c.pt"), low)))
+    assert log["version"] == "2.1.0"
+    assert log["$schema"].endswith("sarif-2.1.0.json")
+    (run,) = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert len(rules) == len({rule["id"] for rule in rules}) == 2
+    for result in run["results"]:
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+        assert result["message"]["text"]
+    assert [result["level"] for result in run["results"]] == ["error", "warning", "note"]
+    places = [result["locations"][0] for result in run["results"]]
+    assert places[0]["physicalLocation"]["artifactLocation"]["uri"] == "a.pt"
+    assert places[1]["physicalLocation"]["artifactLocation"]["uri"] == "b%20c.pt"
+    assert places[2]["logicalLocations"] == [{"fullyQualifiedName": "layers.3.weight"}]
+
+
+def test_a_scan_joins_files_and_weights(tmp_path):
+    torch.save(torch.nn.Linear(3, 8).state_dict(), tmp_path / "a.pt")
+    found = scan(tmp_path)
+    assert found.parts == ["files", "weights"]
+    assert list(found.files) == ["a.pt"]
+    assert found.version
+
+
+def test_the_weights_of_a_file_that_would_run_code_are_not_read(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    found = scan(tmp_path)
+    assert found.parts == ["files"]
+    assert found.verdict.level == "high"
+
+
+def test_a_module_has_no_files():
+    found = scan(torch.nn.Linear(3, 8))
+    assert (found.parts, found.files, found.model) == (["weights"], {}, "Linear")
