@@ -19,7 +19,6 @@ from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 
 if TYPE_CHECKING:
     from mmdefense.attacks.base import Attack
-    from mmdefense.jobs import Source
 
 __all__ = ["app", "main"]
 
@@ -37,9 +36,13 @@ Model = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        metavar="DIR",
-        help="Labelled samples: one folder per class, an npz archive, or a name of `list data`.",
+        metavar="DATA",
+        help="Samples as the task reads them: a folder per class of images, clips or clouds, COCO, "
+        "VOC, texts, an archive, a data set id, or a name of `list data`.",
     ),
+]
+Task = Annotated[
+    str, typer.Option(help="A name of `list tasks`; auto takes the one that the model is of.")
 ]
 Arch = Annotated[
     str | None,
@@ -56,10 +59,20 @@ Numbers = Annotated[
     str | None, typer.Option(metavar="R,G,B", help="What inputs are normalised by, per channel.")
 ]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, metavar="PIXELS", help="Side that images are resized to.")
+    int | None,
+    typer.Option(min=1, metavar="PIXELS", help="Side that images or frames are resized to."),
 ]
 Channels = Annotated[
-    int | None, typer.Option(min=1, max=3, help="1 or 3; by default the first image's.")
+    int | None, typer.Option(min=1, max=3, help="1 or 3; by default as the model or the data says.")
+]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read",
+        metavar="KEY=VALUE",
+        help="Anything else about how data is read, such as frames=16, points=512, pair=en,de or "
+        "max_length=64; may be given more than once.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
@@ -99,6 +112,7 @@ def purify(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
     defense: Annotated[str, typer.Option(help="A name of `list defenses`.")] = "fip",
+    task: Task = "auto",
     arch: Arch = None,
     settings: Settings = None,
     seed: Seed = 0,
@@ -109,18 +123,20 @@ def purify(
     std: Numbers = None,
     image_size: ImageSize = None,
     channels: Channels = None,
+    read: Reading = None,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
 ) -> None:
     """Purify a model with a little clean data; write it with its evidence to a new folder."""
-    from mmdefense.jobs import partial_folder, purify_files
+    from mmdefense.jobs import Source, partial_folder, purify_files
     from mmdefense.purification import configured
     from mmdefense.report.terminal import ProgressDisplay
 
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **_parsed(settings)}
     chosen = configured(defense, given)
-    source = _source(model, data, arch, mean, std, image_size, channels, device)
+    reading = _reading(mean, std, image_size, channels, read)
+    source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     try:
         with ProgressDisplay() as progress:
@@ -149,6 +165,7 @@ def purify(
 def evaluate(
     model: Model,
     data: Data,
+    task: Task = "auto",
     arch: Arch = None,
     split: Annotated[str, typer.Option(help="train or test, where the data is split.")] = "test",
     attack: Annotated[str | None, typer.Option(help="A name of `list attacks`.")] = None,
@@ -156,22 +173,28 @@ def evaluate(
         Path | None,
         typer.Option(help="A picture whose alpha says where, or an npz with pattern and mask."),
     ] = None,
-    target: Annotated[int, typer.Option(min=0, help="The class that the attacker wants.")] = 0,
+    target: Annotated[
+        str | None,
+        typer.Option(help="What the attacker wants, by default as the attack has it: a class."),
+    ] = None,
     settings: Settings = None,
     mean: Numbers = None,
     std: Numbers = None,
     image_size: ImageSize = None,
     channels: Channels = None,
+    read: Reading = None,
     device: Device = "cpu",
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
-    from mmdefense.jobs import evaluate_files
+    from mmdefense.jobs import Source, evaluate_files
 
-    source = _source(model, data, arch, mean, std, image_size, channels, device, split)
+    reading = _reading(mean, std, image_size, channels, read)
+    source = Source(
+        model=model, data=data, task=task, arch=arch, split=split, reading=reading, device=device
+    )
     found = evaluate_files(source, _attack(attack, trigger, target, settings))
-    for name, share in (("ACC", found.acc), ("ASR", found.asr), ("RA", found.ra)):
-        if share is not None:
-            typer.echo(f"{name} {share}")
+    for line in found.lines():
+        typer.echo(line)
     raise typer.Exit(int(found.finding))
 
 
@@ -252,30 +275,22 @@ def grid(
     typer.echo(markdown(measured))
 
 
-def _source(
-    model: str,
-    data: str,
-    arch: str | None,
+def _reading(
     mean: str | None,
     std: str | None,
     image_size: int | None,
     channels: int | None,
-    device: str,
-    split: str = "train",
-) -> Source:
-    from mmdefense.jobs import Source
-
-    return Source(
-        model=model,
-        data=data,
-        arch=arch,
-        split=split,
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
-        image_size=image_size,
-        channels=channels,
-        device=device,
-    )
+    more: list[str] | None,
+) -> dict[str, Any]:
+    """Return what was said about how data is read, by name."""
+    named = {
+        "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std),
+        "image_size": image_size,
+        "channels": channels,
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    return given | _parsed(more)
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -288,34 +303,41 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def _parsed(settings: list[str] | None) -> dict[str, Any]:
-    """Return ``key=value`` settings; values are Python literals, and what is none is text."""
+    """Return ``key=value`` settings by name."""
     parsed = {}
     for setting in settings or []:
         name, sign, value = setting.partition("=")
         if not sign:
-            raise typer.BadParameter(f"--set must be KEY=VALUE, got {setting!r}")
-        try:
-            parsed[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[name] = value
+            raise typer.BadParameter(f"--set and --read must be KEY=VALUE, got {setting!r}")
+        parsed[name] = _literal(value)
     return parsed
 
 
+def _literal(text: str) -> Any:
+    """Return the Python literal that a text is, and where it is none the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def _attack(
-    name: str | None, trigger: Path | None, target: int, settings: list[str] | None
+    name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
 ) -> Attack[Any] | None:
     from mmdefense import registry
     from mmdefense.evaluation.measurement import read_trigger
-    from mmdefense.purification import check_settings
+    from mmdefense.purification import check_settings, check_value
 
     if name is not None and trigger is not None:
         raise typer.BadParameter("give --attack or --trigger, not both")
+    aim = {} if target is None else {"target": _literal(target)}
     if trigger is not None:
-        return read_trigger(trigger, target)
+        check_value("target", aim.get("target", 0), int, "--trigger")
+        return read_trigger(trigger, **aim)
     if name is None:
         return None
     kind = registry.load("attacks", name)
-    given = {"target": target, **_parsed(settings)}
+    given = {**aim, **_parsed(settings)}
     check_settings(kind, given)
     attack: Attack[Any] = kind(**given)
     return attack

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from mmdefense import __version__, registry
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import LabelledSamples, Samples
+from mmdefense.batches import Samples
 from mmdefense.checkpoints.folders import check_replaceable
-from mmdefense.checkpoints.models import class_names, load_model, load_processor
+from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError
 from mmdefense.evaluation.measurement import Evaluation, evaluate
 from mmdefense.kernels.run import Progress
-from mmdefense.protocol import TaskAdapter
-from mmdefense.purification import Purification, purify
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
+from mmdefense.purification import Purification, check_value, purify
 from mmdefense.report.encoding import plain
 
-__all__ = ["Source", "evaluate_files", "partial_folder", "purify_files"]
+__all__ = ["AUTO", "Opened", "Source", "evaluate_files", "partial_folder", "purify_files"]
+
+AUTO = "auto"
+"""In place of a task: that of the model's adapter."""
 
 _IDENTITY = "job"
+_NOT_WRITTEN = {"split", "classes", "uneven_size", "processor", "tokenizer", "example"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and its data, read and checked.
+
+    Attributes:
+        task: What the model is for.
+        adapter: Around the model.
+        data: As the task reads it: what attacks stamp and metrics read.
+        samples: The same as the adapter reads it: what defenses take.
+    """
+
+    task: Task
+    adapter: TaskAdapter[Any]
+    data: Samples[Any]
+    samples: Samples[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,53 +59,73 @@ class Source:
 
     Attributes:
         model: A Hugging Face folder or id, or a state-dict file.
-        data: A folder, an archive, or a name that the task knows.
+        data: A folder, a file, or a name that the task knows.
+        task: The name of a task, or :data:`AUTO` for that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
         split: ``"train"`` or ``"test"``, where the data is split.
-        mean: Per-channel mean that the model's inputs are normalised by.
-        std: Per-channel deviation of the same.
-        image_size: Side in pixels that images are resized to.
-        channels: 1 or 3; by default the first image's.
+        reading: How data is read, by name: options of the task's ``load``, such as ``image_size``,
+            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. What
+            is not given is as the model says, or as the data is.
         device: For example ``"cpu"`` or ``"cuda"``.
-        task: The name of a task.
     """
 
     model: str
     data: str
+    task: str = AUTO
     arch: str | None = None
     split: str = "train"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    image_size: int | None = None
-    channels: int | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
-    task: str = "image-classification"
 
-    def open(self) -> tuple[TaskAdapter[Any], Samples[Any]]:
-        """Return the model in its adapter, and the data as it reads them, both checked.
+    def open(self) -> Opened:
+        """Return the model in its adapter, and the data as the task and the model read them.
 
         Raises:
-            BadInputError: If either cannot be read, or they do not fit each other.
+            BadInputError: If either cannot be read, they do not fit each other or the task, or an
+                option is none of theirs.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
         device = _device(self.device)
-        task = registry.load("tasks", self.task)()
-        model = load_model(self.model, arch=self.arch)
-        data = task.load(
-            self.data,
-            split=self.split,
-            image_size=self.image_size,
-            channels=self.channels,
-            classes=class_names(model),
-        )
-        options: dict[str, Any] = {
-            "mean": self.mean,
-            "std": self.std,
-            "processor": load_processor(self.model),
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        adapter = registry.adapt(model.to(device), **given)
-        return adapter, adapter.samples(data)
+        asked = None if self.task == AUTO else self.task
+        if asked is not None:
+            registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
+        model = load_model(self.model, arch=self.arch, task=asked)
+        kind = registry.adapter_for(model, asked)
+        task = registry.load("tasks", asked or kind.task)()
+        mine, its = _told_apart(self.reading, task, kind)
+        adapter = kind(model.to(device), **its)
+        said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}
+        data = task.load(self.data, split=self.split, **{**said, **mine})
+        return Opened(task, adapter, data, adapter.samples(data))
+
+
+def _told_apart(
+    given: Mapping[str, Any], task: Task, kind: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which options are for the task's ``load``, and which for the adapter.
+
+    Raises:
+        BadInputError: If one is for neither, or of the wrong kind.
+    """
+    reads, takes = (_options(call) for call in (task.load, kind.__init__))
+    known = takes | reads  # what both know is read from the data
+    for name, value in given.items():
+        if name not in known:
+            raise BadInputError(
+                f"{task.name} reads no option {name!r}; known are {', '.join(sorted(known))}"
+            )
+        check_value(name, value, known[name], task.name)
+    mine = {name: value for name, value in given.items() if name in reads}
+    return mine, {name: value for name, value in given.items() if name not in reads}
+
+
+def _options(call: Any) -> dict[str, Any]:
+    """Return the types of the options of a function, by name, that a user can write down."""
+    hints = get_type_hints(call)
+    names = [
+        p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    return {name: hints[name] for name in names if name not in _NOT_WRITTEN}
 
 
 def _device(name: str) -> torch.device:
@@ -133,10 +176,10 @@ def purify_files(
     check_replaceable(out, force)
     store = RunStore(partial_folder(out))
     _check_resumable(store, resume)
-    adapter, samples = source.open()
-    _claim(store, _identity(adapter, samples, defense))
+    opened = source.open()
+    _claim(store, _identity(opened, defense))
     try:
-        purified = purify(adapter, samples, defense, progress=progress, store=store)
+        purified = purify(opened.adapter, opened.samples, defense, progress=progress, store=store)
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names)
         purified.save(out, source.model, force=force)
@@ -148,14 +191,15 @@ def purify_files(
     return purified
 
 
-def _identity(adapter: TaskAdapter[Any], samples: Samples[Any], defense: Defense) -> dict[str, Any]:
+def _identity(opened: Opened, defense: Defense) -> dict[str, Any]:
     """Return all that the result depends on, as plain values."""
     return {
         "defense": type(defense).__name__,
         **{f"setting {name}": value for name, value in plain(dataclasses.asdict(defense)).items()},
-        "model": hash_weights(adapter.model),
-        "normalisation": plain([getattr(adapter, name, None) for name in ("mean", "std")]),
-        "data": samples.fingerprint(),
+        "task": opened.task.name,
+        "model": hash_weights(opened.adapter.model),
+        "normalisation": plain([getattr(opened.adapter, name, None) for name in ("mean", "std")]),
+        "data": opened.samples.fingerprint(),
         "mmdefense": __version__,
         "torch": str(torch.__version__),
     }
@@ -213,13 +257,23 @@ def evaluate_files(source: Source, attack: Attack[Any] | None = None) -> Evaluat
     """Measure the model of ``source`` on its data and, where an attack is given, under it.
 
     Raises:
-        BadInputError: If anything given cannot be used.
+        BadInputError: If anything given cannot be used, or the attack is on another task.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
-    adapter, samples = source.open()
-    return evaluate(adapter, in_memory(samples), attack)
+    opened = source.open()
+    task, data = opened.task, in_memory(opened.data)
+    if attack is not None and attack.task != task.name:
+        raise BadInputError(
+            f"{type(attack).__name__} is an attack on {attack.task}, but the model is of "
+            f"{task.name}; choose one of its own"
+        )
+    found = evaluate(opened.adapter, data, attack)
+    if task.metric == found.metric:
+        return found
+    value = task.measure(opened.adapter, opened.adapter.samples(data))
+    return dataclasses.replace(found, metric=task.metric, value=value)
 
 
-def in_memory(samples: Any) -> LabelledSamples:
-    """Return labelled samples decoded, where they are read image by image."""
+def in_memory(samples: Any) -> Samples[Any]:
+    """Return samples decoded, where they are read one by one."""
     return samples.in_memory() if hasattr(samples, "in_memory") else samples  # type: ignore[no-any-return]

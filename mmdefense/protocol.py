@@ -18,6 +18,8 @@ from mmdefense.batches import Samples
 
 __all__ = [
     "GeneratingAdapter",
+    "HeadAdapter",
+    "ReadingAdapter",
     "Task",
     "TaskAdapter",
     "TriggerAdapter",
@@ -141,6 +143,19 @@ class HeadAdapter(TaskAdapter[B], Protocol[B]):
 
 
 @runtime_checkable
+class ReadingAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter whose model says in which form it reads data."""
+
+    def reading(self) -> Mapping[str, Any]:
+        """Return what the model says about its data, as options of its task's ``load``.
+
+        For example ``classes`` (their names in order), ``channels``, ``frames``; what it does not
+        say is left out.
+        """
+        ...
+
+
+@runtime_checkable
 class GeneratingAdapter(TaskAdapter[B], Protocol[B]):
     """An adapter whose model writes text."""
 
@@ -213,6 +228,10 @@ class Task(Protocol):
 
     def load(self, where: Any, *, split: str = "train") -> Samples[Any]:
         """Return the ``"train"`` or ``"test"`` part of the data of that name or place.
+
+        A task takes more options by name: what a user may say about the form of the data
+        (``--read`` of the command line), and what a model says of it itself
+        (:meth:`ReadingAdapter.reading`).
 
         Raises:
             BadInputError: If there is no such data, or it is damaged.

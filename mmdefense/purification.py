@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -36,7 +36,7 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.page import render_page
 from mmdefense.report.record import PurificationRecord, write_record
 
-__all__ = ["Purification", "check_settings", "configured", "purify"]
+__all__ = ["Purification", "check_settings", "check_value", "configured", "purify"]
 
 
 def purify(
@@ -112,10 +112,17 @@ def check_settings(kind: type, settings: Mapping[str, Any]) -> None:
             raise BadInputError(
                 f"{kind.__name__} has no setting {name!r}; known are {', '.join(sorted(known))}"
             )
-        if not _fits(value, hints[name]):
-            raise BadInputError(
-                f"{name} of {kind.__name__} must be {_described(hints[name])}, got {value!r}"
-            )
+        check_value(name, value, hints[name], kind.__name__)
+
+
+def check_value(name: str, value: Any, hint: Any, owner: str) -> None:
+    """Refuse a value that is not of the type that is asked for.
+
+    Raises:
+        BadInputError: Naming the setting, whose it is, and what is needed.
+    """
+    if not _fits(value, hint):
+        raise BadInputError(f"{name} of {owner} must be {_described(hint)}, got {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -125,6 +132,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in inner)
     if origin is Literal:
         return value in inner
+    if origin in {tuple, Sequence}:
+        return isinstance(value, (tuple, list)) and _all_fit(value, inner)
     if hint in {int, float}:
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
         return number and not isinstance(value, bool)
@@ -133,11 +142,21 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _all_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
+    """Say whether values are of the types of a tuple, or all of the one type of a sequence."""
+    if len(hints) == 2 and hints[1] is not ...:
+        return len(values) == 2 and all(map(_fits, values, hints))
+    return all(_fits(value, hints[0]) for value in values)
+
+
 def _described(hint: Any) -> str:
     if get_origin(hint) in {Union, types.UnionType}:
         return " or ".join(_described(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(repr(option) for option in get_args(hint))
+    if get_origin(hint) in {tuple, Sequence}:
+        kinds = [_described(inner) for inner in get_args(hint) if inner is not ...]
+        return f"a row ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return words.get(hint, "None" if hint is types.NoneType else str(hint))
 

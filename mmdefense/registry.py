@@ -7,6 +7,7 @@ the same groups in its own, and is found through the same door.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch import nn
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["adapt", "load", "name_of", "names"]
+__all__ = ["adapt", "adapter_for", "installed", "load", "name_of", "names"]
 
 Kind = Literal["defenses", "attacks", "adapters", "tasks"]
 
@@ -59,33 +60,67 @@ def load(kind: Kind, name: str) -> Any:
         ) from error
 
 
-def adapt(model: nn.Module, adapter: str | None = None, **options: Any) -> TaskAdapter[Any]:
-    """Return an adapter around ``model``, chosen by the model itself.
+def installed(kind: Kind) -> Iterator[Any]:
+    """Yield every object of a kind whose library is installed."""
+    for name in names(kind):
+        try:
+            yield load(kind, name)
+        except UnsupportedError:  # its library is not installed, so nothing here is of it
+            continue
 
-    Every registered adapter class is asked ``accepts(model)``; of those that say yes, the one with
-    the highest ``priority`` is taken.
+
+def adapter_for(model: nn.Module, task: str | None = None) -> Any:
+    """Return the adapter class for ``model``, chosen by the model itself.
+
+    Every registered class is asked ``accepts(model)``; of those that say yes, the one with the
+    highest ``priority`` is taken. Nothing about a plain module says what it reads: where only a
+    ``generic`` class accepts it, the generic one of ``task`` serves it.
+
+    Args:
+        model: What is to be wrapped.
+        task: The name of a task; none leaves it to the model.
+
+    Raises:
+        BadInputError: If the model is of another task.
+        UnsupportedError: If no adapter accepts the model.
+    """
+    classes = list(installed("adapters"))
+    accepting = (kind for kind in classes if kind.accepts(model))
+    best = max(accepting, key=lambda kind: kind.priority, default=None)
+    if best is not None and task in {None, getattr(best, "task", task)}:
+        return best
+    if best is not None and not _is_generic(best):
+        raise BadInputError(
+            f"a {type(model).__name__} is a model of {best.task}, got task {task!r}; leave the "
+            "task open, or name that one"
+        )
+    for kind in classes:
+        if best is not None and _is_generic(kind) and kind.task == task:
+            return kind
+    raise UnsupportedError(
+        f"no adapter{f' of {task}' if task else ''} accepts a {type(model).__name__}; known: "
+        f"{', '.join(names('adapters'))}; docs/howto/add_an_adapter.md shows how to write one"
+    )
+
+
+def _is_generic(kind: Any) -> bool:
+    return bool(vars(kind).get("generic", False))  # of the class itself: no subclass inherits it
+
+
+def adapt(
+    model: nn.Module, adapter: str | None = None, *, task: str | None = None, **options: Any
+) -> TaskAdapter[Any]:
+    """Return an adapter around ``model``; see :func:`adapter_for` for how it is chosen.
 
     Args:
         model: The model to wrap. It is not copied or changed.
         adapter: The name of an adapter, where the choice is not to be left to the model.
+        task: The name of a task, where nothing about the model says which it is of.
         **options: Passed to the adapter, for example ``mean`` and ``std`` for images.
 
     Raises:
+        BadInputError: If the model is of another task.
         UnsupportedError: If no adapter accepts the model.
     """
-    if adapter is not None:
-        return load("adapters", adapter)(model, **options)  # type: ignore[no-any-return]
-    found = []
-    for name in names("adapters"):
-        try:
-            candidate = load("adapters", name)
-        except UnsupportedError:  # its library is not installed, so the model is not of it
-            continue
-        if candidate.accepts(model):
-            found.append(candidate)
-    if not found:
-        raise UnsupportedError(
-            f"no adapter accepts a {type(model).__name__}; known: {', '.join(names('adapters'))}; "
-            "docs/howto/add_an_adapter.md shows how to write one"
-        )
-    return max(found, key=lambda kind: kind.priority)(model, **options)  # type: ignore[no-any-return]
+    kind = load("adapters", adapter) if adapter is not None else adapter_for(model, task)
+    return kind(model, **options)  # type: ignore[no-any-return]

@@ -64,6 +64,22 @@ def test_a_plug_in_is_found_and_chosen_by_the_model(plug):
     assert type(registry.adapt(nn.Linear(1, 1))).__name__ == "TorchClassifier"
 
 
+def test_the_task_says_what_a_plain_module_reads():
+    net = nn.Sequential(nn.Linear(3, 3))
+    found = {
+        task: registry.adapter_for(net, task).__name__
+        for task in ("image-classification", "video-classification", "point-cloud-classification")
+    }
+    assert list(found.values()) == ["TorchClassifier", "TorchVideoClassifier", "PointClassifier"]
+    with pytest.raises(UnsupportedError, match="no adapter of language-generation accepts a Seq"):
+        registry.adapt(net, task="language-generation")
+
+
+def test_a_plug_in_of_no_task_serves_the_task_that_is_named(plug):
+    plug("adapters", stranger="test_registry:Stranger")
+    assert type(registry.adapt(nn.Bilinear(1, 1, 1), task="poetry")).__name__ == "Stranger"
+
+
 def test_a_plug_in_whose_library_is_missing_is_passed_by(plug):
     plug("adapters", broken="no_such_package.adapters:Adapter")
     assert type(registry.adapt(nn.Linear(1, 1))).__name__ == "TorchClassifier"

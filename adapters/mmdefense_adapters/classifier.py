@@ -98,10 +98,11 @@ class Classifier(ModuleAdapter[LabelledBatch]):
             raise BadInputError(
                 f"the model cannot read {self.inputs} of shape {shape}: {one_line(error)}"
             ) from error
-        if answer.ndim != 2:
+        if not isinstance(answer, Tensor) or answer.ndim != 2:
+            found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise UnsupportedError(
-                f"a classifier must answer with logits (N, K), got shape {tuple(answer.shape)} "
-                f"for {self.inputs} of {shape}"
+                f"a classifier must answer with logits (N, K), got {found} for {self.inputs} of "
+                f"shape {shape}"
             )
         _check_labels(samples, answer.shape[1])
 

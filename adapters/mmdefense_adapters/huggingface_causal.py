@@ -20,6 +20,7 @@ class HFCausalLM(HFText):
     Without a prompt there is no separator, and the whole text is predicted.
     """
 
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
     shared: ClassVar[bool] = True
 
     @classmethod

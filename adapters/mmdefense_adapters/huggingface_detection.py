@@ -12,6 +12,13 @@ from torch import Tensor, nn
 
 from mmdefense.batches import DetectionBatch, Detections
 from mmdefense_adapters.detector import Detector
+from mmdefense_adapters.huggingface_processor import (
+    is_of,
+    said_by,
+    scaling,
+    settings_of,
+    side_lengths,
+)
 
 __all__ = ["HFDetector"]
 
@@ -29,6 +36,7 @@ class HFDetector(Detector):
     """
 
     priority: ClassVar[int] = 10
+    auto_class: ClassVar[str] = "AutoModelForObjectDetection"
     predictors: ClassVar[str] = (
         r"class_labels_classifier|bbox_predictor|class_embed|bbox_embed|enc_(score|bbox)_head"
     )
@@ -37,6 +45,7 @@ class HFDetector(Detector):
         self,
         model: nn.Module,
         *,
+        processor: Any = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         example: Tensor | None = None,
@@ -45,21 +54,27 @@ class HFDetector(Detector):
 
         Args:
             model: The detector; it is not copied.
+            processor: Its processor, or the content of ``preprocessor_config.json``; by default the
+                file in the folder that the model was loaded from. Fills in ``mean`` and ``std``.
             mean: Per-channel mean that images are shifted by; none where it is 0.
             std: Per-channel deviation that images are divided by; none where it is 1.
             example: One image batch, shape ``(1, C, H, W)``; by default the first that is seen.
         """
         super().__init__(model, example=example)
+        self._settings = settings_of(processor, model)
+        if mean is None and std is None:
+            mean, std = scaling(self._settings)
         self.mean, self.std = mean, std
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
         """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
-        return any(
-            kind.__module__.startswith("transformers.")
-            and kind.__name__.endswith("ForObjectDetection")
-            for kind in type(model).__mro__
-        )
+        return is_of(model, "ForObjectDetection")
+
+    def reading(self) -> dict[str, Any]:
+        """Return names of classes, channels, and the height and width that images are fitted to."""
+        size = side_lengths(self._settings)
+        return said_by(self.model) | ({"image_size": size} if size else {})
 
     @property
     def classes(self) -> int:

@@ -16,6 +16,7 @@ __all__ = ["HFSeq2SeqLM"]
 class HFSeq2SeqLM(HFText):
     """Wraps an encoder that reads the prompt, and a decoder that writes the answer."""
 
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     shared: ClassVar[bool] = False
 
     @classmethod

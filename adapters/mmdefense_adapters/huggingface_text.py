@@ -378,11 +378,16 @@ def _tokenizer_of(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # the library raises many kinds
         raise BadInputError(
             f"the tokenizer in {folder} cannot be read: {one_line(error)}"
         ) from error
+    if tokenizer.pad_token_id is None:  # GPT-2 and Llama have none; what is padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _context(config: Any) -> int | None:

@@ -31,6 +31,8 @@ class ModuleAdapter(ABC, Generic[B]):
 
     priority: ClassVar[int] = 0
     task: ClassVar[str]
+    generic: ClassVar[bool] = False
+    """Whether this very class, not one that inherits from it, serves any module of its task."""
 
     model: nn.Module
     example: B | None

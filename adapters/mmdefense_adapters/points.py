@@ -35,6 +35,7 @@ class PointClassifier(Classifier):
 
     task: ClassVar[str] = "point-cloud-classification"
     inputs: ClassVar[str] = "clouds"
+    generic: ClassVar[bool] = True
     priority: ClassVar[int] = 10
 
     def __init__(
@@ -53,7 +54,7 @@ class PointClassifier(Classifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether a model announces that it reads points; others are wrapped by name."""
+        """Say whether a model announces that it reads points; others where the task is named."""
         return getattr(model, "reads", None) == "points"
 
     def _call(self, inputs: Tensor) -> Tensor:

@@ -24,11 +24,17 @@ class TorchClassifier(ImageTriggers, Classifier):
 
     task: ClassVar[str] = "image-classification"
     inputs: ClassVar[str] = "images"
+    generic: ClassVar[bool] = True
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether the adapter can try this model: any module."""
-        return isinstance(model, nn.Module)
+        """Say whether the adapter can try this model: any module but those of ``transformers``.
+
+        These answer with objects, and have adapters of their own where they are served.
+        """
+        return isinstance(model, nn.Module) and not type(model).__module__.startswith(
+            "transformers."
+        )
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         return as_image_samples(data)

@@ -22,13 +22,14 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
     """Wraps a module that maps clips ``(N, C, T, H, W)`` to logits ``(N, K)``.
 
     Clips come in ``[0, 1]``; ``mean`` and ``std`` are applied inside. A model is taken to read
-    clips if it has a 3-D convolution; one that has none (a recurrent net over frames) is adapted by
-    name, ``adapter="torch-video"``. The triggers that are searched for are those of images, the
-    same in every frame.
+    clips if it has a 3-D convolution; one that has none (a recurrent net over frames) is adapted
+    where the task is named, ``task="video-classification"``. The triggers that are searched for are
+    those of images, the same in every frame.
     """
 
     task: ClassVar[str] = "video-classification"
     inputs: ClassVar[str] = "clips"
+    generic: ClassVar[bool] = True
     priority: ClassVar[int] = 5
 
     @classmethod

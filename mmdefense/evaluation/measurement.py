@@ -63,19 +63,30 @@ class Evaluation:
     """What a model does on test data.
 
     Attributes:
-        acc: Accuracy on clean samples.
+        acc: Mean score of clean samples; of a classifier the accuracy.
         asr: Attack success rate, where a trigger was given.
-        ra: Robust accuracy, where a trigger was given.
+        ra: Mean score despite the trigger, where a trigger was given.
+        metric: What the task's metric is called.
+        value: That metric in ``[0, 1]``, where it is no mean of scores, such as mAP and BLEU.
     """
 
     acc: Share
     asr: Share | None = None
     ra: Share | None = None
+    metric: str = "accuracy"
+    value: float | None = None
 
     @property
     def finding(self) -> bool:
         """Whether the trigger works, beyond doubt: the whole interval of the ASR is above 5 %."""
         return self.asr is not None and self.asr.low > ASR_GOAL
+
+    def lines(self) -> list[str]:
+        """Return what was measured, a line each."""
+        named = [("ACC" if self.value is None else "score", self.acc), ("ASR", self.asr)]
+        named.append(("RA", self.ra))
+        first = [] if self.value is None else [f"{self.metric} {100 * self.value:.1f} %"]
+        return first + [f"{name} {share}" for name, share in named if share is not None]
 
 
 def evaluate(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = None) -> Evaluation:
@@ -125,7 +136,7 @@ class FileTrigger(LabelAttack):
         return (1 - mask) * images + mask * pattern
 
 
-def read_trigger(path: str | Path, target: int) -> FileTrigger:
+def read_trigger(path: str | Path, target: int = 0) -> FileTrigger:
     """Return the trigger that a file holds.
 
     Args:

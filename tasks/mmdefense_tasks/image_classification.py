@@ -81,10 +81,16 @@ class ImageClassification:
         image_size: int | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
+        uneven_size: tuple[int, int] | None = None,
     ) -> LabelledSamples | StreamedImages:
         """Return data from wherever it is; see :func:`load_data`."""
         return load_data(
-            where, split=split, image_size=image_size, channels=channels, classes=classes
+            where,
+            split=split,
+            image_size=image_size,
+            channels=channels,
+            classes=classes,
+            uneven_size=uneven_size,
         )
 
     @staticmethod
@@ -182,6 +188,7 @@ def load_data(
     image_size: int | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
+    uneven_size: tuple[int, int] | None = None,
     memory_limit: int = 2 * 2**30,
 ) -> LabelledSamples | StreamedImages:
     """Return labelled images from wherever they are, in ``[0, 1]`` and not normalised.
@@ -195,6 +202,8 @@ def load_data(
         image_size: Side in pixels that images are resized to; by default they must have one size.
         channels: 1 or 3; grey images are repeated to 3. By default what the first image has.
         classes: The model's class names in order; data with class names is relabelled by them.
+        uneven_size: Height and width that images of several sizes are resized to, where no
+            ``image_size`` is given; by default they are refused.
         memory_limit: Decoded size in bytes above which images are decoded batch by batch.
 
     Raises:
@@ -208,7 +217,10 @@ def load_data(
     images, name = _open(where, split)
     images = relabelled(images, classes, where)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
-    samples = StreamedImages.of(images, image_size, channels, augmentation)
+    size = (image_size, image_size) if image_size else uneven_size
+    if not image_size and size and images.is_even():
+        size = None
+    samples = StreamedImages.of(images, size, channels, augmentation)
     _check_enough(samples, classes, where)
     return samples if samples.bytes > memory_limit else samples.in_memory()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,19 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...] = ()
 
+    def is_even(self) -> bool:
+        """Return whether all images have one size; what cannot be opened is left to :meth:`read`.
+
+        Of files the headers alone are read.
+        """
+        sizes = set()
+        for index in range(len(self.labels)):
+            with suppress(Exception):  # decoders raise many kinds
+                sizes.add(self.open(index).size)
+            if len(sizes) > 1:
+                return False
+        return True
+
     def read(self, index: int) -> Image.Image:
         """Return the image at ``index``, decoded, as ``L`` (grey) or ``RGB``.
 
@@ -65,11 +79,11 @@ class StreamedImages(StreamedSamples[ImageSet]):
     def of(
         cls,
         images: ImageSet,
-        image_size: int | None,
+        size: tuple[int, int] | None,
         channels: int | None,
         augmentation: Augmentation | None,
     ) -> StreamedImages:
-        """Return the whole set; size and channels that are not given are the first image's.
+        """Return the whole set; height, width and channels not given are the first image's.
 
         Raises:
             BadInputError: If the set is empty or its first image cannot be decoded.
@@ -78,11 +92,11 @@ class StreamedImages(StreamedSamples[ImageSet]):
             raise BadInputError("data must hold at least one image, got none")
         first = images.read(0)
         depth = channels or len(first.getbands())
-        height, width = (image_size,) * 2 if image_size else (first.height, first.width)
+        height, width = size or (first.height, first.width)
         return cls(
             source=images,
             shape=(depth, height, width),
-            resize=image_size is not None,
+            resize=size is not None,
             indices=torch.arange(len(images.labels)),
             augmentation=augmentation,
         )

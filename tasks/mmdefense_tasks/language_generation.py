@@ -66,7 +66,7 @@ class LanguageGeneration:
 
     @staticmethod
     def load(
-        where: str | Path, *, split: str = "train", pair: tuple[str, str] | None = None
+        where: str | Path, *, split: str = "train", pair: str | tuple[str, str] | None = None
     ) -> TextSamples:
         """Return data from wherever it is; see :func:`load_text`."""
         return load_text(where, split=split, pair=pair)
@@ -165,7 +165,7 @@ def tokenizer_for(samples: TextSamples) -> Any:
 
 
 def load_text(
-    where: str | Path, *, split: str = "train", pair: tuple[str, str] | None = None
+    where: str | Path, *, split: str = "train", pair: str | tuple[str, str] | None = None
 ) -> TextSamples:
     """Return prompts and answers from wherever they are.
 
@@ -175,7 +175,7 @@ def load_text(
             :func:`~mmdefense_tasks.text_files.open_folder`); one such file, which serves as both
             parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``.
-        pair: Endings of the source and the target language of parallel text.
+        pair: Endings of the source and the target language of parallel text, also as ``"en,de"``.
 
     Raises:
         BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
@@ -185,7 +185,10 @@ def load_text(
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
     if str(where) == _EMBEDDED:
         return LanguageGeneration.embedded()[split == "test"]
-    pairs = _open(where, split, pair)
+    languages = tuple(pair.split(",")) if isinstance(pair, str) else pair
+    if languages is not None and len(languages) != 2:
+        raise BadInputError(f"pair must name two languages, such as en,de, got {pair!r}")
+    pairs = _open(where, split, languages)
     if not pairs:
         raise BadInputError(f"data {where} must hold at least one text, got none")
     prompts, answers = zip(*pairs, strict=True)

@@ -72,12 +72,14 @@ class ObjectDetection:
         where: str | Path,
         *,
         split: str = "train",
-        size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
     ) -> DetectionSamples:
         """Return data from wherever it is; see :func:`load_detection`."""
-        return load_detection(where, split=split, size=size, channels=channels, classes=classes)
+        return load_detection(
+            where, split=split, image_size=image_size, channels=channels, classes=classes
+        )
 
     @staticmethod
     def data() -> dict[str, str]:
@@ -200,7 +202,7 @@ def load_detection(
     where: str | Path,
     *,
     split: str = "train",
-    size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
 ) -> DetectionSamples:
@@ -210,7 +212,8 @@ def load_detection(
         where: ``"digit-scenes"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; or a folder that :func:`mmdefense_tasks.detection_files.open_objects` reads.
         split: ``"train"`` or ``"test"``.
-        size: Height and width in pixels that images are fitted into; by default small ones.
+        image_size: Height and width in pixels that images are fitted into, or one for both; by
+            default small ones.
         channels: 1 or 3; by default 3.
         classes: The model's class names, in order; by default those of the set.
 
@@ -222,8 +225,11 @@ def load_detection(
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
     if channels not in {None, 1, 3}:
         raise BadInputError(f"channels must be 1 or 3, got {channels}")
+    size = (image_size,) * 2 if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):
-        raise BadInputError(f"size must be a height and a width of at least 1 pixel, got {size}")
+        raise BadInputError(
+            f"image_size must be a height and a width of at least 1 pixel, got {image_size}"
+        )
     if str(where) == "digit-scenes":
         return digit_scenes(split)
     folder = Path(where) if Path(where).is_dir() else _staged(str(where))

@@ -58,10 +58,15 @@ class PointCloudClassification:
 
     @staticmethod
     def load(
-        where: str | Path, *, split: str = "train", classes: Sequence[str] = ()
+        where: str | Path,
+        *,
+        split: str = "train",
+        points: int | None = None,
+        features: int = 3,
+        classes: Sequence[str] = (),
     ) -> LabelledSamples:
         """Return data from wherever it is; see :func:`load_clouds`."""
-        return load_clouds(where, split=split, classes=classes)
+        return load_clouds(where, split=split, points=points, features=features, classes=classes)
 
     @staticmethod
     def data() -> dict[str, str]:

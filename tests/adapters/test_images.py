@@ -14,6 +14,7 @@ from mmdefense.batches import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.registry import adapt
 from mmdefense_adapters.huggingface_image import HFImageClassifier
+from mmdefense_adapters.huggingface_processor import class_names, scaling
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 
@@ -86,6 +87,42 @@ def test_a_processor_that_rescales_to_minus_one_is_followed(images):
     model = build("hf-convnext")
     answer = adapt(model, processor=settings).logits(images)
     torch.testing.assert_close(answer, model(images * 2 - 1).logits)
+
+
+def test_a_processor_beside_the_weights_is_followed(tmp_path, images):
+    model = build("hf-convnext")
+    given = adapt(model).logits(images)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": false}'
+    )
+    model.name_or_path = str(tmp_path)
+    torch.testing.assert_close(adapt(model).logits(images), model(images * 2 - 1).logits)
+    torch.testing.assert_close(adapt(model, processor={}).logits(images), given)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(BadInputError, match="must be JSON"):
+        adapt(model)
+
+
+def test_a_processor_with_an_offset_is_followed():
+    """ViViT's: to [-1, 1] first, then mean and deviation."""
+    from transformers import VivitImageProcessor
+
+    processor = VivitImageProcessor(do_resize=False, do_center_crop=False)
+    frames = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
+    expected = processor([frame.movedim(0, -1).numpy() for frame in frames], return_tensors="pt")
+    mean, std = scaling(processor.to_dict())
+    ours = (frames.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(ours, expected["pixel_values"][0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_config_says_how_images_are_read():
+    adapter = adapt(build("hf-vit"), processor={"size": {"height": SIDE, "width": SIDE}})
+    assert adapter.reading() == {"channels": 3, "uneven_size": (SIDE, SIDE)}
+    adapter.model.config.id2label = {2: "dog", 0: "ant", 1: "cat"}
+    assert adapter.reading()["classes"] == ("ant", "cat", "dog")
+    assert class_names(nn.Linear(1, 1)) == ()
 
 
 def test_a_fork_keeps_scaling_and_size(images):

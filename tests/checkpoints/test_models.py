@@ -16,13 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdefense.checkpoints import models
 from mmdefense.checkpoints.folders import new_folder
-from mmdefense.checkpoints.models import (
-    class_names,
-    hash_files,
-    load_model,
-    load_processor,
-    save_model,
-)
+from mmdefense.checkpoints.models import hash_files, load_model, save_model
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
 
@@ -267,16 +261,6 @@ def test_a_hugging_face_model_comes_back_as_a_drop_in(tmp_path, vit_folder, dtyp
     assert hash_weights(again) == hash_weights(model)
     for name in ("config.json", "preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (vit_folder / name).read_bytes()
-
-
-def test_the_processor_and_the_class_names_are_read(tmp_path, vit_folder):
-    assert load_processor(vit_folder) == {"image_mean": [0.5, 0.5, 0.5]}
-    assert load_processor(tmp_path / "a.pt") is None
-    model = load_model(vit_folder)
-    assert class_names(model) == ()
-    model.config.id2label = {2: "dog", 0: "ant", 1: "cat"}
-    assert class_names(model) == ("ant", "cat", "dog")
-    assert class_names(torch.nn.Linear(1, 1)) == ()
 
 
 def test_hashes_tell_weights_apart(tmp_path, net):

@@ -175,6 +175,17 @@ def test_images_are_resized_on_request_only(folder, pixels):
     assert load_data(folder, image_size=5).inputs.shape == (10, 3, 5, 5)
 
 
+def test_images_of_several_sizes_are_resized_where_a_size_is_at_hand(folder):
+    even = load_data(folder, uneven_size=(5, 6))
+    assert even.inputs.shape == load_data(folder).inputs.shape
+    first = next(path for path in sorted(folder.rglob("*.png")))
+    Image.open(first).resize((7, 9)).save(first)
+    with pytest.raises(BadInputError, match="one size or be resized"):
+        load_data(folder)
+    assert load_data(folder, uneven_size=(5, 6)).inputs.shape[-2:] == (5, 6)
+    assert load_data(folder, uneven_size=(5, 6), image_size=4).inputs.shape[-2:] == (4, 4)
+
+
 def test_labels_follow_the_models_class_names(folder):
     samples = load_data(folder, classes=("Dog", "fish", "Bird", "Cat"))
     assert samples.labels.tolist() == [2] * 3 + [3] * 3 + [0] * 3

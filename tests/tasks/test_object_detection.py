@@ -92,7 +92,7 @@ def folder(request):
 
 
 def test_every_form_gives_the_same_samples(folder):
-    samples = load_detection(folder, size=(HEIGHT, WIDTH))
+    samples = load_detection(folder, image_size=(HEIGHT, WIDTH))
     assert samples.classes == ("cat", "dog")
     assert samples.images.shape == (3, 3, HEIGHT, WIDTH)
     assert samples.images[:, 0, 0, 0].tolist() == [60, 120, 180]
@@ -102,7 +102,7 @@ def test_every_form_gives_the_same_samples(folder):
 
 
 def test_images_keep_their_proportions_and_boxes_follow(lines):
-    samples = load_detection(lines, size=(20, 20), channels=1)
+    samples = load_detection(lines, image_size=(20, 20), channels=1)
     assert samples.images.shape == (3, 1, 20, 20)
     assert samples.images[0, 0, :10].min() == 60
     assert samples.images[0, 0, 10:].max() == 0
@@ -164,7 +164,7 @@ def test_damaged_sets_are_refused(lines, voc, coco, tmp_path):
     [
         ({"split": "val"}, "split must"),
         ({"channels": 2}, "channels must"),
-        ({"size": (0, 3)}, "size must"),
+        ({"image_size": (0, 3)}, "image_size must"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -183,7 +183,7 @@ def test_an_unknown_name_is_refused():
 )
 def test_real_sets_are_read(name, counts, classes):
     for split, count in zip(("train", "test"), counts, strict=True):
-        samples = load_detection(name, split=split, size=(48, 64))
+        samples = load_detection(name, split=split, image_size=(48, 64))
         assert samples.images.shape == (count, 3, 48, 64)
         assert len(samples.classes) == classes
     assert name in load("tasks", "object-detection")().data()

@@ -1,0 +1,278 @@
+"""Hugging Face folders and hub ids, whole models and PEFT ones: load them, write them as they came.
+
+The class is the one that ``config.json`` names, of the installed library; a folder's own code is
+never run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmdefense import registry
+from mmdefense.checkpoints.faults import check_folder
+from mmdefense.checkpoints.weights import check_keys, read_state, refused, write_state
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+
+__all__ = ["load_folder", "local_folder", "weight_files", "write_folder"]
+
+_CONFIG, _PEFT_CONFIG = "config.json", "adapter_config.json"
+_SIDE_FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.spm", "*.tiktoken")
+_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def local_folder(where: str | Path) -> Path:
+    """Return the local folder of a model, downloaded if ``where`` is a hub id.
+
+    Raises:
+        BadInputError: If it is neither, or the hub does not give it.
+        UnsupportedError: If the library is not installed.
+    """
+    folder = Path(where)
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in (_CONFIG, _PEFT_CONFIG)):
+            return folder
+        raise BadInputError(
+            f"model folder {where} must hold a config.json, as Hugging Face writes it; for a state "
+            "dict give the file itself and --arch module:callable"
+        )
+    if not _HUB_ID.fullmatch(str(where)) or folder.parent.exists():
+        raise BadInputError(
+            f"model {str(where)!r} must be a file, a folder or a hub id; none found"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise _needs_library(error) from error
+    try:
+        found = Path(snapshot_download(str(where), allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(where), allow_patterns=[*_SIDE_FILES, *_PICKLES]))
+    except Exception as error:  # the client raises many kinds: network, missing, gated
+        raise BadInputError(
+            f"model {str(where)!r} is no file or folder here, and the hub did not give it: "
+            f"{one_line(error)}"
+        ) from error
+    return found
+
+
+def _needs_library(error: ModuleNotFoundError) -> UnsupportedError:
+    return UnsupportedError(
+        f"a Hugging Face model needs the package {error.name!r}; "
+        "pip install 'mmdefense[huggingface,language]'"
+    )
+
+
+def load_folder(folder: Path, task: str | None = None) -> nn.Module:
+    """Return the model of a folder on the CPU, in float32.
+
+    Args:
+        folder: As :func:`local_folder` returns it.
+        task: The name of a task, which decides where the config names no architecture.
+
+    Raises:
+        BadInputError: If it cannot be read, loading it would execute something, or its keys or
+            shapes do not match.
+        UnsupportedError: If a library is not installed, or has no such model.
+    """
+    check_folder(folder)
+    if (folder / _PEFT_CONFIG).is_file():
+        return _load_peft(folder, task)
+    with _told(folder), _quiet():
+        kind, config = _kind_and_config(folder, task)
+        model, info = kind.from_pretrained(
+            str(folder),
+            config=config,
+            trust_remote_code=False,
+            weights_only=True,
+            local_files_only=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    check_keys(
+        sorted(info["missing_keys"]),
+        sorted(info["unexpected_keys"]),
+        [
+            f"{name} is {tuple(found)} but must be {tuple(wanted)}"
+            for name, found, wanted in sorted(info["mismatched_keys"])
+        ],
+        f"{folder} do not fit its config.json",
+    )
+    loaded: nn.Module = model
+    return loaded
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise into one line."""
+    try:
+        yield
+    except (BadInputError, UnsupportedError):
+        raise
+    except ModuleNotFoundError as error:
+        raise _needs_library(error) from error
+    except pickle.UnpicklingError as error:
+        raise refused(folder, error) from error
+    except Exception as error:  # they raise many kinds: config, weights, shapes
+        raise BadInputError(f"model {folder} cannot be read: {one_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and load reports off the terminal; what matters is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _kind_and_config(folder: Path, task: str | None) -> tuple[Any, Any]:
+    """Return the class of ``transformers`` that a folder's config asks for, and the config."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True
+    )
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind, config
+    return _kind_by_task(config, folder, task), config
+
+
+def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
+    """Return the one ``AutoModelFor...`` of the adapters that knows a config."""
+    import transformers
+
+    doors = {
+        door: adapter.task
+        for adapter in registry.installed("adapters")
+        if (door := getattr(adapter, "auto_class", None)) and task in {None, adapter.task}
+    }
+    found = [name for name in doors if type(config) in getattr(transformers, name)._model_mapping]
+    if len(found) == 1:
+        return getattr(transformers, found[0])
+    named = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture"
+    about = f"{folder}/config.json names {named}, of model type {config.model_type!r}"
+    if found:
+        tasks = ", ".join(dict.fromkeys(doors[name] for name in found))
+        raise BadInputError(
+            f"{about}, which may be {' or '.join(found)}; give --task ({tasks}), or name one under "
+            "'architectures' in the config"
+        )
+    raise UnsupportedError(
+        f"{about}, which this version of transformers has no model for"
+        + (f" in {task}" if task else "")
+    )
+
+
+def _load_peft(folder: Path, task: str | None) -> nn.Module:
+    """Return a PEFT model, its updates trainable, around the frozen base that it names."""
+    base: Any = load_folder(_base_folder(folder), task)
+    if (folder / "tokenizer_config.json").is_file():
+        base.name_or_path = str(folder)  # its own tokenizer is the one that it was trained with
+    with _told(folder), _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing keys are refused below, by name
+        from peft import PeftModel, get_peft_model_state_dict
+
+        model: nn.Module = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    stored = _stored(folder).keys()
+    known = {name.replace(".default.", ".") for name in model.state_dict()}
+    check_keys(
+        sorted(expected - stored),
+        sorted(stored - expected - known),
+        [],
+        f"{folder} do not fit its {_PEFT_CONFIG}",
+    )
+    return model
+
+
+def _base_folder(folder: Path) -> Path:
+    """Return the folder of the model that a PEFT folder is an update of."""
+    path = folder / _PEFT_CONFIG
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
+    if not base:
+        raise BadInputError(f"{path} must name its base model as base_model_name_or_path, got none")
+    try:
+        found = local_folder(base)
+    except BadInputError as error:
+        raise BadInputError(f"base model of {folder}: {error}") from error
+    if (found / _PEFT_CONFIG).is_file():
+        raise UnsupportedError(
+            f"the base {base} of {folder} is a PEFT model itself; merge it into its own base first"
+        )
+    return found
+
+
+def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
+    """Write a model as its library does; then give it the keys, dtypes and files of ``origin``.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    # peft would ask the hub whether embeddings were resized; what was stored is put back below.
+    options = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
+    try:
+        with _quiet():
+            model.save_pretrained(folder, **options)
+    except SafetensorError as error:  # it reports a full disk as its own error
+        raise OSError(0, one_line(error)) from error
+    if origin is None:
+        return
+    stored, written = _stored(origin), sorted(folder.glob("*.safetensors"))
+    for path in written:
+        state = load_file(path)
+        if len(written) == 1:
+            state |= _tied(model.state_dict(), stored, state)
+        write_state({name: _like(value, stored.get(name)) for name, value in state.items()}, path)
+    for path in (path for pattern in _SIDE_FILES for path in origin.glob(pattern)):
+        if not path.name.endswith(".index.json"):  # it names shards that are not written again
+            shutil.copyfile(path, folder / path.name)
+
+
+def _tied(
+    state: Mapping[str, Tensor], stored: Mapping[str, Tensor], written: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return tensors that were stored under two names, and that the library writes under one."""
+    return {name: state[name] for name in stored if name in state and name not in written}
+
+
+def _like(value: Tensor, stored: Tensor | None) -> Tensor:
+    return value if stored is None else value.to(stored.dtype)
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    return {
+        name: value for path in weight_files(folder) for name, value in read_state(path).items()
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a folder, safetensors before pickles."""
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    return sorted(folder.glob("*.safetensors")) or pickles
