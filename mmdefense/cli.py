@@ -1,7 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
-Exit codes: 0 ok; 1 the utility guard was violated, or an evaluation found a working trigger; 2 bad
-input; 3 not supported; 70 a fault of mmdefense itself; 130 interrupted.
+Exit codes: 0 ok; 1 the utility guard was violated, an evaluation found a working trigger, or a scan
+found what --fail-on names; 2 bad input; 3 not supported; 70 a fault of mmdefense itself; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -196,6 +197,29 @@ def evaluate(
     for line in found.lines():
         typer.echo(line)
     raise typer.Exit(int(found.finding))
+
+
+@app.command()
+def scan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder or file of a model.")],
+    format_: Annotated[str, typer.Option("--format", help="text, json or sarif.")] = "text",
+    fail_on: Annotated[
+        str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")
+    ] = "high",
+) -> None:
+    """Look into a model's files and weights; nothing that comes with it is run."""
+    from mmdefense.scan import scan as look_into
+    from mmdefense.scan.findings import LEVELS, reaches
+    from mmdefense.scan.formats import FORMATS
+
+    if format_ not in FORMATS:
+        raise typer.BadParameter(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+    level = next((level for level in LEVELS if level == fail_on), None)
+    if level is None:
+        raise typer.BadParameter(f"--fail-on must be one of {', '.join(LEVELS)}, got {fail_on!r}")
+    record = look_into(model)
+    typer.echo(FORMATS[format_](record))
+    raise typer.Exit(int(reaches(record.findings, level)))
 
 
 @app.command("list")

@@ -24,6 +24,7 @@ __all__ = [
     "Fault",
     "check_file",
     "check_folder",
+    "is_zip",
     "leads_outside",
     "link_faults",
     "read_json",
@@ -79,7 +80,7 @@ def check_file(path: Path) -> None:
         faults = safetensors_faults(path)
     else:
         with path.open("rb") as file:
-            faults = zip_faults(file) if zipfile.is_zipfile(file) else []
+            faults = zip_faults(file) if is_zip(file) else []
     _refuse(path, faults)
 
 
@@ -195,6 +196,14 @@ def _span_faults(spans: list[tuple[int, int, str]], size: int) -> Iterator[Fault
     last = max((end for _, end, _ in spans), default=0)
     if last < size:
         yield _header(f"{size - last} bytes behind the last tensor belong to no tensor")
+
+
+def is_zip(file: IO[bytes]) -> bool:
+    """Whether a file ends like a zip archive, damaged or not."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        return True
 
 
 def zip_faults(file: IO[bytes]) -> list[Fault]:

@@ -26,6 +26,7 @@ from mmdefense.checkpoints.faults import (
     BOMB_BYTES,
     BOMB_RATIO,
     MAX_ENTRIES,
+    is_zip,
     leads_outside,
     zip_faults,
 )
@@ -147,7 +148,7 @@ def scan_content(file: IO[bytes], subject: str, *, depth: int = 0) -> Iterator[F
     head = file.read(_HEAD)
     suffix = PurePosixPath(subject.split("!")[-1]).suffix.lower()
     yield from _scan_opaque(head, subject, suffix)
-    if zipfile.is_zipfile(file):
+    if is_zip(file):
         yield from _disguise(subject, suffix, "a zip archive")
         yield from _scan_zip(file, subject, depth)
     packed = _unpacker(head)
@@ -212,7 +213,7 @@ def _scan_zip(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
                 yield from _scan_entry(archive, entry, f"{subject}!{entry.filename}", depth)
             if any("/code/" in name and name.endswith(".py") for name in archive.namelist()):
                 yield TORCHSCRIPT.found(subject, "a program beside the tensors")
-    except (zipfile.BadZipFile, ValueError, struct.error):
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
         return  # its faults are reported above
 
 

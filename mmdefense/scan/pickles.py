@@ -68,7 +68,7 @@ NESTED_TOO_DEEP = Rule(
 
 MAX_DEPTH = 4
 _STREAMS = 10_000
-_MAX_ITEM, _MAX_LINE, _MAX_NESTED = 1 << 30, 1 << 20, 1 << 24
+_MAX_ITEM, _MAX_LINE, _MAX_NESTED, _MAX_SEARCHED = 1 << 30, 1 << 20, 1 << 24, 1 << 28
 _MARK = object()
 _UNKNOWN = object()
 _STRINGS = {
@@ -77,6 +77,12 @@ _STRINGS = {
 }
 _CALLS = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 _BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_NAME = re.compile(r"[\w.]+", re.ASCII)
+_SPELLED = re.compile(
+    rb"[ci]([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n"
+    rb"|(?:\x8c.|X.{4})([A-Za-z_][\w.]*)(?:\x94|q.)?(?:\x8c.|X.{4})([A-Za-z_][\w.]*)(?:\x94|q.)?\x93",
+    re.DOTALL,
+)
 _BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
 
 
@@ -208,6 +214,7 @@ def scan_pickles(
     names: set[tuple[str, str] | None] = set()
     bounded = _Bounded(stream)
     for count in range(_STREAMS):
+        start = stream.tell()
         followed = follow(bounded)
         is_first = declared and count == 0
         if followed.error and not is_first and not is_dangerous(followed):
@@ -217,20 +224,32 @@ def scan_pickles(
             yield from _scan_constant(constant, subject, depth)
         if followed.error:
             yield BROKEN.found(subject, followed.error)
+            stream.seek(start)
+            names.update(_spelled_out(stream))
             break
         if not _more(stream):
             break
     yield from _judged(names, subject)
 
 
+def _spelled_out(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield dangerous imports that are spelled out anywhere, past a break that others read over.
+
+    The C unpickler reads numbers that pickletools does not; joblib puts raw arrays in between.
+    """
+    for match in _SPELLED.finditer(stream.read(_MAX_SEARCHED)):
+        module, name = (part.decode("ascii") for part in match.groups() if part is not None)
+        if level_of(module, name) == "high":
+            yield module, name
+
+
 def is_dangerous(followed: Followed) -> bool:
     """Whether bytes, which may be a broken pickle or none, import what is of high level and call.
 
-    A word list can read like an import; one that is called as well is none.
+    Text can read like an import; one of a proper name, which is called as well, is none by chance.
     """
-    return followed.calls and any(
-        name is not None and level_of(*name) == "high" for name in followed.imports
-    )
+    names = [name for name in followed.imports if name and _NAME.fullmatch(".".join(name))]
+    return followed.calls and any(level_of(*name) == "high" for name in names)
 
 
 class _Bounded:
