@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from domains import DOMAINS
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -56,6 +57,10 @@ class SignNet(nn.Sequential):
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
         )
+
+class CloudNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 64, 2))
 """
 
 
@@ -122,10 +127,27 @@ def trained_model() -> torch.nn.Module:
     return model
 
 
+def save_other_models() -> None:
+    """Save what the README names beside the first model, with its data; all are untrained."""
+    vit_classifier(3, 8, hidden=16, layers=1, heads=2).save_pretrained("my-vit")
+    for model, data, domain in (
+        ("my-translator", "pairs", DOMAINS["seq2seq"]),
+        ("my-detector", "coco", DOMAINS["detection"]),
+    ):
+        domain.model(Path(model))
+        domain.data(Path(data))
+    clouds, labels = np.random.default_rng(0).random((20, 64, 3)), np.arange(20) % 2
+    np.savez("clouds.npz", points=clouds, labels=labels)
+    net = importlib.import_module("my_models").CloudNet()
+    save_file(net.state_dict(), "points.safetensors")
+
+
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page, readers_folder, monkeypatch):
     if "my-vit" in page.read_text():
-        vit_classifier(3, 8, hidden=16, layers=1, heads=2).save_pretrained("my-vit")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_other_models()
     module = ModuleType("page")  # all blocks of a page are one module, which dataclasses look up
     monkeypatch.setitem(sys.modules, "page", module)
     for block in blocks(page):
