@@ -201,7 +201,7 @@ def evaluate(
 
 @app.command()
 def scan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder or file of a model.")],
+    model: Model,
     format_: Annotated[str, typer.Option("--format", help="text, json or sarif.")] = "text",
     fail_on: Annotated[
         str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")

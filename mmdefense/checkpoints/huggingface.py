@@ -26,7 +26,7 @@ from mmdefense.checkpoints.faults import check_folder
 from mmdefense.checkpoints.weights import check_keys, read_state, refused, write_state
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 
-__all__ = ["load_folder", "local_folder", "weight_files", "write_folder"]
+__all__ = ["download", "load_folder", "local_folder", "weight_files", "write_folder"]
 
 _CONFIG, _PEFT_CONFIG = "config.json", "adapter_config.json"
 _SIDE_FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.spm", "*.tiktoken")
@@ -49,7 +49,24 @@ def local_folder(where: str | Path) -> Path:
             f"model folder {where} must hold a config.json, as Hugging Face writes it; for a state "
             "dict give the file itself and --arch module:callable"
         )
-    if not _HUB_ID.fullmatch(str(where)) or folder.parent.exists():
+    found = download(where, [*_SIDE_FILES, "*.safetensors"])
+    if not list(found.glob("*.safetensors")):
+        found = download(where, [*_SIDE_FILES, *_PICKLES])
+    return found
+
+
+def download(where: str | Path, patterns: list[str] | None = None) -> Path:
+    """Return where the files of a hub id lie once they are downloaded; none of them is opened.
+
+    Args:
+        where: A hub id.
+        patterns: Which files; by default all of them.
+
+    Raises:
+        BadInputError: If it is no hub id, or the hub does not give it.
+        UnsupportedError: If the library is not installed.
+    """
+    if not _HUB_ID.fullmatch(str(where)) or Path(where).parent.exists():
         raise BadInputError(
             f"model {str(where)!r} must be a file, a folder or a hub id; none found"
         )
@@ -58,15 +75,12 @@ def local_folder(where: str | Path) -> Path:
     except ModuleNotFoundError as error:
         raise _needs_library(error) from error
     try:
-        found = Path(snapshot_download(str(where), allow_patterns=[*_SIDE_FILES, "*.safetensors"]))
-        if not list(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(where), allow_patterns=[*_SIDE_FILES, *_PICKLES]))
+        return Path(snapshot_download(str(where), allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds: network, missing, gated
         raise BadInputError(
             f"model {str(where)!r} is no file or folder here, and the hub did not give it: "
             f"{one_line(error)}"
         ) from error
-    return found
 
 
 def _needs_library(error: ModuleNotFoundError) -> UnsupportedError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmdefense.checkpoints.huggingface import download
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import BadInputError
 from mmdefense.scan.files import hash_all, scan_files
@@ -24,17 +25,19 @@ def scan(model: str | Path | nn.Module, data: Any = None) -> ScanRecord:
     """Return what speaks against a model; nothing that comes with it is run.
 
     Args:
-        model: A folder or file, whose weights are read as tensors once no file speaks strongly
-            against it; or a module, of which there are no files to look at.
+        model: A folder, a file or a hub id, whose weights are read as tensors if no file speaks
+            strongly against it; or a module, of which there are no files to look at.
         data: Clean data for a look at the behaviour, which is not there yet.
 
     Raises:
         BadInputError: If there is no model.
+        UnsupportedError: If a library that it takes to download one is not installed.
     """
     if isinstance(model, nn.Module):
         name, files, findings = type(model).__name__, {}, []
     else:
-        name, files, findings = str(model), hash_all(model), scan_files(model)
+        name, model = str(model), _at_hand(model)
+        files, findings = hash_all(model), scan_files(model)
     parts = ["files"] if files else []
     weights = _weights(model, findings)
     if weights:
@@ -43,6 +46,11 @@ def scan(model: str | Path | nn.Module, data: Any = None) -> ScanRecord:
     return ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
     )
+
+
+def _at_hand(where: str | Path) -> Path:
+    """Return a model's folder or file, with all of its files downloaded if it is a hub id."""
+    return Path(where) if Path(where).exists() else download(where)
 
 
 def _weights(

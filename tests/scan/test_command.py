@@ -46,7 +46,7 @@ def test_a_model_that_is_not_there_is_exit_2(place, mmdefense):
     outcome = mmdefense("scan", "nowhere")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.splitlines() == [
-        "mmdefense: model 'nowhere' must be a file or a folder; none found"
+        "mmdefense: model 'nowhere' must be a file, a folder or a hub id; none found"
     ]
 
 
@@ -55,3 +55,17 @@ def test_options_that_cannot_be(place, mmdefense, arguments):
     outcome = mmdefense("scan", place.model, *arguments)
     assert outcome.code == 2
     assert "must be one of" in outcome.err
+
+
+def test_all_files_of_a_hub_id_are_looked_into(place, mmdefense, monkeypatch):
+    import huggingface_hub
+
+    def given(repo, allow_patterns):
+        assert (repo, allow_patterns) == ("some/model", None)
+        evil(place)
+        return str(place.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", given)
+    outcome = mmdefense("scan", "some/model")
+    assert outcome.code == 1
+    assert "os.mkdir" in outcome.out
