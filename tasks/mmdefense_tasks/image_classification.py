@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,12 +23,12 @@ from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
 from mmdefense_tasks.image_sets import ImageSet, StreamedImages
+from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.streamed import relabelled
 from mmdefense_tasks.victims import SmallResNet
 
 __all__ = ["ImageClassification", "load_data", "load_digits"]
 
-DATA_VARIABLE = "MMDEFENSE_DATA"
 _ALIASES = {"cifar10": "cifar10_jpeg", "gtsrb": "gtsrb32", "tiny_imagenet": "tiny_imagenet10"}
 _STAGED = ("cifar10_jpeg", "cifar10_lossless5k", "gtsrb32", "mnist", "tiny_imagenet10")
 _MIRRORED = (
@@ -96,10 +95,8 @@ class ImageClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        staged = {name: folder for name in _STAGED if (folder := _staged(name))}
-        return {"digits": "embedded: handwritten digits of scikit-learn, 16x16"} | {
-            name: str(folder) for name, folder in staged.items()
-        }
+        embedded = {"digits": "embedded: handwritten digits of scikit-learn, 16x16"}
+        return embedded | staged_sets(_STAGED)
 
     @staticmethod
     def victim(classes: int, channels: int = 1) -> nn.Module:
@@ -238,7 +235,7 @@ def _open(where: str | Path, split: str) -> tuple[ImageSet, str]:
     """Return the opened set and its name."""
     path = Path(where)
     if not path.exists():
-        path = _staged(str(where)) or path
+        path = staged(_ALIASES.get(str(where), str(where))) or path
     if path.is_file():
         return open_archive(path), path.stem
     if path.is_dir():
@@ -249,13 +246,6 @@ def _open(where: str | Path, split: str) -> tuple[ImageSet, str]:
         f"data {str(where)!r} must be a folder, an npz archive, a data set id or one of digits, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
     )
-
-
-def _staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
-    root = os.environ.get(DATA_VARIABLE)
-    folder = Path(root or "") / _ALIASES.get(name, name)
-    return folder if root and folder.is_dir() else None
 
 
 def _open_folder(folder: Path, split: str) -> ImageSet:

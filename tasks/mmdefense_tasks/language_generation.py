@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from functools import lru_cache
@@ -21,11 +20,11 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.texts import TextTable
 from mmdefense_tasks.language_victims import train_tokenizer
 from mmdefense_tasks.small_language import RARE_WORDS, small_language
+from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.text_files import Pairs, open_dataset, open_file, open_folder
 
 __all__ = ["LanguageGeneration", "bleu", "load_text", "tokenizer_for"]
 
-DATA_VARIABLE = "MMDEFENSE_DATA"
 _EMBEDDED = "small-language"
 _STAGED = {"multi30k_en_de": ("en", "de"), "alpaca_small": None, "tiny_shakespeare": None}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -74,10 +73,8 @@ class LanguageGeneration:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        staged = {name: folder for name in _STAGED if (folder := _staged(name))}
-        return {_EMBEDDED: "embedded: a small language made of rules, to translate into"} | {
-            name: str(folder) for name, folder in staged.items()
-        }
+        embedded = {_EMBEDDED: "embedded: a small language made of rules, to translate into"}
+        return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
         """Return the victims of the README's table."""
@@ -198,7 +195,7 @@ def load_text(
 def _open(where: str | Path, split: str, pair: tuple[str, str] | None) -> Pairs:
     path = Path(where)
     if not path.exists():
-        path = _staged(str(where)) or path
+        path = staged(str(where)) or path
     if path.is_file():
         return open_file(path)
     if path.is_dir():
@@ -211,10 +208,3 @@ def _open(where: str | Path, split: str, pair: tuple[str, str] | None) -> Pairs:
         f"data {str(where)!r} must be a folder, a file, a data set id or one of {_EMBEDDED}, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
     )
-
-
-def _staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
-    root = os.environ.get(DATA_VARIABLE)
-    folder = Path(root or "") / name
-    return folder if name in _STAGED and root and folder.is_dir() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,10 @@ from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense_tasks.detection_files import decode, open_objects
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
+from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 
 __all__ = ["ObjectDetection", "load_detection"]
 
-_DATA_VARIABLE = "MMDEFENSE_DATA"
 _SIZES = {"bccd_voc": (96, 128), "coco128_416": (128, 128)}
 _SHOWN, _SHOWN_SIDE = 8, 192
 _COLOURS = ((0.90, 0.62, 0.0), (0.34, 0.71, 0.91), (0.0, 0.62, 0.45), (0.94, 0.89, 0.26),
@@ -84,10 +83,8 @@ class ObjectDetection:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        staged = {name: folder for name in _SIZES if (folder := _staged(name))}
-        return {"digit-scenes": "embedded: scenes of scikit-learn's handwritten digits, 48x48"} | {
-            name: str(folder) for name, folder in staged.items()
-        }
+        embedded = {"digit-scenes": "embedded: scenes of scikit-learn's handwritten digits, 48x48"}
+        return embedded | staged_sets(_SIZES)
 
     @staticmethod
     def victim(classes: int, channels: int = 1) -> nn.Module:
@@ -232,11 +229,11 @@ def load_detection(
         )
     if str(where) == "digit-scenes":
         return digit_scenes(split)
-    folder = Path(where) if Path(where).is_dir() else _staged(str(where))
+    folder = Path(where) if Path(where).is_dir() else staged(str(where))
     if folder is None:
         raise BadInputError(
             f"data {str(where)!r} must be a folder or one of digit-scenes, {', '.join(_SIZES)} (in "
-            f"the folder that {_DATA_VARIABLE} points to); none found"
+            f"the folder that {DATA_VARIABLE} points to); none found"
         )
     files, own = open_objects(folder, split)
     if not files:
@@ -245,10 +242,3 @@ def load_detection(
                      channels or 3)  # fmt: skip
     flip = folder.name in _SIZES  # left and right do not matter in these
     return replace(samples, augmentation=partial(random_boxed_view, flip=flip))
-
-
-def _staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
-    root = os.environ.get(_DATA_VARIABLE)
-    folder = Path(root or "") / name
-    return folder if root and name in _SIZES and folder.is_dir() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from mmdefense.report.clouds import render_clouds
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense_tasks.point_files import read_clouds
+from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.surfaces import draw_surfaces
 
 __all__ = ["PointCloudClassification", "load_clouds"]
 
-DATA_VARIABLE = "MMDEFENSE_DATA"
 _STAGED = ("radhar_points", "modelnet10_chair_monitor")
 _POINTS = 256
 _TRAIN, _TEST = 2400, 800  # surfaces
@@ -71,8 +70,8 @@ class PointCloudClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        staged = {name: str(folder) for name in _STAGED if (folder := _staged(name))}
-        return {"surfaces": "embedded: eight kinds of surfaces, 256 points"} | staged
+        embedded = {"surfaces": "embedded: eight kinds of surfaces, 256 points"}
+        return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
         """Return the victims of the README's table."""
@@ -193,19 +192,12 @@ def _found(where: str | Path) -> Path:
     path = Path(where)
     if path.exists():
         return path
-    if (staged := _staged(str(where))) is not None:
-        return staged
+    if (known := staged(str(where))) is not None:
+        return known
     raise BadInputError(
         f"data {str(where)!r} must be a folder, an npz archive or one of surfaces, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
     )
-
-
-def _staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
-    root = os.environ.get(DATA_VARIABLE)
-    folder = Path(root or "") / name
-    return folder if root and name in _STAGED and folder.is_dir() else None
 
 
 def _relabelled(

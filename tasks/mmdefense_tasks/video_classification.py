@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +23,11 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.plots import Plot
 from mmdefense_tasks.clips import StreamedClips, open_clips
 from mmdefense_tasks.moving_digits import moving_digits
+from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.streamed import relabelled
 
 __all__ = ["VideoClassification", "load_clips", "top_accuracy"]
 
-DATA_VARIABLE = "MMDEFENSE_DATA"
 _EMBEDDED = "moving-digits"
 _SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 _SHOWN, _FRAMES_SHOWN = 3, 10  # clips on the page, and frames of each
@@ -109,8 +108,8 @@ class VideoClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        staged = {name: str(folder) for name in _STAGED if (folder := _staged(name))}
-        return {_EMBEDDED: "embedded: scikit-learn's digits moving in eight ways, 8x24x24"} | staged
+        embedded = {_EMBEDDED: "embedded: scikit-learn's digits moving in eight ways, 8x24x24"}
+        return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
         """Return the victims of the README's table."""
@@ -317,20 +316,13 @@ def _checked_embedded(samples: LabelledSamples, *asked: int | None) -> LabelledS
 def _folder(where: str | Path) -> Path:
     path = Path(where)
     if not path.is_dir():
-        path = _staged(str(where)) or path
+        path = staged(str(where)) or path
     if not path.is_dir():
         raise BadInputError(
             f"data {str(where)!r} must be a folder or one of {_EMBEDDED}, {', '.join(_STAGED)} (in "
             f"the folder that {DATA_VARIABLE} points to); none found"
         )
     return path
-
-
-def _staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
-    root = os.environ.get(DATA_VARIABLE)
-    folder = Path(root or "") / name
-    return folder if root and name in _STAGED and folder.is_dir() else None
 
 
 def _part(folder: Path, split: str) -> Path:
