@@ -7,6 +7,7 @@ with BatchNorm over points and clouds. Indices (sampled points, neighbours) have
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
@@ -20,7 +21,7 @@ from mmdefense.clouds import farthest_points, nearest_points
 __all__ = ["DGCNN", "PointNet", "PointNetPlusPlus", "PointTransformer"]
 
 
-class _PointModel(nn.Module):
+class _PointModel(ABC, nn.Module):
     """A classifier of clouds whose points have ``features`` values, coordinates first."""
 
     reads: ClassVar[str] = "points"
@@ -38,8 +39,9 @@ class _PointModel(nn.Module):
             )
         return self._logits(clouds)
 
+    @abstractmethod
     def _logits(self, clouds: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Map clouds of the right width to logits ``(N, K)``."""
 
 
 class _Shared(nn.Module):
