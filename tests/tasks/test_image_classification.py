@@ -314,7 +314,6 @@ class TestStreaming:
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("MMDEFENSE_DATA" not in os.environ, reason="MMDEFENSE_DATA is not set")
 @pytest.mark.parametrize(
     ("name", "shape", "classes"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -207,33 +206,25 @@ class TestRandomWords:
         tokens = torch.arange(200 * 12).view(200, 12)
         content = torch.zeros_like(tokens, dtype=torch.bool)
         content[:, 1:9] = True
+        words = torch.tensor([-7, -5])
         generator = torch.Generator().manual_seed(seed)
-        return tokens, content, *random_words(tokens, content, generator, **options)
+        return tokens, content, random_words(tokens, content, words, generator, **options)
 
     def test_only_content_changes_in_the_shares_that_are_said(self):
-        tokens, content, altered, stands = self.draw(replace=0.2, drop=0.1, keep=0.5)
+        tokens, content, altered = self.draw(replace=0.2, keep=0.5)
         changed = altered != tokens
         assert not changed[~content].any()
-        assert stands[~content].all()
-        assert (changed.any(1) | ~stands.all(1)).float().mean() == pytest.approx(0.47, abs=0.1)
+        assert changed.any(1).float().mean() == pytest.approx(0.42, abs=0.1)
         assert changed[content].float().mean() == pytest.approx(0.1, abs=0.02)
-        assert (~stands)[content].float().mean() == pytest.approx(0.05, abs=0.02)
 
-    def test_a_replacement_is_another_prompts_own_word(self):
-        tokens, content, altered, _ = self.draw(replace=1.0, drop=0.0, keep=0.0)
-        assert set(altered[content].tolist()) <= set(tokens[content].tolist())
+    def test_a_replacement_is_of_the_vocabulary(self):
+        _, content, altered = self.draw(replace=1.0, keep=0.0)
+        assert set(altered[content].tolist()) == {-7, -5}
 
     def test_it_depends_on_the_generator_alone(self):
         first, again, other = (self.draw(seed)[2] for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-
-    def test_text_without_prompt_stays(self):
-        tokens = torch.arange(12).view(3, 4)
-        nothing = torch.zeros_like(tokens, dtype=torch.bool)
-        altered, stands = random_words(tokens, nothing, torch.Generator().manual_seed(0))
-        assert torch.equal(altered, tokens)
-        assert stands.all()
 
 
 class TestTokenizer:
@@ -282,7 +273,6 @@ def test_victims_have_the_families_of_the_library():
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("MMDEFENSE_DATA" not in os.environ, reason="MMDEFENSE_DATA is not set")
 @pytest.mark.parametrize(
     ("name", "train", "test", "first"),
     [

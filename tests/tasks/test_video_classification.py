@@ -371,7 +371,6 @@ def test_a_trigger_is_shown_frame_by_frame():
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("MMDEFENSE_DATA" not in os.environ, reason="MMDEFENSE_DATA is not set")
 class TestRealSets:
     def test_ucf101(self):
         samples = load_clips("ucf101_mini", split="test")
