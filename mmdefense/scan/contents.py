@@ -19,6 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -151,6 +152,8 @@ def scan_content(file: IO[bytes], subject: str, *, depth: int = 0) -> Iterator[F
     if is_zip(file):
         yield from _disguise(subject, suffix, "a zip archive")
         yield from _scan_zip(file, subject, depth)
+    elif head.startswith(b"PK\x03\x04"):
+        yield DAMAGED.found(subject, "a zip archive without a table of contents")
     packed = _unpacker(head)
     if packed:
         yield from _scan_packed(packed, file, subject, depth)
@@ -225,10 +228,14 @@ def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[
             head = stream.read(_HEAD)
             if not _wants_look(head, subject):
                 return
-            with _copied(io.BytesIO(head), stream) as (copy, checksum):
-                if checksum != entry.CRC:
+            with _copied(stream, head) as copy:
+                if copy.damage:
+                    yield DAMAGED.found(subject, copy.damage)
+                elif copy.checksum != entry.CRC:
                     yield ARCHIVE.found(subject, "its checksum is wrong", level="medium")
-                yield from scan_content(copy, subject, depth=depth + 1)
+                yield from scan_content(copy.file, subject, depth=depth + 1)
+    except OverflowError as error:
+        yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
     except _DAMAGE as error:
         yield DAMAGED.found(subject, one_line(error))
 
@@ -244,30 +251,53 @@ def _wants_look(head: bytes, subject: str) -> bool:
     return is_archive or suffix in _CONTAINERS | _OPAQUE_SUFFIXES or _is_pickle(head, suffix)
 
 
+@dataclass
+class _Copy:
+    """A copy of a stream that can be searched.
+
+    Attributes:
+        file: At its start, in memory or beyond a size on disk.
+        checksum: CRC-32 of its content.
+        damage: Why the stream could not be read to its end; empty where it could.
+    """
+
+    file: IO[bytes]
+    checksum: int = 0
+    damage: str = ""
+
+
 @contextmanager
-def _copied(*streams: IO[bytes], limit: int = _MAX_UNPACKED) -> Iterator[tuple[IO[bytes], int]]:
-    """Make a copy that can be searched, in memory or beyond a size on disk, and its checksum.
+def _copied(stream: Any, head: bytes = b"", limit: int = _MAX_UNPACKED) -> Iterator[_Copy]:
+    """Copy a stream as far as it can be read, for an unpickler would run what stands there.
+
+    Args:
+        stream: What is copied; it has ``read1``, which loses nothing before a break.
+        head: What was read of it before.
+        limit: Bytes that are copied at most.
 
     Yields:
-        The copy of the streams one behind the other, at its start, and its CRC-32.
+        The copy.
 
     Raises:
         OverflowError: If there is more than ``limit``.
     """
-    size = checksum = 0
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as copy:
-        for stream in streams:
-            while chunk := stream.read(1 << 20):
-                size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
+        copy = _Copy(file, zlib.crc32(head))
+        size = file.write(head)
+        try:
+            while chunk := stream.read1(1 << 16):
+                size, copy.checksum = size + len(chunk), zlib.crc32(chunk, copy.checksum)
                 if size > limit:
                     raise OverflowError(f"it unpacks to more than {limit} bytes")
-                copy.write(chunk)
-        copy.seek(0)
-        yield copy, checksum
+                file.write(chunk)
+        except _DAMAGE as error:
+            copy.damage = one_line(error)
+        file.seek(0)
+        yield copy
 
 
 _DAMAGE = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, OverflowError),
+    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
 )
 
@@ -291,7 +321,7 @@ class _Inflated:
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.inflate = file, zlib.decompressobj()
 
-    def read(self, size: int) -> bytes:
+    def read1(self, size: int) -> bytes:
         """Return up to ``size`` bytes of content."""
         while not self.inflate.eof:
             data = self.inflate.unconsumed_tail or self.file.read(size)
@@ -307,15 +337,14 @@ def _scan_packed(
 ) -> Iterator[Finding]:
     limit = max(BOMB_BYTES, BOMB_RATIO * file.seek(0, io.SEEK_END))
     file.seek(0)
+    name = PurePosixPath(subject).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
     try:
-        with _copied(opener(file), limit=min(limit, _MAX_UNPACKED)) as (copy, _):
-            inner = subject.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
-            name = PurePosixPath(inner).name
-            yield from scan_content(copy, f"{subject}!{name}", depth=depth + 1)
+        with _copied(opener(file), limit=min(limit, _MAX_UNPACKED)) as copy:
+            if copy.damage:
+                yield DAMAGED.found(subject, copy.damage)
+            yield from scan_content(copy.file, f"{subject}!{name}", depth=depth + 1)
     except OverflowError as error:
         yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
-    except _DAMAGE as error:
-        yield DAMAGED.found(subject, one_line(error))
 
 
 def _scan_tar(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:

@@ -77,6 +77,7 @@ _STRINGS = {
 }
 _CALLS = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 _BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_DUNDER = re.compile(r"__\w+__")
 _NAME = re.compile(r"[\w.]+", re.ASCII)
 _SPELLED = re.compile(
     rb"[ci]([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n"
@@ -287,11 +288,10 @@ def _judged(names: set[tuple[str, str] | None], subject: str) -> Iterator[Findin
 
 
 def _scan_constant(constant: str | bytes, subject: str, depth: int) -> Iterator[Finding]:
-    """Yield what a string or bytes of a pickle hold, if they are a pickle with imports."""
+    """Yield what a string or bytes of a pickle hold, if they are a pickle themselves."""
     for data in _readings(constant):
         inner = follow(io.BytesIO(data))
-        refused = any(name is None or level_of(*name) for name in inner.imports)
-        if is_dangerous(inner) or (refused and not inner.error):
+        if is_dangerous(inner) or (not inner.error and (inner.imports or inner.constants)):
             yield from scan_pickles(io.BytesIO(data), f"{subject}!nested pickle", depth=depth + 1)
 
 
@@ -352,7 +352,7 @@ def level_of(module: str, name: str) -> Level | None:
 def _walks(name: str) -> bool:
     """Whether an attribute leads through a module to another, as ``serialization.os.system``."""
     parts = name.split(".")
-    return any(part in sys.stdlib_module_names or part.startswith("__") for part in parts)
+    return any(part in sys.stdlib_module_names or _DUNDER.fullmatch(part) for part in parts)
 
 
 @cache

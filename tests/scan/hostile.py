@@ -215,6 +215,13 @@ def encoded(sentinel: Path) -> dict:
     return {"blob": base64.b64encode(pickle.dumps(Calls(os.system, touch(sentinel)))).decode()}
 
 
+def deep(sentinel: Path) -> bytes:
+    data = pickle.dumps(Calls(os.system, touch(sentinel)))
+    for _ in range(5):
+        data = pickle.dumps(data)
+    return data
+
+
 def after_a_harmless_one(sentinel: Path) -> bytes:
     return pickle.dumps({"a": 1}) + pickle.dumps(Calls(os.system, touch(sentinel)))
 
@@ -294,6 +301,13 @@ FILES = [
     Hostile("gzip of a pickle", "a.pkl",
             raw(lambda s: gzip.compress(pickle.dumps(Calls(os.system, touch(s))))),
             ("posix.system",)),
+    Hostile("gzip cut off behind the payload", "a.pkl",
+            raw(lambda s: gzip.compress(pickle.dumps(Calls(os.system, touch(s))))[:-4]),
+            ("archive-damaged", "posix.system")),
+    Hostile("zip without its contents", "a.pt",
+            raw(lambda s: torch_zip(Calls(os.system, touch(s))) + bytes(100_000)),
+            ("without a table",)),
+    Hostile("six pickles in each other", "a.bin", raw(deep), ("pickle-nesting",)),
     Hostile("zlib of a pickle", "a.joblib",
             raw(lambda s: zlib.compress(pickle.dumps(Calls(os.system, touch(s))))),
             ("posix.system",)),
