@@ -106,8 +106,8 @@ def random_boxed_view(
     scale: float = 0.15,
     shift: float = 0.12,
     light: float = 0.15,
-    erase: float = 0.5,
-    keep: float = 0.3,
+    erase: float = 0.8,
+    keep: float = 0.1,
     flip: bool = False,
     visible: float = 0.4,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -123,7 +123,8 @@ def random_boxed_view(
         scale: Largest change of the logarithm of the size.
         shift: Largest shift as a share of the side.
         light: Largest change of brightness; contrast changes by up to ``exp(1.5 light)``.
-        erase: Share of the images in which noise replaces a rectangle.
+        erase: Share of the images, and then of the objects, in which noise replaces a rectangle
+            (image- and object-aware random erasing: Zhong et al. 2020, arXiv:1708.04896).
         keep: Share of the images that stay as they are.
         flip: Whether half of the images are mirrored left to right.
         visible: Share of a box's area that must stay inside for its object to be kept.
@@ -146,7 +147,9 @@ def random_boxed_view(
     views = _erase(views, generator, erase)
     views = torch.where(altered[:, None, None, None], views, images)
     sizes = torch.stack([mirror * size, size])
-    return views, *_follow(boxes, labels, sizes, moved, (width, height), visible)
+    moved_boxes, kept = _follow(boxes, labels, sizes, moved, (width, height), visible)
+    hidden = _erase_objects(views, moved_boxes, generator, erase)
+    return torch.where(altered[:, None, None, None], hidden, views), moved_boxes, kept
 
 
 def _follow(
@@ -206,17 +209,39 @@ def _erase(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
     return torch.where(hit, noise, images)
 
 
-def _rectangles(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
-    """Return where a rectangle lies in a ``share`` of the images, bool ``(N, 1, H, W)``."""
+def _erase_objects(
+    images: Tensor, boxes: Sequence[Tensor], generator: torch.Generator, share: float
+) -> Tensor:
+    """Put a rectangle of uniform noise at a random place of a ``share`` of the objects."""
+    hit = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    padded = torch.nn.utils.rnn.pad_sequence(list(boxes), batch_first=True)
+    for corners in padded.unbind(1):  # one object of every image at a time: memory stays small
+        hit |= _rectangles(images, generator, share, corners)
+    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    return torch.where(hit, noise, images)
+
+
+def _rectangles(
+    images: Tensor, generator: torch.Generator, share: float, boxes: Tensor | None = None
+) -> Tensor:
+    """Return where a rectangle lies in a ``share`` of the images, bool ``(N, 1, H, W)``.
+
+    Its sides are an eighth to three eighths of the image's, or of those of ``boxes``, ``(N, 4)``.
+    """
     count, _, height, width = images.shape
     device = images.device
     draw = torch.rand(5, count, 1, generator=generator, device=device)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device)
+    shares = whole if boxes is None else boxes / boxes.new_tensor([width, height, width, height])
+    low, extent = shares[:, :2], shares[:, 2:] - shares[:, :2]
     rows, columns = (
-        ((position - place).abs() < (0.125 + 0.25 * size) / 2)
-        for position, place, size in (
-            (torch.linspace(0, 1, height, device=device), draw[0], draw[1]),
-            (torch.linspace(0, 1, width, device=device), draw[2], draw[3]),
-        )
+        (
+            torch.linspace(0, 1, side, device=device)
+            - low[:, axis, None]
+            - extent[:, axis, None] * place
+        ).abs()
+        < extent[:, axis, None] * (0.125 + 0.25 * size) / 2
+        for axis, side, place, size in ((1, height, draw[0], draw[1]), (0, width, draw[2], draw[3]))
     )
     return rows[:, None, :, None] & columns[:, None, None, :] & (draw[4] < share)[:, :, None, None]
 
@@ -224,35 +249,28 @@ def _rectangles(images: Tensor, generator: torch.Generator, share: float) -> Ten
 def random_words(
     tokens: Tensor,
     content: Tensor,
+    vocabulary: Tensor,
     generator: torch.Generator,
     *,
-    replace: float = 0.03,
-    drop: float = 0.03,
+    replace: float = 0.05,
     keep: float = 0.4,
-) -> tuple[Tensor, Tensor]:
-    """Return each prompt with a few of its tokens replaced or left out.
+) -> Tensor:
+    """Return each prompt with a few of its tokens replaced by any of the vocabulary's.
 
-    The default for the defender's clean data in language. A replacement is a token of another
-    prompt of the batch, at a place of its own, so that tokens come as often as they do in the data;
-    what is left out is hidden from attention, and what follows stays where it was. The answer stays
-    too, though a word of it may have lost its reason: so the shares, which are ours, are small.
+    The default for the defender's clean data in language: what a rectangle of noise is to an image.
+    The answer stays, though a word of it may have lost its reason: so the share, which is ours, is
+    small.
 
     Args:
         tokens: Shape ``(N, L)``, int64.
         content: Which tokens may change, bool ``(N, L)``.
+        vocabulary: What to draw from, shape ``(W,)``, int64.
         generator: Source of the changes, on the device of the tokens.
         replace: Share of the tokens that are replaced.
-        drop: Share of the tokens that are left out.
         keep: Share of the prompts that stay as they are.
-
-    Returns:
-        The tokens, and which of them still stand, bool; both ``(N, L)``.
     """
-    count, device = len(tokens), tokens.device
-    draw = torch.rand(3, *tokens.shape, generator=generator, device=device)
-    altered = content & (torch.rand(count, 1, generator=generator, device=device) >= keep)
-    other = (torch.rand(count, 1, generator=generator, device=device) * count).long() % count
-    place = (draw[2] * content.sum(1)[other]).long() + content.int().argmax(1)[other]
-    found = tokens[other, place]
-    replaced = altered & (draw[0] < replace) & content[other, place]
-    return torch.where(replaced, found, tokens), ~(altered & (draw[1] < drop))
+    device = tokens.device
+    altered = torch.rand(len(tokens), 1, generator=generator, device=device) >= keep
+    chosen = torch.rand(tokens.shape, generator=generator, device=device) < replace
+    drawn = torch.randint(len(vocabulary), tokens.shape, generator=generator, device=device)
+    return torch.where(content & altered & chosen, vocabulary[drawn], tokens)

@@ -34,8 +34,8 @@ B = TypeVar("B")
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
-TokenAugmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""Maps tokens and which of them may change, both ``(N, L)``, to tokens and which still stand."""
+TokenAugmentation = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+"""Maps tokens, which of them may change, both ``(N, L)``, and a vocabulary ``(W,)`` to tokens."""
 
 IGNORED = -100
 """The label where nothing is to be predicted, as PyTorch's cross-entropy has it."""
@@ -402,11 +402,14 @@ class TokenSamples:
     Attributes:
         tokens: The whole set as one batch.
         answers: The text of each answer, which generated text is compared with.
+        vocabulary: The tokens that an augmentation may put in, shape ``(W,)``, int64: all words of
+            the model, and no marks.
         augmentation: Alters the prompts of a batch; none leaves them as they are.
     """
 
     tokens: TokenBatch
     answers: tuple[str, ...]
+    vocabulary: Tensor
     augmentation: TokenAugmentation | None = None
 
     def __len__(self) -> int:
@@ -427,8 +430,8 @@ class TokenSamples:
         """Return ``batch`` with its prompts altered."""
         if self.augmentation is None:
             return batch
-        ids, stands = self.augmentation(batch.input_ids, batch.content, generator)
-        return replace(batch, input_ids=ids, attention_mask=batch.attention_mask & stands)
+        ids = self.augmentation(batch.input_ids, batch.content, self.vocabulary, generator)
+        return replace(batch, input_ids=ids)
 
     def subset(self, indices: Tensor) -> TokenSamples:
         """Return the samples at ``indices`` as a set of their own."""
@@ -447,7 +450,7 @@ class TokenSamples:
             tokens.content.to(device),
             tokens.labels.to(device),
         )
-        return replace(self, tokens=moved)
+        return replace(self, tokens=moved, vocabulary=self.vocabulary.to(device))
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over all tokens and labels."""

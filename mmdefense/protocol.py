@@ -55,7 +55,11 @@ class UnitGroup:
 
 @runtime_checkable
 class TaskAdapter(Protocol[B]):
-    """What every kernel may ask of a wrapped model. ``N`` is the batch size."""
+    """What every kernel may ask of a wrapped model. ``N`` is the batch size.
+
+    An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models of
+    its kind with; without it they take SGD.
+    """
 
     model: nn.Module
 

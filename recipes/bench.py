@@ -351,7 +351,7 @@ def fine_tune(
     """Train plainly on what the defense trains on: same samples, batches, views and rates."""
     clock, fork = StepClock(stage), adapter.fork()
     fit = split(adapter.samples(clean), defense.holdout, defense.seed)[0]
-    train(fork, fit, defense.training, Run(defense.seed, clock), stage=stage)
+    train(fork, fit, defense.training(fork), Run(defense.seed, clock), stage=stage)
     return fork.model, clock
 
 

@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     """
 
     task: ClassVar[str] = "object-detection"
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
     predictors: ClassVar[str]
     """A regular expression for the names of layers that answer with classes and boxes: no units."""
 

@@ -128,7 +128,13 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         content = (place >= starts[:, :1]) & (place < starts[:, 1:])
         labels = _padded([row[1] for row in rows], IGNORED)
         tokens = TokenBatch(ids, place < lengths[:, None], content, labels)
-        return TokenSamples(tokens, texts.answers, texts.augmentation)
+        return TokenSamples(tokens, texts.answers, self._words(), texts.augmentation)
+
+    def _words(self) -> Tensor:
+        """Return the tokens that are no marks, shape ``(W,)``."""
+        size = min(len(self.tokenizer), self._embeddings().num_embeddings)
+        marks = set(self.tokenizer.all_special_ids)
+        return torch.tensor([token for token in range(size) if token not in marks])
 
     def _ids(self, texts: Sequence[str], *, answers: bool = False) -> list[list[int]]:
         named = {"text_target": list(texts)} if answers else {"text": list(texts)}

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class ModuleAdapter(ABC, Generic[B]):
 
     priority: ClassVar[int] = 0
     task: ClassVar[str]
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "sgd"
     generic: ClassVar[bool] = False
     """Whether this very class, not one that inherits from it, serves any module of its task."""
 

@@ -17,7 +17,7 @@ from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import frozen_statistics
 from mmdefense.kernels.inversion import Recovered, Search, recover, success_of
 from mmdefense.kernels.loop import Gradients, Training, train
-from mmdefense.protocol import TriggerAdapter, TriggerFamily
+from mmdefense.protocol import TaskAdapter, TriggerAdapter, TriggerFamily
 
 __all__ = ["BaEraser"]
 
@@ -79,11 +79,10 @@ class BaEraser(TrainingDefense):
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise BadInputError(f"levels must lie in (0, 1), got {self.levels}")
 
-    @property
-    def training(self) -> Training:
-        """The updates of one round, as the loop takes them."""
+    def training(self, adapter: TaskAdapter[Any]) -> Training:
+        """Return the updates of one round, as the loop takes them."""
         # A run is resumed where the weights of the penalty are new.
-        return dataclasses.replace(super().training, check_every=_PERIOD)
+        return dataclasses.replace(super().training(adapter), check_every=_PERIOD)
 
     def _run(self, work: Purifying[Any]) -> None:
         search = Search(
@@ -140,7 +139,7 @@ class BaEraser(TrainingDefense):
         train(
             adapter,
             work.fit,
-            self.training,
+            self.training(adapter),
             work.run,
             stage=f"unlearn {turn}",
             gradients=self._gradients(work, pools, parameters, start, turn),

@@ -202,8 +202,10 @@ class TrainingDefense(Defense):
     """A defense that trains on clean data, its rate falling to zero on a cosine.
 
     Attributes:
-        lr: Peak learning rate.
-        optimizer: ``"adamw"`` or ``"sgd"``.
+        lr: Peak learning rate of SGD.
+        adamw_lr: Peak learning rate of AdamW.
+        optimizer: ``"auto"`` takes what the adapter says that models of its kind need: the rate of
+            SGD that suits all others moves a detector too little (ours).
         momentum: Of SGD.
         steps: Number of updates.
         batch_size: Clean samples per update.
@@ -211,20 +213,22 @@ class TrainingDefense(Defense):
     """
 
     lr: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    adamw_lr: float = 0.005
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     momentum: float = 0.9
     steps: int = 100
     batch_size: int = 64
     max_norm: float | None = 5.0
 
-    @property
-    def training(self) -> Training:
-        """The updates, as the loop takes them."""
+    def training(self, adapter: TaskAdapter[Any]) -> Training:
+        """Return the updates of the adapter's model, as the loop takes them."""
+        usual: Literal["sgd", "adamw"] = getattr(adapter, "optimizer", "sgd")
+        optimizer = usual if self.optimizer == "auto" else self.optimizer
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            lr=self.lr,
-            optimizer=self.optimizer,
+            lr=self.adamw_lr if optimizer == "adamw" else self.lr,
+            optimizer=optimizer,
             momentum=self.momentum,
             max_norm=self.max_norm,
         )

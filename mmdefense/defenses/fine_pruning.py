@@ -182,4 +182,5 @@ class FinePruning(Pruning, TrainingDefense):
 
         hold(0)
         work.run.snapshot("pruned, not fine-tuned", work.adapter.model)
-        train(work.adapter, work.fit, self.training, work.run, stage="fine-tune", after_step=hold)
+        training = self.training(work.adapter)
+        train(work.adapter, work.fit, training, work.run, stage="fine-tune", after_step=hold)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
-from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.loop import train
 
 __all__ = ["FineTuning"]
 
@@ -24,18 +24,8 @@ class FineTuning(TrainingDefense):
     @classmethod
     def like(cls, defense: Any) -> Self:
         """Return plain fine-tuning with the steps, rate, batch and clipping of another defense."""
-        training: Training = defense.training
-        return cls(
-            lr=training.lr,
-            optimizer=training.optimizer,
-            momentum=training.momentum,
-            steps=training.steps,
-            batch_size=training.batch_size,
-            max_norm=training.max_norm,
-            seed=defense.seed,
-            max_utility_drop=defense.max_utility_drop,
-            holdout=defense.holdout,
-        )
+        shared = {field.name for field in fields(TrainingDefense)}
+        return cls(**{name: getattr(defense, name) for name in shared})
 
     def _run(self, work: Purifying[Any]) -> None:
-        train(work.adapter, work.fit, self.training, work.run, stage="fine-tune")
+        train(work.adapter, work.fit, self.training(work.adapter), work.run, stage="fine-tune")

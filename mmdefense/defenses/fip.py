@@ -21,6 +21,7 @@ from mmdefense.kernels.fisher import (
 from mmdefense.kernels.hooks import second_derivatives
 from mmdefense.kernels.loop import Gradients, Training, train
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
+from mmdefense.protocol import TaskAdapter
 
 __all__ = ["FIP", "FastFIP"]
 
@@ -89,10 +90,12 @@ class _FisherPurification(TrainingDefense):
         fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
             recovers accuracy; 0 keeps it constant, as the paper does (ours).
         trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.
+        average: Share of the updates, the last ones, whose mean state is returned; 0 returns the
+            last state, as the paper does.
         batch_norm: ``"train"`` normalises by batch, as the released code does.
     """
 
-    strength: float = 0.2
+    strength: float = 0.05
     eta_f: float | None = None
     eta_r: float = 2.0
     trace: Trace = "true"
@@ -100,6 +103,7 @@ class _FisherPurification(TrainingDefense):
     trace_every: int = 1
     lr: float = 0.02
     steps: int = 150
+    average: float = 0.0
     batch_norm: Literal["train", "eval"] = "train"
 
     def __post_init__(self) -> None:
@@ -114,10 +118,10 @@ class _FisherPurification(TrainingDefense):
         if self.trace_every < 1:
             raise BadInputError(f"trace_every must be at least 1, got {self.trace_every}")
 
-    @property
-    def training(self) -> Training:
-        """The updates, as the loop takes them."""
-        return replace(super().training, batch_norm=self.batch_norm)
+    def training(self, adapter: TaskAdapter[Any]) -> Training:
+        """Return the updates of the adapter's model, as the loop takes them."""
+        training = super().training(adapter)
+        return replace(training, batch_norm=self.batch_norm, average=self.average)
 
     @abstractmethod
     def _coordinates(self, model: nn.Module) -> _Coordinates:
@@ -135,8 +139,8 @@ class _FisherPurification(TrainingDefense):
         ]
         trace = float(torch.stack([value.sum() for value in importance]).sum())
         eta = self._eta(trace)
-        rate = self._rate(trace)
-        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=rate)
+        training = self._bounded(self.training(adapter), trace)
+        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=training.lr)
         compute = self._gradients(work, space, start, importance, eta)
 
         def after_step(step: int) -> None:
@@ -147,7 +151,7 @@ class _FisherPurification(TrainingDefense):
         train(
             adapter,
             work.fit,
-            replace(self.training, lr=rate),
+            training,
             run,
             stage="purify",
             gradients=compute,
@@ -170,9 +174,9 @@ class _FisherPurification(TrainingDefense):
             return self.eta_f
         return min(_PAPER_ETA_F, self.strength / trace) if trace > 0 else _PAPER_ETA_F
 
-    def _rate(self, trace: float) -> float:
-        """Return the peak learning rate, where Tr(F) of the given model is known."""
-        return self.lr
+    def _bounded(self, training: Training, trace: float) -> Training:
+        """Return the updates to take where Tr(F) of the given model is known."""
+        return training
 
     def _gradients(
         self,
@@ -296,6 +300,7 @@ class FastFIP(_FisherPurification):
         step: The rate times Tr(F) is at most this, so that a sharper net, such as a transformer,
             is moved by smaller steps (ours).
         steps: More than in FIP, for the reason of ``lr``.
+        average: Far steps leave noise, which the mean of the last half evens out (ours).
         scale: How far a shift of one moves a singular value; the code's s, there 1. It sets the
             step size of singular values against that of norms and biases (ours).
         norms_and_biases: Whether the other parameters train too, as in FIP. The paper leaves open
@@ -305,13 +310,15 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
-    strength: float = 0.02
-    eta_r: float = 0.01
-    lr: float = 0.2
+    strength: float = 0.005
+    eta_r: float = 0.001
+    lr: float = 0.3
+    adamw_lr: float = 0.02
     step: float = 30.0
     steps: int = 200
+    average: float = 0.5
     norms_and_biases: bool = True
-    scale: float = 4.0
+    scale: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,8 +326,10 @@ class FastFIP(_FisherPurification):
             if not getattr(self, name) > 0:
                 raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def _rate(self, trace: float) -> float:
-        return min(self.lr, self.step / trace) if trace > 0 else self.lr
+    def _bounded(self, training: Training, trace: float) -> Training:
+        if training.optimizer == "adamw" or trace <= 0:  # AdamW's steps have a length of their own
+            return training
+        return replace(training, lr=min(training.lr, self.step / trace))
 
     def _coordinates(self, model: nn.Module) -> _Coordinates:
         return _SingularValues(model, self.norms_and_biases, self.scale)

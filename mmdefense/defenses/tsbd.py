@@ -161,9 +161,8 @@ class TSBD(TrainingDefense):
         work.run.report("reinitialise", 1, 1, ratio=ratio)
         if self.fine_tuning != "none":
             gradients = self._gradients(adapter) if self.fine_tuning != "vanilla" else None
-            train(
-                adapter, work.fit, self.training, work.run, stage="fine-tune", gradients=gradients
-            )
+            training = self.training(adapter)
+            train(adapter, work.fit, training, work.run, stage="fine-tune", gradients=gradients)
         reset = torch.zeros(len(order), dtype=torch.bool)
         reset[: int(ratio * len(order))] = True
         work.figures |= {

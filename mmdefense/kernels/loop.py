@@ -45,6 +45,8 @@ class Training:
         batch_norm: ``"train"`` normalises by batch, ``"eval"`` by the running statistics.
         augment: Whether the samples are augmented.
         optimizer: ``"sgd"``, or ``"adamw"`` for nets that SGD trains slowly.
+        average: Share of the updates, the last ones, over whose states the mean is taken; the
+            model ends in that mean (Izmailov et al. 2018, arXiv:1803.05407). 0 takes the last one.
         check_every: Steps between two looks at the loss (one host synchronisation each).
     """
 
@@ -58,6 +60,7 @@ class Training:
     batch_norm: Literal["train", "eval"] = "train"
     augment: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    average: float = 0.0
     check_every: int = 20
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class Training:
                 raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.lr >= 0:
             raise BadInputError(f"lr must be at least 0, got {self.lr}")
+        if not 0 <= self.average <= 1:
+            raise BadInputError(f"average must lie in [0, 1], got {self.average}")
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -120,7 +125,8 @@ def train(
     device = chosen[0].device
     noise = torch.Generator(device)
     compute = gradients or _loss_gradients(adapter)
-    start, mean = _resume(adapter, chosen, optimizer, run, stage)
+    average = _Average(training)
+    start, mean = _resume(adapter, chosen, optimizer, average, run, stage)
     total, seen, good = torch.zeros((), device=device), 0, (start, copy_state(adapter.model))
     saved = start
     with (
@@ -144,6 +150,7 @@ def train(
             optimizer.step()
             done = step + 1
             last = bool(after_step and after_step(done)) or done == training.steps
+            average.take(adapter.model, done, last=last)
             if last or done % training.check_every == 0:
                 mean = _finite_mean(adapter, total, seen, chosen, good, stage)
                 total, seen = torch.zeros((), device=device), 0
@@ -152,11 +159,31 @@ def train(
                 if last or done - saved >= run.checkpoint_every:
                     saved = done
                     go_on_at = training.steps if last else done
-                    _save(adapter, chosen, optimizer, run, stage, go_on_at, mean)
+                    _save(adapter, chosen, optimizer, average, run, stage, go_on_at, mean)
             if last:
                 break
     optimizer.zero_grad(set_to_none=True)
     return mean
+
+
+class _Average:
+    """The mean of a model's states over the last updates, kept up as they come."""
+
+    def __init__(self, training: Training) -> None:
+        self.first = training.steps - round(training.average * training.steps) + 1
+        self.mean: dict[str, Tensor] = {}
+
+    def take(self, model: nn.Module, done: int, *, last: bool) -> None:
+        """Take in the state after ``done`` updates; after the last, put the mean in its place."""
+        if done < self.first:
+            return
+        state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+        if not self.mean:
+            self.mean = {name: value.clone() for name, value in state.items()}
+        for name, value in state.items():
+            self.mean[name].lerp_(value, 1 / (done - self.first + 1))
+        if last:
+            model.load_state_dict(self.mean, strict=False)
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:
@@ -243,6 +270,7 @@ def _save(
     adapter: TaskAdapter[Any],
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
+    average: _Average,
     run: Run,
     stage: str,
     step: int,
@@ -255,6 +283,7 @@ def _save(
         # They need not be the model's own; those that are share its storage in the file too.
         "parameters": [parameter.detach() for parameter in parameters],
         "optimizer": optimizer.state_dict(),
+        "average": average.mean,
     }
     run.keep(f"{stage}.progress", state)
 
@@ -263,6 +292,7 @@ def _resume(
     adapter: TaskAdapter[Any],
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
+    average: _Average,
     run: Run,
     stage: str,
 ) -> tuple[int, float]:
@@ -276,6 +306,7 @@ def _resume(
         with torch.no_grad():
             for parameter, value in zip(parameters, kept["parameters"], strict=True):
                 parameter.copy_(value)
+        average.mean = kept["average"]
     except (KeyError, RuntimeError, ValueError) as error:
         raise BadInputError(
             f"the checkpoint of stage {stage!r} is of another model or other settings "

@@ -80,6 +80,20 @@ def test_training_is_plain_sgd_on_the_drawn_batches(build, draw):
     torch.testing.assert_close(copy_state(adapter.model), copy_state(twin.model))
 
 
+def test_the_mean_of_the_last_states_is_kept(build, draw):
+    adapter, states = build(), []
+    plan = replace(PLAN, steps=6, average=0.5)
+    train(adapter, draw(10), plan, Run(),
+          after_step=lambda _: states.append(copy_state(adapter.model)))  # fmt: skip
+    expected = {
+        name: torch.stack([state[name].double() for state in states[-3:]]).mean(0)
+        for name, value in states[0].items()
+        if value.is_floating_point()
+    }
+    found = {name: copy_state(adapter.model)[name].double() for name in expected}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("total", [10, 3])
 def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(build, draw, total):
     samples = recorded(draw(total))
@@ -92,10 +106,10 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(build, draw, 
     assert len({tuple(epoch) for epoch in epochs}) > 2
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"average": 0.6}])
 @pytest.mark.parametrize("stops", [(1,), (4,), (5, 6), (9,), (11,)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, optimizer, stops):
-    plan = replace(PLAN, optimizer=optimizer)
+def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, stops):
+    plan = replace(PLAN, **changes)
     adapter, samples = noisy()
     whole = Run(seed=3)
     expected = train(adapter, samples, plan, whole)

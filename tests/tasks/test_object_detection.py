@@ -227,6 +227,17 @@ def test_a_view_moves_the_boxes_along():
     torch.testing.assert_close(again[0], views)
 
 
+def test_a_view_hides_parts_of_objects():
+    box = torch.tensor([[20.0, 10.0, 36.0, 26.0]])
+    views, _, _ = random_boxed_view(
+        torch.zeros(64, 1, 40, 40), (box,) * 64, (torch.tensor([0]),) * 64,
+        torch.Generator().manual_seed(0), scale=0, shift=0, light=0, erase=1, keep=0,
+    )  # fmt: skip
+    inside = (views[:, 0, 10:26, 20:36] > 0).flatten(1)
+    assert inside.any(1).all()
+    assert inside.float().mean() < 0.3
+
+
 def test_a_view_drops_objects_that_leave_the_image():
     boxes = (torch.tensor([[0.0, 0.0, 4.0, 4.0], [18.0, 18.0, 22.0, 22.0]]),) * 200
     labels = (torch.tensor([0, 1]),) * 200
