@@ -57,8 +57,8 @@ class UnitGroup:
 class TaskAdapter(Protocol[B]):
     """What every kernel may ask of a wrapped model. ``N`` is the batch size.
 
-    An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models of
-    its kind with; without it they take SGD.
+    An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models
+    of its kind with; without it they take SGD.
     """
 
     model: nn.Module

@@ -100,6 +100,7 @@ class TSBD(TrainingDefense):
         norm: ``"global"`` as in the formula; ``"tensor"`` as in the released code, where every
             tensor moves by r.
         lr: Peak learning rate of stage 2 (the code: 0.01, constant).
+        steps: Updates of stage 2. Detectors need the time to recover (ours).
 
     References:
         Lin, Liu, Wei, Li, Xiong. *Unveiling and Mitigating Backdoor Vulnerabilities based on
@@ -131,7 +132,7 @@ class TSBD(TrainingDefense):
     mix: float = 0.7
     norm: Literal["global", "tensor"] = "global"
     lr: float = 0.01
-    steps: int = 150
+    steps: int = 250
 
     def __post_init__(self) -> None:
         super().__post_init__()
