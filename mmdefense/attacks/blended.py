@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["Blended"]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import LabelAttack, class_count, on_device_of
+from mmdefense.attacks.base import on_device_of
+from mmdefense.attacks.label_attack import LabelAttack, class_count
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen

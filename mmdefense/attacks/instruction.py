@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from mmdefense.attacks.base import TextAttack
+from mmdefense.attacks.text_attack import TextAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["InstructionPhrase"]

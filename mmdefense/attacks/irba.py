@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.clouds import farthest_points, rotations, to_unit_sphere
 from mmdefense.errors import BadInputError
 

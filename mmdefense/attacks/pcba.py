@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack, class_count, on_device_of
+from mmdefense.attacks.base import on_device_of
+from mmdefense.attacks.label_attack import LabelAttack, class_count
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.clouds import inserted
 from mmdefense.errors import BadInputError

@@ -9,7 +9,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack, on_device_of
+from mmdefense.attacks.base import on_device_of
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.pcba import random_balls
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.clouds import inserted, turned

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmdefense.attacks.base import TextAttack
+from mmdefense.attacks.text_attack import TextAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["RareToken"]

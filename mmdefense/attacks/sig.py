@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["SIG"]

@@ -8,7 +8,8 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import LabelAttack, on_device_of
+from mmdefense.attacks.base import on_device_of
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, frozen, mode

@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack, on_device_of, replaced
+from mmdefense.attacks.base import on_device_of, replaced
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen, mode

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.attacks.base import LabelAttack, replaced
+from mmdefense.attacks.base import replaced
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter

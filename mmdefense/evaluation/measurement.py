@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdefense.attacks.base import Attack, LabelAttack
+from mmdefense.attacks.base import Attack
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.kernels.loop import scores
 from mmdefense.protocol import TaskAdapter

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mmdefense import registry
-from mmdefense.attacks.base import LabelAttack
 from mmdefense.attacks.irba import IRBA
+from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.pcba import PCBA
 from mmdefense.attacks.pointba import PointCBA, PointPBA
 from mmdefense.batches import LabelledSamples
