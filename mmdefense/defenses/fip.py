@@ -311,7 +311,7 @@ class FastFIP(_FisherPurification):
     """
 
     strength: float = 0.005
-    eta_r: float = 0.001
+    eta_r: float = 0.01
     lr: float = 0.3
     adamw_lr: float = 0.02
     step: float = 30.0
