@@ -19,12 +19,15 @@ _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of convolution, linear, embedding and fused attention layers by name."""
+    """Return the weights of convolution, linear, embedding and fused attention layers by name.
+
+    A layer of a class of its own counts where its ``weight`` is a matrix, as GPT-2's are.
+    """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         for key, value in module.named_parameters(recurse=False):
-            is_weight = isinstance(module, _LAYERS) and key == "weight"
+            is_weight = key == "weight" and (isinstance(module, _LAYERS) or value.ndim == 2)
             is_fused = isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight"
             if (
                 (is_weight or is_fused)

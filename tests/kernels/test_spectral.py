@@ -115,6 +115,15 @@ def test_every_matrix_is_found_and_nothing_else(layers):
     assert list(spectral_weights(nn.Linear(2, 3))) == ["weight"]
 
 
+def test_a_matrix_of_a_layer_of_its_own_class_is_found():
+    class Transposed(nn.Module):  # as GPT-2's layers are
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
+
+    assert list(spectral_weights(nn.Sequential(Transposed(), nn.LayerNorm(2)))) == ["0.weight"]
+
+
 def test_a_tied_weight_is_found_once():
     net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4))
     net[1].weight = net[0].weight
