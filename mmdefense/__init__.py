@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError, UnsupportedError
     from mmdefense.purification import Purification, purify
     from mmdefense.registry import adapt
+    from mmdefense.scanning import scan
 
 __version__ = "0.1.0.dev0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "adapt",
     "purify",
+    "scan",
 ]
 
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "adapt": "registry",
     "purify": "purification",
+    "scan": "scanning",
 }
 
 

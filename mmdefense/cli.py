@@ -208,9 +208,9 @@ def scan(
     ] = "high",
 ) -> None:
     """Look into a model's files and weights; nothing that comes with it is run."""
-    from mmdefense.scan import scan as look_into
-    from mmdefense.scan.findings import LEVELS, reaches
-    from mmdefense.scan.formats import FORMATS
+    from mmdefense.scanning import scan as look_into
+    from mmdefense.scanning.findings import LEVELS, reaches
+    from mmdefense.scanning.formats import FORMATS
 
     if format_ not in FORMATS:
         raise typer.BadParameter(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torchvision", "transformers", "timm", "datasets", "sklearn")
+HEAVY = ("torchvision", "transformers", "timm", "datasets", "sklearn", "picklescan")
 FRONT = "import mmdefense; mmdefense.purify, mmdefense.adapt, mmdefense.BadInputError"
 
 

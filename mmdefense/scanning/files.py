@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mmdefense.checkpoints.faults import link_faults, safetensors_faults
 from mmdefense.errors import BadInputError, one_line
-from mmdefense.scan.configs import scan_json, scan_python, scan_template
-from mmdefense.scan.contents import UNSEEN, scan_content
-from mmdefense.scan.findings import Finding, Rule
+from mmdefense.scanning.configs import scan_json, scan_python, scan_template
+from mmdefense.scanning.contents import UNSEEN, scan_content
+from mmdefense.scanning.findings import Finding, Rule
 
 __all__ = ["hash_all", "scan_files"]
 

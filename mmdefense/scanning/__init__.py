@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmdefense.checkpoints.huggingface import download
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import BadInputError
-from mmdefense.scan.files import hash_all, scan_files
-from mmdefense.scan.findings import Finding, ScanRecord, worst_level
-from mmdefense.scan.weights import scan_weights
+from mmdefense.scanning.files import hash_all, scan_files
+from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
+from mmdefense.scanning.weights import scan_weights
 
 __all__ = ["scan", "scan_files", "scan_weights"]
 

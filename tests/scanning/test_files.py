@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from mmdefense.checkpoints.models import load_model
 from mmdefense.errors import BadInputError
-from mmdefense.scan.files import hash_all, scan_files
-from mmdefense.scan.findings import reaches
+from mmdefense.scanning.files import hash_all, scan_files
+from mmdefense.scanning.findings import reaches
 
 ROWS = [*FILES, *FOLDERS, *TEMPLATES]
 

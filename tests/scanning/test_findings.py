@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mmdefense.errors import BadInputError
-from mmdefense.scan import scan
-from mmdefense.scan.findings import Finding, ScanRecord, reaches, worst_level
-from mmdefense.scan.formats import to_json, to_sarif, to_text
+from mmdefense.scanning import scan
+from mmdefense.scanning.findings import Finding, ScanRecord, reaches, worst_level
+from mmdefense.scanning.formats import to_json, to_sarif, to_text
 
 
 def finding(level="high", id="pickle-import", subject="a.pt!data.pkl", value="posix.system"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdefense.scan.weights import (
+from mmdefense.scanning.weights import (
     anomaly_index,
     channel_lipschitz,
     largest_singular_value,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdefense.report.encoding import plain
-from mmdefense.scan.findings import Finding, Level, ScanRecord
+from mmdefense.scanning.findings import Finding, Level, ScanRecord
 
 __all__ = ["FORMATS", "to_json", "to_sarif", "to_text"]
 

@@ -29,7 +29,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mmdefense.scan.findings import Finding, Rule
+from mmdefense.scanning.findings import Finding, Rule
 
 __all__ = [
     "anomaly_index",

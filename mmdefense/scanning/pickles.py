@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any, cast
 
-from mmdefense.scan.findings import Finding, Level, Rule
+from mmdefense.scanning.findings import Finding, Level, Rule
 
 __all__ = ["MAX_DEPTH", "Followed", "follow", "is_dangerous", "level_of", "scan_pickles"]
 

@@ -32,8 +32,8 @@ from mmdefense.checkpoints.faults import (
     zip_faults,
 )
 from mmdefense.errors import one_line
-from mmdefense.scan.findings import Finding, Rule
-from mmdefense.scan.pickles import MAX_DEPTH, follow, is_dangerous, scan_pickles
+from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.scanning.pickles import MAX_DEPTH, follow, is_dangerous, scan_pickles
 
 __all__ = ["PICKLE_SUFFIXES", "scan_content"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmdefense.checkpoints.faults import Fault, read_json, remote_code, shard_faults
 from mmdefense.errors import BadInputError
-from mmdefense.scan.findings import Finding, Rule
+from mmdefense.scanning.findings import Finding, Rule
 
 __all__ = ["scan_json", "scan_python", "scan_template"]
 
