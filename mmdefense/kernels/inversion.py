@@ -4,15 +4,20 @@ The max-entropy staircase approximator learns a distribution of triggers, not on
 level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further. Beyond that
 it spreads them out, as a neural estimate of the mutual information of noise and trigger measures.
 All generators are small networks of one shape, kept as stacked weights and run side by side.
+
+Where a search is screened, a cheap one comes first, and only the targets that stand out in it are
+searched in full: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse,
+Wang et al., S&P 2019), and some nets answer to natural triggers towards classes of no attacker.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +28,7 @@ from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
 
-__all__ = ["Recovered", "Search", "recover", "success_of"]
+__all__ = ["Recovered", "Search", "recover", "some_of", "success_of"]
 
 B = TypeVar("B")
 
@@ -40,20 +45,33 @@ class Search:
         hidden: Width of generators and estimators.
         lr: Of Adam.
         entropy: Weight of the mutual information.
-        size: Weight of the trigger's size.
+        size: Weight of the trigger's size, times the share of its level that a generator reaches
+            (ours), so that no trigger is made small before it works.
         threshold: Success, over the targets' own samples left out, above which a generator is
             kept: the paper's tau.
+        screening: Updates of a first search of every target, at one level with half of the
+            samples; 0 for none.
     """
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
-    steps: int = 80
+    steps: int = 40
     batch_size: int = 8
     noise: int = 16
     hidden: int = 64
-    lr: float = 0.01
+    lr: float = 0.04
     entropy: float = 0.1
     size: float = 1.0
     threshold: float = 0.9
+    screening: int = 0
+
+    @property
+    def screen(self) -> Search:
+        """The first search: the middle level, and half of the samples in a step."""
+        level = sorted(self.levels)[len(self.levels) // 2]
+        size = max(1, self.batch_size // 2)
+        return dataclasses.replace(
+            self, levels=(level,), steps=self.screening, batch_size=size, screening=0
+        )
 
 
 class _Stack(nn.Module):
@@ -78,14 +96,14 @@ class _Stack(nn.Module):
 
 
 class _Generators:
-    """A generator and an estimator for each of C targets at each of L levels of one family."""
+    """A generator and an estimator for each target at each of L levels of one family."""
 
     def __init__(
-        self, family: TriggerFamily, targets: int, search: Search, seed: torch.Generator
+        self, family: TriggerFamily, targets: Tensor, search: Search, seed: torch.Generator
     ) -> None:
         self.family, self.search = family, search
-        self.levels = torch.tensor(search.levels).repeat(targets)
-        self.targets = torch.arange(targets).repeat_interleave(len(search.levels))
+        self.levels = torch.tensor(search.levels).repeat(len(targets))
+        self.targets = targets.repeat_interleave(len(search.levels))
         size = math.prod(family.shape)
         count = len(self.targets)
         self.maker = _Stack(count, [search.noise, search.hidden, size], seed)
@@ -127,7 +145,8 @@ class Recovered:
         levels: Staircase level of each, shape ``(G,)``.
         success: Share of clean samples that its triggers turn to the target, shape ``(G,)``.
         size: Mean share of an input that they alter, shape ``(G,)``.
-        accepted: Whether success reaches the threshold within the family's budget, ``(G,)``.
+        accepted: Whether success reaches the threshold within the family's budget, ``(G,)``. A
+            screened search accepts of these only the targets that need about the least.
         pool: Triggers drawn from each generator, shape ``(G, M, *P)``.
     """
 
@@ -164,17 +183,64 @@ def recover(
     Returns:
         One record a family.
     """
-    device = next(adapter.model.parameters()).device
-    found = []
+    every, found = torch.arange(adapter.trigger_targets()), []
     with mode(adapter.model, train=False), frozen(adapter.model):
         for family in adapter.trigger_families():
             name = f"{stage}/{family.name}"
-            generators = _Generators(
-                family, adapter.trigger_targets(), search, run.generator(f"{name}/start")
-            ).to(device)
-            _fit(adapter, samples, generators, run, name)
-            found.append(_judge(adapter, samples, generators, run, name, pool))
+
+            def searched(
+                targets: Tensor, how: Search, name: str, family: TriggerFamily = family
+            ) -> Recovered:
+                seed = run.generator(f"{name}/start")
+                generators = _Generators(family, targets, how, seed).to(_device(adapter))
+                _fit(adapter, samples, generators, run, name)
+                return _judge(adapter, samples, generators, run, name, pool)
+
+            if not search.screening or len(every) < 3:  # two are no crowd to stand out of
+                found.append(searched(every, search, name))
+                continue
+            screened = searched(every, search.screen, f"{name}/screening")
+            suspects = _suspects(screened)
+            full = searched(suspects, search, name) if len(suspects) else None
+            found.append(_joined(screened, full))
     return found
+
+
+def _device(adapter: TriggerAdapter[Any]) -> torch.device:
+    return next(adapter.model.parameters()).device
+
+
+_OUTSTANDING, _AS_SMALL = 1 / 3, 2.0
+"""What a suspect costs at most, against the median target; how much larger than the smallest
+accepted trigger another target's smallest may be. Where all sizes are the same, success decides."""
+
+
+def _suspects(screened: Recovered) -> Tensor:
+    """Return the targets whose cost stands out from that of the median target, ascending.
+
+    The cost is the share of samples missed and the share of an input altered.
+    """
+    cost = 1 - screened.success + screened.size
+    return screened.targets[cost <= _OUTSTANDING * cost.median()]
+
+
+def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
+    """Return the rows of the full search, and the screened ones of the other targets.
+
+    Of the targets found, those are accepted whose smallest trigger is about the smallest of all.
+    """
+    if full is None:
+        return dataclasses.replace(screened, accepted=torch.zeros_like(screened.accepted))
+    size = full.size.masked_fill(~full.accepted, math.inf)
+    least = torch.stack([size[full.targets == target].min() for target in full.targets])
+    accepted = full.accepted & (least <= _AS_SMALL * size.min())
+    rest = ~torch.isin(screened.targets, full.targets)
+    rows = {
+        name: torch.cat([getattr(screened, name)[rest], getattr(full, name)])
+        for name in ("targets", "levels", "success", "size", "pool")
+    }
+    none = torch.zeros(int(rest.sum()), dtype=torch.bool)
+    return Recovered(family=full.family, accepted=torch.cat([none, accepted]), **rows)
 
 
 def _fit(
@@ -189,12 +255,15 @@ def _fit(
         batch = samples.take(torch.randint(len(samples), (search.batch_size,), generator=picks))
         source, triggers = generators.draw(search.batch_size, noise)
         log_p = _log_probability(adapter, batch, generators, triggers)
+        p = log_p.exp()
         # Nothing is gained above the level; the clamp is the staircase's max(0, level - p).
-        miss = (generators.levels[:, None] - log_p.exp()).clamp(min=0).mean(1)
+        miss = (generators.levels[:, None] - p).clamp(min=0).mean(1)
+        # Where p is about 0, so is its slope, and size alone would shrink the trigger to nothing.
+        reached = (p.detach().mean(1) / generators.levels).clamp(max=1)
         size = adapter.trigger_size(generators.family, triggers).mean(1)
         spread = generators.information(source, triggers)
         # The critic climbs the same bound, so that one backward pass serves both.
-        loss = miss + search.size * size - search.entropy * spread
+        loss = miss + search.size * reached * size - search.entropy * spread
         optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -226,8 +295,7 @@ def _judge(
     noise = run.generator(f"{name}/judge", device)
     count = len(generators.targets)
     hits, tried = torch.zeros(count, device=device), torch.zeros(count, device=device)
-    limit = samples.subset(torch.arange(min(256, len(samples))))
-    for batch in batches(limit, 32):
+    for batch in batches(samples.subset(some_of(len(samples), 256)), 32):
         _, triggers = generators.draw(len(batch), noise)  # type: ignore[arg-type]
         p = _log_probability(adapter, batch, generators, triggers).exp()
         targets = generators.targets.repeat_interleave(p.shape[1])
@@ -250,6 +318,15 @@ def _judge(
     )
 
 
+def some_of(total: int, count: int) -> Tensor:
+    """Return up to ``count`` of ``total`` indices, drawn once and for all, ascending.
+
+    The first samples of a set are no fair part of it: many a set is sorted by class.
+    """
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:count].sort().values
+
+
 @torch.no_grad()
 def success_of(
     adapter: TriggerAdapter[B],
@@ -263,8 +340,8 @@ def success_of(
     Up to 128 samples, trigger after trigger in turn, in eval mode.
     """
     device = next(adapter.model.parameters()).device
-    batch = samples.take(torch.arange(min(128, len(samples))))
-    count = min(128, len(samples))
+    indices = some_of(len(samples), 128)
+    batch, count = samples.take(indices), len(indices)
     targets = torch.full((count,), target, device=device)
     chosen = triggers[torch.arange(count) % len(triggers)].to(device)
     with mode(adapter.model, train=False):

@@ -70,11 +70,17 @@ def test_where_nothing_is_found_the_model_comes_back_as_it_was(learnt, corners, 
 
 def test_the_search_sees_the_fit_part_and_these_settings(learnt, corners, finds):
     calls = finds([record(learnt, NOTHING)])
-    settings = {"tau": 0.7, "levels": (0.4, 0.6), "search_steps": 11, "entropy": 0.3}
+    settings = {
+        "tau": 0.7,
+        "levels": (0.4, 0.6),
+        "search_steps": 11,
+        "screening": 7,
+        "entropy": 0.3,
+    }
     BaEraser(seed=3, **settings, **SETTINGS).purify(learnt, corners)
     state, samples, search, _ = calls[0]
     assert samples.fingerprint() == split(corners, 0.2, 3)[0].fingerprint()
-    found = (search.threshold, search.levels, search.steps, search.entropy)
+    found = (search.threshold, search.levels, search.steps, search.screening, search.entropy)
     assert found == tuple(settings.values())
     assert all(torch.equal(value, learnt.model.state_dict()[n]) for n, value in state.items())
 
@@ -87,29 +93,55 @@ def successes(result, turn=0):
     }
 
 
-def test_unlearning_ends_when_the_recovered_triggers_fail(learnt, corners, finds):
+def test_all_steps_are_done_and_the_recovered_triggers_fail(learnt, corners, finds):
     finds([record(learnt, TRIGGER)])
     pool = record(learnt, TRIGGER).pool[TARGET]
     family = learnt.trigger_families()[0]
     fit = split(corners, 0.2, 0)[0]
     assert success_of(learnt, fit, family, TARGET, pool) >= 0.5
-    defense = BaEraser(steps=200, rounds=1, stop=0.1, **SETTINGS)
-    result = defense.purify(learnt, corners)
+    result = BaEraser(steps=100, rounds=1, **SETTINGS).purify(learnt, corners)
     looks = successes(result)
-    last = max(looks)
-    assert last < 200
-    assert last >= 100, "it ended in the first half, at high learning rates"
-    assert looks[last] <= 0.1
-    assert all(value > 0.1 for step, value in looks.items() if 100 <= step < last)
-    assert success_of(result.adapter, fit, family, TARGET, pool) == looks[last]
+    assert list(looks) == [0, 20, 40, 60, 80, 100]
+    assert looks[0] >= 0.5
+    assert looks[100] <= 0.1
+    assert success_of(result.adapter, fit, family, TARGET, pool) == looks[100]
 
 
-def test_where_they_do_not_fail_all_steps_are_done(learnt, corners, finds):
+def test_the_ascent_pauses_while_a_trigger_fails_and_goes_on_where_it_succeeds_again(
+    learnt, corners, finds, monkeypatch
+):
+    """Two targets, whose success at each look is scripted."""
+    script = {0: [0.9, 0.1, 0.0, 0.9], 2: [0.9, 0.9, 0.1, 0.1]}
+    asked, looks = [], {target: iter(shares) for target, shares in script.items()}
+
+    class Watched(type(learnt)):
+        def target_log_probability(self, batch, targets):
+            asked.append(int(targets[0]))
+            return super().target_log_probability(batch, targets)
+
+        def per_sample_loss(self, batch):
+            if torch.is_grad_enabled() and self.model.training:
+                asked.append("step")
+            return super().per_sample_loss(batch)
+
+    def success(adapter, samples, family, target, triggers):
+        return next(looks[target])
+
+    monkeypatch.setattr(baeraser, "success_of", success)
+    learnt.__class__ = Watched
+    finds([record(learnt, [True, False, True])])
+    result = BaEraser(steps=60, rounds=1, stop=0.1, **SETTINGS).purify(learnt, corners)
+    words = [word for word in asked if word == "step"]
+    assert len(words) == 60
+    ascents = [word for word in asked if word != "step"]
+    assert ascents == [0, 2] * 10 + [2] * 20
+    assert successes(result) == {0: 0.9, 20: 0.9, 40: 0.1, 60: 0.9}
+
+
+def test_without_ascent_they_go_on_to_succeed(learnt, corners, finds):
     finds([record(learnt, TRIGGER)])
-    defense = BaEraser(steps=60, rounds=1, stop=0.1, ascent_weight=0.0, **SETTINGS)
-    looks = successes(defense.purify(learnt, corners))
-    assert list(looks) == [20, 40, 60]
-    assert looks[60] > 0.1
+    defense = BaEraser(steps=60, rounds=1, ascent_weight=0.0, **SETTINGS)
+    assert successes(defense.purify(learnt, corners))[60] > 0.1
 
 
 def test_it_searches_again_in_what_it_has_cleaned_until_nothing_is_found(learnt, corners, finds):
@@ -135,7 +167,7 @@ def test_no_more_rounds_are_done_than_allowed(learnt, corners, finds):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_step_descends_the_clean_loss_and_ascends_on_the_triggers(learnt, corners, finds, weight):
-    """Against explicit autograd; in train mode, where the stamped batch is normalised apart."""
+    """Against explicit autograd; the stamped batch is seen in eval mode, as it is judged."""
     find = record(learnt, TRIGGER)
     finds([find])
     result = BaEraser(ascent_weight=weight, **ONE_STEP).purify(learnt, corners)
@@ -146,9 +178,9 @@ def test_a_step_descends_the_clean_loss_and_ascends_on_the_triggers(learnt, corn
     model = fork.model.train()
     triggers = find.pool[TARGET][torch.arange(24) % 2]
     stamped = inputs + triggers[:, :1] * (triggers[:, 1:] - inputs)
-    log_p = model(stamped).log_softmax(1)[:, TARGET].clamp(min=math.log(0.1 / 3))
+    log_p = model.eval()(stamped).log_softmax(1)[:, TARGET].clamp(min=math.log(1 / 3))
     ascent = log_p[labels != TARGET].sum() / 24
-    loss = F.cross_entropy(model(inputs), labels) + weight * ascent
+    loss = F.cross_entropy(model.train()(inputs), labels) + weight * ascent
     expected = reference.gradient_of(loss, model.parameters())
     given = reference.flat(learnt.model.parameters()).detach()
     found = given - reference.flat(result.model.parameters()).detach()
@@ -176,8 +208,8 @@ def step_order(adapter, samples, finds, find):
     return [int((fit == image).flatten(1).all(1).nonzero()[0, 0]) for image in taken[-1]]
 
 
-@pytest.mark.parametrize(("share", "moves"), [(0.11, True), (0.09, False)])
-def test_the_ascent_ends_at_a_tenth_of_chance(learnt, corners, finds, share, moves):
+@pytest.mark.parametrize(("share", "moves"), [(1.1, True), (0.9, False)])
+def test_the_ascent_ends_at_chance(learnt, corners, finds, share, moves):
     """With no clean loss beside it, nothing moves once the target is that unlikely."""
 
     class Blind(type(learnt)):
@@ -191,7 +223,7 @@ def test_the_ascent_ends_at_a_tenth_of_chance(learnt, corners, finds, share, mov
 
     learnt.__class__ = Blind
     finds([record(learnt, TRIGGER)])
-    result = BaEraser(drift_weight=0.0, **ONE_STEP).purify(learnt, corners)
+    result = BaEraser(drift_weight=0.0, stop=-1.0, **ONE_STEP).purify(learnt, corners)
     given = reference.flat(learnt.model.parameters())
     assert torch.equal(reference.flat(result.model.parameters()), given) is not moves
 
@@ -250,7 +282,7 @@ def test_several_finds_are_unlearnt_in_turn(learnt, corners, finds, monkeypatch)
             return super().target_log_probability(batch, targets)
 
     learnt.__class__ = Watched
-    BaEraser(steps=4, rounds=1, **SETTINGS).purify(learnt, corners)
+    BaEraser(steps=4, rounds=1, stop=-1.0, **SETTINGS).purify(learnt, corners)
     assert asked == [0, 2, 0, 2]
 
 

@@ -44,8 +44,12 @@ class Row:
 
 
 UNLEARNING = {"unlearn_epochs": 3, "unlearn_lr": 0.01, "unlearn_batch_size": 16}
-SEARCH = {"search_steps": 3, "levels": (0.5,), "rounds": 1, "tau": 0.01}
+SEARCH = {"screening": 0, "search_steps": 3, "levels": (0.5,), "rounds": 1, "tau": 0.01}
 ROWS = {
+    "auto": Row(
+        SHORT | {"candidates": ("fine-tuning",), "fallback": "fine-tuning", "search_steps": 3},
+        {"steps": 0},
+    ),
     "baeraser": Row(SHORT | SEARCH, {"steps": 0}, {"steps": 45, "stop": 0.0, "rounds": 2}),
     "fast-fip": Row(SHORT, {"steps": 0}),
     "fine-pruning": Row(SHORT | {"max_pruning_drop": 0.5}, {"max_share": 0.0, "steps": 0}),

@@ -12,8 +12,9 @@ from torch import nn
 
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.kernels import inversion
-from mmdefense.kernels.inversion import Search, recover, success_of
+from mmdefense.kernels.inversion import Recovered, Search, recover, success_of
 from mmdefense.kernels.run import Run, copy_state
+from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 TARGET, PIXEL = 1, (6, 6)
@@ -116,6 +117,84 @@ def test_only_what_succeeds_within_its_budget_is_accepted(
         assert torch.equal(record.accepted, expected)
 
 
+SCREENED = dataclasses.replace(SEARCH, screening=60)
+
+
+def test_screening_finds_the_planted_target_and_searches_it_alone_in_full(adapter, corners):
+    search = dataclasses.replace(SCREENED, levels=(0.7, 0.8, 0.9), steps=60)
+    patch = recover(adapter, corners, search, Run())[0]
+    others = [target for target in range(CLASSES) if target != TARGET]
+    assert patch.targets.tolist() == [*others, TARGET, TARGET, TARGET]
+    assert patch.levels.tolist() == pytest.approx([0.8] * len(others) + [0.7, 0.8, 0.9])
+    assert patch.accepted.any()
+    assert not patch.accepted[: len(others)].any()
+    assert patch.pool.shape == (len(others) + 3, 16, *patch.family.shape)
+
+
+def test_screening_takes_no_target_of_an_honest_model(corners):
+    for record in recover(planted(strength=0.0), corners, SCREENED, Run()):
+        assert not record.accepted.any(), record.family.name
+        assert len(record.targets) >= CLASSES
+
+
+def rows(targets, success, size, accepted=True):
+    """Return a record of one level whose triggers are those of no search."""
+    count = len(targets)
+    return Recovered(
+        family=TriggerFamily("patch", (1,), 1.0),
+        targets=torch.tensor(targets),
+        levels=torch.full((count,), 0.8),
+        success=torch.tensor(success),
+        size=torch.tensor(size),
+        accepted=torch.full((count,), accepted),
+        pool=torch.zeros(count, 1, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("success", "size", "suspects"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), (0.02, 0.2, 0.2, 0.3), [0]),  # far smaller
+        ((1.0, 1.0, 1.0, 1.0), (0.1, 0.2, 0.2, 0.3), []),  # not far enough
+        ((0.0, 0.9, 0.1, 0.0), (0.1, 0.1, 0.1, 0.1), [1]),  # all of one size: success decides
+        ((0.0, 0.1, 0.1, 0.0), (0.1, 0.1, 0.1, 0.1), []),
+    ],
+)
+def test_suspects_cost_a_third_of_the_median_at_most(success, size, suspects):
+    assert inversion._suspects(rows(range(4), success, size)).tolist() == suspects
+
+
+def test_of_the_found_targets_those_with_the_smallest_triggers_are_accepted():
+    screened = rows(range(4), (0.9, 0.2, 1.0, 1.0), (0.04, 0.5, 0.02, 0.05), accepted=False)
+    full = rows([0, 0, 2, 3], (1.0,) * 4, (0.09, 0.039, 0.02, 0.041))
+    joined = inversion._joined(screened, full)
+    assert joined.targets.tolist() == [1, 0, 0, 2, 3]
+    assert joined.accepted.tolist() == [False, True, True, True, False]
+    alike = rows([0, 2, 3], (1.0,) * 3, (0.1,) * 3)
+    assert inversion._joined(screened, alike).accepted.tolist() == [False, True, True, True]
+    assert not inversion._joined(full, None).accepted.any()
+
+
+def test_where_there_are_two_targets_both_are_searched(corners, monkeypatch):
+    adapter = planted()
+    monkeypatch.setattr(adapter, "trigger_targets", lambda: 2)
+    search = dataclasses.replace(SCREENED, steps=1, screening=1)
+    assert recover(adapter, corners, search, Run())[0].targets.tolist() == [0, 1]
+
+
+def test_success_is_measured_on_all_classes_of_a_sorted_set():
+    """The first 128 samples are of the target, and tell nothing."""
+    images, labels = (part.repeat_interleave(100, 0) for part in small_images())
+    order = (labels != TARGET).long().argsort(stable=True)
+    images[:, 0, PIXEL[0], PIXEL[1]] = 0
+    samples = LabelledSamples(images[order], labels[order])
+    adapter = planted()
+    family = adapter.trigger_families()[0]
+    forcing = torch.zeros(1, *family.shape)
+    forcing[:, :, PIXEL[0], PIXEL[1]] = 1
+    assert success_of(adapter, samples, family, TARGET, forcing) == 1
+
+
 def test_samples_of_the_target_do_not_count(adapter, corners):
     """Black images are of no class; a trigger that does nothing succeeds on the target's alone."""
     family = adapter.trigger_families()[0]
@@ -163,7 +242,9 @@ def test_the_seed_alone_decides(adapter, corners):
 def generators(count=CLASSES, **changed):
     family = planted().trigger_families()[0]
     seed = torch.Generator().manual_seed(0)
-    return inversion._Generators(family, count, dataclasses.replace(SEARCH, **changed), seed)
+    return inversion._Generators(
+        family, torch.arange(count), dataclasses.replace(SEARCH, **changed), seed
+    )
 
 
 def climb(made, blind, steps=100):
