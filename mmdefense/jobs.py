@@ -151,13 +151,14 @@ def purify_files(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    max_seconds: float | None = None,
     command: str = "",
 ) -> Purification:
     """Purify the model of ``source`` into the folder ``out``.
 
     States are kept in the folder ``out.partial``; after a kill the same call with ``resume`` goes
     on from them to the same result. It is removed when ``out`` is there, and where there is
-    nothing to keep.
+    nothing to keep; it stays where the time was up.
 
     Args:
         source: Model and clean data.
@@ -166,6 +167,7 @@ def purify_files(
         resume: Whether an unfinished run of the same call goes on.
         force: Whether an earlier output at ``out`` is replaced.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        max_seconds: From when on to stop, with the best state so far.
         command: For the record, the command line.
 
     Raises:
@@ -179,7 +181,14 @@ def purify_files(
     opened = source.open()
     _claim(store, _identity(opened, defense))
     try:
-        purified = purify(opened.adapter, opened.samples, defense, progress=progress, store=store)
+        purified = purify(
+            opened.adapter,
+            opened.samples,
+            defense,
+            progress=progress,
+            store=store,
+            max_seconds=max_seconds,
+        )
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names)
         purified.save(out, source.model, force=force)
@@ -187,7 +196,8 @@ def purify_files(
         raise _with_kept_state(error, store) from error
     except (MMDefenseError, OSError) as error:
         raise _with_remedy(error, store) from error
-    shutil.rmtree(store.folder, ignore_errors=True)
+    if not purified.result.stopped:
+        shutil.rmtree(store.folder, ignore_errors=True)
     return purified
 
 

@@ -51,6 +51,7 @@ def purify(
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
+    max_seconds: float | None = None,
 
     Args:
         model: The model, or an adapter around it where it needs options, such as a mean and a
@@ -65,6 +66,7 @@ def purify(
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
+        max_seconds: From when on to stop, with the best state so far.
         BadInputError: If the name, a setting, the data or the model cannot be used.
         UnsupportedError: If no adapter accepts the model, or it lacks what the defense needs.
         DivergenceError: If a loss stopped being finite.
@@ -77,7 +79,7 @@ def purify(
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
     victim = registry.adapt(model, adapter) if isinstance(model, nn.Module) else model
     samples = victim.samples(clean)
-    result = chosen.purify(victim, samples, progress=progress, store=store)
+    result = chosen.purify(victim, samples, progress=progress, store=store, max_seconds=max_seconds)
     return Purification(victim, result, samples, chosen)
 
 

@@ -20,7 +20,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training, scores
-from mmdefense.kernels.run import Progress, Run, copy_state
+from mmdefense.kernels.run import OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
 __all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versions"]
@@ -83,6 +83,7 @@ class Result:
         seconds: Wall-clock time of the purification.
         versions: Of what computed it.
         data: Fingerprint and size of the clean samples.
+        stopped: Where the time was up, in words; empty where it was not.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Result:
     seconds: float
     versions: Mapping[str, str]
     data: Mapping[str, Any]
+    stopped: str = ""
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Purifying(Generic[B]):
         holdout: What to choose by; disjoint from ``fit``.
         run: Seed, progress, states and store.
         figures: Filled with tensors that the report shows.
+        stopped: Where the time was up, in words; empty where it was not.
     """
 
     adapter: TaskAdapter[B]
@@ -114,6 +117,7 @@ class Purifying(Generic[B]):
     holdout: Samples[B]
     run: Run
     figures: dict[str, Any] = field(default_factory=dict)
+    stopped: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,7 @@ class Defense(ABC):
         *,
         progress: Progress | None = None,
         store: RunStore | None = None,
+        max_seconds: float | None = None,
     ) -> Result:
         """Purify a copy of ``adapter.model``; the given model stays as it is, bit for bit.
 
@@ -154,6 +159,8 @@ class Defense(ABC):
             clean: Clean samples, in any form that ``adapter.samples`` reads.
             progress: Called with each :class:`~mmdefense.kernels.run.Event`.
             store: Where to keep states, so that the same call goes on after a kill.
+            max_seconds: From when on to stop, with the best state so far; looked at every few
+                updates, so that it takes a little longer.
 
         Raises:
             UnsupportedError: If the adapter lacks what this defense asks for.
@@ -170,12 +177,12 @@ class Defense(ABC):
         samples = adapter.samples(clean)
         fit, held = split(samples, self.holdout, self.seed)
         run = Run(seed=self.seed, store=store)
+        if max_seconds is not None:
+            run.deadline = time.monotonic() + max_seconds
         if progress is not None:
             run.progress = progress
         work = Purifying(adapter.fork(), fit, held, run)
-        before = scores(adapter, held)
-        self._run(work)
-        guard = _guard(work, copy_state(adapter.model), before, self.max_utility_drop)
+        guard = self.attempt(work)
         pairs = zip(work.adapter.model.modules(), adapter.model.modules(), strict=True)
         for module, given in pairs:
             module.training = given.training
@@ -190,7 +197,18 @@ class Defense(ABC):
             seconds=time.perf_counter() - begin,
             versions=versions(),
             data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
+            stopped=work.stopped,
         )
+
+    @final
+    def attempt(self, work: Purifying[Any]) -> Guard:
+        """Run in ``work``, up to its deadline, and leave the state that the guard chose there."""
+        given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
+        try:
+            self._run(work)
+        except OutOfTime as over:
+            work.stopped = str(over)
+        return _guard(work, given, before, self.max_utility_drop)
 
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
@@ -233,6 +251,10 @@ class TrainingDefense(Defense):
             max_norm=self.max_norm,
         )
 
+    def trained(self, adapter: TaskAdapter[Any]) -> int:
+        """Return how many values are trained."""
+        return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+
 
 def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:
     """Keep the most purified state whose drop is within ``bound``, judged with its interval.
@@ -245,7 +267,9 @@ def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound
     model = work.adapter.model
     best: Guard | None = None
     kept: dict[str, Tensor] = {}
-    for label, state in _candidates(copy_state(model), work.run.states, given):
+    final = f"{work.stopped}, when the time was up" if work.stopped else "final"
+    ended = [*work.run.states, (final, copy_state(model))]
+    for label, state in _candidates(ended, given):
         model.load_state_dict(state)
         guard = _judge(before, scores(work.adapter, work.holdout), bound, label)
         if best is None or guard.drop < best.drop or not guard.violated:
@@ -258,10 +282,10 @@ def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound
 
 
 def _candidates(
-    final: dict[str, Tensor], states: list[tuple[str, dict[str, Tensor]]], given: dict[str, Tensor]
+    states: list[tuple[str, dict[str, Tensor]]], given: dict[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    yield "final", final
     yield from reversed(states)
+    _, final = states[-1]
     for share in (0.75, 0.5, 0.25, 0.1):
         mixed = {
             name: torch.lerp(given[name], value, share) if value.is_floating_point() else value

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples, batches
 from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.protocol import TaskAdapter
 
 __all__ = ["Gradients", "Training", "autocast", "mean_score", "scores", "train"]
@@ -117,6 +117,8 @@ def train(
 
     Raises:
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
+        OutOfTime: If the run's deadline has passed; the state of that moment is in the model, and
+            what is needed to go on from it in the store.
     """
     chosen = _trainable(adapter.model) if parameters is None else list(parameters)
     if not chosen:
@@ -133,6 +135,7 @@ def train(
         mode(adapter.model, train=True, batch_norm=training.batch_norm == "train"),
         channels_last(adapter.model),
         _own_rng(device),
+        _tidied(adapter.model, optimizer, average),
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
@@ -155,14 +158,23 @@ def train(
                 mean = _finite_mean(adapter, total, seen, chosen, good, stage)
                 total, seen = torch.zeros((), device=device), 0
                 good = (done, copy_state(adapter.model))
-                run.report(stage, done, training.steps, loss=mean)
-                if last or done - saved >= run.checkpoint_every:
+                over = _announce(run, stage, done, training.steps, mean)
+                if last or over or done - saved >= run.checkpoint_every:
                     saved = done
-                    go_on_at = training.steps if last else done
-                    _save(adapter, chosen, optimizer, average, run, stage, go_on_at, mean)
+                    _save(
+                        adapter,
+                        chosen,
+                        optimizer,
+                        average,
+                        run,
+                        stage,
+                        training.steps if last else done,
+                        mean,
+                    )
+                if over and not last:
+                    raise over
             if last:
                 break
-    optimizer.zero_grad(set_to_none=True)
     return mean
 
 
@@ -183,7 +195,20 @@ class _Average:
         for name, value in state.items():
             self.mean[name].lerp_(value, 1 / (done - self.first + 1))
         if last:
-            model.load_state_dict(self.mean, strict=False)
+            self.finish(model)
+
+    def finish(self, model: nn.Module) -> None:
+        """Put the mean of what was taken in into its place, if anything was."""
+        model.load_state_dict(self.mean, strict=False)
+
+
+def _announce(run: Run, stage: str, done: int, steps: int, mean: float) -> OutOfTime | None:
+    """Report a look at the loss; return what the run says if its time is up."""
+    try:
+        run.report(stage, done, steps, loss=mean)
+    except OutOfTime as over:
+        return over
+    return None
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:
@@ -235,6 +260,20 @@ def _own_rng(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def _tidied(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average
+) -> Iterator[None]:
+    """Leave no gradients, and where the time was up the mean of the states so far."""
+    try:
+        yield
+    except OutOfTime:
+        average.finish(model)
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:

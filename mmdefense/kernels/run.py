@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
 
-__all__ = ["Event", "Progress", "Run", "copy_state"]
+__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
+class OutOfTime(Exception):  # noqa: N818  # no error: what was reached is judged and returned
+    """The deadline of a run has passed in the middle of a stage."""
+
+
 @dataclass
 class Run:
     """The company of one purification.
@@ -56,6 +61,7 @@ class Run:
         history: All figures, in order of time.
         states: Candidate states for the utility guard, oldest first, each with its label.
         checkpoint_every: Steps between two saves inside a stage.
+        deadline: When to stop, by ``time.monotonic()``, in seconds; looked at in :meth:`report`.
     """
 
     seed: int = 0
@@ -64,6 +70,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
     checkpoint_every: int = 100
+    deadline: float | None = None
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator that depends on the seed and ``name`` alone."""
@@ -75,11 +82,17 @@ class Run:
         return int.from_bytes(digest[:7], "big")
 
     def report(self, stage: str, step: int, total: int, **figures: float) -> None:
-        """Announce progress, and keep the figures in the history."""
+        """Announce progress, and keep the figures in the history.
+
+        Raises:
+            OutOfTime: If the deadline has passed, and the stage is not done.
+        """
         figures = {name: float(value) for name, value in figures.items()}  # plain, to be stored
         if figures:
             self.history.append({"stage": stage, "step": step, **figures})
         self.progress(Event(stage, step, total, figures))
+        if self.deadline is not None and step < total and time.monotonic() > self.deadline:
+            raise OutOfTime(f"{stage}, step {step} of {total}")
 
     def snapshot(self, label: str, model: nn.Module) -> None:
         """Keep the present state as a candidate that the utility guard may return."""

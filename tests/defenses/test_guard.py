@@ -102,6 +102,19 @@ def test_a_final_state_within_the_bound_is_returned(adapter, clean):
     assert guard.message.startswith("utility guard passed: the task metric went from 1.000 to 0.99")
 
 
+def test_a_state_of_when_the_time_was_up_is_judged_and_named(adapter, clean):
+    def script(work):
+        levels(0.5, 0.99)(work)
+        work.run.report("purify", 20, 100)
+
+    result = Scripted(script=script).purify(adapter, clean, max_seconds=0)
+    assert result.stopped == "purify, step 20 of 100"
+    assert result.guard.state == "purify, step 20 of 100, when the time was up"
+    assert result.model.level.item() == pytest.approx(0.99)
+    in_time = Scripted(script=script).purify(adapter, clean, max_seconds=1000)
+    assert (in_time.stopped, in_time.guard.state) == ("", "final")
+
+
 def test_a_better_model_passes(adapter, clean):
     guard, _ = purify(DialAdapter(Dial(0.5)), clean, 0.8)
     assert guard.drop == pytest.approx(-0.3)

@@ -13,7 +13,7 @@ from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense.kernels.loop import Training, mean_score, scores, train
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
@@ -123,6 +123,41 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, s
     assert found == expected
     assert run.history == whole.history
     assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_run_whose_time_is_up_goes_on_to_the_same_bits(noisy, tmp_path, average):
+    plan = replace(PLAN, average=average)
+    adapter, samples = noisy()
+    train(adapter, samples, plan, Run(seed=3))
+    for _ in range(plan.steps // plan.check_every):
+        twin, samples = noisy()
+        with pytest.raises(OutOfTime, match="train, step"):
+            train(twin, samples, plan, Run(seed=3, store=RunStore(tmp_path), deadline=-math.inf))
+    assert any((a != b).any() for a, b in zip(*map(parameters_of, (twin, adapter)), strict=True))
+    run = Run(seed=3, store=RunStore(tmp_path), deadline=-math.inf)
+    twin, samples = noisy()
+    train(twin, samples, plan, run)  # one step is left, and its end is not cut off
+    assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
+
+
+def parameters_of(adapter):
+    return list(adapter.model.parameters())
+
+
+def test_the_mean_so_far_is_what_is_left_when_the_time_is_up(build, draw):
+    adapter, states = build(), []
+    plan = replace(PLAN, average=1.0)
+    with pytest.raises(OutOfTime):
+        train(
+            adapter,
+            draw(10),
+            plan,
+            Run(deadline=-math.inf),
+            after_step=lambda _: states.append(copy_state(adapter.model)["0.weight"]),
+        )
+    assert len(states) == plan.check_every
+    torch.testing.assert_close(copy_state(adapter.model)["0.weight"], sum(states) / len(states))
 
 
 def test_parameters_that_are_not_the_models_own_are_resumed_too(build, draw, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.run import OutOfTime, Run, copy_state
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_reports_reach_the_listener_and_the_history():
     assert [(event.stage, event.step, event.total) for event in heard] == [("a", 1, 3), ("a", 2, 3)]
     assert run.history == [{"stage": "a", "step": 2, "loss": 0.5}]
     assert type(run.history[0]["loss"]) is float
+
+
+def test_only_a_stage_that_is_not_done_runs_out_of_time():
+    Run(deadline=math.inf).report("a", 1, 3)
+    late = Run(deadline=-math.inf)
+    late.report("a", 3, 3)
+    with pytest.raises(OutOfTime, match="a, step 2 of 3"):
+        late.report("a", 2, 3, loss=0.5)
+    assert late.history == [{"stage": "a", "step": 2, "loss": 0.5}]
 
 
 def test_a_snapshot_does_not_move_with_the_model():
