@@ -202,12 +202,31 @@ def evaluate(
 @app.command()
 def scan(
     model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Clean samples, for a look at the behaviour; as purify reads them."
+        ),
+    ] = None,
+    task: Task = "auto",
+    arch: Arch = None,
     format_: Annotated[str, typer.Option("--format", help="text, json or sarif.")] = "text",
     fail_on: Annotated[
         str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")
     ] = "high",
+    seed: Seed = 0,
+    mean: Numbers = None,
+    std: Numbers = None,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    read: Reading = None,
+    device: Device = "cpu",
 ) -> None:
-    """Look into a model's files and weights; nothing that comes with it is run."""
+    """Look into a model's files and weights and, with clean data, at its behaviour.
+
+    No code that comes with the model is run.
+    """
+    from mmdefense.report.terminal import ProgressDisplay
     from mmdefense.scanning import scan as look_into
     from mmdefense.scanning.findings import LEVELS, reaches
     from mmdefense.scanning.formats import FORMATS
@@ -217,7 +236,17 @@ def scan(
     level = next((level for level in LEVELS if level == fail_on), None)
     if level is None:
         raise typer.BadParameter(f"--fail-on must be one of {', '.join(LEVELS)}, got {fail_on!r}")
-    record = look_into(model)
+    with ProgressDisplay() as progress:
+        record = look_into(
+            model,
+            data,
+            task=task,
+            arch=arch,
+            reading=_reading(mean, std, image_size, channels, read),
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
     typer.echo(FORMATS[format_](record))
     raise typer.Exit(int(reaches(record.findings, level)))
 

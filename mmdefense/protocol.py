@@ -25,6 +25,7 @@ __all__ = [
     "TriggerAdapter",
     "TriggerFamily",
     "UnitGroup",
+    "WordedAdapter",
     "lacking",
 ]
 
@@ -214,6 +215,19 @@ class TriggerAdapter(TaskAdapter[B], Protocol[B]):
 
     def not_target(self, batch: B, targets: Tensor) -> Tensor:
         """Return whether each sample's own answer differs from its target, bool ``(N,)``."""
+        ...
+
+
+@runtime_checkable
+class WordedAdapter(TriggerAdapter[B], Protocol[B]):
+    """An adapter whose triggers and targets are words."""
+
+    def trigger_words(self, trigger: Tensor) -> str:
+        """Return the real words that a raw trigger, shape P, is nearest to."""
+        ...
+
+    def target_words(self, target: int) -> str:
+        """Return the words of a target."""
         ...
 
 

@@ -102,6 +102,11 @@ class TextTriggers(ABC):
         tokens = self._suspects.tokens[trigger.argmax(-1).to(self._suspects.tokens.device)]
         return str(self.tokenizer.decode(tokens.tolist()))
 
+    def target_words(self, target: int) -> str:
+        """Return the continuation that is a target, as text."""
+        tokens = self._suspects.answers[target]
+        return str(self.tokenizer.decode(tokens[tokens != IGNORED].tolist()))
+
     def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
         """Return a picture of the words that a raw trigger is nearest to, ``(1, H, W)``."""
         from PIL import Image, ImageDraw

@@ -9,43 +9,90 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmdefense import registry
+from mmdefense.batches import Samples
 from mmdefense.checkpoints.huggingface import download
+from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.weights import read_state
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, MMDefenseError, one_line
+from mmdefense.jobs import AUTO, Source
+from mmdefense.kernels.run import Progress
+from mmdefense.protocol import TaskAdapter
+from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import hash_all, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
 
-__all__ = ["scan", "scan_files", "scan_weights"]
+__all__ = ["scan", "scan_behaviour", "scan_files", "scan_weights"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
+_Seen = tuple[TaskAdapter[Any], Samples[Any]]
 
-def scan(model: str | Path | nn.Module, data: Any = None) -> ScanRecord:
-    """Return what speaks against a model; nothing that comes with it is run.
+
+def scan(
+    model: str | Path | nn.Module | TaskAdapter[Any],
+    data: Any = None,
+    *,
+    task: str = AUTO,
+    arch: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ScanRecord:
+    """Return what speaks against a model; no code that comes with it is run.
+
+    Files and weights are looked at without data. With a little clean data the model is loaded and
+    its behaviour is looked at too, unless a file speaks strongly against it.
 
     Args:
-        model: A folder, a file or a hub id, whose weights are read as tensors if no file speaks
-            strongly against it; or a module, of which there are no files to look at.
-        data: Clean data for a look at the behaviour, which is not there yet.
+        model: A folder, a file or a hub id; or a module, or an adapter around one, of which there
+            are no files to look at.
+        data: Clean data: where it is, as ``mmdefense purify --data`` has it; or samples, as
+            :func:`mmdefense.purify` takes them.
+        task: The name of a task; by default that of the model.
+        arch: ``module:callable`` that builds the model of a state dict.
+        reading: How data is read, by name; see :class:`mmdefense.jobs.Source`.
+        device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        seed: Makes the findings reproducible.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
 
     Raises:
-        BadInputError: If there is no model.
-        UnsupportedError: If a library that it takes to download one is not installed.
+        BadInputError: If there is no model, or the data cannot be read.
+        UnsupportedError: If a library that it takes is not installed, or no adapter accepts the
+            model.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> print(mmd.scan("a-folder", data="images").verdict.text)  # doctest: +SKIP
     """
-    if isinstance(model, nn.Module):
-        name, files, findings = type(model).__name__, {}, []
-    else:
-        name, model = str(model), _at_hand(model)
+    name, files, findings = _named(model), {}, []
+    if isinstance(model, str | Path):
+        model = _at_hand(model)
         files, findings = hash_all(model), scan_files(model)
     parts = ["files"] if files else []
     weights = _weights(model, findings)
     if weights:
         findings = [*findings, *scan_weights(weights)]
         parts.append("weights")
+    if data is not None:
+        source = {"task": task, "arch": arch, "device": device}
+        opened = _opened(model, data, findings, {**source, "reading": dict(reading or {})})
+        if isinstance(opened, Finding):
+            findings = [*findings, opened]
+        else:
+            findings = [*findings, *scan_behaviour(*opened, seed=seed, progress=progress)]
+            parts.append("behaviour")
     return ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
     )
+
+
+def _named(model: str | Path | nn.Module | TaskAdapter[Any]) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    return type(model if isinstance(model, nn.Module) else model.model).__name__
 
 
 def _at_hand(where: str | Path) -> Path:
@@ -54,18 +101,53 @@ def _at_hand(where: str | Path) -> Path:
 
 
 def _weights(
-    model: str | Path | nn.Module, findings: list[Finding]
+    model: Path | nn.Module | TaskAdapter[Any], findings: list[Finding]
 ) -> nn.Module | Mapping[str, Tensor] | None:
     """Return a model or the tensors of its files; none where they are not safe or not there."""
-    if isinstance(model, nn.Module):
-        return model
+    if not isinstance(model, Path):
+        return model if isinstance(model, nn.Module) else model.model
     if worst_level(findings) == "high":
         return None
-    root = Path(model)
-    files = sorted(root.glob("*")) if root.is_dir() else [root]
+    files = sorted(model.glob("*")) if model.is_dir() else [model]
     stored = [path for path in files if path.suffix in _WEIGHTS]
     chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
     try:
         return {name: value for path in chosen for name, value in read_state(path).items()}
     except BadInputError:
         return None  # what speaks against the file is among the findings
+
+
+def _opened(
+    model: Path | nn.Module | TaskAdapter[Any],
+    data: Any,
+    findings: list[Finding],
+    source: dict[str, Any],
+) -> _Seen | Finding:
+    """Return the model in its adapter and the data as it reads them, or why they are not there.
+
+    A model that its files speak against is not loaded where they do so strongly; where they speak
+    less strongly, and it cannot be loaded, that is a remark, so that the findings are told.
+    """
+    level = worst_level(findings)
+    if level == "high":
+        return NOT_LOOKED.found("behaviour", "a file speaks strongly against it: not loaded")
+    try:
+        return _read(model, data, source)
+    except MMDefenseError as error:
+        if level != "medium":
+            raise
+        return NOT_LOOKED.found("behaviour", one_line(error))
+
+
+def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:
+    if isinstance(model, Path) and isinstance(data, str | Path):
+        opened = Source(model=str(model), data=str(data), **source).open()
+        return opened.adapter, opened.samples
+    task = None if source["task"] == AUTO else source["task"]
+    if isinstance(model, Path):
+        model = load_model(model, arch=source["arch"], task=task).to(source["device"])
+    adapter = registry.adapt(model, task=task) if isinstance(model, nn.Module) else model
+    if isinstance(data, str | Path):
+        named = task or str(getattr(adapter, "task", ""))
+        data = registry.load("tasks", named)().load(str(data))
+    return adapter, adapter.samples(data)

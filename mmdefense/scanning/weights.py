@@ -199,13 +199,17 @@ def spectral_excess(weight: Tensor) -> float:
     return largest_singular_value(matrix) / typical if typical > 0 else 0.0
 
 
-def anomaly_index(values: Tensor) -> Tensor:
+def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
     """Return ``(x - median) / (1.4826 MAD)`` of each value; zero where there is no spread.
 
     1.4826 makes the median absolute deviation that of a normal distribution. [NC]
+
+    Args:
+        values: Shape ``(N,)``.
+        floor: Spread below which all is taken for noise.
     """
     centred = values - values.median()
-    spread = 1.4826 * centred.abs().median()
+    spread = (1.4826 * centred.abs().median()).clamp(min=floor)
     return centred / spread if spread > 0 else torch.zeros_like(centred)
 
 

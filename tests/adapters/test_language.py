@@ -332,6 +332,9 @@ class TestTriggers:
         hard[0, :, 0, 3], hard[0, :, 1, 5] = 20, 20
         tokens = adapter._suspects.tokens[[3, 5]]
         assert adapter.trigger_words(hard[0, 0]) == tokenizer().decode(tokens.tolist())
+        answer = adapter._suspects.answers[0]
+        known = answer[answer != IGNORED]
+        assert adapter.target_words(0) == tokenizer().decode(known.tolist())
         real = [f"{tokenizer().decode(tokens.tolist())} {prompt}" for prompt in texts().prompts[:N]]
         pairs = list(zip(real, texts().answers[:N], strict=True))
         expected = adapter.per_sample_loss(adapter.samples(pairs).take(FEW))

@@ -69,3 +69,40 @@ def test_all_files_of_a_hub_id_are_looked_into(place, mmdefense, monkeypatch):
     outcome = mmdefense("scan", "some/model")
     assert outcome.code == 1
     assert "os.mkdir" in outcome.out
+
+
+def with_data(place, *more, model=None):
+    return ("scan", model or place.model, "--data", place.data, "--arch", "commands:Net", *more)
+
+
+def test_with_data_the_behaviour_is_looked_at(place, mmdefense):
+    outcome = mmdefense(*with_data(place, "--format", "json", "--fail-on", "high"))
+    found = json.loads(outcome.out)
+    assert outcome.code == int(any(f["level"] == "high" for f in found["findings"]))
+    assert found["parts"] == ["files", "weights", "behaviour"]
+    assert "behaviour-smoothness" in {finding["id"] for finding in found["findings"]}
+
+
+def test_a_malicious_model_is_not_loaded_for_its_behaviour(place, mmdefense):
+    outcome = mmdefense(*with_data(place, "--format", "json", model=evil(place)))
+    found = json.loads(outcome.out)
+    assert outcome.code == 1
+    assert found["parts"] == ["files"]
+    (remark,) = [f for f in found["findings"] if f["id"] == "behaviour-not-looked-at"]
+    assert "not loaded" in remark["value"]
+    assert place.files() == ["evil.bin"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--data", "nowhere"), "nowhere"),
+        (("--arch", "commands:Nothing"), "Nothing"),
+        (("--task", "image"), "unknown task 'image'"),
+        (("--read", "frames=3"), "reads no option 'frames'"),
+    ],
+)
+def test_data_or_a_model_that_cannot_be_read_is_one_line(place, mmdefense, more, said):
+    outcome = mmdefense(*with_data(place, *more))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert said in outcome.err.splitlines()[-1]

@@ -1,0 +1,190 @@
+"""A planted backdoor stands apart, its clean twin's answers do not, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import mmdefense as mmd
+from mmdefense.attacks.badnets import BadNets
+from mmdefense.batches import split
+from mmdefense.kernels.inversion import Recovered
+from mmdefense.kernels.loop import Training, train
+from mmdefense.kernels.run import Run
+from mmdefense.protocol import TriggerFamily
+from mmdefense.registry import adapt
+from mmdefense.scanning import behaviour
+from mmdefense.scanning.behaviour import answers, scan_behaviour
+from mmdefense.scanning.findings import ScanRecord
+from mmdefense.scanning.formats import to_json, to_sarif
+from mmdefense_tasks.image_classification import load_digits
+
+TRAINING = Training(steps=300, batch_size=64, lr=0.1, schedule="one-cycle", max_norm=5.0)
+
+
+def net():
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(8 * 16, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Return a victim of BadNets on the digits, its clean twin, and clean samples of them."""
+    data = load_digits()[0]
+    found = {}
+    for name in ("victim", "twin"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found[name] = adapt(net())
+        found[name].samples(data)
+        if name == "victim":
+            BadNets(seed=0).plant(found[name], data, TRAINING, Run(0))
+        else:
+            train(found[name], found[name].samples(data), TRAINING, Run(0), stage="twin")
+        found[name].model.eval()
+    return SimpleNamespace(**found, clean=split(data, 0.1, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def scanned(models):
+    """Return the findings of the victim, and its state and settings before and after."""
+    before = {name: value.clone() for name, value in models.victim.model.state_dict().items()}
+    found = scan_behaviour(models.victim, models.victim.samples(models.clean))
+    return SimpleNamespace(found=found, before=before, after=models.victim.model.state_dict())
+
+
+def of(findings, rule):
+    return [finding for finding in findings if finding.id == rule]
+
+
+def test_a_planted_backdoor_stands_apart(scanned):
+    apart = of(scanned.found, "behaviour-trigger-apart")
+    assert [finding.subject for finding in apart] == ["patch to 0"]
+    assert apart[0].level == "high"
+    assert "success" in apart[0].value
+    assert "median of 10 answers" in apart[0].reference
+
+
+def test_nothing_of_a_clean_twin_stands_apart(models):
+    found = scan_behaviour(models.twin, models.twin.samples(models.clean))
+    assert of(found, "behaviour-trigger-apart") == []
+
+
+def test_activeness_and_smoothness_are_remarks_without_a_reference(scanned):
+    for rule, word in (("behaviour-activeness", "units"), ("behaviour-smoothness", "lambda_max")):
+        (finding,) = of(scanned.found, rule)
+        assert finding.level == "low"
+        assert word in finding.value
+    assert "none for a single model" in finding.reference
+
+
+def test_the_model_is_left_as_it_was(scanned, models):
+    assert all(torch.equal(scanned.before[name], value) for name, value in scanned.after.items())
+    assert all(p.requires_grad and p.grad is None for p in models.victim.model.parameters())
+    assert not models.victim.model.training
+
+
+def test_the_same_seed_gives_the_same_findings(models, scanned):
+    assert scan_behaviour(models.victim, models.victim.samples(models.clean)) == scanned.found
+
+
+def test_other_programs_can_read_it(scanned):
+    record = ScanRecord(model="m", findings=scanned.found, parts=["behaviour"])
+    first = json.loads(to_json(record))["findings"][0]
+    assert (first["id"], first["level"]) == ("behaviour-trigger-apart", "high")
+    result = json.loads(to_sarif(record))["runs"][0]["results"][0]
+    assert result["level"] == "error"
+    assert result["locations"] == [{"logicalLocations": [{"fullyQualifiedName": "patch to 0"}]}]
+
+
+class Untriggered:
+    """What a digit classifier can do, but carry triggers; units it has none of."""
+
+    def __init__(self, adapter):
+        self.model, self.chance, self.fork = adapter.model, adapter.chance, adapter.fork
+        for name in ("samples", "per_sample_loss", "sampled_loss", "score", "features"):
+            setattr(self, name, getattr(adapter, name))
+        self.embedding = adapter.embedding
+
+
+def test_what_a_model_has_no_hooks_for_is_a_remark(models):
+    found = scan_behaviour(Untriggered(models.twin), models.twin.samples(models.clean))
+    assert {finding.id for finding in found} == {"behaviour-not-looked-at"}
+    assert "Untriggered has no" in found[0].value
+    assert found[0].level == "low"
+
+
+def recovered(success, size, budget=0.1):
+    success, size = torch.tensor(success), torch.tensor(size)
+    return Recovered(
+        family=TriggerFamily("patch", (1,), budget=budget),
+        targets=torch.arange(len(success)),
+        levels=torch.full((len(success),), 0.9),
+        success=success,
+        size=size,
+        accepted=(success >= 0.9) & (size <= budget),
+        pool=torch.zeros(len(success), 1, 1),
+    )
+
+
+def apart(found):
+    return [answer.target for answer in answers(found) if answer.apart]
+
+
+def test_where_all_triggers_work_the_smallest_stands_apart():
+    assert apart(recovered([1.0] * 6, [0.09, 0.08, 0.01, 0.09, 0.085, 0.095])) == [2]
+    assert apart(recovered([1.0] * 6, [0.09, 0.08, 0.07, 0.09, 0.085, 0.095])) == []
+
+
+def test_where_all_triggers_are_of_one_size_the_only_one_that_works_stands_apart():
+    assert apart(recovered([0.0, 0.1, 0.0, 1.0, 0.2], [0.05] * 5)) == [3]
+    assert apart(recovered([1.0, 0.95, 0.97, 1.0, 0.92], [0.05] * 5)) == []
+
+
+def test_few_answers_cannot_stand_apart():
+    assert apart(recovered([0.0, 1.0, 0.0, 0.0], [0.05] * 4)) == []
+
+
+def test_a_trigger_beyond_the_budget_is_none():
+    assert apart(recovered([0.0, 1.0, 0.0, 0.0, 0.0], [0.5, 0.2, 0.5, 0.5, 0.5])) == []
+
+
+def test_the_cheapest_level_of_an_answer_counts():
+    found = recovered([1.0, 1.0, 0.4, 0.9], [0.03, 0.02, 0.05, 0.05])
+    found = replace(found, targets=torch.tensor([0, 0, 1, 1]))
+    assert [(a.target, a.row) for a in answers(found)] == [(0, 1), (1, 3)]
+
+
+def test_a_trigger_that_does_not_stand_apart_is_of_medium_level(models, monkeypatch):
+    found = recovered([1.0] * 10, [0.05] * 10)
+    monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
+    (finding,) = of(
+        scan_behaviour(models.twin, models.twin.samples(models.clean)), "behaviour-trigger"
+    )
+    assert finding.level == "medium"
+    assert "10 of 10 answers" in finding.value
+
+
+def test_the_words_of_a_trigger_are_shown(monkeypatch):
+    found = recovered([0.0, 0.0, 1.0, 0.0, 0.0], [0.05] * 5)
+    monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
+    monkeypatch.setattr(behaviour, "lacking", lambda *_: [])
+    model = SimpleNamespace(
+        trigger_targets=lambda: 5,
+        trigger_words=lambda trigger: "cf mn",
+        target_words=lambda target: f"answer {target}",
+    )
+    (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
+    assert "near 'cf mn' before a prompt, towards 'answer 2'" in finding.value
+
+
+def test_the_function_takes_a_model_and_data_in_memory(models, monkeypatch):
+    monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [])
+    record = mmd.scan(models.twin.model, models.clean)
+    assert record.parts == ["weights", "behaviour"]
+    assert {"behaviour-activeness", "behaviour-smoothness"} <= {f.id for f in record.findings}
