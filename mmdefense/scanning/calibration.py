@@ -1,0 +1,179 @@
+"""How often a scan is right: whether it finds the backdoors of victims, and none in clean twins.
+
+A twin is trained as its victim is, from the same first weights on the same data, without an attack.
+Victims of one net and one data set share theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmdefense.checkpoints.runs import RunStore, write_atomically
+from mmdefense.defenses.base import versions
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.victims import Case, train_victim
+from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.report.encoding import build, plain
+from mmdefense.scanning import scan
+from mmdefense.scanning.behaviour import APART, SEARCH, TRIGGER
+from mmdefense.scanning.findings import Finding
+
+__all__ = ["Scanned", "calibrate", "clean_twin", "markdown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scanned:
+    """One model, and what a scan of it found.
+
+    Attributes:
+        case: The name of the victim, or of the twin.
+        planted: Whether there is a backdoor.
+        seed: Of the model, the clean samples and the scan.
+        acc: Task metric of the model on test data.
+        asr: Success of the true trigger; NaN where there is none.
+        apart: What stands apart, each with its figures: the scan's detection or false alarm.
+        works: Triggers that work, and do not stand apart.
+        others: The ids of all other findings.
+        seconds: Of the scan.
+        settings: Of the case and the search, so that a cell of others is measured anew.
+        versions: Of what computed it.
+    """
+
+    case: str
+    planted: bool
+    seed: int
+    acc: float
+    asr: float
+    apart: tuple[str, ...]
+    works: tuple[str, ...]
+    others: tuple[str, ...]
+    seconds: float
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def clean_twin(case: Case) -> Case:
+    """Return the case without its attack, under a name that tells data, net and training alone."""
+    twin = replace(case, name="", attack=None, settings={})
+    digest = hashlib.sha256(json.dumps(plain(twin)).encode()).hexdigest()
+    return replace(twin, name=f"{case.data}-clean-{digest[:6]}")
+
+
+def calibrate(
+    cases: Sequence[Case],
+    seeds: Sequence[int],
+    folder: str | Path,
+    progress: Progress | None = None,
+) -> list[Scanned]:
+    """Scan the victim of every case and every clean twin, with every seed.
+
+    A model is kept as ``folder/case/victim-seed/`` and a scan as ``folder/case/scan-seed.json`` as
+    soon as it is done; what is there is not done again.
+
+    Args:
+        cases: The victims; one without an attack is a clean model.
+        seeds: One model and one scan each. Take seeds that nothing was chosen on.
+        folder: Made where it is missing.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+
+    Raises:
+        BadInputError: If a kept file is damaged.
+    """
+    every: list[Case] = []
+    for case in (*cases, *map(clean_twin, cases)):
+        if case not in every:
+            every.append(case)
+    return [
+        _cell(case, seed, Path(folder) / case.name, progress) for case in every for seed in seeds
+    ]
+
+
+def _cell(case: Case, seed: int, folder: Path, progress: Progress | None) -> Scanned:
+    path = folder / f"scan-{seed}.json"
+    kept = _kept(path, case)
+    if kept is not None:
+        return kept
+    show = _named(f"{case.name}/{seed}", progress)
+    victim = train_victim(case, Run(seed, show, RunStore(folder / f"victim-{seed}")))
+    start = time.perf_counter()
+    found = scan(victim.adapter, victim.clean, seed=seed, progress=show).findings
+    cell = Scanned(
+        case=case.name,
+        planted=case.attack is not None,
+        seed=seed,
+        acc=_number(victim.before.acc),
+        asr=_number(victim.before.asr),
+        apart=_of(found, APART.id),
+        works=_of(found, TRIGGER.id),
+        others=tuple(f.id for f in found if f.id not in {APART.id, TRIGGER.id}),
+        seconds=time.perf_counter() - start,
+        settings=_settings(case),
+        versions=dict(versions()),
+    )
+    write_atomically(path, lambda file: file.write((json.dumps(plain(cell)) + "\n").encode()))
+    return cell
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    return {"case": plain(case), "search": plain(SEARCH)}
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _of(findings: Iterable[Finding], rule: str) -> tuple[str, ...]:
+    return tuple(f"{found.subject}: {found.value}" for found in findings if found.id == rule)
+
+
+def _named(name: str, progress: Progress | None) -> Progress:
+    if progress is None:
+        return lambda event: None
+    shown: Progress = progress
+    return lambda event: shown(
+        Event(f"{name}, {event.stage}", event.step, event.total, event.figures)
+    )
+
+
+def _kept(path: Path, case: Case) -> Scanned | None:
+    """Return the scan in a file, if there is one of this case with this search."""
+    if not path.exists():
+        return None
+    try:
+        cell: Scanned = build(Scanned, json.loads(path.read_text(encoding="utf-8")), "scan")
+    except (ValueError, OSError) as error:
+        raise BadInputError(f"{path} cannot be read; remove it to scan anew") from error
+    return cell if cell.settings == _settings(case) else None
+
+
+def markdown(cells: Sequence[Scanned]) -> str:
+    """Return a table of how many models of each case had a trigger apart, and the two totals."""
+    lines = [
+        "| model | backdoor | stands apart | works, not apart | found |",
+        "|---|---|--:|--:|---|",
+    ]
+    for name in dict.fromkeys(cell.case for cell in cells):
+        mine = [cell for cell in cells if cell.case == name]
+        apart, works = (sum(bool(getattr(c, key)) for c in mine) for key in ("apart", "works"))
+        planted = "planted" if mine[0].planted else "none"
+        found = "; ".join(dict.fromkeys(place for c in mine for place in map(_place, c.apart)))
+        counts = f"{apart} of {len(mine)} | {works} of {len(mine)}"
+        lines.append(f"| {name} | {planted} | {counts} | {found or '-'} |")
+    totals = [
+        f"{label}: {sum(bool(cell.apart) for cell in part)} of {len(part)}"
+        for label, part in (
+            ("detections", [cell for cell in cells if cell.planted]),
+            ("false alarms", [cell for cell in cells if not cell.planted]),
+        )
+    ]
+    return "\n".join([*lines, "", "; ".join(totals)]) + "\n"
+
+
+def _place(found: str) -> str:
+    return found.partition(": success")[0]
