@@ -43,6 +43,8 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
     "python recipes/cross_domain_evaluation.py --seeds 1": "many minutes",
+    "python recipes/scan_calibration.py --case digits-badnets --case digits-blended "
+    "--seeds 3": "many minutes",
     "pip install .": "installs from a package index; `make` does it with pinned versions",
     'pip install ".[huggingface,timm]"': "the same, with extras",
 }
