@@ -11,25 +11,36 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmdefense import registry
 from mmdefense.checkpoints.faults import check_folder
-from mmdefense.checkpoints.weights import check_keys, read_state, refused, write_state
+from mmdefense.checkpoints.layout import rewrite
+from mmdefense.checkpoints.weights import check_keys, read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 
-__all__ = ["download", "load_folder", "local_folder", "weight_files", "write_folder"]
+__all__ = [
+    "base_folder",
+    "download",
+    "load_folder",
+    "local_folder",
+    "side_files",
+    "weight_files",
+    "write_folder",
+]
 
 _CONFIG, _PEFT_CONFIG = "config.json", "adapter_config.json"
-_SIDE_FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.spm", "*.tiktoken")
+_MODEL, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
+_TEXTS = ("*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
+_TOKENIZERS = ("*.jinja", "*.model", "*.spm", "*.tiktoken", "*.vocab", "*.bpe")
+_SIDE_FILES = (*_TEXTS, *_TOKENIZERS, "additional_chat_templates/*.jinja")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -203,7 +214,7 @@ def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
 
 def _load_peft(folder: Path, task: str | None) -> nn.Module:
     """Return a PEFT model, its updates trainable, around the frozen base that it names."""
-    base: Any = load_folder(_base_folder(folder), task)
+    base: Any = load_folder(base_folder(folder), task)
     if (folder / "tokenizer_config.json").is_file():
         base.name_or_path = str(folder)  # its own tokenizer is the one that it was trained with
     with _told(folder), _quiet(), warnings.catch_warnings():
@@ -223,8 +234,13 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
     return model
 
 
-def _base_folder(folder: Path) -> Path:
-    """Return the folder of the model that a PEFT folder is an update of."""
+def base_folder(folder: Path) -> Path:
+    """Return the folder of the model that a PEFT folder is an update of.
+
+    Raises:
+        BadInputError: If it names none, or that is not there.
+        UnsupportedError: If that is an update itself.
+    """
     path = folder / _PEFT_CONFIG
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -258,26 +274,22 @@ def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
         raise OSError(0, one_line(error)) from error
     if origin is None:
         return
-    stored, written = _stored(origin), sorted(folder.glob("*.safetensors"))
-    for path in written:
-        state = load_file(path)
-        if len(written) == 1:
-            state |= _tied(model.state_dict(), stored, state)
-        write_state({name: _like(value, stored.get(name)) for name, value in state.items()}, path)
-    for path in (path for pattern in _SIDE_FILES for path in origin.glob(pattern)):
-        if not path.name.endswith(".index.json"):  # it names shards that are not written again
-            shutil.copyfile(path, folder / path.name)
+    kept = rewrite(model, folder, weight_files(origin))
+    for path in side_files(origin):
+        # an index speaks of the files that it came with
+        if kept or not path.name.endswith(".index.json"):
+            target = folder / path.relative_to(origin)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
-def _tied(
-    state: Mapping[str, Tensor], stored: Mapping[str, Tensor], written: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return tensors that were stored under two names, and that the library writes under one."""
-    return {name: state[name] for name in stored if name in state and name not in written}
+def side_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that belong to the model beside its weights, in order.
 
-
-def _like(value: Tensor, stored: Tensor | None) -> Tensor:
-    return value if stored is None else value.to(stored.dtype)
+    Code is not among them, nor is an index of pickles, which are never written.
+    """
+    found = {path for pattern in _SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(".bin.index.json"))
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:
@@ -287,6 +299,18 @@ def _stored(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of a folder, safetensors before pickles."""
+    """Return the files that the library reads the weights of a folder from, in its order.
+
+    That is one safetensors file, else the shards that an index names, else any safetensors, else
+    pickles. Other files of weights that a repository may hold, such as those of another library,
+    are not among them.
+    """
+    single = _ADAPTER if (folder / _PEFT_CONFIG).is_file() else _MODEL
+    if (folder / single).is_file():
+        return [folder / single]
+    sharded = folder / f"{single}.index.json"
+    if sharded.is_file():
+        names = set(json.loads(sharded.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
     pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
     return sorted(folder.glob("*.safetensors")) or pickles

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.huggingface import (
+    base_folder,
     load_folder,
     local_folder,
+    side_files,
     weight_files,
     write_folder,
 )
@@ -30,7 +32,7 @@ from mmdefense.checkpoints.weights import (
 )
 from mmdefense.errors import BadInputError
 
-__all__ = ["hash_files", "load_model", "save_model", "write_model"]
+__all__ = ["hash_files", "hash_inputs", "load_model", "save_model", "write_model"]
 
 WEIGHTS = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -135,8 +137,29 @@ def _as_stored(state: Mapping[str, Tensor], stored: dict[str, Tensor]) -> dict[s
 def hash_files(where: str | Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file of a model by name, as ``sha256sum`` prints it."""
     files = [Path(where)] if _is_state_file(where) else weight_files(local_folder(where))
-    hashes = {}
-    for path in files:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: _sha256(path) for path in files}
+
+
+def hash_inputs(where: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that is read of a model or handed on with it, by name.
+
+    The files of the base that a LoRA folder is an update of are named ``base/...``.
+    """
+    if _is_state_file(where):
+        return hash_files(where)
+    folder = local_folder(where)
+    hashes = _hashed(folder)
+    if (folder / "adapter_config.json").is_file():
+        base = _hashed(base_folder(folder))
+        hashes |= {f"base/{name}": value for name, value in base.items()}
     return hashes
+
+
+def _hashed(folder: Path) -> dict[str, str]:
+    files = [*weight_files(folder), *side_files(folder)]
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
