@@ -1,8 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
-Exit codes: 0 ok; 1 the utility guard was violated, an evaluation found a working trigger, or a scan
-found what --fail-on names; 2 bad input; 3 not supported; 70 a fault of mmdefense itself; 130
-interrupted.
+Exit codes: 0 ok; 1 the utility guard was violated, an evaluation found a working trigger, a scan
+found what --fail-on names, or a file is another than its record says; 2 bad input; 3 not supported;
+70 a fault of mmdefense itself; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -249,6 +249,35 @@ def scan(
         )
     typer.echo(FORMATS[format_](record))
     raise typer.Exit(int(reaches(record.findings, level)))
+
+
+@app.command()
+def report(
+    outs: Annotated[
+        list[Path], typer.Argument(metavar="OUT...", help="A folder that purify made, or several.")
+    ],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="PAGE", help="The HTML file; by default that of the one OUT."
+        ),
+    ] = None,
+) -> None:
+    """Make the page of an output again from its record, or compare several on one page."""
+    from mmdefense.report.compare import compare, rebuild
+    from mmdefense.report.statement import differing
+
+    faults = [f"{out}: {fault}" for out in outs for fault in differing(out)]
+    if len(outs) == 1:
+        page = rebuild(outs[0], page)
+    elif page is None:
+        raise typer.BadParameter("to compare several outputs, say where to: -o PAGE")
+    else:
+        compare(outs, page)
+    for fault in faults:
+        typer.echo(f"mmdefense: {fault}", err=True)
+    typer.echo(f"wrote {page}")
+    raise typer.Exit(int(bool(faults)))
 
 
 @app.command("list")

@@ -17,7 +17,7 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.batches import Samples
 from mmdefense.checkpoints.folders import new_folder
-from mmdefense.checkpoints.models import hash_files, write_model
+from mmdefense.checkpoints.models import hash_files, hash_inputs, write_model
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense, Guard, Result
@@ -25,6 +25,9 @@ from mmdefense.errors import BadInputError
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
+from mmdefense.report.archive import write_figures
+from mmdefense.report.card import write_card
+from mmdefense.report.compare import rebuild
 from mmdefense.report.evidence import (
     defense_figures,
     embedding_figure,
@@ -33,8 +36,8 @@ from mmdefense.report.evidence import (
     smoothness_figure,
 )
 from mmdefense.report.figures import Figure
-from mmdefense.report.page import render_page
-from mmdefense.report.record import PurificationRecord, write_record
+from mmdefense.report.record import PurificationRecord
+from mmdefense.report.statement import CARD, FIGURES, write_statement
 
 __all__ = ["Purification", "check_settings", "check_value", "configured", "purify"]
 
@@ -224,9 +227,10 @@ class Purification:
     def save(
         self, out: str | Path, source: str | Path | None = None, *, force: bool = False
     ) -> None:
-        """Write the model, ``purification.json`` and ``report.html`` to a new folder.
+        """Write the model to a new folder, with its evidence.
 
-        All of them appear together, or none does.
+        That is ``purification.json``, ``report.html`` with ``report.npz``, from which its figures
+        can be drawn again, and a section in ``README.md``. All appear together, or none does.
 
         Args:
             out: The folder to make.
@@ -247,8 +251,10 @@ class Purification:
                 files_after={name: value for part in written for name, value in part.items()},
             )
             record = dataclasses.replace(record, model=files)
-            write_record(record, folder / "purification.json")
-            render_page(record, self.figures(), folder / "report.html")
+            write_card(record, folder / CARD)
+            write_figures(self.figures(), folder / FIGURES)
+            write_statement(record, folder, hash_inputs(source) if source is not None else None)
+            rebuild(folder)
 
     @cached_property
     def _sharpness(self) -> Any:

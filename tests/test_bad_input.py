@@ -203,7 +203,7 @@ def test_a_full_disk_at_the_start_leaves_nothing(place, mmdefense, monkeypatch):
 
 def test_a_full_disk_at_the_end_loses_nothing(place, mmdefense, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr("mmdefense.purification.write_record", no_space)
+        disk.setattr("mmdefense.purification.write_statement", no_space)
         outcome = mmdefense(*place.purify())
     refused(outcome, "No space left on device", "out.partial", "--resume")
     assert place.files() == ["out.partial"]

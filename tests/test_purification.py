@@ -48,6 +48,8 @@ class Shrink(Defense):
             "success": [0.97, 0.4],
             "accepted": [True, False],
         }
+        pair = {"clean": torch.rand(4, 1, 8, 8), "triggered": torch.rand(4, 1, 8, 8)}
+        work.figures["inverted"] = {**pair, "name": "patch to 0", "success": 0.97}
 
 
 @pytest.fixture
@@ -163,6 +165,7 @@ def test_save_writes_model_record_and_page(net, clean, tmp_path):
         "Neuron weight change",
         "Neuron activeness",
         "Recovered triggers",
+        "Samples with a recovered trigger",
         "Loss smoothness",
         "Penultimate layer",
         "What was changed",
@@ -184,7 +187,7 @@ def test_nothing_appears_where_the_page_fails(net, clean, tmp_path, monkeypatch)
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("mmdefense.purification.render_page", fail)
+    monkeypatch.setattr("mmdefense.purification.rebuild", fail)
     with pytest.raises(RuntimeError, match="no ink"):
         mmd.purify(net, clean, Shrink()).save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

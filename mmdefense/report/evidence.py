@@ -141,7 +141,8 @@ def defense_figures(result: Result) -> Iterator[Figure]:
 
     Known are ``pruning_curve`` (fractions, accuracies, chosen fraction), ``weight_change`` (one
     tensor ``(U,)`` per group) with ``reset`` (bool, over all units), ``activeness`` (before,
-    after) and ``triggers`` (``images``, ``names``, ``success``, ``accepted``).
+    after), ``triggers`` (``images``, ``names``, ``success``, ``accepted``) and ``inverted``
+    (``clean``, ``triggered``, ``name``, ``success``).
     """
     kept = result.figures
     if "pruning_curve" in kept:
@@ -160,3 +161,8 @@ def defense_figures(result: Result) -> Iterator[Figure]:
             for name, rate in zip(found["names"], found["success"], strict=True)
         ]
         yield figures.recovered_triggers(found["images"], names, accepted=found["accepted"])
+    if "inverted" in kept:
+        shown = kept["inverted"]
+        yield figures.inverted_samples(
+            shown["clean"], shown["triggered"], shown["name"], shown["success"]
+        )

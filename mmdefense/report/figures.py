@@ -30,6 +30,7 @@ __all__ = [
     "Figure",
     "activeness",
     "embedding",
+    "inverted_samples",
     "layer_changes",
     "pruning_curve",
     "recovered_triggers",
@@ -70,15 +71,7 @@ def triggered_samples(
         trigger: The trigger itself, ``(M, C, H, W)``, where it is an image.
         names: What stands below each sample, such as its class.
     """
-    clean, triggered = as_array(clean[:_COLUMNS]), as_array(triggered[:_COLUMNS])
-    change = triggered - clean
-    largest = np.abs(change).max(initial=0)
-    magnified = 0.5 + change / (2 * largest) if largest else np.full_like(change, 0.5)
-    rows = [
-        ImageRow("clean", clean, names),
-        ImageRow("with trigger", triggered),
-        ImageRow("difference", magnified),
-    ]
+    rows, largest = _with_and_without(clean, triggered, names)
     if trigger is not None:
         rows.insert(0, ImageRow("trigger", trigger))
     return Figure(
@@ -86,6 +79,43 @@ def triggered_samples(
         "Each column is one test sample without and with the trigger. In the difference mid-grey "
         f"is no change; it is scaled to its largest value, {largest:.3g} of the full range. "
         "A model with a working backdoor gives every triggered sample the attacker's label.",
+        [ImageGrid(rows, columns=_COLUMNS)],
+        wide=True,
+    )
+
+
+def _with_and_without(
+    clean: Any, triggered: Any, names: Sequence[str] = ()
+) -> tuple[list[ImageRow], float]:
+    """Return rows of samples without and with a trigger and of the change, and the largest one."""
+    clean, triggered = as_array(clean[:_COLUMNS]), as_array(triggered[:_COLUMNS])
+    change = triggered - clean
+    largest = float(np.abs(change).max(initial=0))
+    magnified = 0.5 + change / (2 * largest) if largest else np.full_like(change, 0.5)
+    rows = [
+        ImageRow("clean", clean, names),
+        ImageRow("with trigger", triggered),
+        ImageRow("difference", magnified),
+    ]
+    return rows, largest
+
+
+def inverted_samples(clean: Any, triggered: Any, name: str, success: float) -> Figure:
+    """Show clean samples without and with a trigger that a search recovered.
+
+    Args:
+        clean: Images ``(N, C, H, W)`` in ``[0, 1]``; the first ten are shown.
+        triggered: The same images with the trigger.
+        name: What the trigger is and where it leads.
+        success: Share of clean samples that it led there before the purification.
+    """
+    rows, largest = _with_and_without(clean, triggered)
+    return Figure(
+        "Samples with a recovered trigger",
+        f"The recovered trigger that worked best ({name}): the given model fell for it in "
+        f"{100 * success:.0f}% of the clean samples. In the difference mid-grey is no change; it "
+        f"is scaled to its largest value, {largest:.3g} of the full range. It need not look like "
+        "an attacker's trigger.",
         [ImageGrid(rows, columns=_COLUMNS)],
         wide=True,
     )

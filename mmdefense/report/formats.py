@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MINUS", "duration", "number", "percent", "points"]
+__all__ = ["DASH", "MINUS", "duration", "number", "percent", "points"]
 
 MINUS = "\N{MINUS SIGN}"
-_DASH = "\N{EN DASH}"
+DASH = "\N{EN DASH}"
 
 
 def _known(value: float | None) -> bool:
@@ -16,7 +16,7 @@ def _known(value: float | None) -> bool:
 
 def number(rate: float | None) -> str:
     """Return a rate in percent without the sign, for a column that has it; a dash for none."""
-    return f"{100 * rate:.1f}" if rate is not None and _known(rate) else _DASH
+    return f"{100 * rate:.1f}" if rate is not None and _known(rate) else DASH
 
 
 def percent(rate: float | None) -> str:
@@ -27,7 +27,7 @@ def percent(rate: float | None) -> str:
 def points(rate: float | None, *, signed: bool = False) -> str:
     """Return a difference of rates in percentage points, with a true minus sign."""
     if rate is None or not _known(rate):
-        return _DASH
+        return DASH
     text = f"{100 * rate:+.1f}" if signed else f"{100 * rate:.1f}"
     return text.replace("-0.0", "0.0").replace("+0.0", "0.0").replace("-", MINUS)
 
@@ -35,7 +35,7 @@ def points(rate: float | None, *, signed: bool = False) -> str:
 def duration(seconds: float) -> str:
     """Return a time: tenths of seconds below a minute, then minutes, then hours."""
     if not _known(seconds):
-        return _DASH
+        return DASH
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

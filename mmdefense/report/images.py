@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,17 @@ class ImageRow:
         label: What they are.
         images: Shape ``(N, C, H, W)`` with C 1 or 3; floats in ``[0, 1]`` or whole numbers to 255.
         names: What stands below each image; may be empty.
-        total: Number of images given; of long rows only those that can be shown are kept.
+        total: Number of images given; of long rows only those that can be shown are kept. By
+            default as many as there are.
     """
 
     label: str
     images: Any
     names: Sequence[str] = ()
-    total: int = field(init=False)
+    total: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "total", len(self.images))
+        object.__setattr__(self, "total", self.total or len(self.images))
         images = as_array(self.images[:_TILES])
         if images.ndim != 4 or images.shape[1] not in {1, 3} or not len(images):
             raise BadInputError(

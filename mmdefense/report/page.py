@@ -12,43 +12,50 @@ from markupsafe import Markup
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.report.figures import Figure, layer_changes, training_curves
+from mmdefense.report.findings import ScanSummary
 from mmdefense.report.formats import duration
 from mmdefense.report.plots import Interval
 from mmdefense.report.record import Guard, PurificationRecord, Record
 from mmdefense.report.tables import COLUMNS, lines
 from mmdefense.report.verdict import verdict
 
-__all__ = ["page", "render_page"]
+__all__ = ["figure_contexts", "page", "provenance", "render_page", "template"]
 
 
-def render_page(record: Record, figures: Sequence[Figure], path: Path) -> None:
+def render_page(
+    record: Record, figures: Sequence[Figure], path: Path, scan: ScanSummary | None = None
+) -> None:
     """Write the page of ``record`` to ``path``, atomically.
 
     Args:
         record: What is known; the page also draws its layer changes and training curves.
         figures: Further figures, shown in this order before those.
         path: The HTML file.
+        scan: What a scan of the given model found.
     """
-    write_atomically(path, lambda file: file.write(page(record, figures).encode()))
+    write_atomically(path, lambda file: file.write(page(record, figures, scan).encode()))
 
 
-def page(record: Record, figures: Sequence[Figure] = ()) -> str:
+def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | None = None) -> str:
     """Return the page of ``record`` as HTML text; the same input gives the same text."""
     shown = [*figures, *_own_figures(record)]
-    return _template().render(
+    return template("page.html.j2").render(
         record=record,
+        scan=scan,
+        scan_fits=scan is not None and scan.is_of(record.model.files_before),
         verdict=verdict(record),
         guard=_guard_plot(record.guard) if isinstance(record, PurificationRecord) else "",
         columns=COLUMNS,
         lines=list(lines(record.rows)),
-        figures=[_figure_context(figure, number) for number, figure in enumerate(shown, 1)],
+        figures=figure_contexts(shown),
         settings=list(_settings(record)),
-        provenance=list(_provenance(record)),
+        provenance=list(provenance(record)),
     )
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """Return a template of this package; what is put in is escaped."""
     environment = Environment(
         loader=PackageLoader("mmdefense.report"),
         autoescape=True,
@@ -56,7 +63,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _own_figures(record: Record) -> list[Figure]:
@@ -72,6 +79,11 @@ def _guard_plot(guard: Guard) -> Markup:
         100 * rate for rate in (guard.drop, guard.drop_low, guard.drop_high, guard.bound)
     )
     return Interval(value, low, high, bound, label).markup("guard")
+
+
+def figure_contexts(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+    """Return what the template of figures needs of each: it, its number and its drawings."""
+    return [_figure_context(figure, number) for number, figure in enumerate(figures, 1)]
 
 
 def _figure_context(figure: Figure, number: int) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def _settings(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from seen
 
 
-def _provenance(record: Record) -> Iterator[tuple[str, str]]:
+def provenance(record: Record) -> Iterator[tuple[str, str]]:
     """Yield what identifies model, data and run; what is not known is left out."""
     model, data, origin = record.model, record.data, record.provenance
     entries = [

@@ -1,4 +1,4 @@
-"""What is known about a purification when it is over: the schema of ``purification.json``.
+"""What is known about a purification when it is over: what ``purification.json`` states.
 
 Rates (ACC, ASR, RA, DER, a drop, a bound) are fractions in ``[0, 1]``; only what is shown to a
 person is in percent. A figure that was not measured is none, never zero.
@@ -382,10 +382,13 @@ def read_record(path: Path) -> Record:
 
 
 def _parse(text: str) -> dict[str, Any]:
+    """Return a record as plain values, also out of the statement that it is the predicate of."""
     try:
         value = json.loads(text)
     except ValueError as error:
         raise BadInputError(f"the record is not JSON: {error}") from error
+    if isinstance(value, dict) and isinstance(value.get("predicate"), dict):
+        value = {name: item for name, item in value["predicate"].items() if name != "materials"}
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
         raise BadInputError(f"the record must have schema {SCHEMA}, got {found!r}")

@@ -8,7 +8,7 @@ from typing import Literal
 from mmdefense.report.formats import percent, points
 from mmdefense.report.record import ComparisonRecord, Guard, PurificationRecord, Record, Row
 
-__all__ = ["ASR_GOAL", "Verdict", "beats_baseline", "row_name", "verdict"]
+__all__ = ["ASR_GOAL", "Verdict", "beats_baseline", "limits", "row_name", "verdict"]
 
 ASR_GOAL = 0.05
 """Ours: a trigger that works on at most 5 % of the samples counts as removed."""
@@ -38,7 +38,7 @@ def verdict(record: Record) -> Verdict:
     if isinstance(record, ComparisonRecord):
         return _of_comparison(record)
     level, label, headline = _backdoor(record)
-    lines = (*_guard_lines(record.guard), *_limits(record))
+    lines = (*_guard_lines(record.guard), *limits(record))
     if record.guard.violated:
         return Verdict("fail", "Guard violated", f"Utility guard violated. {headline}", lines)
     return Verdict(level, label, f"Utility guard passed. {headline}", lines)
@@ -74,7 +74,8 @@ def _guard_lines(guard: Guard) -> list[str]:
     return lines + ([guard.message] if guard.message else [])
 
 
-def _limits(record: PurificationRecord) -> list[str]:
+def limits(record: PurificationRecord) -> list[str]:
+    """Return, in sentences, what a purification does not say."""
     lines = []
     search = record.triggers
     if search is not None and search.found:
@@ -89,7 +90,7 @@ def _limits(record: PurificationRecord) -> list[str]:
         lines.append(f"The ASR speaks of the known trigger alone ({name}). Others may remain.")
     else:
         lines.append(
-            "No attack success rate (ASR) was measured. This page cannot say that there was a "
+            "No attack success rate (ASR) was measured. So nothing here says that there was a "
             "backdoor, or that there is none now."
         )
     return lines

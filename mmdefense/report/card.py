@@ -1,0 +1,94 @@
+"""What a model card says about a purification, in a section of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mmdefense.report.formats import percent, points
+from mmdefense.report.record import PurificationRecord
+from mmdefense.report.verdict import limits, verdict
+
+__all__ = ["card_section", "write_card"]
+
+_START, _END = "<!-- mmdefense: begin -->", "<!-- mmdefense: end -->"
+_SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", re.DOTALL)
+
+_TEXT = """\
+{start}
+## Purified with mmdefense
+
+The weights of this model were changed by the backdoor purification {method} of mmdefense {version},
+with {samples:,} clean samples, in {when}. Architecture, names, shapes and types are as they were.
+{reference}
+| on held-out clean samples | before | after |
+|---|--:|--:|
+{rows}
+
+{headline}
+
+**To verify** that these are the files that were written, in the model's folder:
+
+```bash
+jq -r '.subject[] | "\\(.digest.sha256)  \\(.name)"' purification.json | sha256sum --check
+```
+
+`purification.json` is an in-toto statement: it also has the digests of the files that were given,
+all settings, seeds and versions, so that the purification can be repeated. `report.html` shows it.
+
+**What this does not claim.** {limits}
+{end}
+"""
+
+
+def write_card(record: PurificationRecord, path: Path) -> None:
+    """Append the section to a model card, or replace the one that is there; the rest stays.
+
+    Args:
+        record: What is known.
+        path: The model card; made where there is none.
+    """
+    before = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
+    path.write_bytes(_with_section(before, card_section(record)).encode("utf-8", "surrogateescape"))
+
+
+def _with_section(card: str, section: str) -> str:
+    kept = _SECTION.sub("\n\n", card).rstrip()
+    return f"{kept}\n\n{section}" if kept else section
+
+
+def card_section(record: PurificationRecord) -> str:
+    """Return the section as Markdown: what was done, figures, how to verify, the limits."""
+    reference = record.defense.reference
+    return _TEXT.format(
+        start=_START,
+        end=_END,
+        method=_code(record.defense.name),
+        version=_plain(record.provenance.versions.get("mmdefense", "")),
+        samples=record.data.samples,
+        when=_plain(record.provenance.created[:10]),
+        reference=f"The method: {_plain(reference)}\n" if reference else "",
+        rows="\n".join(_rows(record)),
+        headline=_plain(verdict(record).headline),
+        limits=_plain(" ".join(limits(record))),
+    )
+
+
+def _rows(record: PurificationRecord) -> list[str]:
+    guard = record.guard
+    rows = [f"| {_plain(guard.metric)} | {percent(guard.before)} | {percent(guard.after)} |"]
+    if record.attack is not None:
+        before, after = record.attack.before.asr, record.attack.after.asr
+        name = _plain(record.attack.attack)
+        rows.append(f"| success rate of {name} | {percent(before)} | {percent(after)} |")
+    bound = f"| largest drop allowed, in points | | {points(guard.bound)} |"
+    return [*rows, bound]
+
+
+def _plain(text: str) -> str:
+    """Return text on one line that Markdown takes as text, whoever named the model."""
+    return re.sub(r"([\\`*_\[\]<>|#!~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.replace('`', '').split())}`"

@@ -1,0 +1,199 @@
+"""Several purifications side by side on one page, and the page of one from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdefense.checkpoints.runs import write_atomically
+from mmdefense.errors import BadInputError
+from mmdefense.report.archive import read_figures
+from mmdefense.report.figures import Figure
+from mmdefense.report.findings import ScanSummary, read_scan
+from mmdefense.report.formats import DASH, duration, percent, points
+from mmdefense.report.page import figure_contexts, provenance, render_page, template
+from mmdefense.report.plots import Curve, Curves
+from mmdefense.report.record import PurificationRecord, read_record
+from mmdefense.report.statement import FIGURES, PAGE, RECORD
+from mmdefense.report.verdict import verdict
+
+__all__ = ["Entry", "compare", "comparison_page", "rebuild"]
+
+SCAN = "scan.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table that compares.
+
+    Attributes:
+        name: What is compared.
+        values: One per purification, as shown; a dash where there is none.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the values are not all the same."""
+        return len(set(self.values)) > 1
+
+
+def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
+    """Make the page of an output again from its record, figures and scan, as far as they are there.
+
+    A scan is what ``mmdefense scan --format json`` wrote, kept as ``scan.json`` with the model.
+
+    Args:
+        out: The folder that a purification made.
+        page: Where to write the page; by default where the output has its own.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        BadInputError: If there is no record, or a file of it cannot be read.
+    """
+    folder = Path(out)
+    target = folder / PAGE if page is None else Path(page)
+    record, figures = _record(folder), folder / FIGURES
+    drawn = read_figures(figures) if figures.is_file() else []
+    render_page(record, drawn, target, _scan(folder / SCAN))
+    return target
+
+
+def compare(outs: Sequence[str | Path], page: str | Path) -> None:
+    """Write one page that holds several outputs side by side.
+
+    Raises:
+        BadInputError: If one of them has no record.
+    """
+    html = comparison_page([_record(Path(out)) for out in outs], _names(outs))
+    write_atomically(Path(page), lambda file: file.write(html.encode()))
+
+
+def _record(folder: Path) -> PurificationRecord:
+    record = read_record(folder / RECORD)
+    if not isinstance(record, PurificationRecord):
+        raise BadInputError(f"record {folder / RECORD} must be of a purification")
+    return record
+
+
+def _scan(path: Path) -> ScanSummary | None:
+    """Return what a scan found; none where there is none, or a file of another kind."""
+    try:
+        return read_scan(path)
+    except BadInputError:
+        return None
+
+
+def _names(outs: Sequence[str | Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart."""
+    paths = [Path(out).absolute().parts for out in outs]
+    most = max(map(len, paths))
+    for length in range(1, most + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(map(str, outs), 1)]
+
+
+def comparison_page(records: Sequence[PurificationRecord], names: Sequence[str]) -> str:
+    """Return the page of several purifications as HTML text.
+
+    Args:
+        records: What is known about each.
+        names: What each is called; all different.
+    """
+    chart = _chart(records, names)
+    return template("compare.html.j2").render(
+        names=names,
+        records=records,
+        verdicts=[verdict(record) for record in records],
+        figures=figure_contexts([chart] if chart is not None else []),
+        tables=[
+            ("before-after", "Before and after", "", _side_by_side(map(_measured, records))),
+            ("settings", "Settings", "code", _side_by_side(map(_settings, records))),
+            ("layers", "Weight change, layer by layer", "", _side_by_side(map(_layers, records))),
+            (
+                "provenance",
+                "Provenance",
+                "code",
+                _side_by_side(dict(provenance(record)) for record in records),
+            ),
+        ],
+    )
+
+
+def _side_by_side(columns: Iterator[Mapping[str, str]] | Any) -> list[Entry]:
+    """Return a line for each name that any column has, in the order in which they come."""
+    held = list(columns)
+    names = dict.fromkeys(name for column in held for name in column)
+    return [Entry(name, tuple(column.get(name, DASH) for column in held)) for name in names]
+
+
+def _measured(record: PurificationRecord) -> dict[str, str]:
+    guard = record.guard
+    interval = f"{points(guard.drop_low)} to {points(guard.drop_high)}"
+    shown = {
+        "Method": record.defense.name,
+        f"Hold-out {guard.metric} before": percent(guard.before),
+        f"Hold-out {guard.metric} after (higher is better)": percent(guard.after),
+        "Drop in points (lower is better)": f"{points(guard.drop)} ({interval})",
+        "Largest drop allowed": points(guard.bound),
+        "State that was returned": guard.state,
+    }
+    if record.attack is not None:
+        before, after = record.attack.before.asr, record.attack.after.asr
+        shown |= {"ASR before": percent(before), "ASR after (lower is better)": percent(after)}
+    shown |= {
+        f"{label} {when}": f"{record.figures[f'{name}_{when}']:.3g}"
+        for name, label in (("lambda_max", "λmax"), ("hessian_trace", "Tr(H)"))
+        for when in ("before", "after")
+        if f"{name}_{when}" in record.figures
+    }
+    silenced, units = (sum(getattr(x, n) for x in record.layers) for n in ("silenced", "units"))
+    search = record.triggers
+    if search is not None:
+        shown["Triggers found"] = f"{search.found}, of {search.targets} searches"
+    return shown | {"Units silenced": f"{silenced} of {units}", "Time": duration(record.seconds)}
+
+
+def _settings(record: PurificationRecord) -> dict[str, str]:
+    settings = record.defense.settings.items()
+    return {name: "none" if value is None else str(value) for name, value in settings}
+
+
+def _layers(record: PurificationRecord) -> dict[str, str]:
+    return {
+        layer.layer: f"{layer.change:.3g}"
+        + (f", {layer.silenced} of {layer.units} silenced" if layer.silenced else "")
+        for layer in record.layers
+    }
+
+
+def _chart(records: Sequence[PurificationRecord], names: Sequence[str]) -> Figure | None:
+    """Return the weight change over the layers, a line for each purification."""
+    order = dict.fromkeys(layer.layer for record in records for layer in record.layers)
+    place = {name: number for number, name in enumerate(order, 1)}
+    curves = [
+        Curve(
+            name,
+            [place[layer.layer] for layer in record.layers],
+            [layer.change for layer in record.layers],
+        )
+        for name, record in zip(names, records, strict=True)
+        if record.layers
+    ]
+    if not curves:
+        return None
+    return Figure(
+        "What was changed",
+        "Distance between a layer's weights after and before, relative to the norm before; layers "
+        "are numbered from the input side as in the table of layers below.",
+        [Curves(curves, "layer, by number", "relative weight change")],
+        wide=True,
+    )

@@ -1,0 +1,164 @@
+"""The evidence agrees with the files on disk, and says so where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+
+import pytest
+from records import purification
+
+from mmdefense.errors import BadInputError
+from mmdefense.report.record import AttackFigures, Rates, read_record
+from mmdefense.report.statement import (
+    PREDICATE_TYPE,
+    differing,
+    materials,
+    write_statement,
+)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An output with two files, one of them in a folder."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
+    (tmp_path / "report.html").write_text("made from the record")
+    write_statement(purification(), tmp_path, {"model.safetensors": "ab" * 32})
+    return tmp_path
+
+
+def test_the_statement_names_every_file_but_itself_and_the_page(out):
+    statement = json.loads((out / "purification.json").read_text())
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["predicateType"] == PREDICATE_TYPE
+    assert {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]} == {
+        name: hashlib.sha256((out / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "additional_chat_templates/tool.jinja")
+    }
+    predicate = statement["predicate"]
+    assert predicate["materials"] == [
+        {"name": "model.safetensors", "digest": {"sha256": "ab" * 32}}
+    ]
+    assert materials(out) == {"model.safetensors": "ab" * 32}
+    assert predicate["defense"] == {
+        "name": "fip", "settings": {"steps": 40, "stop": None}, "reference": ""
+    }  # fmt: skip
+    assert predicate["provenance"]["seed"] == 3
+    assert predicate["data"]["fingerprint"] == "f1f2"
+    assert (predicate["guard"]["before"], predicate["guard"]["after"]) == (0.97, 0.96)
+    assert len(predicate["history"]) == 3
+
+
+def test_the_record_comes_back_out_of_the_statement(out):
+    assert read_record(out / "purification.json") == purification()
+
+
+def test_a_file_that_changed_or_went_is_named(out):
+    assert differing(out) == []
+    (out / "later.txt").write_text("no part of it")
+    assert differing(out) == []
+    (out / "model.safetensors").write_bytes(b"other weights")
+    shutil.rmtree(out / "additional_chat_templates")
+    assert differing(out) == [
+        "additional_chat_templates/tool.jinja is missing",
+        "model.safetensors is another file than the one that was written",
+    ]
+
+
+def test_a_statement_about_files_elsewhere_finds_none(out):
+    path = out / "purification.json"
+    path.write_text(path.read_text().replace('"model.safetensors"', '"../elsewhere"'))
+    (out.parent / "elsewhere").write_bytes(b"weights")
+    assert differing(out) == ["../elsewhere is missing"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"_type": "other"}'])
+def test_what_is_no_statement_is_refused(out, text):
+    (out / "purification.json").write_text(text)
+    with pytest.raises(BadInputError, match="record"):
+        differing(out)
+
+
+def test_a_statement_without_digests_is_refused(out):
+    path = out / "purification.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"subject": ["model.safetensors"]}))
+    with pytest.raises(BadInputError, match="digest"):
+        differing(out)
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("jq", "sha256sum"))), reason="needs jq and sha256sum on the PATH"
+)
+def test_the_command_of_the_model_card_verifies_the_files(out):
+    from mmdefense.report.card import card_section
+
+    section = card_section(purification())
+    command = section.split("```bash\n")[1].split("```")[0]
+    run = {"shell": True, "cwd": out, "capture_output": True, "text": True}
+    done = subprocess.run(command, **run)
+    assert done.returncode == 0, done.stderr
+    (out / "model.safetensors").write_bytes(b"other weights")
+    assert subprocess.run(command, **run).returncode != 0
+
+
+CARD = "---\nlicense: mit\ntags:\n- vision\n---\n\n# My net\n\nWhat it is.\n"
+
+
+def test_the_section_is_appended_and_then_replaced(tmp_path):
+    from mmdefense.report.card import card_section, write_card
+
+    path, record = tmp_path / "README.md", purification()
+    path.write_text(CARD)
+    write_card(record, path)
+    first = path.read_text()
+    assert first == CARD + "\n" + card_section(record)
+    write_card(record, path)
+    assert path.read_text() == first
+    path.write_text(first + "\nAdded by hand.\n")
+    write_card(dataclasses.replace(record, defense=_other(record)), path)
+    text = path.read_text()
+    assert text.startswith(CARD)
+    assert "Added by hand." in text
+    assert text.count("## Purified with mmdefense") == 1
+    assert "`tsbd`" in text
+    assert "`fip`" not in text
+
+
+def _other(record):
+    return dataclasses.replace(record.defense, name="tsbd")
+
+
+def test_a_card_is_made_where_there_is_none_and_bytes_of_others_stay(tmp_path):
+    from mmdefense.report.card import card_section, write_card
+
+    write_card(purification(), tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == card_section(purification())
+    odd = b"---\r\nlicense: mit\r\n---\r\nCaf\xe9"
+    (tmp_path / "odd.md").write_bytes(odd)
+    write_card(purification(), tmp_path / "odd.md")
+    assert (tmp_path / "odd.md").read_bytes().startswith(odd)
+
+
+def test_the_section_has_figures_and_limits():
+    from mmdefense.report.card import card_section
+
+    text = card_section(purification())
+    assert "| accuracy | 97.0% | 96.0% |" in text
+    assert "nothing here says that there was a backdoor" in text
+    rates = {"before": Rates(acc=0.9, asr=1.0), "after": Rates(acc=0.9, asr=0.02)}
+    known = purification(attack=AttackFigures(attack="BadNets", **rates))
+    assert "| success rate of BadNets | 100.0% | 2.0% |" in card_section(known)
+
+
+def test_a_hostile_name_is_text_in_the_card():
+    from mmdefense.report.card import card_section
+
+    attack = AttackFigures(attack="<img src=x>\n# [a](b) | c", before=Rates(), after=Rates())
+    text = card_section(purification(attack=attack))
+    assert "<img" not in text.replace("\\<img", "")
+    assert "\n# " not in text
