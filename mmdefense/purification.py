@@ -51,10 +51,10 @@ def purify(
     seed: int | None = None,
     progress: Progress | None = None,
     store: RunStore | None = None,
+    max_seconds: float | None = None,
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
-    max_seconds: float | None = None,
 
     Args:
         model: The model, or an adapter around it where it needs options, such as a mean and a
@@ -66,10 +66,10 @@ def purify(
         seed: Makes the result reproducible; by default the defense's own.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
         store: Where to keep states, so that the same call goes on after a kill.
+        max_seconds: From when on to stop, with the best state so far.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
-        max_seconds: From when on to stop, with the best state so far.
         BadInputError: If the name, a setting, the data or the model cannot be used.
         UnsupportedError: If no adapter accepts the model, or it lacks what the defense needs.
         DivergenceError: If a loss stopped being finite.
@@ -194,6 +194,11 @@ class Purification:
         """How much utility was lost on held-out clean data, and whether that is too much."""
         return self.result.guard
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why a defense was chosen, a line for each that was tried; empty where none was."""
+        return tuple(self.result.figures.get("choice", {}).get("why", ()))
+
     def record(self) -> PurificationRecord:
         """Return what is known about the purification, as ``purification.json`` has it."""
         title = self.names.get("model", type(self.victim.model).__name__)
@@ -204,7 +209,7 @@ class Purification:
             data=records.DataInfo(name=self.names.get("data", "clean samples"), **self.result.data),
             defense=records.DefenseInfo(
                 name=registry.name_of("defenses", type(self.defense)),
-                settings=self.result.settings,
+                settings={**self.result.settings, **self._choice},
                 reference=_reference(type(self.defense)),
             ),
             guard=_recorded(self.guard),
@@ -255,6 +260,12 @@ class Purification:
             write_figures(self.figures(), folder / FIGURES)
             write_statement(record, folder, hash_inputs(source) if source is not None else None)
             rebuild(folder)
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        """What was chosen, with its settings, and why; empty where nothing was."""
+        choice = self.result.figures.get("choice")
+        return {} if choice is None else {"choice": choice}
 
     @cached_property
     def _sharpness(self) -> Any:

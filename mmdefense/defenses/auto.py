@@ -1,0 +1,238 @@
+"""The choice of a defense by what a defender can measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mmdefense import registry
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.defenses.base import Defense, Guard, Purifying
+from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
+from mmdefense.kernels.inversion import Search, recover, success_of
+from mmdefense.kernels.run import Event, Progress, Run, copy_state
+from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
+
+__all__ = ["Auto"]
+
+_Pool = tuple[TriggerFamily, int, Tensor]
+"""A family, a target and triggers ``(M, *P)`` towards it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Defense):
+    """Try defenses, cheap ones first, and return the first that is good enough.
+
+    Good enough is: the utility guard is kept, and no trigger that a defender can know of succeeds
+    on more than ``tolerated`` of the held-out samples. Known are triggers that a search finds in
+    the given model, those that it finds in the purified one, and a bank of random ones. Where none
+    is, the one that leaves least success within the guard is returned.
+
+    A given model in which no trigger is found gives nothing to choose by; ``fallback`` is taken
+    then. **Triggers of a kind that is not searched for are not seen**, here as everywhere.
+
+    Attributes:
+        candidates: Names of defenses, in the order in which they are tried.
+        fallback: What is taken where nothing can be told apart; by default what left least on this
+            project's victims over the domains (docs/results.md).
+        tolerated: Largest success of a known trigger, in ``[0, 1]``.
+        search_steps: Updates of the search for triggers.
+        bank: Random triggers of each family.
+        steps: Updates of each candidate; none leaves it to the candidate.
+        batch_size: Clean samples per update; none leaves it to the candidate.
+    """
+
+    candidates: tuple[str, ...] = ("fine-tuning", "fip", "tsbd", "baeraser")
+    fallback: str = "tsbd"
+    tolerated: float = 0.1
+    search_steps: int = 40
+    bank: int = 16
+    steps: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tolerated <= 1:
+            raise BadInputError(f"tolerated must lie in [0, 1], got {self.tolerated}")
+        if not self.candidates:
+            raise BadInputError("candidates must name at least one defense, got none")
+        for name in (*self.candidates, self.fallback):
+            if registry.load("defenses", name) is Auto:
+                raise BadInputError("candidates must be other defenses, got 'auto' itself")
+
+    def _run(self, work: Purifying[Any]) -> None:
+        names, pools, why = self._plan(work)
+        best: _Trial | None = None
+        for name in names:
+            trial = self._try(work, name, pools)
+            why.append(f"{name}: {trial.words(self.tolerated)}")
+            if best is None or trial.rank < best.rank:
+                best = trial
+            if trial.stopped or trial.is_good(self.tolerated):
+                break
+        assert best is not None
+        if best.failure is not None:
+            raise best.failure
+        why.append(f"chosen: {best.name}; a trigger of a kind that is not searched for is not seen")
+        work.adapter.model.load_state_dict(best.state)
+        work.stopped = trial.stopped
+        work.figures |= best.figures
+        settings = dataclasses.asdict(self._made(best.name))
+        work.figures["choice"] = {"defense": best.name, "settings": settings, "why": why}
+
+    def _plan(self, work: Purifying[Any]) -> tuple[tuple[str, ...], list[_Pool], list[str]]:
+        """Return what to try, the triggers to try it by, and why."""
+        if lacking(work.adapter, TriggerAdapter):
+            return (self.fallback,), [], ["inputs of this model carry no triggers to try"]
+        adapter = cast("TriggerAdapter[Any]", work.adapter)
+        found = [
+            (TriggerFamily(**row["family"]), row["target"], row["triggers"])
+            for row in work.run.once("search", lambda: {"found": self._found(work)})["found"]
+        ]
+        pools = [*found, *_bank(adapter, self.bank, work.run)]
+        success = _success(adapter, work.holdout, pools)
+        if not found and success <= self.tolerated:
+            words = (
+                f"no trigger was found in the given model (random ones succeed on {success:.0%})"
+            )
+            return (self.fallback,), pools, [f"{words}, so that nothing can be told apart"]
+        words = f"{len(found)} triggers were found in the given model; known ones succeed on up to"
+        return self.candidates, pools, [f"{words} {success:.0%} of the held-out samples"]
+
+    def _found(self, work: Purifying[Any]) -> list[dict[str, Any]]:
+        """Return the triggers that a search finds, as plain values."""
+        adapter = cast("TriggerAdapter[Any]", work.adapter)
+        search = Search(steps=self.search_steps, screening=self.search_steps)
+        records = recover(adapter, work.fit, search, work.run, stage="search")
+        return [
+            {"family": dataclasses.asdict(record.family), "target": target, "triggers": pool}
+            for record in records
+            for target, pool, yes in zip(
+                record.targets.tolist(), record.pool, record.accepted.tolist(), strict=True
+            )
+            if yes
+        ]
+
+    def _made(self, name: str) -> Defense:
+        """Return a candidate with the seed, the guard and the budget of this defense."""
+        kind = registry.load("defenses", name)
+        shared = ("seed", "max_utility_drop", "holdout", "steps", "batch_size")
+        given = {field: getattr(self, field) for field in shared}
+        known = {field.name for field in dataclasses.fields(kind)}
+        kept = {k: v for k, v in given.items() if k in known and v is not None}
+        made: Defense = kind(**kept)
+        return made
+
+    def _try(self, work: Purifying[Any], name: str, pools: Sequence[_Pool]) -> _Trial:
+        """Run a candidate on a fork, and measure what it leaves."""
+        part = Purifying(work.adapter.fork(), work.fit, work.holdout, _part(work.run, name))
+        candidate = self._made(name)
+        try:
+            if missing := lacking(part.adapter, candidate.requires):
+                raise UnsupportedError(f"{name} needs {', '.join(missing)}")
+            guard = candidate.attempt(part)
+            success = self._left(part, pools) if pools else 0.0
+        except (UnsupportedError, DivergenceError) as error:
+            return _Trial(name, failure=error)
+        work.run.history += [
+            {**entry, "stage": f"{name}: {entry['stage']}"} for entry in part.run.history
+        ]
+        state = copy_state(part.adapter.model)
+        return _Trial(name, state, part.figures, guard, success, part.stopped)
+
+    def _left(self, part: Purifying[Any], pools: Sequence[_Pool]) -> float:
+        """Return the largest success of a known trigger on what a candidate leaves."""
+        adapter = cast("TriggerAdapter[Any]", part.adapter)
+        success = _success(adapter, part.holdout, pools)
+        if part.stopped or success > self.tolerated:
+            return success
+        part.run.deadline = None  # it is whole: what is left is one search
+        new = [
+            (TriggerFamily(**row["family"]), row["target"], row["triggers"])
+            for row in self._found(part)
+        ]
+        return max(success, _success(adapter, part.holdout, new))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What came of one candidate: a state and its measures, or why there is none."""
+
+    name: str
+    state: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guard: Guard | None = None
+    success: float = 1.0
+    stopped: str = ""
+    failure: Exception | None = None
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Smaller is better: any state, the guard kept, the least success."""
+        return self.guard is None, self.guard is None or self.guard.violated, self.success
+
+    def is_good(self, tolerated: float) -> bool:
+        return self.guard is not None and not self.guard.violated and self.success <= tolerated
+
+    def words(self, tolerated: float) -> str:
+        if self.guard is None:
+            return f"not possible here ({self.failure})"
+        verdict = "good enough" if self.is_good(tolerated) else "not good enough"
+        ended = f"; the time was up in {self.stopped}" if self.stopped else ""
+        return (
+            f"utility {self.guard.before:.3f} to {self.guard.after:.3f}"
+            f"{' (guard VIOLATED)' if self.guard.violated else ''}, known triggers succeed on up "
+            f"to {self.success:.0%}: {verdict}{ended}"
+        )
+
+
+def _part(run: Run, name: str) -> Run:
+    """Return the run of one candidate, with states and signs of progress of its own."""
+
+    def progress(event: Event) -> None:
+        run.progress(dataclasses.replace(event, stage=f"{name}: {event.stage}"))
+
+    told: Progress = progress
+    store = None if run.store is None else RunStore(run.store.folder / name)
+    return Run(run.seed, told, store, checkpoint_every=run.checkpoint_every, deadline=run.deadline)
+
+
+def _success(adapter: TriggerAdapter[Any], samples: Any, pools: Sequence[_Pool]) -> float:
+    """Return the largest success of the pools on the samples, in ``[0, 1]``; 0 for no pool."""
+    return max((success_of(adapter, samples, *pool) for pool in pools), default=0.0)
+
+
+_MOST_TARGETS = 16
+"""Targets that the bank is tried on: with a thousand classes, a thousand passes would be needed."""
+
+
+def _bank(adapter: TriggerAdapter[Any], count: int, run: Run) -> Iterator[_Pool]:
+    """Yield ``count`` random triggers of each family towards each of some targets."""
+    generator = run.generator("bank")
+    every = torch.randperm(adapter.trigger_targets(), generator=generator)
+    for family in adapter.trigger_families():
+        drawn = _random_triggers(adapter, family, count, generator)
+        for target in every[:_MOST_TARGETS].sort().values.tolist() if len(drawn) else ():
+            yield family, target, drawn
+
+
+def _random_triggers(
+    adapter: TriggerAdapter[Any], family: TriggerFamily, count: int, generator: torch.Generator
+) -> Tensor:
+    """Return up to ``count`` raw triggers ``(M, *P)`` of blocks, within the family's budget.
+
+    Each channel is noise on a grid of 4 cells a side, cut at a height of its own.
+    """
+    first, *rest = family.shape
+    drawn = torch.rand(64 * count, first, *(min(4, side) for side in rest), generator=generator)
+    heights = torch.rand(64 * count, first, *(1 for _ in rest), generator=generator)
+    blocks = (drawn > heights).float() if rest else drawn
+    for axis, side in enumerate(rest, 2):
+        blocks = blocks.index_select(axis, torch.arange(side) * min(4, side) // side)
+    fits = adapter.trigger_size(family, blocks) <= family.budget
+    return blocks[fits & (blocks.flatten(1).amax(1) > 0)][:count]

@@ -1,0 +1,145 @@
+"""The choice of a defense, on scripted defenses and searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.defenses import auto
+from mmdefense.defenses.auto import Auto
+from mmdefense.defenses.base import Defense
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marking(Defense):
+    """Writes its mark into the first bias; ``left`` is the success of triggers that it leaves."""
+
+    mark: ClassVar[float]
+
+    def _run(self, work):
+        work.run.report("mark", 1, 1, mark=self.mark)
+        with torch.no_grad():
+            work.adapter.model.get_submodule(work.adapter.head).bias += self.mark
+        work.run.report("mark", 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weak(Marking):
+    mark = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strong(Marking):
+    mark = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impossible(Marking):
+    def _run(self, work):
+        raise UnsupportedError("no such layer")
+
+
+@pytest.fixture
+def scripted(monkeypatch, taught):
+    """Return a function that purifies: triggers succeed as ``left`` says of each mark."""
+    adapter, samples = taught("small-resnet")
+    plugged = {"weak": Weak, "strong": Strong, "impossible": Impossible}
+    monkeypatch.setattr(auto.registry, "load", lambda _, name: plugged[name])
+    given = adapter.model.get_submodule(adapter.head).bias.detach().clone()
+
+    def purify(left, *, found=True, **settings):
+        def success(adapter, *_):
+            moved = adapter.model.get_submodule(adapter.head).bias.detach() - given
+            return left[round(float(moved[0]) * 1e4)]
+
+        def search(self, work):
+            row = {"family": {"name": "patch", "shape": (2, 2, 2), "budget": 0.1}, "target": 0}
+            return [{**row, "triggers": torch.zeros(1, 2, 2, 2)}] if found else []
+
+        monkeypatch.setattr(auto, "_success", success)
+        monkeypatch.setattr(Auto, "_found", search)
+        kept = {"candidates": ("weak", "strong"), "fallback": "strong", "max_utility_drop": 1.0}
+        more = {k: settings.pop(k) for k in ("store", "max_seconds") if k in settings}
+        result = Auto(**{**kept, **settings}).purify(adapter, samples, **more)
+        return result, result.figures["choice"]
+
+    return purify
+
+
+def test_the_first_that_is_good_enough_is_taken(scripted):
+    result, choice = scripted({0: 1.0, 1: 0.05, 2: 0.0})
+    assert choice["defense"] == "weak"
+    assert choice["settings"]["max_utility_drop"] == 1.0
+    assert len(choice["why"]) == 3
+    assert "known ones succeed on up to 100%" in choice["why"][0]
+    assert "up to 5%: good enough" in choice["why"][1]
+    assert "not searched for is not seen" in choice["why"][2]
+    assert {"stage": "weak: mark", "step": 1, "mark": Weak.mark} in result.history
+    assert result.guard.state == "final"
+
+
+def test_what_leaves_a_trigger_is_not_good_enough(scripted):
+    _, choice = scripted({0: 1.0, 1: 0.5, 2: 0.0})
+    assert choice["defense"] == "strong"
+    assert "up to 50%: not good enough" in choice["why"][1]
+
+
+def test_where_none_is_good_enough_the_best_is_taken(scripted):
+    assert scripted({0: 1.0, 1: 0.4, 2: 0.6})[1]["defense"] == "weak"
+
+
+def test_what_is_not_possible_is_said_and_passed_over(scripted):
+    _, choice = scripted({0: 1.0, 2: 0.0}, candidates=("impossible", "strong"))
+    assert choice["defense"] == "strong"
+    assert choice["why"][1] == "impossible: not possible here (no such layer)"
+    with pytest.raises(UnsupportedError, match="no such layer"):
+        scripted({0: 1.0}, candidates=("impossible",))
+
+
+def test_where_nothing_can_be_told_apart_the_fallback_is_taken(scripted):
+    _, choice = scripted({0: 0.05, 1: 0.0, 2: 0.0}, found=False)
+    assert choice["defense"] == "strong"
+    assert "nothing can be told apart" in choice["why"][0]
+
+
+def test_no_other_is_tried_when_the_time_is_up(scripted):
+    result, choice = scripted({0: 1.0, 1: 0.5, 2: 0.0}, max_seconds=0)
+    assert choice["defense"] == "weak"
+    assert result.stopped == "mark, step 1 of 2"
+    assert "the time was up in mark" in choice["why"][1]
+
+
+def test_each_candidate_keeps_states_of_its_own(scripted, tmp_path):
+    scripted({0: 1.0, 1: 0.5, 2: 0.0}, store=RunStore(tmp_path))
+    assert RunStore(tmp_path).load("search")["value"]["found"][0]["target"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"tolerated": 1.5}, {"candidates": ()}])
+def test_settings_that_are_none_are_refused(settings):
+    with pytest.raises(BadInputError):
+        Auto(**settings)
+    with pytest.raises(BadInputError, match="other defenses"):
+        Auto(candidates=("auto",))
+
+
+@pytest.mark.parametrize("model", ["small-resnet", "hf-vit"])
+def test_the_bank_holds_triggers_within_the_budget(taught, model):
+    adapter, _ = taught(model)
+    pools = list(auto._bank(adapter, 8, Run(seed=1)))
+    assert {family.name for family, _, _ in pools} == {"patch", "additive"}
+    for family, target, triggers in pools:
+        assert 0 <= target < adapter.trigger_targets()
+        assert triggers.shape[1:] == family.shape
+        assert 1 <= len(triggers) <= 8
+        assert triggers.min() >= 0
+        assert triggers.max() <= 1
+        assert (adapter.trigger_size(family, triggers) <= family.budget).all()
+        assert (triggers.flatten(1).amax(1) > 0).all()
+    again = list(auto._bank(adapter, 8, Run(seed=1)))
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(pools, again, strict=True))
