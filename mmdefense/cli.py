@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 
 if TYPE_CHECKING:
     from mmdefense.attacks.base import Attack
+    from mmdefense.checkpoints.hub import HubTarget
+    from mmdefense.defenses.base import Defense
+    from mmdefense.jobs import Source
 
 __all__ = ["app", "main"]
 
@@ -112,7 +116,9 @@ def purify(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
-    defense: Annotated[str, typer.Option(help="A name of `list defenses`.")] = "fip",
+    defense: Annotated[
+        str, typer.Option(help="A name of `list defenses`; auto tries several.")
+    ] = "fip",
     task: Task = "auto",
     arch: Arch = None,
     settings: Settings = None,
@@ -120,6 +126,10 @@ def purify(
     max_utility_drop: Annotated[
         float, typer.Option(help="Largest drop of the task metric on held-out data.")
     ] = 0.02,
+    max_time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop with the best state so far, such as 90s, 30m, 2h."),
+    ] = None,
     mean: Numbers = None,
     std: Numbers = None,
     image_size: ImageSize = None,
@@ -128,6 +138,13 @@ def purify(
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the output to the Hugging Face hub."),
+    ] = None,
 ) -> None:
     """Purify a model with a little clean data; write it with its evidence to a new folder."""
     from mmdefense.jobs import Source, partial_folder, purify_files
@@ -138,6 +155,11 @@ def purify(
     chosen = configured(defense, given)
     reading = _reading(mean, std, image_size, channels, read)
     source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
+    max_seconds = _seconds(max_time)
+    if dry_run:
+        _show_plan(source, chosen)
+        return
+    target = _hub_target(push_to_hub)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     try:
         with ProgressDisplay() as progress:
@@ -148,6 +170,7 @@ def purify(
                 resume=resume,
                 force=force,
                 progress=progress,
+                max_seconds=max_seconds,
                 command=command,
             )
     except KeyboardInterrupt:
@@ -159,6 +182,13 @@ def purify(
         )
         raise typer.Exit(130) from None
     typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
+    for line in purified.reasons:
+        typer.echo(line)
+    if purified.result.stopped:
+        typer.echo("to go on, repeat the command with more time, --resume and --force")
+    if target is not None:
+        violated = purified.guard.violated
+        typer.echo("not pushed to the hub" if violated else f"pushed to {target.upload(out)}")
     raise typer.Exit(int(purified.guard.violated))
 
 
@@ -382,6 +412,29 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise typer.BadParameter(
             f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
         ) from None
+
+
+def _show_plan(source: Source, defense: Defense) -> None:
+    from mmdefense.planning import plan
+
+    for line in plan(source.open(), defense).lines():
+        typer.echo(line)
+
+
+def _hub_target(repo: str | None) -> HubTarget | None:
+    from mmdefense.checkpoints.hub import HubTarget
+
+    return None if repo is None else HubTarget(repo)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return the seconds of a duration such as ``90s``, ``30m`` or ``2h``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None:
+        raise typer.BadParameter(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _parsed(settings: list[str] | None) -> dict[str, Any]:

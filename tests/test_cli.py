@@ -145,6 +145,27 @@ def test_resume_refuses_another_job(place, mmdefense, monkeypatch, more, words):
     assert "another data" in mmdefense(*place.purify("--resume")).err
 
 
+def test_a_run_whose_time_is_up_is_handed_back_and_goes_on(place, mmdefense, undisturbed):
+    short = mmdefense(*place.purify(*LONG, "--max-time", "0.001s"))
+    assert short.code == 0, short.err
+    assert short.out.count("when the time was up") == 1
+    assert "--resume and --force" in short.out
+    assert weights(place.out) != undisturbed
+    assert place.files() == ["out", "out.partial", "whole"]
+    longer = mmdefense(*place.purify(*LONG, "--max-time", "1h"), "--resume", "--force")
+    assert longer.code == 0, longer.err
+    assert "time was up" not in longer.out
+    assert weights(place.out) == undisturbed
+    assert place.files() == ["out", "whole"]
+
+
+@pytest.mark.parametrize("time", ["soon", "30", "-1s", "5d"])
+def test_a_time_that_is_none_is_refused(place, mmdefense, time):
+    outcome = mmdefense(*place.purify(f"--max-time={time}"))
+    assert outcome.code == 2
+    assert "90s, 30m or 2h" in outcome.err
+
+
 def test_resume_without_anything_to_resume_starts(place, mmdefense):
     assert mmdefense(*place.purify("--resume")).code == 0
 

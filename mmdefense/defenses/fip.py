@@ -123,6 +123,10 @@ class _FisherPurification(TrainingDefense):
         training = super().training(adapter)
         return replace(training, batch_norm=self.batch_norm, average=self.average)
 
+    def trained(self, adapter: TaskAdapter[Any]) -> int:
+        """Return how many values are trained."""
+        return sum(tensor.numel() for tensor in self._coordinates(adapter.model).tensors)
+
     @abstractmethod
     def _coordinates(self, model: nn.Module) -> _Coordinates:
         """Return what is trained."""

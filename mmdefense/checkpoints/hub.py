@@ -1,0 +1,59 @@
+"""Hand a folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+
+__all__ = ["HubTarget"]
+
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class HubTarget:
+    """A repository to upload to; that it can be is checked at once, before hours of work."""
+
+    def __init__(self, repo: str) -> None:
+        """Check the name, the library and the login.
+
+        Raises:
+            BadInputError: If the name is none, or nobody is logged in.
+            UnsupportedError: If the library is not installed.
+        """
+        if not _ID.fullmatch(repo):
+            raise BadInputError(f"a hub repository must be OWNER/NAME, got {repo!r}")
+        try:
+            from huggingface_hub import HfApi
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"the hub needs the package {error.name!r}; pip install 'mmdefense[huggingface]'"
+            ) from error
+        self.repo = repo
+        self._api: Any = HfApi()
+        try:
+            self._api.whoami()
+        except Exception as error:  # the client raises many kinds: no token, a bad one, no network
+            raise BadInputError(
+                f"the hub does not know who you are: {one_line(error)}; run `hf auth login`, or "
+                "set HF_TOKEN"
+            ) from error
+
+    def upload(self, folder: Path) -> str:
+        """Upload all files of a folder, and return where they are; a new repository is private.
+
+        Raises:
+            BadInputError: If the hub does not take it.
+        """
+        try:
+            url = self._api.create_repo(self.repo, private=True, exist_ok=True)
+            self._api.upload_folder(
+                repo_id=self.repo, folder_path=str(folder), commit_message="Purify by mmdefense"
+            )
+        except Exception as error:  # the client raises many kinds
+            raise BadInputError(
+                f"{folder} was written, but the hub did not take it: {one_line(error)}"
+            ) from error
+        return str(url)
