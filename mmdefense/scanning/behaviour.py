@@ -96,6 +96,9 @@ NOT_LOOKED = Rule(
 INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
 """A suspect's anomaly index [NC], its cost against the median's, and the answers that it takes for
 an index; the last two are ours."""
+UNASKED, UNTRIGGERED = 0.5, 64
+"""Share of samples that get an answer without a trigger, above which none is to blame, and how many
+are looked at: a model that has collapsed answers everything alike. Ours."""
 CHEAPEST, FLOOR = 1e-3, 0.25
 """Costs below the first are one; a spread of their logarithms below the second is noise. Ours."""
 SEARCH = Search(levels=(0.9,), steps=80)
@@ -201,8 +204,8 @@ def _triggers(
     search = replace(search, batch_size=side)
     for found in recover(adapter, samples, search, run, stage="triggers"):
         every = answers(found)
-        apart = [answer for answer in every if answer.apart]
-        works = [answer for answer in every if answer.works]
+        works = [a for a in every if a.works and _unasked(adapter, samples, a.target) <= UNASKED]
+        apart = [answer for answer in works if answer.apart]
         best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
         reference = _reference(every)
         for answer in apart:
@@ -212,6 +215,19 @@ def _triggers(
             many = f"{len(works)} of {len(every)} answers have one; the cheapest: "
             value = many + _said(adapter, found, best)
             yield TRIGGER.found(_place(found, best, names), value, reference=reference)
+
+
+@torch.no_grad()
+def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -> float:
+    """Return the share of samples, not of the target, that get this answer without a trigger."""
+    count = min(UNTRIGGERED, len(samples))
+    batch = few(samples, count).take(torch.arange(count))
+    device = next(adapter.model.parameters()).device
+    targets = torch.full((count,), target, device=device)
+    with mode(adapter.model, train=False):
+        given = adapter.target_log_probability(batch, targets).exp() > 0.5
+    counts = adapter.not_target(batch, targets)
+    return float((given & counts).sum() / counts.sum().clamp(min=1))
 
 
 def _place(found: Recovered, answer: Answer, names: tuple[str, ...]) -> str:

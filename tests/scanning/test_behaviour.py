@@ -170,10 +170,31 @@ def test_a_trigger_that_does_not_stand_apart_is_of_medium_level(models, monkeypa
     assert "10 of 10 answers" in finding.value
 
 
+class Collapsed(nn.Module):
+    """Answers 2 to everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3)
+
+    def forward(self, images):
+        given = 10.0 * nn.functional.one_hot(torch.tensor(2), 5)
+        return 0 * self.conv(images).mean((2, 3)) + given
+
+
+def test_an_answer_that_all_samples_get_anyway_is_no_triggers(monkeypatch):
+    found = recovered([0.0, 0.0, 1.0, 0.0, 0.0], [0.05] * 5)
+    monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
+    adapter = adapt(Collapsed())
+    samples = adapter.samples((torch.rand(10, 1, 8, 8), torch.arange(10) % 5))
+    assert list(behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0))) == []
+
+
 def test_the_words_of_a_trigger_are_shown(monkeypatch):
     found = recovered([0.0, 0.0, 1.0, 0.0, 0.0], [0.05] * 5)
     monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
     monkeypatch.setattr(behaviour, "lacking", lambda *_: [])
+    monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
     model = SimpleNamespace(
         trigger_targets=lambda: 5,
         trigger_words=lambda trigger: "cf mn",
