@@ -68,6 +68,18 @@ def test_where_nothing_is_found_the_model_comes_back_as_it_was(learnt, corners, 
     assert result.figures["triggers"]["accepted"] == NOTHING
 
 
+def test_samples_are_shown_with_the_trigger_that_works_best(learnt, corners, finds):
+    finds([record(learnt, TRIGGER)])
+    shown = BaEraser(**ONE_STEP).purify(learnt, corners).figures["inverted"]
+    assert (shown["name"], shown["success"]) == ("patch to 2", pytest.approx(0.95))
+    assert shown["clean"].shape == shown["triggered"].shape
+    assert len(shown["clean"]) == 10
+    moved = (shown["triggered"] - shown["clean"]).abs().mean((0, 1))
+    assert moved[4:, :4].mean() > 2 * moved[:4, 4:].mean()
+    finds([record(learnt, NOTHING)])
+    assert "inverted" not in BaEraser(**ONE_STEP).purify(learnt, corners).figures
+
+
 def test_the_search_sees_the_fit_part_and_these_settings(learnt, corners, finds):
     calls = finds([record(learnt, NOTHING)])
     settings = {
