@@ -47,6 +47,9 @@ NOT_RUN = {
     "--seeds 3": "many minutes",
     "pip install .": "installs from a package index; `make` does it with pinned versions",
     'pip install ".[huggingface,timm]"': "the same, with extras",
+    "make setup": "installs from a package index",
+    "mmdefense purify my-vit --data images -o handed-vit --push-to-hub me/purified-vit": "needs a "
+    "login; tests/checkpoints/test_hub.py has a stub of the hub",
 }
 
 # A reader's own model, as the README supposes it.
