@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mmdefense as mmd
+from mmdefense.batches import LabelledBatch
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense
 from mmdefense.report.record import read_record
@@ -48,7 +49,8 @@ class Shrink(Defense):
             "success": [0.97, 0.4],
             "accepted": [True, False],
         }
-        pair = {"clean": torch.rand(4, 1, 8, 8), "triggered": torch.rand(4, 1, 8, 8)}
+        batches = (LabelledBatch(torch.rand(4, 1, 8, 8), torch.zeros(4).long()) for _ in "ab")
+        pair = dict(zip(("clean", "triggered"), batches, strict=True))
         work.figures["inverted"] = {**pair, "name": "patch to 0", "success": 0.97}
 
 

@@ -235,38 +235,24 @@ def _pictures(adapter: Any, found: Sequence[Recovered]) -> dict[str, Any]:
 
 
 def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]:
-    """Return a few images without and with the best accepted trigger, for the report.
-
-    There are none where none was accepted, or where inputs are no images.
-    """
+    """Return a few samples without and with the best accepted trigger, for the report."""
     accepted = [
         (float(record.success[index]), record, index)
         for record in found
         for index in record.accepted.nonzero().flatten().tolist()
     ]
-    part = work.fit.subset(some_of(len(work.fit), _SHOWN))
-    batch = part.take(torch.arange(len(part)))
-    if not accepted or not _has_images(batch):
+    if not accepted:
         return {}
     success, record, index = max(accepted, key=lambda entry: entry[0])
-    trigger = record.pool[index, :1].to(_images(batch).device)
+    part = work.fit.subset(some_of(len(work.fit), _SHOWN))
+    batch = part.take(torch.arange(len(part)))
+    trigger = record.pool[index, :1].to(next(work.adapter.model.parameters()).device)
     stamped = _triggered(work).stamp(
         batch, record.family, trigger[None].expand(-1, len(part), *trigger.shape[1:])
     )
     name = f"{record.family.name} to {int(record.targets[index])}"
-    pair = {"clean": _images(batch), "triggered": _images(stamped)}
-    return {"inverted": {**pair, "name": name, "success": success}}
+    return {"inverted": {"clean": batch, "triggered": stamped, "name": name, "success": success}}
 
 
 _SHOWN = 10
 """Samples that the report shows with a recovered trigger."""
-
-
-def _images(batch: Any) -> Any:
-    """Return the images of a batch of labelled inputs or of detections; none of other batches."""
-    return getattr(batch, "images", getattr(batch, "inputs", None))
-
-
-def _has_images(batch: Any) -> bool:
-    images = _images(batch)
-    return images is not None and images.ndim == 4 and images.shape[1] in {1, 3}

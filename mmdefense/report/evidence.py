@@ -142,7 +142,8 @@ def defense_figures(result: Result) -> Iterator[Figure]:
     Known are ``pruning_curve`` (fractions, accuracies, chosen fraction), ``weight_change`` (one
     tensor ``(U,)`` per group) with ``reset`` (bool, over all units), ``activeness`` (before,
     after), ``triggers`` (``images``, ``names``, ``success``, ``accepted``) and ``inverted``
-    (``clean``, ``triggered``, ``name``, ``success``).
+    (``clean`` and ``triggered``, both batches, shown where they are of images; ``name``,
+    ``success``).
     """
     kept = result.figures
     if "pruning_curve" in kept:
@@ -163,6 +164,12 @@ def defense_figures(result: Result) -> Iterator[Figure]:
         yield figures.recovered_triggers(found["images"], names, accepted=found["accepted"])
     if "inverted" in kept:
         shown = kept["inverted"]
-        yield figures.inverted_samples(
-            shown["clean"], shown["triggered"], shown["name"], shown["success"]
-        )
+        clean, triggered = _images(shown["clean"]), _images(shown["triggered"])
+        if clean is not None:
+            yield figures.inverted_samples(clean, triggered, shown["name"], shown["success"])
+
+
+def _images(batch: Any) -> Any:
+    """Return the images ``(N, C, H, W)`` of a batch; none of a batch of something else."""
+    found = getattr(batch, "images", getattr(batch, "inputs", None))
+    return found if found is not None and found.ndim == 4 and found.shape[1] in {1, 3} else None

@@ -72,9 +72,10 @@ def test_samples_are_shown_with_the_trigger_that_works_best(learnt, corners, fin
     finds([record(learnt, TRIGGER)])
     shown = BaEraser(**ONE_STEP).purify(learnt, corners).figures["inverted"]
     assert (shown["name"], shown["success"]) == ("patch to 2", pytest.approx(0.95))
-    assert shown["clean"].shape == shown["triggered"].shape
-    assert len(shown["clean"]) == 10
-    moved = (shown["triggered"] - shown["clean"]).abs().mean((0, 1))
+    clean, triggered = shown["clean"].inputs, shown["triggered"].inputs
+    assert clean.shape == triggered.shape
+    assert len(clean) == 10
+    moved = (triggered - clean).abs().mean((0, 1))
     assert moved[4:, :4].mean() > 2 * moved[:4, 4:].mean()
     finds([record(learnt, NOTHING)])
     assert "inverted" not in BaEraser(**ONE_STEP).purify(learnt, corners).figures
