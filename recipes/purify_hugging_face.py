@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -56,10 +57,12 @@ attack = BadNets(target=0, ratio=0.1, seed=options.seed).plant(
     Run(options.seed),
 )
 triggered = attack.triggered(test, victim)
-victim.model.save_pretrained(place / "untrusted")
+untrusted: Any = victim.model
+untrusted.save_pretrained(place / "untrusted")
 
 # %% What you have: that folder, and 5 % of clean images, in a folder for each class.
-clean = split(train, 0.05, options.seed)[1]
+part = split(train, 0.05, options.seed)[1]
+clean = part.take(torch.arange(len(part)))
 for index, (image, label) in enumerate(zip(clean.inputs, clean.labels.tolist(), strict=True)):
     path = place / "images" / str(label) / f"{index}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
