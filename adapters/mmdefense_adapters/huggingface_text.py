@@ -115,7 +115,6 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             self._chance = float(answers.bincount().max() / len(answers))
             self._longest = int((samples.tokens.labels != IGNORED).sum(1).max())
         self._prompts = samples.take(torch.arange(min(_SEEN, len(samples))))
-        self.__dict__.pop("_suspects", None)  # they were found with other prompts
         return samples
 
     def _encoded(self, texts: TextSamples) -> TokenSamples:

@@ -74,7 +74,7 @@ class BaEraser(TrainingDefense):
     screening: int = 40
     entropy: float = 0.1
     rounds: int = 1
-    ascent_weight: float = 0.2
+    ascent_weight: float = 0.5
     drift_weight: float = 1e-3
     stop: float = 0.02
     steps: int = 100

@@ -41,7 +41,7 @@ def test_without_an_attack_nothing_is_claimed_about_a_backdoor():
     assert found.level == "open"
     assert "guard passed" in found.headline
     assert "not measured" in found.headline
-    assert "cannot say" in found.lines[-1]
+    assert "nothing here says that there was a backdoor" in found.lines[-1]
 
 
 def test_a_violated_guard_outweighs_a_low_asr():
