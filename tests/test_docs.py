@@ -42,7 +42,10 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
-    "python recipes/cross_domain_evaluation.py --seeds 1": "many minutes",
+    "mmdefense grid -o out/grid --case radhar-pcba --seeds 1": "many minutes",
+    "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
+    "-o out": "takes the weights that others published",
+    "python recipes/cross_domain_evaluation.py": "hours",
     "python recipes/scan_calibration.py --case digits-badnets --case digits-blended "
     "--seeds 3": "many minutes",
     "pip install .": "installs from a package index; `make` does it with pinned versions",
