@@ -94,12 +94,14 @@ class Followed:
     Attributes:
         imports: Names as ``(module, name)``; none where a name could not be followed.
         calls: Whether anything is called.
+        sound: Whether nothing is taken from an empty stack, as bytes that are no pickle soon do.
         constants: Strings and bytes that could hold a further pickle.
         error: Why it could not be read to its end; empty where it could.
     """
 
     imports: list[tuple[str, str] | None] = field(default_factory=list)
     calls: bool = False
+    sound: bool = True
     constants: list[str | bytes] = field(default_factory=list)
     error: str = ""
 
@@ -174,8 +176,8 @@ class _Machine:
                 continue
             if kind is pickletools.markobject:
                 self._pop_to_mark()
-            elif self.stack:
-                self.stack.pop()
+            else:
+                self._pop()
         self.stack += [_UNKNOWN] * len(opcode.stack_after)
 
     def _pop_to_mark(self) -> None:
@@ -183,6 +185,7 @@ class _Machine:
             pass
 
     def _pop(self) -> Any:
+        self.followed.sound &= bool(self.stack)
         return self.stack.pop() if self.stack else _UNKNOWN
 
     def _import(self, module: Any, name: Any) -> None:
@@ -206,7 +209,8 @@ def scan_pickles(
         stream: A binary file.
         subject: Its name in the findings.
         declared: Whether it calls itself a pickle. Of other bytes, such as the raw storages behind
-            the pickles of the older format, only what names an import is reported.
+            the pickles of the older format, only what names an import is reported, or calls one
+            whose name is hidden on a stack that holds.
         depth: How many pickles and archives it lies in.
     """
     if depth > MAX_DEPTH:
@@ -220,7 +224,8 @@ def scan_pickles(
         is_first = declared and count == 0
         if followed.error and not is_first and not is_dangerous(followed):
             break
-        names.update(followed.imports)
+        hides = is_first or (followed.calls and followed.sound)
+        names.update(name for name in followed.imports if name or hides)
         for constant in followed.constants:
             yield from _scan_constant(constant, subject, depth)
         if followed.error:
