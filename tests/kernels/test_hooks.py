@@ -87,6 +87,19 @@ def test_frozen_statistics_normalise_by_batch_but_learn_nothing(net):
     assert not torch.equal(found, twin(images))
 
 
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_channels_last_survives_strided_convolutions_of_one_pixel(channels):
+    """On the CPU oneDNN corrupts the memory of such a layer's gradient, at 8 channels of 48x64."""
+    layer = nn.Conv2d(channels, 16, 1, stride=2, bias=False)
+    images = torch.rand(4, channels, 48, 64).contiguous(memory_format=torch.channels_last)
+    with channels_last(nn.Sequential(layer)):
+        answers = layer(images)
+        answers.square().sum().backward()
+    expected = torch.einsum("nohw,nchw->oc", 2 * answers.double(), images[:, :, ::2, ::2].double())
+    assert torch.allclose(layer.weight.grad[..., 0, 0].double(), expected, rtol=1e-4)
+    assert not layer._forward_pre_hooks
+
+
 def test_channels_last_orders_the_weights_and_keeps_parameters_the_same_objects(net):
     weight = net[0].weight
     with channels_last(net):
