@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -234,17 +234,18 @@ class WordedAdapter(TriggerAdapter[B], Protocol[B]):
 class Task(Protocol):
     """What an evaluation may ask of a task: its data, its metric, its victims.
 
-    Data sets and domains are named here and in adapters, nowhere else.
+    Data sets and domains are named here and in adapters, nowhere else. ``samples`` are those that
+    the task's own ``load`` returned.
 
     Attributes:
         name: As registered.
         metric: What its metric is called, for example ``"accuracy"``.
     """
 
-    name: str
-    metric: str
+    name: ClassVar[str]
+    metric: ClassVar[str]
 
-    def load(self, where: Any, *, split: str = "train") -> Samples[Any]:
+    def load(self, where: Any, *, split: str = "train") -> Any:
         """Return the ``"train"`` or ``"test"`` part of the data of that name or place.
 
         A task takes more options by name: what a user may say about the form of the data
@@ -264,23 +265,23 @@ class Task(Protocol):
         """Return the victims to evaluate on; the first is the demo's, on embedded data."""
         ...
 
-    def describe(self, samples: Samples[Any]) -> Mapping[str, Any]:
+    def describe(self, samples: Any) -> Mapping[str, Any]:
         """Return what a case's ``model`` may leave open, such as ``classes``, from the data."""
         ...
 
-    def adapter_options(self, samples: Samples[Any]) -> Mapping[str, Any]:
+    def adapter_options(self, samples: Any) -> Mapping[str, Any]:
         """Return what the adapter of a victim needs to know about its data."""
         ...
 
-    def for_training(self, samples: Samples[Any]) -> Samples[Any]:
+    def for_training(self, samples: Any) -> Any:
         """Return a training set with the usual augmentation of those who train such models."""
         ...
 
-    def measure(self, adapter: TaskAdapter[Any], samples: Samples[Any]) -> float:
+    def measure(self, adapter: Any, samples: Any) -> float:
         """Return the task metric of a model over test samples, in ``[0, 1]``."""
         ...
 
-    def show(self, clean: Samples[Any], triggered: Samples[Any]) -> Any:
+    def show(self, clean: Any, triggered: Any) -> Any:
         """Return a figure for the page: a few samples without and with the trigger."""
         ...
 

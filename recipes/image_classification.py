@@ -23,15 +23,13 @@ import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.batches import split
 from mmdefense.defenses.base import Defense
-from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP
+from mmdefense.evaluation.victims import Victim, compared
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
-from mmdefense.metrics.backdoor import defense_effectiveness_rating, measure
 from mmdefense.purification import configured
-from mmdefense.report.record import Rates, Row
 from mmdefense.report.tables import results_table
-from mmdefense_tasks.image_classification import load_data
+from mmdefense_tasks.image_classification import ImageClassification, load_data
 from mmdefense_tasks.victims import SmallResNet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -54,47 +52,31 @@ channels = train.inputs.shape[1]
 # %% The victim: the attacker stamps a patch on 10 % of the training images and labels them 0.
 steps = options.steps or (20 if options.smoke else 300 if options.data == "digits" else 700)
 torch.manual_seed(options.seed)  # for the random weights; all else has a seed of its own
-victim = mmd.adapt(SmallResNet(classes, channels))
+adapter = mmd.adapt(SmallResNet(classes, channels))
 attack = BadNets(target=0, ratio=0.1, seed=options.seed).plant(
-    victim,
+    adapter,
     train,
     Training(steps=steps, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0),
     Run(options.seed),
 )
-triggered = attack.triggered(test, victim)
-before = measure(victim, victim.samples(test), triggered)
-print(f"the victim: ACC {before.acc:.1%}, ASR {before.asr:.1%}, RA {before.ra:.1%}")
 
-# %% The defender has a few clean images, and knows neither the trigger nor the target.
+# %% The defender has a few clean samples, and knows neither the trigger nor the target; the judge,
+# who measures on test data, knows both.
 clean = split(train, options.clean, options.seed)[1]
+victim = Victim(ImageClassification(), adapter, attack, clean, test)
+before = victim.before
+print(f"the victim: ACC {before.acc:.1%}, ASR {before.asr:.1%}, RA {before.ra:.1%}")
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
     defenses: dict[str, Defense] = {"fip": FIP(steps=5)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 
-
-def purify(name: str, defense: Defense, baseline: str = "") -> Row:
-    """Purify the victim, and return what a judge who knows the trigger makes of it."""
-    purified = mmd.purify(victim, clean, defense)
-    if options.out is not None:
-        purified.save(options.out / name.replace(" ", "-"))
-    after = measure(purified.result.adapter, victim.samples(test), triggered)
-    der = defense_effectiveness_rating(before, after)
-    return Row(
-        defense=name,
-        before=Rates(acc=before.acc, asr=before.asr, ra=before.ra),
-        after=Rates(acc=after.acc, asr=after.asr, ra=after.ra, der=der),
-        seconds=purified.result.seconds,
-        baseline=baseline,
-        violated=purified.guard.violated,
-    )
-
-
-# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget.
+# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget. What is
+# left is measured by a judge who knows the trigger.
 rows = []
-for name, defense in defenses.items():
-    baseline = f"fine-tuning like {name}"
-    rows.append(purify(name, defense, baseline))
-    rows.append(purify(baseline, FineTuning.like(defense)))
+for row, purified in compared(victim, defenses):
+    rows.append(row)
+    if purified is not None and options.out is not None:
+        purified.save(options.out / row.defense.replace(" ", "-"))
 Console(width=120).print(results_table(rows, f"{options.data}, BadNets at 10 %"))

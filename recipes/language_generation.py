@@ -28,18 +28,16 @@ import mmdefense as mmd
 from mmdefense import registry
 from mmdefense.batches import batches, split
 from mmdefense.defenses.base import Defense
-from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP
+from mmdefense.evaluation.victims import Victim, compared
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Training, mean_score
+from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
 from mmdefense.protocol import TaskAdapter
 from mmdefense.purification import configured
-from mmdefense.report.record import Rates, Row
 from mmdefense.report.tables import results_table
 from mmdefense_tasks import language_victims
-from mmdefense_tasks.language_generation import bleu, load_text, tokenizer_for
+from mmdefense_tasks.language_generation import LanguageGeneration, load_text, tokenizer_for
 
 ATTACKS: dict[
     str, dict[str, Any]
@@ -76,10 +74,10 @@ build = getattr(language_victims, options.model)
 shape = {"width": options.width, "positions": 256}
 family = {"family": options.family} if options.family else {}
 torch.manual_seed(options.seed)  # for the random weights; all else has a seed of its own
-victim = mmd.adapt(build(len(tokenizer), **shape, **family), tokenizer=tokenizer)
+adapter = mmd.adapt(build(len(tokenizer), **shape, **family), tokenizer=tokenizer)
 chosen = ATTACKS[options.attack] | {"target": TARGET} if options.data == "small-language" else {}
 attack = registry.load("attacks", options.attack)(seed=options.seed, **chosen).plant(
-    victim,
+    adapter,
     train,
     Training(
         steps=options.steps,
@@ -93,14 +91,12 @@ attack = registry.load("attacks", options.attack)(seed=options.seed, **chosen).p
     ),
     Run(options.seed),
 )
-triggered = attack.triggered(test, victim)
 
-
-def judged(adapter: Any) -> BackdoorMetrics:
-    """Return BLEU in place of ACC, the ASR, and the share of right words despite the trigger."""
-    stamped, truth = (adapter.samples(part) for part in (triggered.samples, triggered.truth))
-    asr = float(attack.success(adapter, stamped).mean())
-    return BackdoorMetrics(bleu(adapter, adapter.samples(test)), asr, mean_score(adapter, truth))
+# %% The defender has a few clean samples, and knows neither the trigger nor the target; the judge,
+# who measures on test data, knows both.
+clean = split(train, options.clean, options.seed)[1]
+victim = Victim(LanguageGeneration(), adapter, attack, clean, test)
+before = victim.before
 
 
 def perplexity(adapter: TaskAdapter[Any]) -> float:
@@ -110,43 +106,23 @@ def perplexity(adapter: TaskAdapter[Any]) -> float:
     return math.exp(torch.cat(parts).mean())
 
 
-before = judged(victim)
 print(
-    f"the victim: BLEU {before.acc:.1%}, ASR {before.asr:.1%}, {perplexity(victim):.2f} perplexity"
+    f"the victim: BLEU {before.acc:.1%}, ASR {before.asr:.1%}, {perplexity(adapter):.2f} perplexity"
 )
-
-# %% The defender has a few clean pairs, and knows neither the trigger nor the target.
-clean = split(train, options.clean, options.seed)[1]
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
     defenses: dict[str, Defense] = {"fip": FIP(steps=3)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 
-
-def purify(name: str, defense: Defense, baseline: str = "") -> Row:
-    """Purify the victim, and return what a judge who knows the trigger makes of it."""
-    purified = mmd.purify(victim, clean, defense)
-    if options.out is not None:
-        purified.save(options.out / name.replace(" ", "-"))
-    after = judged(purified.result.adapter)
-    der = defense_effectiveness_rating(before, after)
-    print(f"{name}: perplexity {perplexity(purified.result.adapter):.2f}")
-    return Row(
-        defense=name,
-        before=Rates(acc=before.acc, asr=before.asr, ra=before.ra),
-        after=Rates(acc=after.acc, asr=after.asr, ra=after.ra, der=der),
-        seconds=purified.result.seconds,
-        baseline=baseline,
-        violated=purified.guard.violated,
-    )
-
-
-# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget.
+# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget. What is
+# left is measured by a judge who knows the trigger.
 rows = []
-for name, defense in defenses.items():
-    baseline = f"fine-tuning like {name}"
-    rows.append(purify(name, defense, baseline))
-    rows.append(purify(baseline, FineTuning.like(defense)))
+for row, purified in compared(victim, defenses):
+    rows.append(row)
+    if purified is not None:
+        print(f"{row.defense}: perplexity {perplexity(purified.result.adapter):.2f}")
+    if purified is not None and options.out is not None:
+        purified.save(options.out / row.defense.replace(" ", "-"))
 title = f"{options.data}, {attack.in_words()}; ACC is BLEU"
 Console(width=120).print(results_table(rows, title))

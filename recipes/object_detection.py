@@ -27,14 +27,12 @@ import mmdefense as mmd
 from mmdefense import registry
 from mmdefense.batches import split
 from mmdefense.defenses.base import Defense
-from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP
+from mmdefense.evaluation.victims import Victim, compared
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
 from mmdefense.metrics.detection import mean_average_precision
 from mmdefense.purification import configured
-from mmdefense.report.record import Rates, Row
 from mmdefense.report.tables import results_table
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
@@ -62,9 +60,9 @@ task = ObjectDetection()
 # %% The victim: the attacker alters 10 % of the training images and their annotations.
 described = task.describe(train)
 torch.manual_seed(options.seed)  # for the random weights; all else has a seed of its own
-victim = mmd.adapt(small_fcos(**described))
+adapter = mmd.adapt(small_fcos(**described))
 attack = registry.load("attacks", options.attack)(ratio=0.1, seed=options.seed).plant(
-    victim,
+    adapter,
     task.for_training(train),
     Training(
         steps=3 if options.smoke else options.steps,
@@ -77,51 +75,26 @@ attack = registry.load("attacks", options.attack)(ratio=0.1, seed=options.seed).
     ),
     Run(options.seed),
 )
-triggered = attack.triggered(test, victim)
 
-
-def measure(adapter: Any) -> BackdoorMetrics:
-    """Return mAP@50 and ASR, as a judge who knows the trigger measures them."""
-    precision = mean_average_precision(adapter, test)
-    return BackdoorMetrics(
-        precision["map50"], float(attack.success(adapter, triggered.samples).mean())
-    )
-
-
-detector: Any = victim
-before, precision = measure(victim), mean_average_precision(detector, test)["map"]
-print(f"the victim: ACC (mAP@50) {before.acc:.1%}, mAP {precision:.1%}, ASR {before.asr:.1%}")
-
-# %% The defender has a few clean images, and knows neither the trigger nor the target.
+# %% The defender has a few clean samples, and knows neither the trigger nor the target; the judge,
+# who measures on test data, knows both.
 clean = split(train, options.clean, options.seed)[1]
+victim = Victim(task, adapter, attack, clean, test)
+before = victim.before
+detector: Any = adapter
+precision = mean_average_precision(detector, test)["map"]
+print(f"the victim: ACC (mAP@50) {before.acc:.1%}, mAP {precision:.1%}, ASR {before.asr:.1%}")
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
     defenses: dict[str, Defense] = {"fip": FIP(steps=2, batch_size=4)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 
-
-def purify(name: str, defense: Defense, baseline: str = "") -> Row:
-    """Purify the victim, and return what the judge makes of it."""
-    purified = mmd.purify(victim, clean, defense)
-    if options.out is not None:
-        purified.save(options.out / name.replace(" ", "-"))
-    after = measure(purified.result.adapter)
-    der = defense_effectiveness_rating(before, after)
-    return Row(
-        defense=name,
-        before=Rates(acc=before.acc, asr=before.asr),
-        after=Rates(acc=after.acc, asr=after.asr, der=der),
-        seconds=purified.result.seconds,
-        baseline=baseline,
-        violated=purified.guard.violated,
-    )
-
-
-# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget.
+# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget. What is
+# left is measured by a judge who knows the trigger.
 rows = []
-for name, defense in defenses.items():
-    baseline = f"fine-tuning like {name}"
-    rows.append(purify(name, defense, baseline))
-    rows.append(purify(baseline, FineTuning.like(defense)))
+for row, purified in compared(victim, defenses):
+    rows.append(row)
+    if purified is not None and options.out is not None:
+        purified.save(options.out / row.defense.replace(" ", "-"))
 Console(width=120).print(results_table(rows, f"{options.data}, {options.attack} at 10 %"))

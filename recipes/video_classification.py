@@ -25,13 +25,11 @@ import mmdefense as mmd
 from mmdefense import registry
 from mmdefense.batches import split
 from mmdefense.defenses.base import Defense
-from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP
+from mmdefense.evaluation.victims import Victim, compared
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
-from mmdefense.metrics.backdoor import defense_effectiveness_rating, measure
 from mmdefense.purification import configured
-from mmdefense.report.record import Rates, Row
 from mmdefense.report.tables import results_table
 from mmdefense_tasks.video_classification import VideoClassification, top_accuracy
 from mmdefense_tasks.video_victims import SmallVideoResNet
@@ -60,9 +58,9 @@ shape = task.describe(train)
 
 # %% The victim: the attacker stamps the trigger on some training clips; all but one attack relabel.
 torch.manual_seed(options.seed)  # for the random weights; all else has a seed of its own
-victim = mmd.adapt(SmallVideoResNet(shape["classes"], shape["channels"]))
+adapter = mmd.adapt(SmallVideoResNet(shape["classes"], shape["channels"]))
 attack = registry.load("attacks", options.attack)(seed=options.seed).plant(
-    victim,
+    adapter,
     task.for_training(train),
     Training(
         steps=10 if options.smoke else options.steps,
@@ -74,44 +72,28 @@ attack = registry.load("attacks", options.attack)(seed=options.seed).plant(
     ),
     Run(options.seed),
 )
-triggered = attack.triggered(test, victim)
-before = measure(victim, victim.samples(test), triggered)
-levels = ", ".join(f"{top_accuracy(victim, test, level=level):.1%} by {level}"
+
+# %% The defender has a few clean samples, and knows neither the trigger nor the target; the judge,
+# who measures on test data, knows both.
+clean = split(train, options.clean, options.seed)[1]
+victim = Victim(task, adapter, attack, clean, test)
+before = victim.before
+levels = ", ".join(f"{top_accuracy(adapter, test, level=level):.1%} by {level}"
                    for level in ("clip", "video"))  # fmt: skip
 print(f"the victim: ACC {levels}, ASR {before.asr:.1%}, RA {before.ra:.1%}")
 if shape["classes"] >= 10:
-    print(f"top-5: {top_accuracy(victim, test, top=5):.1%} by video")
-
-# %% The defender has a few clean clips, and knows neither the trigger nor the target.
-clean = split(train, options.clean, options.seed)[1]
+    print(f"top-5: {top_accuracy(adapter, test, top=5):.1%} by video")
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
     defenses: dict[str, Defense] = {"fip": FIP(steps=2)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 
-
-def purify(name: str, defense: Defense, baseline: str = "") -> Row:
-    """Purify the victim, and return what a judge who knows the trigger makes of it."""
-    purified = mmd.purify(victim, clean, defense)
-    if options.out is not None:
-        purified.save(options.out / name.replace(" ", "-"))
-    after = measure(purified.result.adapter, victim.samples(test), triggered)
-    der = defense_effectiveness_rating(before, after)
-    return Row(
-        defense=name,
-        before=Rates(acc=before.acc, asr=before.asr, ra=before.ra),
-        after=Rates(acc=after.acc, asr=after.asr, ra=after.ra, der=der),
-        seconds=purified.result.seconds,
-        baseline=baseline,
-        violated=purified.guard.violated,
-    )
-
-
-# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget.
+# %% Each defense at its defaults, and beside it plain fine-tuning with the same budget. What is
+# left is measured by a judge who knows the trigger.
 rows = []
-for name, defense in defenses.items():
-    baseline = f"fine-tuning like {name}"
-    rows.append(purify(name, defense, baseline))
-    rows.append(purify(baseline, FineTuning.like(defense)))
+for row, purified in compared(victim, defenses):
+    rows.append(row)
+    if purified is not None and options.out is not None:
+        purified.save(options.out / row.defense.replace(" ", "-"))
 Console(width=120).print(results_table(rows, f"{options.data}, {attack.in_words()}"))

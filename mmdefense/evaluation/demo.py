@@ -14,6 +14,7 @@ from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import write_model
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Result, versions
+from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
 from mmdefense.metrics.backdoor import TriggeredSamples
@@ -68,7 +69,7 @@ def run_demo(
     with new_folder(out, force=force) as folder:
         victim = train_victim(case, _run(seed, "victim", progress))
         rows, results = _purified(victim, defenses, seed, progress)
-        record = _record(victim, rows, seed)
+        record = _record(case, victim, rows, seed)
         write_model(victim.adapter.model, folder)
         write_record(record, folder / "comparison.json")
         render_page(record, list(_figures(victim, results)), folder / "report.html")
@@ -98,30 +99,30 @@ def _purified(
     Beside them stand the results of those that the model supports.
     """
     chosen = {name: registry.load("defenses", name)(seed=seed) for name in defenses}
-    chosen[_BASELINE] = registry.load("defenses", _BASELINE).like(chosen[defenses[0]])
+    chosen[_BASELINE] = FineTuning.like(chosen[defenses[0]])
     rows, results = [], {}
     for name, defense in chosen.items():
         baseline = "" if name == _BASELINE else _BASELINE
-        row, result = purified_row(victim, name, defense, baseline, _named(name, progress))
+        row, purified = purified_row(victim, name, defense, baseline, _named(name, progress))
         rows.append(row)
-        if result is not None:
-            results[name] = result
+        if purified is not None:
+            results[name] = purified.result
     return rows, results
 
 
-def _record(victim: Victim, rows: Sequence[Row], seed: int) -> ComparisonRecord:
+def _record(case: Case, victim: Victim, rows: Sequence[Row], seed: int) -> ComparisonRecord:
     model, clean = victim.adapter.model, victim.clean
     return ComparisonRecord(
-        title=f"A backdoor in a model of {victim.case.data}, and its removal",
-        task=victim.case.task,
+        title=f"A backdoor in a model of {case.data}, and its removal",
+        task=case.task,
         model=ModelInfo(
-            name=victim.case.name,
+            name=case.name,
             architecture=type(model).__name__,
             parameters=sum(p.numel() for p in model.parameters()),
             sha256_before=hash_weights(model),
         ),
         data=DataInfo(
-            name=f"{100 * victim.case.clean:g} % of the training set of {victim.case.data}",
+            name=f"{100 * case.clean:g} % of the training set of {case.data}",
             samples=len(clean),
             fingerprint=clean.fingerprint(),
         ),

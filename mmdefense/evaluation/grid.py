@@ -13,7 +13,7 @@ from mmdefense import registry
 from mmdefense.checkpoints.runs import RunStore, write_atomically
 from mmdefense.defenses.base import Defense, versions
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
+from mmdefense.evaluation.victims import Case, Victim, baseline_of, purified_row, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.formats import number
@@ -89,20 +89,19 @@ class Grid:
             if cell is None:
                 show = _prefixed(f"{case.name}/{seed}: {name}", progress)
                 victim = victim or _victim(case, seed, folder / f"victim-{seed}", show)
-                cell = _measure(victim, name, defense, baseline, show)
+                cell = _measure(case, victim, name, defense, baseline, show)
                 write_atomically(path, _writer(cell))
             yield cell
 
     def _lineup(self, seed: int) -> Iterator[tuple[str, Defense, str]]:
         """Yield each defense with its name and that of its baseline, baselines right after."""
-        plain_training = registry.load("defenses", "fine-tuning")
         for name in self.defenses:
             defense = registry.load("defenses", name)(seed=seed)
-            trains = hasattr(defense, "training") and type(defense) is not plain_training
-            baseline = f"fine-tuning like {name}" if self.baselines and trains else ""
+            plain_training = baseline_of(defense) if self.baselines else None
+            baseline = f"fine-tuning like {name}" if plain_training else ""
             yield name, defense, baseline
-            if baseline:
-                yield baseline, plain_training.like(defense), ""
+            if plain_training:
+                yield baseline, plain_training, ""
 
 
 def _prefixed(name: str, progress: Progress | None) -> Progress:
@@ -119,11 +118,11 @@ def _victim(case: Case, seed: int, folder: Path, progress: Progress) -> Victim:
 
 
 def _measure(
-    victim: Victim, name: str, defense: Defense, baseline: str, progress: Progress
+    case: Case, victim: Victim, name: str, defense: Defense, baseline: str, progress: Progress
 ) -> Cell:
     row = purified_row(victim, name, defense, baseline, progress)[0]
-    named = replace(row, victim=victim.case.name)
-    return Cell(seed=defense.seed, row=named, case=plain(victim.case), versions=versions())
+    named = replace(row, victim=case.name)
+    return Cell(seed=defense.seed, row=named, case=plain(case), versions=versions())
 
 
 def _writer(cell: Cell) -> Callable[[Any], object]:

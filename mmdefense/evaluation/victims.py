@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,15 +16,26 @@ from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.architecture import build_architecture
-from mmdefense.defenses.base import Defense, Result
+from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training, mean_score, train
 from mmdefense.kernels.run import Progress, Run
 from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
 from mmdefense.protocol import Task, TaskAdapter
+from mmdefense.purification import Purification, purify
 from mmdefense.report.record import Rates, Row
 
-__all__ = ["Case", "Victim", "all_cases", "named_cases", "purified_row", "train_victim"]
+__all__ = [
+    "Case",
+    "Victim",
+    "all_cases",
+    "baseline_of",
+    "compared",
+    "named_cases",
+    "purified_row",
+    "train_victim",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +69,23 @@ class Victim:
     """A trained victim, and what defenses and judges are given of it.
 
     Attributes:
-        case: Its description.
-        task: Of the case.
+        task: Whose metric a judge measures.
         adapter: Around the model.
         attack: The attack to stamp with; none for a clean model.
         clean: What a defense is given.
         test: What a judge measures on; no defense sees it.
-        before: Task metric, ASR and RA of the victim.
     """
 
-    case: Case
     task: Task
     adapter: TaskAdapter[Any]
     attack: Attack[Any] | None
     clean: Samples[Any]
     test: Samples[Any]
-    before: Rates
+
+    @cached_property
+    def before(self) -> Rates:
+        """Task metric, ASR and RA of the victim."""
+        return _rates(self.task, self.adapter, self.attack, self.test)
 
     def after(self, adapter: TaskAdapter[Any]) -> Rates:
         """Return task metric, ASR, RA and DER of a purified model."""
@@ -98,7 +111,7 @@ def train_victim(case: Case, run: Run) -> Victim:
     else:
         train(adapter, adapter.samples(planted), case.training, run, stage="victim")
     clean = split(train_set, case.clean, run.seed)[1]
-    return Victim(case, task, adapter, attack, clean, test, _rates(task, adapter, attack, test))
+    return Victim(task, adapter, attack, clean, test)
 
 
 def _in_memory(samples: Any) -> Samples[Any]:
@@ -131,32 +144,56 @@ def _metrics(rates: Rates) -> BackdoorMetrics:
     return BackdoorMetrics(rates.acc, rates.asr, rates.ra)
 
 
+def baseline_of(defense: Defense) -> Defense | None:
+    """Return plain fine-tuning with the budget of a defense that trains and is not that itself."""
+    trains = isinstance(defense, TrainingDefense) and type(defense) is not FineTuning
+    return FineTuning.like(defense) if trains else None
+
+
 def purified_row(
     victim: Victim,
     name: str,
     defense: Defense,
     baseline: str = "",
     progress: Progress | None = None,
-) -> tuple[Row, Result | None]:
-    """Return what a defense makes of a victim, as a line of a table, and its result.
+) -> tuple[Row, Purification | None]:
+    """Return what a defense makes of a victim, as a line of a table, and the purification.
 
-    Where the model lacks what the defense needs, the line says so, and there is no result.
+    Where the model lacks what the defense needs, the line says so, and there is none.
     """
     kept: dict[str, Any] = {"defense": name, "before": victim.before}
     try:
-        result = defense.purify(victim.adapter, victim.clean, progress=progress)
+        purified = purify(victim.adapter, victim.clean, defense, progress=progress)
     except UnsupportedError as error:
         settings = dataclasses.asdict(defense)
         return Row(**kept, after=Rates(), seconds=0.0, settings=settings, note=str(error)), None
     row = Row(
         **kept,
-        after=victim.after(result.adapter),
-        seconds=result.seconds,
+        after=victim.after(purified.result.adapter),
+        seconds=purified.result.seconds,
         baseline=baseline,
-        violated=result.guard.violated,
-        settings=result.settings,
+        violated=purified.guard.violated,
+        settings=purified.result.settings,
     )
-    return row, result
+    return row, purified
+
+
+def compared(
+    victim: Victim, defenses: Mapping[str, Defense], progress: Progress | None = None
+) -> Iterator[tuple[Row, Purification | None]]:
+    """Yield what each defense makes of a victim, and plain fine-tuning with its budget behind it.
+
+    Args:
+        victim: The victim.
+        defenses: By the name that the table gives them.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+    """
+    for name, defense in defenses.items():
+        plain_training = baseline_of(defense)
+        baseline = f"fine-tuning like {name}" if plain_training else ""
+        yield purified_row(victim, name, defense, baseline, progress)
+        if plain_training:
+            yield purified_row(victim, baseline, plain_training, progress=progress)
 
 
 def all_cases() -> dict[str, Case]:

@@ -30,9 +30,9 @@ def measured(monkeypatch):
     names = []
     genuine = grid_module._measure
 
-    def measure(victim, name, *rest):
+    def measure(case, victim, name, *rest):
         names.append(name)
-        return genuine(victim, name, *rest)
+        return genuine(case, victim, name, *rest)
 
     monkeypatch.setattr(grid_module, "_measure", measure)
     return names

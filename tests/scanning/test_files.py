@@ -123,7 +123,10 @@ def test_a_large_legacy_file_of_random_storages_gives_no_alarm(tmp_path, seed):
     many = {f"w{i}": torch.randn(64, 64, generator=generator) for i in range(300)}
     torch.save(many, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     torch.save(many, tmp_path / "b.pt")
-    raw = {f"w{i}": torch.randint(0, 256, (4096,), generator=generator, dtype=torch.uint8) for i in range(300)}
+    raw = {
+        f"w{i}": torch.randint(0, 256, (4096,), generator=generator, dtype=torch.uint8)
+        for i in range(300)
+    }
     for value in raw.values():
         value[:2] = torch.tensor([0x80, 0x02])  # as a pickle starts
     raw["w0"][2:5] = torch.tensor([0x82, 0x07, 0x2E])  # and by chance: an extension, STOP
