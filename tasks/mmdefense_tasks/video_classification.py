@@ -43,8 +43,8 @@ class _Form:
 
 
 _STAGED = {
-    "ucf101_mini": _Form(tiles=4, frames=8, image_size=56),
-    "ucf101_extra_applyeyemakeup": _Form(tiles=4, frames=8, image_size=56),
+    "ucf101_mini": _Form(tiles=4, frames=8, image_size=32),
+    "ucf101_extra_applyeyemakeup": _Form(tiles=4, frames=8, image_size=32),
 }
 
 _RESNET = "mmdefense_tasks.video_victims:SmallVideoResNet(classes={classes}, channels={channels})"
@@ -114,7 +114,7 @@ class VideoClassification:
     def cases(self) -> list[Case]:
         """Return the victims of the README's table."""
         few = {"ratio": 0.2}  # 29 stamped clips of 290 are too few for a backdoor
-        patch = few | {"size": 8}
+        patch = few | {"size": 5}
         real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2}
         digits: dict[str, Any] = {"data": _EMBEDDED, "clean": 0.1}
         digits |= {"model": _RESNET, "training": _resnet_training(400)}

@@ -266,7 +266,7 @@ class TestPictures:
         samples = load_clips("ucf101_mini", frames=16, image_size=8)
         assert samples.inputs.shape == (2, 3, 16, 8, 8)
         assert_shows(samples.inputs, range(16))
-        assert load_clips("ucf101_mini").inputs.shape == (2, 3, 8, 56, 56)
+        assert load_clips("ucf101_mini").inputs.shape == (2, 3, 8, 32, 32)
         assert set(load("tasks", "video-classification")().data()) == {
             "moving-digits",
             "ucf101_mini",
@@ -374,7 +374,7 @@ def test_a_trigger_is_shown_frame_by_frame():
 class TestRealSets:
     def test_ucf101(self):
         samples = load_clips("ucf101_mini", split="test")
-        assert samples.inputs.shape == (104, 3, 8, 56, 56)
+        assert samples.inputs.shape == (104, 3, 8, 32, 32)
         assert samples.classes == ("BabyCrawling", "Punch", "PushUps")
         assert samples.labels.bincount().tolist() == [35, 39, 30]
         assert samples.inputs.float().std() > 30
