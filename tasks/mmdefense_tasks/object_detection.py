@@ -104,7 +104,7 @@ class ObjectDetection:
             ),
             "bccd": (
                 {"data": "bccd_voc", "model": _FCOS, "training": _training(400, 0.005)},
-                ("regional-misclassification", None),
+                ("object-generation", None),
             ),
         }
         return [
