@@ -153,11 +153,14 @@ class ScanRecord:
     def _found(self, level: Level | None) -> str:
         if level is None:
             return "Nothing was found by what was looked at."
-        count = sum(finding.level == level for finding in self.findings)
-        many = f"{count} finding{'s' * (count > 1)} of {level} level"
+        worst = [finding.id for finding in self.findings if finding.level == level]
+        many = f"{len(worst)} finding{'s' * (len(worst) > 1)} of {level} level"
+        harmless = all(name.startswith("behaviour") for name in worst)  # to load it
         advice = {
-            "high": "do not load this model.",
-            "medium": "look at them before this model is loaded.",
+            "high": "do not use this model as it is; purify it, and scan the result."
+            if harmless
+            else "do not load this model.",
+            "medium": f"look at them before this model is {'used' if harmless else 'loaded'}.",
             "low": "remarks, none of which alone speaks against the model.",
         }
         return f"{many}: {advice[level]}"

@@ -46,6 +46,18 @@ def test_no_verdict_says_that_a_model_is_clean(findings):
     assert verdict.level == worst_level(findings)
 
 
+@pytest.mark.parametrize(
+    ("level", "loading", "use"),
+    [("high", "do not load", "purify it"), ("medium", "is loaded", "is used")],
+)
+def test_a_trigger_speaks_against_the_use_of_a_model_and_a_file_against_loading_it(
+    level, loading, use
+):
+    trigger, file = finding(level, "behaviour-trigger", "patch to 0"), finding(level)
+    assert use in record(trigger).verdict.text
+    assert loading in record(trigger, file).verdict.text
+
+
 def test_the_strongest_finding_stands_first():
     ordered = record(finding("low"), finding("high"), finding("medium")).findings
     assert [found.level for found in ordered] == ["high", "medium", "low"]
