@@ -18,6 +18,7 @@ NEEDS = {
         f"MMDEFENSE_DATA must name the folder of the real data sets, got {DATA!r}",
     ),
     "gpu": (torch.cuda.is_available(), "there is no CUDA device"),
+    "slow": ("MMDEFENSE_SLOW" in os.environ, "MMDEFENSE_SLOW must be set, for they take minutes"),
 }
 
 

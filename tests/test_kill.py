@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -11,10 +10,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
-SLOW = pytest.mark.skipif(
-    "MMDEFENSE_SLOW" not in os.environ, reason="MMDEFENSE_SLOW must be set, for it takes minutes"
-)
 
 
 def killed_after(arguments: list[str], seconds: float) -> bool:
@@ -33,7 +28,9 @@ def killed_after(arguments: list[str], seconds: float) -> bool:
     return running
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 500), pytest.param(10, 3000, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(2, 500), pytest.param(10, 3000, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_at_random_goes_on_to_the_same_bits(place, mmdefense, kills, steps):
     settings = ("--set", f"steps={steps}", "--set", "batch_size=8")
     whole, moments = place.folder / "whole", random.Random(0)
