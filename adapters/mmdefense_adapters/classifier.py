@@ -96,7 +96,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
                 answer = self.logits(first)
         except Exception as error:  # the model is the user's own and may raise anything
             raise BadInputError(
-                f"the model cannot read {self.inputs} of shape {shape}: {one_line(error)}"
+                f"the model cannot read {self.inputs} of shape {shape}: {one_line(error)}; have "
+                "them read as it takes them: --channels, --image-size or --read"
             ) from error
         if not isinstance(answer, Tensor) or answer.ndim != 2:
             found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__

@@ -91,7 +91,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         except Exception as error:  # the model is the user's own and may raise anything
             raise BadInputError(
                 f"the model cannot read images of shape {tuple(first.images.shape[1:])}: "
-                f"{one_line(error)}"
+                f"{one_line(error)}; have them read as it takes them: --channels or --image-size"
             ) from error
         if self.example is None:
             self.example = _without_objects(first.images)
