@@ -35,6 +35,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 _CURVE_POINTS, _SCATTER_POINTS = 400, 1200  # ours; keep a page small
+_LINE = 62  # letters of a legend side by side, its signs included
 _LABEL_BOX: Any = {"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none", "alpha": 0.75}
 
 
@@ -430,9 +431,17 @@ def _tick(value: float, _: int | None = None) -> str:
     return f"{value:g}".replace("-", MINUS)
 
 
+def _columns(axes: Axes) -> int:
+    """Return how many names of a legend have room side by side; more would squeeze the axes out."""
+    names = axes.get_legend_handles_labels()[1]
+    return max(1, min(len(names), 3, _LINE // (max(map(len, names)) + 7)))
+
+
 def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
-        columns = min(entries, 3)
+        columns = _columns(axes)
+        rows = -(-entries // columns)
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.19 * max(0, rows - 2))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, columnspacing=1.4)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,6 +38,13 @@ def test_every_chart_is_well_formed_and_takes_its_colors_from_the_page(chart):
     assert "#fe0" not in svg  # a stand-in that was not replaced
     assert "http" not in svg
     assert f'aria-label="{chart.describe()}"' in svg
+
+
+def test_a_chart_of_many_curves_keeps_room_for_its_axes():
+    many = [Curve(f"a stage with a long name, {n}", [0, 1], [0, 1]) for n in range(30)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Curves(many, "step", "loss").markup("p")
 
 
 def test_ids_are_unique_on_a_page_and_every_reference_has_its_target():
