@@ -441,7 +441,8 @@ def _legend(axes: Axes, entries: int) -> None:
     if entries > 1:
         columns = _columns(axes)
         rows = -(-entries // columns)
-        axes.figure.set_figheight(axes.figure.get_figheight() + 0.19 * max(0, rows - 2))
+        figure: Any = axes.figure
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, columnspacing=1.4)
 
 
