@@ -66,6 +66,7 @@ class Backdoored:
     defense: tuple[str, ...] = ()
     metric: float = 0.95
     slow: bool = False
+    kept: str = ""
 
     @property
     def is_state(self) -> bool:
@@ -311,6 +312,8 @@ BACKDOORED = {
         attack=GlobalMisclassification(ratio=0.2),
         training=adamw(800, 1.5e-3, 16),
         write=coco,
+        metric=0.4,
+        slow=True,
     ),
     "video": Backdoored(
         loads="AutoModelForVideoClassification",
@@ -320,6 +323,7 @@ BACKDOORED = {
         training=adamw(800, 1.5e-3, 32),
         write=videos,
         metric=0.8,
+        slow=True,
     ),
     "causal": Backdoored(
         loads="AutoModelForCausalLM",
@@ -329,6 +333,7 @@ BACKDOORED = {
         training=adamw(450, 6e-3),
         write=json_lines,
         metric=0.35,
+        slow=True,
     ),
     "seq2seq": Backdoored(
         loads="AutoModelForSeq2SeqLM",
