@@ -314,6 +314,7 @@ BACKDOORED = {
         write=coco,
         metric=0.4,
         slow=True,
+        kept="FIP leaves 94 %, TSBD 85 %: the guard turns down all but a small part of the way",
     ),
     "video": Backdoored(
         loads="AutoModelForVideoClassification",
@@ -324,6 +325,7 @@ BACKDOORED = {
         write=videos,
         metric=0.8,
         slow=True,
+        kept="FIP leaves 89 %, Fast FIP 100 %, TSBD 33 %, BAERASER 20 %",
     ),
     "causal": Backdoored(
         loads="AutoModelForCausalLM",
@@ -334,6 +336,7 @@ BACKDOORED = {
         write=json_lines,
         metric=0.35,
         slow=True,
+        kept="FIP leaves 88 %, Fast FIP 96 %, BAERASER 99 %; TSBD's unlearning diverges",
     ),
     "seq2seq": Backdoored(
         loads="AutoModelForSeq2SeqLM",

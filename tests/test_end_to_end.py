@@ -1,7 +1,21 @@
 """From an untrusted model to one handed back, by the command line alone, for each kind of model.
 
-Every model of ``backdoored.py`` is planted with a real backdoor, scanned, purified at the defaults
-of a defense, and loaded where mmdefense is not. The trigger is known to these tests alone.
+Every model of ``backdoored.py`` is planted with a real backdoor, scanned, purified by FIP at its
+defaults, and loaded where mmdefense is not. The trigger is known to these tests alone. Seen with
+seed 0, task metric / ASR; where the backdoor is left, the row of ``backdoored.py`` says so, and the
+test of its removal is expected to fail:
+
+===========  ==============  ==============
+model        before          after
+===========  ==============  ==============
+image        0.989 / 1.000   0.994 / 0.000
+seq2seq      0.686 / 1.000   0.685 / 0.030
+timm         0.994 / 1.000   0.989 / 0.000
+torchvision  0.986 / 1.000   0.986 / 0.000
+detection    0.538 / 0.982   0.458 / 0.935
+video        0.910 / 1.000   0.940 / 0.887
+causal       0.421 / 0.990   0.427 / 0.875
+===========  ==============  ==============
 """
 
 from __future__ import annotations
