@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mmdefense.batches import LabelledSamples, Samples, split
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
+from mmdefense.evaluation.peak import peak_growth
 from mmdefense.evaluation.victims import Victim, named_cases, train_victim
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_score, train
@@ -402,20 +403,17 @@ def memory_cell(name: str, setting: Setting) -> str:
 def fresh_growth(side: str, name: str, setting: Setting) -> int:
     """Return :func:`growth` in a process that has done nothing else."""
     command = [sys.executable, __file__, *setting.flags, "--device", "cpu"]
-    ran = subprocess.run([*command, "--memory-of", side, name], check=True, capture_output=True)
+    command += ["--memory-of", side, name]
+    # Large pieces go back to the system when they are freed: a peak is then what was in use.
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run(command, check=True, capture_output=True, env=settings)
     return int(ran.stdout)
 
 
 def growth(side: str, name: str, setting: Setting) -> int:
-    """Return the bytes that a run adds at its peak, net and samples included.
-
-    On a GPU, by what the allocator has given out; on a CPU, by the largest resident set.
-    """
+    """Return the bytes that a run adds at its peak, net and samples included."""
     run_side(side, name, replace(setting, **SMOKE))  # loads what is loaded at first use
-    reset_peak(setting.device)
-    before = peak(setting.device)
-    run_side(side, name, setting)
-    return peak(setting.device) - before
+    return peak_growth(lambda: run_side(side, name, setting), setting.device)
 
 
 def run_side(side: str, name: str, setting: Setting) -> None:
@@ -423,25 +421,6 @@ def run_side(side: str, name: str, setting: Setting) -> None:
     step = steps_of(setting)[name]
     run = purify if side == "defense" else fine_tune
     run(step.defense, step.stage, *net_and_clean(setting.nets[-1], setting))
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget earlier peaks where that is possible."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak(device: torch.device) -> int:
-    """Return the largest number of bytes in use so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage starts a child off with the peak of its parent
-        line = next(text for text in status.read_text().splitlines() if text.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
 
 
 # %% Time until the backdoor is gone: Fast FIP against FIP
