@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "TokenBatch",
     "TokenSamples",
     "batches",
+    "part",
     "split",
 ]
 
@@ -467,6 +468,20 @@ def batches(samples: Samples[B], size: int) -> Iterator[B]:
     """Yield ``samples`` in order, ``size`` at a time; the last batch may be smaller."""
     for start in range(0, len(samples), size):
         yield samples.take(torch.arange(start, min(start + size, len(samples))))
+
+
+def part(batch: B, rows: slice) -> B:
+    """Return some consecutive samples of a batch; all of them are the batch itself.
+
+    A batch is a dataclass whose fields have a row a sample each, or can be sliced as a whole.
+    """
+    given: Any = batch
+    if rows == slice(0, len(given)):
+        return batch
+    if hasattr(given, "__getitem__"):
+        return given[rows]  # type: ignore[no-any-return]
+    cut = {field.name: getattr(given, field.name)[rows] for field in fields(given)}
+    return replace(given, **cut)  # type: ignore[no-any-return]
 
 
 def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], Samples[B]]:

@@ -22,6 +22,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense, Guard, Result
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
@@ -81,9 +82,10 @@ def purify(
     """
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
     victim = registry.adapt(model, adapter) if isinstance(model, nn.Module) else model
-    samples = victim.samples(clean)
+    wide = in_float32(victim)  # what the report measures; images in float32 need it
+    samples = wide.samples(clean)
     result = chosen.purify(victim, samples, progress=progress, store=store, max_seconds=max_seconds)
-    return Purification(victim, result, samples, chosen)
+    return Purification(wide, result, samples, chosen)
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
@@ -171,7 +173,8 @@ class Purification:
     """A purified model with its evidence.
 
     Attributes:
-        victim: The adapter around the given model, which is as it was.
+        victim: The adapter around the given model, which is as it was; where that is in half
+            precision, around a copy in float32.
         result: What the defense returned.
         samples: The clean samples.
         defense: The defense with all its settings.
@@ -293,7 +296,7 @@ class Purification:
             name=name,
             architecture=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            sha256_before=hash_weights(self.victim.model),
+            sha256_before=hash_weights(typed_like(self.victim.model, self.model)),
             sha256_after=hash_weights(self.model),
         )
 

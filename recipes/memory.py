@@ -62,8 +62,8 @@ class Size:
     width: int = 256
     layers: int = 4
     vocabulary: int = 8000
-    batch: int = 8
-    length: int = 128
+    batch: int = 4
+    length: int = 64
     steps: int = 4
     rank: int = 8
 

@@ -45,6 +45,7 @@ class Auto(Defense):
         bank: Random triggers of each family.
         steps: Updates of each candidate; none leaves it to the candidate.
         batch_size: Clean samples per update; none leaves it to the candidate.
+        gradient_checkpointing: As a candidate has it: less memory, more time.
     """
 
     candidates: tuple[str, ...] = ("fine-tuning", "fip", "tsbd", "baeraser")
@@ -54,6 +55,7 @@ class Auto(Defense):
     bank: int = 16
     steps: int | None = None
     batch_size: int | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +123,8 @@ class Auto(Defense):
     def _made(self, name: str) -> Defense:
         """Return a candidate with the seed, the guard and the budget of this defense."""
         kind = registry.load("defenses", name)
-        shared = ("seed", "max_utility_drop", "holdout", "steps", "batch_size")
+        budget = ("steps", "batch_size", "gradient_checkpointing")
+        shared = ("seed", "max_utility_drop", "holdout", *budget)
         given = {field: getattr(self, field) for field in shared}
         known = {field.name for field in dataclasses.fields(kind)}
         kept = {k: v for k, v in given.items() if k in known and v is not None}
@@ -199,7 +202,9 @@ def _part(run: Run, name: str) -> Run:
 
     told: Progress = progress
     store = None if run.store is None else RunStore(run.store.folder / name)
-    return Run(run.seed, told, store, checkpoint_every=run.checkpoint_every, deadline=run.deadline)
+    part = Run(run.seed, told, store, checkpoint_every=run.checkpoint_every, deadline=run.deadline)
+    part.room = run.room
+    return part
 
 
 def _success(adapter: TriggerAdapter[Any], samples: Any, pools: Sequence[_Pool]) -> float:

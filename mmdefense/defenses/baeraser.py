@@ -11,12 +11,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from mmdefense.batches import part
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
 from mmdefense.kernels.loop import Gradients, Training, train
+from mmdefense.kernels.memory import gradient_in_parts
 from mmdefense.protocol import TaskAdapter, TriggerAdapter, TriggerFamily
 
 __all__ = ["BaEraser"]
@@ -176,7 +178,6 @@ class BaEraser(TrainingDefense):
         turn: int,
     ) -> Gradients:
         adapter = _triggered(work)
-        floor = -math.log(adapter.trigger_targets())
         weights: list[Tensor] = []
         working: list[_Pool] = []
 
@@ -184,18 +185,17 @@ class BaEraser(TrainingDefense):
             if step % _PERIOD == 0:  # here, so that a resumed run, too, begins with it
                 weights[:] = self._importance(work, parameters, turn, step)
                 working[:] = self._still_working(work, pools, turn, step)
-            ascent = torch.zeros((), device=parameters[0].device)
-            if working:
-                family, target, triggers = working[step % len(working)]
-                chosen = triggers[torch.arange(len(batch)) % len(triggers)]
-                stamped = adapter.stamp(batch, family, chosen[None].to(parameters[0].device))
-                targets = torch.full((len(batch),), target, device=parameters[0].device)
-                with mode(adapter.model, train=False):
-                    log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
-                ascent = (log_p * adapter.not_target(batch, targets)).mean()
-            loss = adapter.per_sample_loss(batch).mean()
-            total = loss + self.ascent_weight * ascent
-            gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+            pool = working[step % len(working)] if working else None
+
+            def value(rows: slice) -> tuple[Tensor, Tensor]:
+                some = part(batch, rows)
+                ascent = 0 if pool is None else self._ascent(adapter, some, pool, rows)
+                loss = adapter.per_sample_loss(some).mean()
+                return loss, loss + self.ascent_weight * ascent
+
+            loss, gradients = gradient_in_parts(
+                value, len(batch), parameters, "training", adapter.model
+            )
             with torch.no_grad():
                 drift = torch._foreach_sign(torch._foreach_sub(list(parameters), list(start)))
                 torch._foreach_mul_(drift, weights)
@@ -206,6 +206,19 @@ class BaEraser(TrainingDefense):
             return loss
 
         return compute
+
+    @staticmethod
+    def _ascent(adapter: TriggerAdapter[Any], batch: Any, pool: _Pool, rows: slice) -> Tensor:
+        """Return the mean of ``log p(y_t | x + t)``, for the ``rows`` of a batch."""
+        family, target, triggers = pool
+        device = next(adapter.model.parameters()).device
+        chosen = triggers[torch.arange(rows.start, rows.stop) % len(triggers)]
+        stamped = adapter.stamp(batch, family, chosen[None].to(device))
+        targets = torch.full((len(batch),), target, device=device)
+        floor = -math.log(adapter.trigger_targets())
+        with mode(adapter.model, train=False):
+            log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
+        return (log_p * adapter.not_target(batch, targets)).mean()
 
 
 def _triggered(work: Purifying[Any]) -> TriggerAdapter[Any]:

@@ -8,6 +8,7 @@ import platform
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
-from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
+from mmdefense.kernels.memory import is_out_of_memory, roomy
+from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
@@ -74,7 +78,8 @@ class Result:
 
     Attributes:
         model: The purified copy.
-        adapter: An adapter around it.
+        adapter: An adapter around it; where it is in half precision, around a copy of the same
+            values in float32.
         defense: Name of the defense's class.
         settings: All settings of the defense, seed included.
         guard: The verdict of the utility guard.
@@ -110,6 +115,7 @@ class Purifying(Generic[B]):
         run: Seed, progress, states and store.
         figures: Filled with tensors that the report shows.
         stopped: Where the time was up, in words; empty where it was not.
+        types: Of the weights that will be rounded in the end, by name.
     """
 
     adapter: TaskAdapter[B]
@@ -118,6 +124,7 @@ class Purifying(Generic[B]):
     run: Run
     figures: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,9 @@ class Defense(ABC):
     ) -> Result:
         """Purify a copy of ``adapter.model``; the given model stays as it is, bit for bit.
 
+        A model in half precision is purified in float32, for a sum of tiny updates would be lost
+        in its own type, and handed back in that; the guard judges what it is rounded to.
+
         Args:
             adapter: The model in its adapter.
             clean: Clean samples, in any form that ``adapter.samples`` reads.
@@ -173,7 +183,9 @@ class Defense(ABC):
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"
             )
         begin = time.perf_counter()
-        check_finite(adapter.model.state_dict(), type(adapter.model).__name__)
+        given = adapter.model
+        check_finite(given.state_dict(), type(given).__name__)
+        adapter = in_float32(adapter)
         samples = adapter.samples(clean)
         fit, held = split(samples, self.holdout, self.seed)
         run = Run(seed=self.seed, store=store)
@@ -181,13 +193,13 @@ class Defense(ABC):
             run.deadline = time.monotonic() + max_seconds
         if progress is not None:
             run.progress = progress
-        work = Purifying(adapter.fork(), fit, held, run)
+        private = adapter.fork() if adapter.model is given else adapter
+        work = Purifying(private, fit, held, run, types=half_types(given))
         guard = self.attempt(work)
-        pairs = zip(work.adapter.model.modules(), adapter.model.modules(), strict=True)
-        for module, given in pairs:
-            module.training = given.training
+        for module, one in zip(work.adapter.model.modules(), given.modules(), strict=True):
+            module.training = one.training
         return Result(
-            model=work.adapter.model,
+            model=typed_like(work.adapter.model, given),
             adapter=work.adapter,
             defense=type(self).__name__,
             settings=dataclasses.asdict(self),
@@ -203,12 +215,15 @@ class Defense(ABC):
     @final
     def attempt(self, work: Purifying[Any]) -> Guard:
         """Run in ``work``, up to its deadline, and leave the state that the guard chose there."""
-        given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
-        try:
-            self._run(work)
-        except OutOfTime as over:
-            work.stopped = str(over)
-        return _guard(work, given, before, self.max_utility_drop)
+        again = getattr(self, "gradient_checkpointing", False)
+        thrifty = recomputed(work.adapter.model) if again else nullcontext()
+        with roomy(work.run.room), _told_of_memory(), thrifty:
+            given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
+            try:
+                self._run(work)
+            except OutOfTime as over:
+                work.stopped = str(over)
+            return _guard(work, given, before, self.max_utility_drop)
 
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
@@ -228,6 +243,8 @@ class TrainingDefense(Defense):
         steps: Number of updates.
         batch_size: Clean samples per update.
         max_norm: Largest gradient norm; none does not clip.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, for
+            models that offer it, as those of Transformers do: less memory, more time.
     """
 
     lr: float = 0.01
@@ -237,6 +254,7 @@ class TrainingDefense(Defense):
     steps: int = 100
     batch_size: int = 64
     max_norm: float | None = 5.0
+    gradient_checkpointing: bool = False
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
@@ -256,6 +274,24 @@ class TrainingDefense(Defense):
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
 
 
+@contextmanager
+def _told_of_memory() -> Iterator[None]:
+    """Say in one line that memory ran out where smaller batches are no remedy.
+
+    Raises:
+        UnsupportedError: In place of the allocator's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UnsupportedError(
+            "memory ran out, and not for the size of a batch; free some, take a device with more, "
+            f"or a defense that needs less, such as fine-tuning ({one_line(error)})"
+        ) from error
+
+
 def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:
     """Keep the most purified state whose drop is within ``bound``, judged with its interval.
 
@@ -269,7 +305,8 @@ def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound
     kept: dict[str, Tensor] = {}
     final = f"{work.stopped}, when the time was up" if work.stopped else "final"
     ended = [*work.run.states, (final, copy_state(model))]
-    for label, state in _candidates(ended, given):
+    for label, exact in _candidates(ended, given):
+        state = rounded(exact, work.types)
         model.load_state_dict(state)
         guard = _judge(before, scores(work.adapter, work.holdout), bound, label)
         if best is None or guard.drop < best.drop or not guard.violated:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mmdefense.batches import part
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import (
     check_second_derivative,
     fisher_diagonal,
-    loss_and_trace,
+    penalised_gradient,
 )
 from mmdefense.kernels.hooks import second_derivatives
-from mmdefense.kernels.loop import Gradients, Training, train
+from mmdefense.kernels.loop import Gradients, Training, mean_loss_gradient, train
+from mmdefense.kernels.memory import gradient_in_parts
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.protocol import TaskAdapter
 
@@ -196,14 +197,11 @@ class _FisherPurification(TrainingDefense):
         def compute(batch: Any, step: int) -> Tensor:
             generator.manual_seed(run.seed_for(f"purify/labels{step}"))
             now = eta * self.trace_every * self._share(step)
-            penalised = bool(now) and step % self.trace_every == 0
-            with second_derivatives() if penalised else nullcontext():
-                if penalised:
-                    loss, penalty = self._penalised(adapter, batch, space, generator)
-                    total = loss + now * penalty
-                else:
-                    loss = total = adapter.per_sample_loss(batch).mean()
-                gradients = torch.autograd.grad(total, space.weights, materialize_grads=True)
+            if now and step % self.trace_every == 0:
+                with second_derivatives():
+                    loss, gradients = self._penalised(adapter, batch, space, generator, now)
+            else:
+                loss, gradients = mean_loss_gradient(adapter, batch, space.weights)
             self._assign(space, gradients, start, importance)
             return loss
 
@@ -214,14 +212,25 @@ class _FisherPurification(TrainingDefense):
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 1.0
 
     def _penalised(
-        self, adapter: Any, batch: Any, space: _Coordinates, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        if self.trace == "released":
-            return self._released(adapter, batch, space, generator)
-        form: Literal["true", "empirical"] = "empirical" if self.trace == "empirical" else "true"
-        return loss_and_trace(
-            adapter, batch, space.weights, generator, form, pull_back=space.pull_back
-        )
+        self, adapter: Any, batch: Any, space: _Coordinates, generator: torch.Generator, now: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss, and the gradient of it and ``now`` times the penalty."""
+        if self.trace != "released":
+            form: Literal["true", "empirical"] = (
+                "empirical" if self.trace == "empirical" else "true"
+            )
+            return penalised_gradient(
+                adapter, batch, space.weights, generator, now, form, space.pull_back
+            )
+        start = generator.get_state()
+
+        def value(rows: slice) -> tuple[Tensor, Tensor]:
+            generator.set_state(start)  # the same directions for each part, as for the whole
+            loss, penalty = self._released(adapter, part(batch, rows), space, generator)
+            return loss, loss + now * penalty
+
+        work = "training with Tr(F)"
+        return gradient_in_parts(value, len(batch), space.weights, work, adapter.model, generator)
 
     def _assign(
         self,

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmdefense.batches import Samples, batches
 from mmdefense.kernels.hooks import frozen_statistics, mode, second_derivatives
+from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter
 
 __all__ = ["Smoothness", "gradient_norm_penalty", "hessian_product", "lanczos", "smoothness"]
@@ -46,16 +48,13 @@ def gradient_norm_penalty(
         mix: Weight alpha of the second gradient, in ``[0, 1]``.
         norm: ``"global"`` takes one norm over all parameters, ``"tensor"`` one for each.
     """
-    loss = adapter.per_sample_loss(batch).mean()
-    first = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    loss, first = mean_loss_gradient(adapter, batch, parameters)
     norms: Vector = torch._foreach_norm(first)
     if norm == "global":
         norms = [torch.stack(list(norms)).norm()] * len(norms)
     step = torch._foreach_div(first, torch._foreach_add(norms, 1e-12))
     with _moved(parameters, step, radius), frozen_statistics(adapter.model):
-        second = torch.autograd.grad(
-            adapter.per_sample_loss(batch).mean(), parameters, materialize_grads=True
-        )
+        _, second = mean_loss_gradient(adapter, batch, parameters)
     mixed = torch._foreach_lerp(first, second, mix)
     for parameter, gradient in zip(parameters, mixed, strict=True):
         parameter.grad = gradient
@@ -86,22 +85,24 @@ def hessian_product(
     One product costs a pass with a double backward over all samples.
     """
 
+    def of_one(batch: B, vector: Vector) -> Vector:
+        loss = adapter.per_sample_loss(batch).sum()
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        curved = [n for n, g in enumerate(gradient) if g.requires_grad]  # others: linear
+        return torch.autograd.grad(
+            [gradient[n] for n in curved],
+            parameters,
+            [vector[n] for n in curved],
+            materialize_grads=True,
+        )
+
     def product(vector: Vector) -> Vector:
         total = [torch.zeros_like(parameter) for parameter in parameters]
-        with mode(adapter.model, train=False), second_derivatives():
+        model = adapter.model
+        with mode(model, train=False), second_derivatives():
             for batch in batches(samples, batch_size):
-                loss = adapter.per_sample_loss(batch).sum()
-                gradient = torch.autograd.grad(
-                    loss, parameters, create_graph=True, materialize_grads=True
-                )
-                curved = [n for n, g in enumerate(gradient) if g.requires_grad]  # others: linear
-                turned = torch.autograd.grad(
-                    [gradient[n] for n in curved],
-                    parameters,
-                    [vector[n] for n in curved],
-                    materialize_grads=True,
-                )
-                torch._foreach_add_(total, turned)
+                for turned in in_parts(lambda b: of_one(b, vector), batch, "curvature", model):
+                    torch._foreach_add_(total, turned)
         torch._foreach_div_(total, len(samples))
         return total
 

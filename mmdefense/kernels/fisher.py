@@ -11,17 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches
+from mmdefense.batches import Samples, batches, part
 from mmdefense.errors import UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode, second_derivatives
+from mmdefense.kernels.memory import RandomState, add_up, fitted, is_out_of_memory
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["Form", "check_second_derivative", "fisher_diagonal", "fisher_trace", "loss_and_trace"]
+__all__ = [
+    "Form",
+    "check_second_derivative",
+    "fisher_diagonal",
+    "fisher_trace",
+    "loss_and_trace",
+    "penalised_gradient",
+]
 
 B = TypeVar("B")
 
@@ -72,6 +81,58 @@ def loss_and_trace(
         score.sum(), parameters, create_graph=True, materialize_grads=True
     )
     return loss.mean(), squared_norm(pull_back(gradient)) / len(score)
+
+
+def penalised_gradient(
+    adapter: TaskAdapter[B],
+    batch: B,
+    parameters: Sequence[Tensor],
+    generator: torch.Generator,
+    weight: float,
+    form: Form = "true",
+    pull_back: PullBack = list,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean loss, and the gradient of ``loss + weight * Tr(F)``.
+
+    As of :func:`loss_and_trace`, but in parts where memory runs out, to the same result. With ``G``
+    the sum of the scores' gradients, ``N Tr(F) = ||G||^2``, whose gradient is the sum over parts
+    of ``2 d<grad s_part, G>``: a first pass over the parts sums ``G``, and a second one, with the
+    same random signs, differentiates. (BatchNorm in train mode normalises by its part.)
+    """
+    model, count = adapter.model, len(batch)  # type: ignore[arg-type]
+
+    def gradient_of_scores(score: Tensor, *, again: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            score.sum(), parameters, create_graph=again, materialize_grads=True
+        )
+        return pull_back(found)
+
+    def whole() -> tuple[Tensor, list[Tensor]]:
+        loss, trace = loss_and_trace(adapter, batch, parameters, generator, form, pull_back)
+        total = loss + weight * trace
+        found = torch.autograd.grad(total, parameters, materialize_grads=True)
+        return loss.detach(), list(found)
+
+    def compute(rows: Sequence[slice]) -> tuple[Tensor, list[Tensor]]:
+        if len(rows) == 1:
+            return whole()
+        start = RandomState(model, generator)
+        summed: list[Tensor] = []
+        for row in rows:
+            _, score = _scores(adapter, part(batch, row), generator, form)
+            add_up(summed, gradient_of_scores(score, again=False))
+        start.restore()
+        mean, gradient = torch.zeros_like(summed[0].sum()), list[Tensor]()
+        for row in rows:
+            loss, score = _scores(adapter, part(batch, row), generator, form)
+            mine = gradient_of_scores(score, again=True)
+            product = torch.stack([(g * s).sum() for g, s in zip(mine, summed, strict=True)]).sum()
+            total = (loss.sum() + 2 * weight * product) / count
+            add_up(gradient, torch.autograd.grad(total, parameters, materialize_grads=True))
+            mean += loss.detach().sum() / count
+        return mean, gradient
+
+    return fitted(compute, count, "training with Tr(F)", model, generator)
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -128,11 +189,24 @@ def fisher_diagonal(
         One tensor a coordinate, of its shape.
     """
     total = [torch.zeros_like(p) for p in pull_back([torch.zeros_like(p) for p in parameters])]
-    with mode(adapter.model, train=False):
+    model = adapter.model
+
+    def gradient_of(batch: B, rows: Sequence[slice]) -> list[Tensor]:
+        summed: list[Tensor] = []
+        for row in rows:
+            _, score = _scores(adapter, part(batch, row), generator, form)
+            found = torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
+            add_up(summed, pull_back(found))
+        return summed
+
+    with mode(model, train=False):
         for batch in batches(samples, batch_size):
-            _, score = _scores(adapter, batch, generator, form)
-            gradient = pull_back(
-                torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
+            gradient = fitted(
+                partial(gradient_of, batch),
+                len(batch),  # type: ignore[arg-type]
+                "measuring the Fisher information",
+                model,
+                generator,
             )
             torch._foreach_add_(total, torch._foreach_mul(gradient, gradient))
     torch._foreach_div_(total, len(samples))
@@ -169,9 +243,9 @@ def check_second_derivative(
                 # Not autograd.grad: it passes by what does not lead to the parameters, such as the
                 # error that once_differentiable leaves in the graph.
                 trace.backward()  # type: ignore[no-untyped-call]
-    except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of an operation
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):  # a RuntimeError too, but no fault of an operation
+            raise
         raise UnsupportedError(
             "the model must be differentiated twice, and one of its operations cannot be: "
             f"{one_line(error)}; use a defense of first derivatives only, such as tsbd"

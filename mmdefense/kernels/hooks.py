@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmdefense.errors import UnsupportedError, one_line
 from mmdefense.kernels.batch_norm import batch_norm_twice
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "frozen",
     "frozen_statistics",
     "mode",
+    "recomputed",
     "second_derivatives",
     "watch_modules",
 ]
@@ -97,6 +99,37 @@ def _skips_pixels(layer: nn.Conv2d) -> bool:
 
 def _in_plain_order(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].contiguous(), *inputs[1:]) if inputs[0].device.type == "cpu" else inputs
+
+
+@contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Let each block compute its activations again in the backward pass (gradient checkpointing).
+
+    It takes less memory and more time, and acts in train mode. Blocks and switch are the model's
+    own, as those of Transformers have them; in the form that can be differentiated twice.
+
+    Raises:
+        UnsupportedError: If the model has none.
+    """
+    kinds = ("activation_checkpointing", "gradient_checkpointing")  # the second is the older name
+    kind = next((kind for kind in kinds if hasattr(model, f"{kind}_enable")), None)
+    if kind is None:
+        raise UnsupportedError(
+            "gradient_checkpointing needs a model that offers it, as those of Transformers do; "
+            f"{type(model).__name__} does not: leave it out"
+        )
+    was = getattr(model, f"is_{kind}", False)
+    try:
+        getattr(model, f"{kind}_enable")({"use_reentrant": False})
+    except ValueError as error:  # a family that has not been given it
+        raise UnsupportedError(f"gradient_checkpointing is not possible: {one_line(error)}") from (
+            error
+        )
+    try:
+        yield
+    finally:
+        if not was:
+            getattr(model, f"{kind}_disable")()
 
 
 @contextmanager

@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mmdefense.batches import Samples, batches
+from mmdefense.batches import Samples, batches, part
 from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.kernels.memory import each_fitted, fitted
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
 
@@ -253,32 +255,55 @@ def _fit(
     picks, noise = run.generator(f"{name}/order"), run.generator(f"{name}/noise", device)
     for step in range(search.steps):
         batch = samples.take(torch.randint(len(samples), (search.batch_size,), generator=picks))
-        source, triggers = generators.draw(search.batch_size, noise)
-        log_p = _log_probability(adapter, batch, generators, triggers)
-        p = log_p.exp()
-        # Nothing is gained above the level; the clamp is the staircase's max(0, level - p).
-        miss = (generators.levels[:, None] - p).clamp(min=0).mean(1)
-        # Where p is about 0, so is its slope, and size alone would shrink the trigger to nothing.
-        reached = (p.detach().mean(1) / generators.levels).clamp(max=1)
-        size = adapter.trigger_size(generators.family, triggers).mean(1)
-        spread = generators.information(source, triggers)
-        # The critic climbs the same bound, so that one backward pass serves both.
-        loss = miss + search.size * reached * size - search.entropy * spread
-        optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
+
+        def compute(rows: Sequence[slice], batch: B = batch) -> Tensor:
+            source, triggers = generators.draw(search.batch_size, noise)
+            p = _log_probability(adapter, batch, generators, triggers, rows).exp()
+            # Nothing is gained above the level; the clamp is the staircase's max(0, level - p).
+            miss = (generators.levels[:, None] - p).clamp(min=0).mean(1)
+            # Where p is about 0, so is its slope, and size alone would shrink the trigger to
+            # nothing.
+            reached = (p.detach().mean(1) / generators.levels).clamp(max=1)
+            size = adapter.trigger_size(generators.family, triggers).mean(1)
+            spread = generators.information(source, triggers)
+            # The critic climbs the same bound, so that one backward pass serves both.
+            loss = miss + search.size * reached * size - search.entropy * spread
+            optimizer.zero_grad(set_to_none=True)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+            return miss.detach()
+
+        miss = fitted(compute, search.batch_size, _SEARCHING, adapter.model, noise)
         optimizer.step()
         if (step + 1) % 20 == 0 or step + 1 == search.steps:
-            run.report(name, step + 1, search.steps, miss=float(miss.detach().min()))
+            run.report(name, step + 1, search.steps, miss=float(miss.min()))
+
+
+_SEARCHING = "the search for triggers"
 
 
 def _log_probability(
-    adapter: TriggerAdapter[B], batch: B, generators: _Generators, triggers: Tensor
+    adapter: TriggerAdapter[B],
+    batch: B,
+    generators: _Generators,
+    triggers: Tensor,
+    rows: Sequence[slice],
 ) -> Tensor:
-    """Return log-probabilities of each generator's target on each sample, ``(G, N)``."""
-    count = triggers.shape[1]
-    stamped = adapter.stamp(batch, generators.family, triggers)
-    targets = generators.targets.repeat_interleave(count)
-    return adapter.target_log_probability(stamped, targets).view(len(triggers), count)
+    """Return log-probabilities of each generator's target on each sample, ``(G, N)``.
+
+    Of several ``rows`` nothing is held for the backward pass: each is computed again in it.
+    """
+
+    def of(triggers: Tensor, some: B) -> Tensor:
+        stamped = adapter.stamp(some, generators.family, triggers)
+        targets = generators.targets.repeat_interleave(triggers.shape[1])
+        return adapter.target_log_probability(stamped, targets).view(triggers.shape[:2])
+
+    if len(rows) == 1:
+        return of(triggers, batch)
+    parts = [
+        checkpoint(of, triggers[:, row], part(batch, row), use_reentrant=False) for row in rows
+    ]
+    return torch.cat(parts, 1)
 
 
 @torch.no_grad()
@@ -296,13 +321,22 @@ def _judge(
     count = len(generators.targets)
     hits, tried = torch.zeros(count, device=device), torch.zeros(count, device=device)
     for batch in batches(samples.subset(some_of(len(samples), 256)), 32):
-        _, triggers = generators.draw(len(batch), noise)  # type: ignore[arg-type]
-        p = _log_probability(adapter, batch, generators, triggers).exp()
-        targets = generators.targets.repeat_interleave(p.shape[1])
-        stamped = adapter.stamp(batch, generators.family, triggers)
-        counts = adapter.not_target(stamped, targets).view_as(p)
-        hits += ((p > 0.5) & counts).sum(1)
-        tried += counts.sum(1)
+        drawn_for = len(batch)  # type: ignore[arg-type]
+        _, triggers = generators.draw(drawn_for, noise)
+
+        def judged(
+            row: slice, batch: B = batch, triggers: Tensor = triggers
+        ) -> tuple[Tensor, Tensor]:
+            some, mine = part(batch, row), triggers[:, row]
+            p = _log_probability(adapter, some, generators, mine, [row]).exp()
+            targets = generators.targets.repeat_interleave(p.shape[1])
+            stamped = adapter.stamp(some, generators.family, mine)
+            counts = adapter.not_target(stamped, targets).view_as(p)
+            return ((p > 0.5) & counts).sum(1), counts.sum(1)
+
+        for hit, counted in each_fitted(judged, drawn_for, "scoring triggers", adapter.model):
+            hits += hit
+            tried += counted
     _, drawn = generators.draw(pool, noise)
     size = adapter.trigger_size(generators.family, drawn).mean(1)
     success = hits / tried.clamp(min=1)
@@ -344,8 +378,12 @@ def success_of(
     batch, count = samples.take(indices), len(indices)
     targets = torch.full((count,), target, device=device)
     chosen = triggers[torch.arange(count) % len(triggers)].to(device)
+
+    def hits(row: slice) -> Tensor:
+        stamped = adapter.stamp(part(batch, row), family, chosen[None, row])
+        return adapter.target_log_probability(stamped, targets[row]).exp() > 0.5
+
     with mode(adapter.model, train=False):
-        stamped = adapter.stamp(batch, family, chosen[None])
-        hit = adapter.target_log_probability(stamped, targets).exp() > 0.5
+        hit = torch.cat(each_fitted(hits, count, "scoring triggers", adapter.model))
     counts = adapter.not_target(batch, targets)
     return float((hit & counts).sum() / counts.sum().clamp(min=1))

@@ -15,18 +15,31 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches
+from mmdefense.batches import Samples, batches, part
 from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
+from mmdefense.kernels.memory import fitted, gradient_in_parts, in_parts
 from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["Gradients", "Training", "autocast", "mean_score", "scores", "train"]
+__all__ = [
+    "Gradients",
+    "Training",
+    "autocast",
+    "mean_loss_gradient",
+    "mean_score",
+    "scores",
+    "train",
+]
 
 B = TypeVar("B")
 
 Gradients = Callable[[Any, int], Tensor]
-"""Adds the gradients of one batch to ``.grad`` and returns the loss; called with batch and step."""
+"""Sets ``.grad`` to the gradients of one batch and returns the loss; called with batch and step.
+
+Where a batch may be too large for memory it is computed in parts, as :func:`mean_loss_gradient` and
+:func:`~mmdefense.kernels.memory.gradient_in_parts` do.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +243,47 @@ def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Opti
 
 
 def _loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
+    model = adapter.model
+    device = next(model.parameters()).device
+
     def compute(batch: B, _: int) -> Tensor:
-        with autocast(next(adapter.model.parameters()).device):
-            loss = adapter.per_sample_loss(batch).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        count = len(batch)  # type: ignore[arg-type]
+
+        def attempt(rows: Sequence[slice]) -> Tensor:
+            total = torch.zeros((), device=device)
+            for parameter in model.parameters():
+                parameter.grad = None  # what a failed attempt has left
+            for row in rows:
+                with autocast(device):
+                    loss = adapter.per_sample_loss(part(batch, row)).mean()
+                share = (row.stop - row.start) / count
+                (loss * share).backward()
+                total = total + share * loss.detach()
+            return total
+
+        return fitted(attempt, count, "training", model)
 
     return compute
+
+
+def mean_loss_gradient(
+    adapter: TaskAdapter[B], batch: B, parameters: Sequence[Tensor], what: str = "training"
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean loss of a batch and its gradient, in parts where memory runs out.
+
+    Args:
+        adapter: The model, in any mode; see :mod:`mmdefense.kernels.memory` for BatchNorm.
+        batch: N samples.
+        parameters: What to differentiate with respect to.
+        what: The kind of work, for which the size of the parts is kept.
+    """
+
+    def loss(rows: slice) -> tuple[Tensor, Tensor]:
+        mean = adapter.per_sample_loss(part(batch, rows)).mean()
+        return mean, mean
+
+    count = len(batch)  # type: ignore[arg-type]
+    return gradient_in_parts(loss, count, parameters, what, adapter.model)
 
 
 def _indices(total: int, size: int, step: int, run: Run, stage: str) -> Tensor:
@@ -357,7 +404,12 @@ def _resume(
 def scores(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:
     """Return each sample's share of the task metric in eval mode, shape ``(len,)``, on the CPU."""
     with mode(adapter.model, train=False), torch.no_grad():
-        return torch.cat([adapter.score(batch) for batch in batches(samples, batch_size)]).cpu()
+        found = [
+            each
+            for batch in batches(samples, batch_size)
+            for each in in_parts(adapter.score, batch, "scoring", adapter.model)
+        ]
+    return torch.cat(found).cpu()
 
 
 def mean_score(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> float:

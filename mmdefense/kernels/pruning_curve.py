@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmdefense.batches import Samples, batches
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import HeadAdapter
 
 __all__ = ["head_activations", "pruning_curve"]
@@ -27,8 +28,9 @@ def head_activations(adapter: HeadAdapter[B], samples: Samples[B], batch_size: i
     total: Tensor | None = None
     with mode(adapter.model, train=False):
         for batch in batches(samples, batch_size):
-            part = adapter.head_inputs(batch).double().abs().sum(0)
-            total = part if total is None else total + part
+            for read in in_parts(adapter.head_inputs, batch, "reading", adapter.model):
+                found = read.double().abs().sum(0)
+                total = found if total is None else total + found
     assert total is not None
     return total / len(samples)
 
@@ -61,11 +63,19 @@ def pruning_curve(
     edges = [0, *counts]
     steps = [picks[start:stop] for start, stop in pairwise(edges)]
     total = torch.zeros(len(counts), dtype=torch.float64)
+
+    def summed(batch: B) -> Tensor:
+        """Return the curve, summed over the samples of a batch."""
+        features = adapter.head_inputs(batch).double()
+        outputs = features @ weight.T + (0 if bias is None else bias.double())
+        curve = []
+        for step in steps:
+            outputs = outputs - features[:, step] @ weight[:, step].T
+            curve.append(adapter.score_outputs(batch, outputs).double().sum().cpu())
+        return torch.stack(curve)
+
     with mode(adapter.model, train=False), torch.no_grad():
         for batch in batches(samples, batch_size):
-            features = adapter.head_inputs(batch).double()
-            outputs = features @ weight.T + (0 if bias is None else bias.double())
-            for index, step in enumerate(steps):
-                outputs = outputs - features[:, step] @ weight[:, step].T
-                total[index] += adapter.score_outputs(batch, outputs).double().sum().cpu()
+            for curve in in_parts(summed, batch, "scoring", adapter.model):
+                total += curve
     return total / len(samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.memory import Room
 
 __all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state"]
 
@@ -26,19 +28,23 @@ class Event:
         step: Steps done.
         total: Steps planned; a stage may stop before them.
         figures: Measurements by name.
+        note: A sentence for the user, where there is something to be told; nothing was done then.
     """
 
     stage: str
     step: int
     total: int
     figures: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 Progress = Callable[[Event], None]
 
 
 def _silent(event: Event) -> None:
-    """Show nothing."""
+    """Show nothing but what the user must be told."""
+    if event.note:
+        warnings.warn(event.note, RuntimeWarning, stacklevel=2)
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
@@ -62,6 +68,8 @@ class Run:
         states: Candidate states for the utility guard, oldest first, each with its label.
         checkpoint_every: Steps between two saves inside a stage.
         deadline: When to stop, by ``time.monotonic()``, in seconds; looked at in :meth:`report`.
+        room: How many samples fit into memory at once; kept with the states, so that a resumed run
+            goes on with the same parts.
     """
 
     seed: int = 0
@@ -71,6 +79,10 @@ class Run:
     states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
     checkpoint_every: int = 100
     deadline: float | None = None
+    room: Room = field(default_factory=Room)
+
+    def __post_init__(self) -> None:
+        self.room.tell = lambda words: self.progress(Event("memory", 0, 1, note=words))
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator that depends on the seed and ``name`` alone."""
@@ -112,11 +124,18 @@ class Run:
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``value``, and history and states up to now, to the store, if there is one."""
         if self.store:
-            kept = {"value": dict(value), "history": self.history, "states": self.states}
+            kept = {
+                "value": dict(value),
+                "history": self.history,
+                "states": self.states,
+                "sizes": self.room.sizes,
+            }
             self.store.save(name, kept)
 
     def recall(self, name: str) -> dict[str, Any] | None:
-        """Return a kept value, and go back to the history and states of that time; none if new.
+        """Return a kept value, and go back to the history, states and sizes of that time.
+
+        It is none where nothing was kept.
 
         Raises:
             BadInputError: If the file is not one that :meth:`keep` wrote.
@@ -124,9 +143,10 @@ class Run:
         kept = self.store.load(name) if self.store else None
         if kept is None:
             return None
-        if kept.keys() != {"value", "history", "states"}:
+        if kept.keys() != {"value", "history", "states", "sizes"}:
             raise BadInputError(f"checkpoint {name!r} is not one of a run; remove it to restart")
         self.history[:] = kept["history"]
         self.states[:] = [(label, state) for label, state in kept["states"]]
+        self.room.sizes = dict(kept["sizes"])
         value: dict[str, Any] = kept["value"]
         return value

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdefense.batches import Samples, batches
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter, UnitGroup
 
 __all__ = [
@@ -85,7 +86,8 @@ def mean_activations(
     total: dict[str, Tensor] = {}
     with mode(adapter.model, train=False):
         for batch in batches(samples, batch_size):
-            for layer, values in adapter.features(batch, layers).items():
+            found = in_parts(lambda b: adapter.features(b, layers), batch, "reading", adapter.model)
+            for layer, values in (pair for each in found for pair in each.items()):
                 total[layer] = total.get(layer, 0) + values.double().sum(0)
     return [total[layer] / len(samples) for layer in layers]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import Samples
-from mmdefense.kernels.loop import Training, mean_score, train
+from mmdefense.kernels.loop import Training, mean_loss_gradient, mean_score, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
 
@@ -45,9 +45,12 @@ def unlearn(
     """
     per_epoch = max(1, -(-len(samples) // batch_size))
 
+    trained = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
+
     def ascend(batch: B, _: int) -> Tensor:
-        loss = adapter.per_sample_loss(batch).mean()
-        (-loss).backward()  # type: ignore[no-untyped-call]
+        loss, gradients = mean_loss_gradient(adapter, batch, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = -gradient
         return loss
 
     def is_done(step: int) -> bool:
@@ -74,7 +77,6 @@ def mean_gradient(adapter: TaskAdapter[Any], batch: Any) -> dict[str, Tensor]:
     """Return the gradient of the mean loss by parameter name, zero for frozen parameters."""
     named = dict(adapter.model.named_parameters(remove_duplicate=False))
     trained = [name for name, parameter in named.items() if parameter.requires_grad]
-    loss = adapter.per_sample_loss(batch).mean()
-    found = torch.autograd.grad(loss, [named[n] for n in trained], materialize_grads=True)
+    _, found = mean_loss_gradient(adapter, batch, [named[n] for n in trained])
     frozen = {n: torch.zeros_like(p) for n, p in named.items() if n not in trained}
     return dict(zip(trained, found, strict=True)) | frozen

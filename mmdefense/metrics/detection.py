@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from mmdefense.batches import DetectionBatch, Detections, Samples, batches
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter
 
 __all__ = [
@@ -96,7 +98,8 @@ def detections(
     """Yield for each image what is found in eval mode, and the boxes and labels of its objects."""
     with mode(adapter.model, train=False), torch.no_grad():
         for batch in batches(samples, batch_size):
-            yield from zip(adapter.detect(batch), batch.boxes, batch.labels, strict=True)
+            parts = in_parts(adapter.detect, batch, "scoring", adapter.model)
+            yield from zip(chain(*parts), batch.boxes, batch.labels, strict=True)
 
 
 def mean_average_precision(

@@ -15,6 +15,7 @@ from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.curvature import Smoothness, smoothness
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.memory import in_parts, is_out_of_memory
 from mmdefense.kernels.units import relative_change, unit_rows
 from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.report import figures
@@ -41,7 +42,7 @@ def few(samples: Samples[Any], count: int) -> Samples[Any]:
 
 
 def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -> Smoothness | None:
-    """Return the curvature of the clean loss at a model's weights, or none where it has no Hessian.
+    """Return the curvature of the clean loss at a model's weights, or none where it cannot be had.
 
     On at most 128 samples, with one probe: enough to compare a model with its purified self, which
     get the same samples and the same probe.
@@ -54,6 +55,10 @@ def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -
         return smoothness(adapter, part, generator, probes=1, steps=8, batch_size=32)
     except UnsupportedError:
         return None
+    except (RuntimeError, MemoryError) as error:  # a figure is no reason to lose a model over
+        if is_out_of_memory(error):
+            return None
+        raise
 
 
 def embeddings(
@@ -69,7 +74,12 @@ def embeddings(
 def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Tensor:
     with mode(adapter.model, train=False):
         read = adapter.samples(samples)
-        return torch.cat([adapter.embedding(batch).cpu() for batch in batches(read, 64)])
+        found = [
+            each.cpu()
+            for batch in batches(read, 64)
+            for each in in_parts(adapter.embedding, batch, "reading", adapter.model)
+        ]
+    return torch.cat(found)
 
 
 def embedding_figure(

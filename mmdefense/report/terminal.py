@@ -41,7 +41,10 @@ class ProgressDisplay:
         self.title = ""
 
     def __call__(self, event: Event) -> None:
-        """Show one sign of progress."""
+        """Show one sign of progress, or a note as a line of its own."""
+        if event.note:
+            self.console.print(event.note, markup=False, highlight=False)
+            return
         name = f"{self.title}: {event.stage}" if self.title else event.stage
         if not self.console.is_terminal:
             if name not in self._stages:

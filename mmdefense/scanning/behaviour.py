@@ -31,11 +31,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from mmdefense.batches import Samples
+from mmdefense.batches import Samples, part
 from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover
+from mmdefense.kernels.memory import each_fitted
 from mmdefense.kernels.run import Progress, Run
 from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
@@ -224,8 +226,12 @@ def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -
     batch = few(samples, count).take(torch.arange(count))
     device = next(adapter.model.parameters()).device
     targets = torch.full((count,), target, device=device)
+
+    def given_in(row: slice) -> Tensor:
+        return adapter.target_log_probability(part(batch, row), targets[row]).exp() > 0.5
+
     with mode(adapter.model, train=False):
-        given = adapter.target_log_probability(batch, targets).exp() > 0.5
+        given = torch.cat(each_fitted(given_in, count, "scoring", adapter.model))
     counts = adapter.not_target(batch, targets)
     return float((given & counts).sum() / counts.sum().clamp(min=1))
 

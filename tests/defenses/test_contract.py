@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import limited
 from torch import nn
 
 from mmdefense import registry
@@ -287,3 +288,59 @@ def test_the_record_holds_every_setting_and_prints_as_it_was_made(trial, name):
     assert result.defense == type(defense).__name__
     assert result.data["samples"] == 40
     assert result.seconds > 0
+
+
+@pytest.fixture
+def in_float64(taught):
+    """Return a net without BatchNorm in float64, and its clean data."""
+    adapter, samples = taught("cnn-without-batchnorm")
+    samples = replace(samples, inputs=samples.inputs.double())
+    return registry.adapt(adapter.model.double(), example=samples.inputs[:1]), samples
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_too_little_memory_changes_nothing_but_rounding_and_is_said_once(in_float64, name):
+    adapter, samples = in_float64
+    wide = {"batch_size": 32} if "batch_size" in ROWS[name].quick else {}
+    expected = make(name, **wide).purify(adapter, samples)
+    asked, events = [], []
+    limited(adapter, 30, asked)  # the search tries up to 30 generators on each sample
+    found = make(name, **wide).purify(adapter, samples, progress=events.append)
+    assert max(count for _, count in asked) > 30
+    assert len([event for event in events if event.note]) == 1
+    for key, value in expected.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_a_sample_that_is_too_large_is_one_line(taught):
+    adapter, samples = taught("small-resnet")
+    with pytest.raises(UnsupportedError, match="one sample at a time"):
+        make("fip").purify(limited(adapter, 0), samples)
+
+
+def test_want_of_memory_outside_of_batches_is_one_line(taught, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("out of memory\nmore")
+
+    monkeypatch.setattr("mmdefense.kernels.spectral.torch.linalg.svd", exhausted)
+    adapter, samples = taught("small-resnet")
+    with pytest.raises(UnsupportedError, match="not for the size of a batch") as caught:
+        make("fast-fip").purify(adapter, samples)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_model_in_half_precision_comes_back_in_it(taught, name, dtype):
+    adapter, samples = taught("hf-resnet")
+    adapter.model.to(dtype)
+    adapter.model.get_submodule(adapter.head).float()  # types may be mixed
+    before = condition(adapter.model)
+    result = make(name).purify(adapter, samples)
+    after = condition(result.model)
+    assert after["forms"] == before["forms"]
+    assert_equal(condition(adapter.model)["values"], before["values"])
+    wide = result.adapter.model.state_dict()
+    for key, value in result.model.state_dict().items():  # nothing is lost that was judged
+        assert torch.equal(value.double(), wide[key].double()), key
+    assert differ(before["values"], after["values"])

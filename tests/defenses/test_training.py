@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from mmdefense.batches import LabelledSamples
 from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP
@@ -24,3 +26,14 @@ def test_the_baseline_takes_over_what_training_defenses_share(adapter):
     baseline = FineTuning.like(defense)
     assert baseline.training(adapter) == defense.training(adapter)
     assert (baseline.seed, baseline.holdout, baseline.adamw_lr) == (4, 0.3, 0.2)
+
+
+def test_updates_below_the_last_digit_of_bfloat16_add_up(adapter, corners):
+    given = adapter.model[4].weight
+    adapter.model.to(torch.bfloat16)
+    start = given.detach().clone()
+    clean = LabelledSamples(corners.inputs.float(), corners.labels)
+    tiny = FineTuning(lr=2e-4, steps=200, momentum=0.0, max_norm=None, max_utility_drop=1.0)
+    found = tiny.purify(adapter, clean).model[4].weight
+    assert found.dtype == torch.bfloat16
+    assert (found != start).float().mean() > 0.1  # each update is below half of a last digit

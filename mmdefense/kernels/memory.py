@@ -1,0 +1,243 @@
+"""Batches that do not fit into memory, computed in parts, to the same result.
+
+Where memory runs out, what was begun is thrown away, random states and statistics go back to where
+they were, and the same is computed in parts of half the size; down to one sample. The size is kept
+for the rest of the run, for each kind of work its own: a second derivative takes more than a score.
+
+A sum over samples is the same in parts. Three things are not, bit for bit: BatchNorm in train mode
+normalises by its part and updates its statistics once a part; Dropout draws a mask for each part;
+and on CUDA a part draws other random signs than the whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.batches import part
+from mmdefense.errors import UnsupportedError
+
+__all__ = [
+    "RandomState",
+    "Room",
+    "add_up",
+    "each_fitted",
+    "fitted",
+    "gradient_in_parts",
+    "in_parts",
+    "is_out_of_memory",
+    "roomy",
+]
+
+B = TypeVar("B")
+T = TypeVar("T")
+
+_SIGNS = (
+    "can't allocate memory",  # the allocator of the CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory has run out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def _warn(words: str) -> None:
+    warnings.warn(words, RuntimeWarning, stacklevel=2)
+
+
+@dataclass
+class Room:
+    """How many samples fit into memory at once, as far as it was found out.
+
+    Attributes:
+        sizes: Samples by kind of work; what is not there has always fitted.
+        tell: Called with one sentence, once, when a smaller size has served.
+        told: Whether it was.
+    """
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    tell: Callable[[str], None] = _warn
+    told: bool = False
+
+    def served(self, what: str, count: int) -> None:
+        """Say, once, that work goes on in parts."""
+        if not self.told:
+            self.told = True
+            self.tell(
+                f"memory ran out in {what} with {count} samples at once; going on with "
+                f"micro-batches of at most {self.sizes[what]}, and smaller ones where needed"
+            )
+
+
+_ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
+_ROOMS: WeakKeyDictionary[nn.Module, Room] = WeakKeyDictionary()  # outside of a run: by model
+
+
+@contextmanager
+def roomy(room: Room) -> Iterator[None]:
+    """Let all work inside share what is known about memory."""
+    token = _ROOM.set(room)
+    try:
+        yield
+    finally:
+        _ROOM.reset(token)
+
+
+class RandomState:
+    """All that a pass over a batch draws from or updates, to go back to."""
+
+    def __init__(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Note the global generators, ``generator``, and the statistics that ``model`` updates."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = device if device.type == "cuda" else None
+        self.host = torch.get_rng_state()
+        self.cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
+        self.generator = generator
+        self.drawn = None if generator is None else generator.get_state()
+        self.statistics = [(b, b.clone()) for b in _statistics(model)]
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        torch.set_rng_state(self.host)
+        if self.device is not None and self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+        if self.generator is not None and self.drawn is not None:
+            self.generator.set_state(self.drawn)
+        for buffer, value in self.statistics:
+            buffer.copy_(value)
+
+
+def _statistics(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            yield from module.buffers(recurse=False)
+
+
+def fitted(
+    compute: Callable[[Sequence[slice]], T],
+    count: int,
+    what: str,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> T:
+    """Return ``compute(rows)``, where ``rows`` are the parts of a batch that fit into memory.
+
+    Args:
+        compute: Computes a batch in the given parts, one after the other; all of them again where
+            memory runs out in one. It must leave nothing behind when it fails.
+        count: Number N of samples in the batch.
+        what: The kind of work, in words.
+        model: What is run; its statistics go back where an attempt fails.
+        generator: What ``compute`` draws from besides the global generators.
+
+    Raises:
+        UnsupportedError: If one sample is too much.
+    """
+    room = _ROOM.get() or _ROOMS.setdefault(model, Room())
+    first = size = min(count, room.sizes.get(what, count))
+    while True:
+        before = RandomState(model, generator)
+        try:
+            result = compute(_rows(count, size))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size <= 1:
+                raise UnsupportedError(
+                    f"memory ran out in {what} with one sample at a time; free some memory, take "
+                    "smaller inputs or a device with more, or a defense that needs less, such as "
+                    "fine-tuning"
+                ) from error
+        else:
+            if size < first:
+                room.served(what, first)
+            return result
+        # Out here the failed attempt is let go of; inside, its error would hold on to its tensors.
+        before.restore()
+        size = room.sizes[what] = size // 2
+        gc.collect()
+        if before.device is not None:
+            torch.cuda.empty_cache()
+
+
+def _rows(count: int, size: int) -> list[slice]:
+    """Return as few parts of at most ``size`` as possible, about equally large."""
+    parts = -(-count // max(1, size)) or 1
+    edges = [count * index // parts for index in range(parts + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def each_fitted(
+    compute: Callable[[slice], T],
+    count: int,
+    what: str,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> list[T]:
+    """Return ``compute`` of each part of a batch that fits into memory; see :func:`fitted`."""
+    return fitted(lambda rows: [compute(row) for row in rows], count, what, model, generator)
+
+
+def in_parts(
+    compute: Callable[[B], T],
+    batch: B,
+    what: str,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> list[T]:
+    """Return ``compute`` of each part of a batch, as :func:`each_fitted` does of its rows."""
+    count = len(batch)  # type: ignore[arg-type]
+    return each_fitted(lambda row: compute(part(batch, row)), count, what, model, generator)
+
+
+def gradient_in_parts(
+    value: Callable[[slice], tuple[Tensor, Tensor]],
+    count: int,
+    parameters: Sequence[Tensor],
+    what: str,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean loss of a batch, and the gradient of an objective, a mean over samples too.
+
+    Args:
+        value: Returns the loss and the objective of some rows of the batch, with graph.
+        count: Number N of samples in the batch.
+        parameters: What to differentiate with respect to.
+        what: See :func:`fitted`; so are ``model`` and ``generator``.
+        model: What is run.
+        generator: What ``value`` draws from.
+    """
+
+    def compute(rows: Sequence[slice]) -> tuple[Tensor, list[Tensor]]:
+        mean: Any = 0
+        gradient: list[Tensor] = []
+        for row in rows:
+            share = (row.stop - row.start) / count
+            loss, objective = value(row)
+            found = torch.autograd.grad(objective * share, parameters, materialize_grads=True)
+            add_up(gradient, found)
+            mean = mean + share * loss.detach()
+        return mean, gradient
+
+    return fitted(compute, count, what, model, generator)
+
+
+def add_up(total: list[Tensor], more: Sequence[Tensor]) -> None:
+    """Add tensors to ``total``, which may still be empty."""
+    total[:] = torch._foreach_add(total, list(more)) if total else more

@@ -1,0 +1,61 @@
+"""Models in half precision: computed with in float32, handed back in the types that they came in.
+
+An update is often smaller than the last digit of a weight in bfloat16 (one part in 256), so that a
+sum of such updates made in bfloat16 would stay where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["half_types", "in_float32", "rounded", "typed_like"]
+
+A = TypeVar("A", bound=Any)
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def half_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the types of the weights in half precision, by name in the state dict."""
+    state = model.state_dict()
+    return {name: value.dtype for name, value in state.items() if value.dtype in _HALVES}
+
+
+def in_float32(adapter: A) -> A:
+    """Return ``adapter``, or where its model has weights in half precision a wide fork of it."""
+    if not any(value.dtype in _HALVES for _, value in _tensors(adapter.model)):
+        return adapter
+    fork: A = adapter.fork()
+    for _, value in _tensors(fork.model):
+        if value.dtype in _HALVES:
+            value.data = value.data.float()
+    return fork
+
+
+def rounded(state: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Return a state in its own types, of values that ``types`` can hold."""
+    return {
+        name: value.to(types[name]).to(value.dtype) if name in types else value
+        for name, value in state.items()
+    }
+
+
+def typed_like(model: nn.Module, given: nn.Module) -> nn.Module:
+    """Return ``model``, or where its types differ from those of ``given`` a copy in these."""
+    types = {name: value.dtype for name, value in _tensors(given)}
+    if all(value.dtype == types[name] for name, value in _tensors(model)):
+        return model
+    twin = copy.deepcopy(model)
+    for name, value in _tensors(twin):
+        value.data = value.data.to(types[name])
+    return twin
