@@ -130,7 +130,7 @@ def test_the_purifications_own_scan_stands_first_and_nothing_twice(out):
     html = rebuild(out).read_text("utf-8")
     assert html.count("weights-head-row</bdi>") == 1
     assert html.index("before anything was done") < html.index("From scan.json")
-    assert "eigenvalue of the Hessian" in html
+    assert "Spectrum of the Hessian" in html
 
 
 @pytest.mark.parametrize("nodes", [None, [], [1.0], ["x", 1.0], [1e300, 1.0], [None, 1.0], 3])
@@ -139,7 +139,7 @@ def test_a_spectrum_that_is_none_is_not_drawn(out, nodes):
     (out / "scan.json").write_text(json.dumps(scan(findings=[bad])))
     html = rebuild(out).read_text("utf-8")
     assert "weights-head-row" in html
-    assert "eigenvalue of the Hessian" not in html
+    assert "Spectrum of the Hessian" not in html
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": "x"}', json.dumps(scan(findings=[3]))])
