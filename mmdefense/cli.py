@@ -181,6 +181,8 @@ def purify(
             err=True,
         )
         raise typer.Exit(130) from None
+    if purified.scan is not None:
+        typer.echo(f"the given model: {purified.scan.verdict.text}")
     typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     for line in purified.reasons:
         typer.echo(line)
@@ -240,7 +242,7 @@ def scan(
     ] = None,
     task: Task = "auto",
     arch: Arch = None,
-    format_: Annotated[str, typer.Option("--format", help="text, json or sarif.")] = "text",
+    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
     fail_on: Annotated[
         str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")
     ] = "high",
@@ -258,14 +260,14 @@ def scan(
     """
     from mmdefense.report.terminal import ProgressDisplay
     from mmdefense.scanning import scan as look_into
-    from mmdefense.scanning.findings import LEVELS, reaches
+    from mmdefense.scanning.findings import FAILING, reaches
     from mmdefense.scanning.formats import FORMATS
 
     if format_ not in FORMATS:
         raise typer.BadParameter(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
-    level = next((level for level in LEVELS if level == fail_on), None)
+    level = next((level for level in FAILING if level == fail_on), None)
     if level is None:
-        raise typer.BadParameter(f"--fail-on must be one of {', '.join(LEVELS)}, got {fail_on!r}")
+        raise typer.BadParameter(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
     with ProgressDisplay() as progress:
         record = look_into(
             model,
@@ -417,7 +419,7 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 def _show_plan(source: Source, defense: Defense) -> None:
     from mmdefense.planning import plan
 
-    for line in plan(source.open(), defense).lines():
+    for line in plan(source, defense).lines():
         typer.echo(line)
 
 

@@ -16,7 +16,8 @@ import torch
 from mmdefense.batches import split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.defenses.base import Defense, Result, TrainingDefense
-from mmdefense.jobs import Opened
+from mmdefense.scanning import scan_loaded
+from mmdefense.sources import Opened, Source
 
 __all__ = ["Plan", "plan"]
 
@@ -42,6 +43,7 @@ class Plan:
         defense: The defense with all its settings.
         seconds: About how long it takes; none where a few updates do not tell.
         memory: Peak of the memory after a few updates, in bytes: of the GPU, or of this process.
+        scan: What a look at the files and weights concludes; it is taken first, and in ``seconds``.
     """
 
     task: str
@@ -54,6 +56,7 @@ class Plan:
     defense: Defense
     seconds: float | None
     memory: int
+    scan: str = ""
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
@@ -64,6 +67,7 @@ class Plan:
             f"model     {self.architecture}, {self.parameters:,} weights",
             f"data      {self.fit + self.holdout} clean samples: {self.fit} to fit, "
             f"{self.holdout} held out",
+            *([f"scan      {self.scan}"] if self.scan else []),
             f"defense   {self.defense}",
             f"trains    {trains}",
             f"time      {takes}",
@@ -72,14 +76,20 @@ class Plan:
         ]
 
 
-def plan(opened: Opened, defense: Defense) -> Plan:
+def plan(source: Source, defense: Defense) -> Plan:
     """Return what ``defense`` would do to a model; it is tried for a few updates on a copy.
+
+    The files and weights are scanned as they would be.
 
     Raises:
         BadInputError: If the clean data or the model cannot be used.
         UnsupportedError: If the defense cannot serve this model.
     """
+    opened = source.open()
     adapter, samples = opened.adapter, opened.samples
+    begin = time.perf_counter()
+    scanned = scan_loaded(source.model, adapter.model)
+    looked = time.perf_counter() - begin
     fit, held = split(samples, defense.holdout, defense.seed)
     seconds = _seconds(opened, defense)
     return Plan(
@@ -91,8 +101,9 @@ def plan(opened: Opened, defense: Defense) -> Plan:
         fit=len(fit),
         holdout=len(held),
         defense=defense,
-        seconds=seconds,
+        seconds=None if seconds is None else seconds + looked,
         memory=_peak(next(adapter.model.parameters()).device),
+        scan=scanned.verdict.text,
     )
 
 

@@ -37,6 +37,7 @@ from mmdefense.report.evidence import (
     smoothness_figure,
 )
 from mmdefense.report.figures import Figure
+from mmdefense.report.findings import ScanSummary
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import CARD, FIGURES, write_statement
 
@@ -179,6 +180,7 @@ class Purification:
         samples: The clean samples.
         defense: The defense with all its settings.
         names: What the user called ``model`` and ``data``, and the ``command``, for the record.
+        scan: What a look at the given model found before, for the record.
     """
 
     victim: TaskAdapter[Any]
@@ -186,6 +188,7 @@ class Purification:
     samples: Samples[Any] = field(repr=False)
     defense: Defense
     names: Mapping[str, str] = field(default_factory=dict)
+    scan: ScanSummary | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -222,6 +225,8 @@ class Purification:
             layers=self._layers,
             history=tuple(self.result.history),
             figures=self._measured,
+            spectra=self._spectra,
+            scan=self.scan,
         )
 
     def figures(self) -> list[Figure]:
@@ -289,6 +294,17 @@ class Purification:
             for when, value in pairs
             if value is not None
             for name, field in (("lambda_max", "lambda_max"), ("hessian_trace", "trace"))
+        }
+
+    @property
+    def _spectra(self) -> dict[str, records.SpectrumFigures]:
+        pairs = zip(("before", "after"), self._sharpness, strict=True)
+        spectra = {when: found.spectrum for when, found in pairs if found is not None}
+        return {
+            when: records.SpectrumFigures(
+                nodes=tuple(found.nodes.tolist()), weights=tuple(found.weights.tolist())
+            )
+            for when, found in spectra.items()
         }
 
     def _model_info(self, name: str) -> records.ModelInfo:

@@ -38,7 +38,31 @@ def test_purify_writes_a_drop_in_model_with_its_evidence(place, mmdefense):
     assert "mmdefense purify" in record.provenance.command
     assert list(record.model.files_before) == ["net.safetensors"]
     assert list(record.model.files_after) == ["model.safetensors"]
-    assert (place.out / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert record.scan.parts == ("files", "weights")
+    assert list(record.scan.files) == ["net.safetensors"]
+    assert set(record.spectra) == {"before", "after"}
+    page = (place.out / "report.html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "before anything was done" in page
+    assert "not looked at: behaviour" in outcome.out
+
+
+def test_what_speaks_against_a_file_beside_the_weights_is_on_the_page(place, mmdefense):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = place.folder / "vit"
+    size = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8}
+    shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(num_labels=3, **size, **shape)).save_pretrained(folder)
+    (folder / "evil.bin").write_bytes(f"cos\nmkdir\n(S'{place.folder}/touched'\ntR.".encode())
+    arguments = place.purify(model=folder)
+    del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
+    outcome = mmdefense(*arguments)
+    assert outcome.code == 0
+    assert "1 finding of high level" in outcome.out
+    assert "os.mkdir" in (place.out / "report.html").read_text("utf-8")
+    assert not (place.out / "evil.bin").exists()
+    assert not (place.folder / "touched").exists()
 
 
 def test_a_hugging_face_folder_goes_in_and_comes_out(place, mmdefense):

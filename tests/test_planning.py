@@ -20,6 +20,8 @@ def test_the_plan_is_shown_and_nothing_written(place, mmdefense):
         "30 clean samples: 24 to fit, 6 held out",
         "FineTuning(seed=0",
         "trains    91 values",
+        "scan      ",
+        "not looked at: behaviour",
         "time      about",
         "GiB at its peak",
     ):

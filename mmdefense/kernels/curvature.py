@@ -1,4 +1,12 @@
-"""Second-order quantities of the loss: products with the Hessian, its spectrum, its trace."""
+"""Second-order quantities of the loss: products with the Hessian, its spectrum, its trace.
+
+References:
+    [GW] Golub, Welsch. *Calculation of Gauss Quadrature Rules*. Math. Comp. 23(106), 1969.
+    [UCS] Ubaru, Chen, Saad. *Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature*. SIAM
+    J. Matrix Anal. Appl. 38(4), 2017.
+    [GKX] Ghorbani, Krishnan, Xiao. *An Investigation into Neural Net Optimization via Hessian
+    Eigenvalue Density*. ICML 2019. arXiv:1901.10159.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,14 @@ from mmdefense.kernels.loop import mean_loss_gradient
 from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["Smoothness", "gradient_norm_penalty", "hessian_product", "lanczos", "smoothness"]
+__all__ = [
+    "Smoothness",
+    "Spectrum",
+    "gradient_norm_penalty",
+    "hessian_product",
+    "lanczos",
+    "smoothness",
+]
 
 B = TypeVar("B")
 
@@ -119,8 +134,9 @@ def lanczos(
     """Return the Ritz values of a symmetric operator and their weights, each ``(<= steps,)``.
 
     With full reorthogonalisation. The largest Ritz value converges to the largest eigenvalue from
-    below; ``sum_k w_k f(r_k)`` is the Gauss quadrature of ``v^T f(A) v`` for the unit start ``v``
-    (Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38(4), 2017).
+    below; ``sum_k w_k f(r_k)`` is the Gauss quadrature of ``v^T f(A) v`` for the unit start ``v``:
+    the nodes are the eigenvalues of the tridiagonal matrix, the weights the squares of the first
+    entries of its eigenvectors [GW].
 
     Args:
         product: ``v -> A v``.
@@ -155,6 +171,50 @@ def lanczos(
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """How the eigenvalues of a symmetric matrix are spread, by stochastic Lanczos quadrature.
+
+    The mean over random starts of ``v^T f(A) v`` is ``tr f(A)`` over the dimension [UCS]; so the
+    nodes of all starts together, each with its share of the weight, stand for the eigenvalues, of
+    which each has the same weight [GKX]. What lies between two nodes of a start is not resolved.
+
+    Attributes:
+        nodes: Ritz values of all starts, ascending, shape ``(M,)``, float64 on the CPU.
+        weights: What each stands for, ``(M,)``; they sum to one.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, quadratures: Sequence[tuple[Tensor, Tensor]]) -> Spectrum:
+        """Return the mean of the quadratures of several starts, as :func:`lanczos` gives them."""
+        nodes, order = torch.cat([values for values, _ in quadratures]).sort()
+        weights = torch.cat([weights for _, weights in quadratures])[order]
+        return cls(nodes, weights / len(quadratures))
+
+    def moment(self, power: int) -> float:
+        """Return an estimate of the mean of the eigenvalues to a power, ``tr(A^power) / n``."""
+        return float((self.weights * self.nodes**power).sum())
+
+    def cumulative(self, grid: Tensor) -> Tensor:
+        """Return the share of the eigenvalues that are at most each point of ``grid``, ``(P,)``."""
+        below = self.nodes <= grid.to(self.nodes)[:, None]
+        return (below * self.weights).sum(1)
+
+    def density(self, grid: Tensor, width: float) -> Tensor:
+        """Return the density at each point of ``grid``, ``(P,)``, with Gaussians for the nodes.
+
+        Args:
+            grid: Points, shape ``(P,)``.
+            width: Standard deviation of the Gaussians, in units of the eigenvalues, above zero.
+        """
+        apart = (grid.to(self.nodes)[:, None] - self.nodes) / width
+        heights = (-0.5 * apart**2).exp() / (width * math.sqrt(2 * math.pi))
+        return (heights * self.weights).sum(1)
+
+
+@dataclass(frozen=True)
 class Smoothness:
     """How sharp the minimum is in which a model sits.
 
@@ -162,11 +222,13 @@ class Smoothness:
         lambda_max: Largest eigenvalue of the Hessian of the clean loss.
         trace: Tr(H), estimated by stochastic Lanczos quadrature.
         spread: Standard error of the trace over the probes.
+        spectrum: How all eigenvalues are spread.
     """
 
     lambda_max: float
     trace: float
     spread: float
+    spectrum: Spectrum
 
 
 def smoothness(
@@ -178,10 +240,12 @@ def smoothness(
     steps: int = 10,
     batch_size: int = 256,
 ) -> Smoothness:
-    """Measure lambda_max and Tr(H) of the mean loss over ``samples``, in eval mode.
+    """Measure lambda_max, Tr(H) and the spectrum of the mean loss over ``samples``, in eval mode.
 
     Each Rademacher probe v gives ``v^T H v`` exactly (Hutchinson), and a Krylov space of its own
     whose largest Ritz value bounds lambda_max from below; the largest over the probes is returned.
+    The spectrum is that of all probes. All costs ``probes * steps`` products with the Hessian, and
+    memory for ``steps`` vectors of the size of the model.
 
     Args:
         adapter: The model.
@@ -194,14 +258,13 @@ def smoothness(
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     product = hessian_product(adapter, samples, parameters, batch_size)
     size = sum(parameter.numel() for parameter in parameters)
-    largest, traces = -math.inf, []
+    quadratures = []
     for _ in range(probes):
         start = [
             (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p) for p in parameters
         ]
-        values, weights = lanczos(product, start, steps)
-        largest = max(largest, float(values[-1]))
-        traces.append(float((values * weights).sum()) * size)
-    found = torch.tensor(traces, dtype=torch.float64)
-    spread = float(found.std() / math.sqrt(probes)) if probes > 1 else math.nan
-    return Smoothness(largest, float(found.mean()), spread)
+        quadratures.append(lanczos(product, start, steps))
+    traces = torch.stack([(values * weights).sum() for values, weights in quadratures]) * size
+    spectrum = Spectrum.of(quadratures)
+    spread = float(traces.std() / math.sqrt(probes)) if probes > 1 else math.nan
+    return Smoothness(float(spectrum.nodes[-1]), float(traces.mean()), spread, spectrum)

@@ -53,6 +53,7 @@ class Search:
             kept: the paper's tau.
         screening: Updates of a first search of every target, at one level with half of the
             samples; 0 for none.
+        judged: Clean samples that each generator is judged on, at most.
     """
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
@@ -65,6 +66,7 @@ class Search:
     size: float = 1.0
     threshold: float = 0.9
     screening: int = 0
+    judged: int = 256
 
     @property
     def screen(self) -> Search:
@@ -169,6 +171,7 @@ def recover(
     *,
     stage: str = "recover",
     pool: int = 16,
+    targets: Tensor | None = None,
 ) -> list[Recovered]:
     """Search for triggers of every family, target and level, and keep a pool of each.
 
@@ -181,11 +184,13 @@ def recover(
         run: Seed and progress.
         stage: Name of the stage.
         pool: Triggers M to draw from each generator.
+        targets: Those to search for, ``(T,)``; by default all.
 
     Returns:
         One record a family.
     """
-    every, found = torch.arange(adapter.trigger_targets()), []
+    every = torch.arange(adapter.trigger_targets()) if targets is None else targets
+    found = []
     with mode(adapter.model, train=False), frozen(adapter.model):
         for family in adapter.trigger_families():
             name = f"{stage}/{family.name}"
@@ -211,6 +216,9 @@ def recover(
 def _device(adapter: TriggerAdapter[Any]) -> torch.device:
     return next(adapter.model.parameters()).device
 
+
+_AT_ONCE = 8192
+"""Inputs that generators are judged on side by side, at most; ours."""
 
 _OUTSTANDING, _AS_SMALL = 1 / 3, 2.0
 """What a suspect costs at most, against the median target; how much larger than the smallest
@@ -320,19 +328,20 @@ def _judge(
     noise = run.generator(f"{name}/judge", device)
     count = len(generators.targets)
     hits, tried = torch.zeros(count, device=device), torch.zeros(count, device=device)
-    for batch in batches(samples.subset(some_of(len(samples), 256)), 32):
+    some = samples.subset(some_of(len(samples), generators.search.judged))
+    for batch in batches(some, max(1, min(32, _AT_ONCE // count))):
         drawn_for = len(batch)  # type: ignore[arg-type]
         _, triggers = generators.draw(drawn_for, noise)
 
         def judged(
             row: slice, batch: B = batch, triggers: Tensor = triggers
         ) -> tuple[Tensor, Tensor]:
-            some, mine = part(batch, row), triggers[:, row]
-            p = _log_probability(adapter, some, generators, mine, [row]).exp()
-            targets = generators.targets.repeat_interleave(p.shape[1])
-            stamped = adapter.stamp(some, generators.family, mine)
-            counts = adapter.not_target(stamped, targets).view_as(p)
-            return ((p > 0.5) & counts).sum(1), counts.sum(1)
+            mine = triggers[:, row]
+            targets = generators.targets.repeat_interleave(mine.shape[1])
+            stamped = adapter.stamp(part(batch, row), generators.family, mine)
+            log_p = adapter.target_log_probability(stamped, targets).view(count, -1)
+            counts = adapter.not_target(stamped, targets).view(count, -1)
+            return ((log_p.exp() > 0.5) & counts).sum(1), counts.sum(1)
 
         for hit, counted in each_fitted(judged, drawn_for, "scoring triggers", adapter.model):
             hits += hit

@@ -28,11 +28,13 @@ __all__ = [
     "embeddings",
     "few",
     "layer_changes",
+    "measured_sharpness",
     "sharpness",
     "smoothness_figure",
 ]
 
 _CURVATURE_SAMPLES, _EMBEDDED = 128, 300  # ours: seconds on two cores, and the maps stay readable
+_STEPS, _FEWEST, _KEPT = 16, 4, 2**30  # ours: Lanczos vectors, and entries of all: 4 GiB in float32
 
 
 def few(samples: Samples[Any], count: int) -> Samples[Any]:
@@ -44,15 +46,11 @@ def few(samples: Samples[Any], count: int) -> Samples[Any]:
 def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -> Smoothness | None:
     """Return the curvature of the clean loss at a model's weights, or none where it cannot be had.
 
-    On at most 128 samples, with one probe: enough to compare a model with its purified self, which
-    get the same samples and the same probe.
+    With one probe: enough to compare a model with its purified self, which get the same samples
+    and the same probe.
     """
-    part = adapter.samples(few(samples, _CURVATURE_SAMPLES))
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     try:
-        check_second_derivative(adapter, part, parameters)
-        return smoothness(adapter, part, generator, probes=1, steps=8, batch_size=32)
+        return measured_sharpness(adapter, samples, seed)
     except UnsupportedError:
         return None
     except (RuntimeError, MemoryError) as error:  # a figure is no reason to lose a model over
@@ -61,19 +59,51 @@ def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -
         raise
 
 
+def measured_sharpness(
+    adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0, probes: int = 1
+) -> Smoothness:
+    """Return the curvature of the clean loss at a model's weights.
+
+    The cost is bounded: at most 128 samples, at most 16 products with the Hessian a probe, and
+    fewer where the model is so large that the vectors to keep would exceed 4 GiB in float32.
+
+    Raises:
+        UnsupportedError: If the model has no Hessian, or is too large even for four products.
+    """
+    part = few(adapter.samples(samples), _CURVATURE_SAMPLES)  # fewer than the classes may be left
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in adapter.model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    steps = min(_STEPS, _KEPT // max(1, size))
+    if steps < _FEWEST:
+        raise UnsupportedError(
+            f"the curvature of {type(adapter.model).__name__} was not measured: with {size:,} "
+            f"weights, {_FEWEST} vectors of its size exceed {_KEPT:,} entries"
+        )
+    check_second_derivative(adapter, part, parameters)
+    return smoothness(adapter, part, generator, probes=probes, steps=steps, batch_size=32)
+
+
 def embeddings(
-    before: TaskAdapter[Any], after: TaskAdapter[Any], samples: Samples[Any]
+    before: TaskAdapter[Any],
+    after: TaskAdapter[Any],
+    samples: Samples[Any],
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the penultimate layer of both models, each ``(N, D)``; none where there is none."""
+    """Return the penultimate layer of both models, each ``(N, D)``; none where there is none.
+
+    Of all samples, or of at most ``count``, evenly from the whole set.
+    """
     try:
-        return _embedded(before, samples), _embedded(after, samples)
+        return _embedded(before, samples, count), _embedded(after, samples, count)
     except UnsupportedError:
         return None
 
 
-def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Tensor:
+def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any], count: int | None) -> Tensor:
     with mode(adapter.model, train=False):
         read = adapter.samples(samples)
+        read = read if count is None else few(read, count)
         found = [
             each.cpu()
             for batch in batches(read, 64)
@@ -91,7 +121,11 @@ def embedding_figure(
     """
     part = few(samples, _EMBEDDED)
     labels = part.strata()
-    pair = embeddings(before, after, part) if labels is not None and len(part) > 2 else None
+    pair = (
+        embeddings(before, after, samples, _EMBEDDED)
+        if labels is not None and len(part) > 2
+        else None
+    )
     if pair is None or not all(points.isfinite().all() for points in pair):
         return None
     names = getattr(samples, "classes", ())
@@ -143,7 +177,11 @@ def smoothness_figure(before: Smoothness | None, after: Smoothness | None) -> Fi
     """Return the figure of the curvature before and after, where both were measured."""
     if before is None or after is None:
         return None
-    return figures.smoothness((before.lambda_max, after.lambda_max), (before.trace, after.trace))
+    return figures.smoothness(
+        (before.lambda_max, after.lambda_max),
+        (before.trace, after.trace),
+        spectra={"before": before.spectrum, "after": after.spectrum},
+    )
 
 
 def defense_figures(result: Result) -> Iterator[Figure]:

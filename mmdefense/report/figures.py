@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.curvature import Spectrum
 from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense.report.plots import (
     Bars,
@@ -24,7 +26,7 @@ from mmdefense.report.plots import (
     as_array,
 )
 from mmdefense.report.record import LayerChange
-from mmdefense.report.svg import AFTER, ATTACK
+from mmdefense.report.svg import AFTER, ATTACK, BEFORE
 
 __all__ = [
     "Figure",
@@ -35,11 +37,17 @@ __all__ = [
     "pruning_curve",
     "recovered_triggers",
     "smoothness",
+    "spectral_density",
     "training_curves",
     "triggered_samples",
     "weight_change",
 ]
 
+_SPECTRUM = (
+    "The density is how many of the eigenvalues lie where, by Lanczos quadrature (Ghorbani et al., "
+    "arXiv:1901.10159): almost all are close to zero, and the few far to the right are the sharp "
+    "directions; left of zero the loss curves down. Single humps are nodes of the quadrature."
+)
 _EMBEDDED, _LAYERS, _COLUMNS = 500, 24, 10  # ours: t-SNE takes seconds, and pages stay readable
 
 
@@ -230,23 +238,51 @@ def activeness(before: Any, after: Any = None) -> Figure:
     )
 
 
-def smoothness(lambda_max: tuple[float, float], trace: tuple[float, float]) -> Figure:
+def smoothness(
+    lambda_max: tuple[float, float],
+    trace: tuple[float, float],
+    spectra: Mapping[str, Spectrum] | None = None,
+) -> Figure:
     """Show the sharpness of the clean loss before and after.
 
     Args:
         lambda_max: Largest eigenvalue of the Hessian, before and after.
         trace: Trace of the Hessian, before and after.
+        spectra: How all eigenvalues are spread, by name.
     """
     labels = ("before", "after")
     return Figure(
         "Loss smoothness",
         "Curvature of the clean loss at the model's weights; smaller is smoother. Backdoored "
         "models were found to sit in sharper minima than clean ones (FIP, arXiv:2409.00863). "
-        "Compare before with after only: the scale depends on the model.",
+        "Compare before with after only: the scale depends on the model."
+        + (f" {_SPECTRUM}" if spectra else ""),
         [
             Bars(labels, lambda_max, "λmax: largest eigenvalue of the Hessian"),
             Bars(labels, trace, "Tr(H): trace of the Hessian"),
+            *([spectral_density(spectra)] if spectra else []),
         ],
+        wide=bool(spectra),
+    )
+
+
+def spectral_density(spectra: Mapping[str, Spectrum]) -> Curves:
+    """Draw the density of the eigenvalues of the Hessian, a line for each spectrum.
+
+    The nodes are smoothed by Gaussians a hundredth as wide as all of them together.
+    """
+    nodes = np.concatenate([as_array(spectrum.nodes) for spectrum in spectra.values()])
+    width = max(float(np.ptp(nodes)) / 100, 1e-9)
+    grid = torch.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 300).double()
+    colors = {"before": BEFORE, "after": AFTER}
+    return Curves(
+        [
+            Curve(name, grid, spectrum.density(grid, width), colors.get(name, ""))
+            for name, spectrum in spectra.items()
+        ],
+        "eigenvalue of the Hessian",
+        "density (log)",
+        log=True,
     )
 
 

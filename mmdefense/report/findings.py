@@ -12,12 +12,16 @@ from typing import Any
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import build
 
-__all__ = ["ScanFinding", "ScanSummary", "ScanVerdict", "read_scan"]
+__all__ = ["ScanFinding", "ScanSummary", "ScanVerdict", "read_scan", "scan_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanFinding:
-    """One finding; the fields are those of ``mmdefense scan --format json``."""
+    """One finding; the fields are those of ``mmdefense scan --format json``.
+
+    Attributes:
+        figures: Numbers behind the value, such as nodes and weights of a spectrum.
+    """
 
     id: str
     level: str
@@ -26,6 +30,8 @@ class ScanFinding:
     reference: str = ""
     meaning: str = ""
     blind_spot: str = ""
+    measured: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
@@ -49,12 +55,14 @@ class ScanSummary:
         model: What was scanned.
         findings: Strongest first.
         verdict: The conclusion.
+        parts: Which of files, weights and behaviour were looked at.
         files: SHA-256 of each file that was scanned, by name.
     """
 
     model: str
     findings: tuple[ScanFinding, ...]
     verdict: ScanVerdict
+    parts: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
     def is_of(self, files: Mapping[str, str]) -> bool:
@@ -72,7 +80,16 @@ def read_scan(path: Path) -> ScanSummary:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInputError(f"scan {path} cannot be read: {one_line(error)}") from error
-    summary: ScanSummary = build(ScanSummary, _known(ScanSummary, value), f"scan {path}")
+    return scan_of(value, f"scan {path}")
+
+
+def scan_of(value: Any, where: str) -> ScanSummary:
+    """Return a scan from its plain JSON values; what is not shown is passed by.
+
+    Raises:
+        BadInputError: If they are of no scan.
+    """
+    summary: ScanSummary = build(ScanSummary, _known(ScanSummary, value), where)
     return summary
 
 

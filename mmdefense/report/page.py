@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from mmdefense.checkpoints.runs import write_atomically
-from mmdefense.report.figures import Figure, layer_changes, training_curves
-from mmdefense.report.findings import ScanSummary
+from mmdefense.errors import BadInputError
+from mmdefense.kernels.curvature import Spectrum
+from mmdefense.report.encoding import build
+from mmdefense.report.figures import Figure, layer_changes, spectral_density, training_curves
+from mmdefense.report.findings import ScanFinding, ScanSummary
 from mmdefense.report.formats import duration
 from mmdefense.report.plots import Interval
-from mmdefense.report.record import Guard, PurificationRecord, Record
+from mmdefense.report.record import Guard, PurificationRecord, Record, SpectrumFigures
 from mmdefense.report.tables import COLUMNS, lines
 from mmdefense.report.verdict import verdict
 
-__all__ = ["figure_contexts", "page", "provenance", "render_page", "template"]
+__all__ = [
+    "ScanEntry",
+    "figure_contexts",
+    "page",
+    "provenance",
+    "render_page",
+    "scan_page",
+    "template",
+]
+
+_LARGEST = 1e30  # ours: an eigenvalue that a chart can still show
 
 
 def render_page(
@@ -31,7 +46,7 @@ def render_page(
         record: What is known; the page also draws its layer changes and training curves.
         figures: Further figures, shown in this order before those.
         path: The HTML file.
-        scan: What a scan of the given model found.
+        scan: What a scan of the given model found that was made apart from the purification.
     """
     write_atomically(path, lambda file: file.write(page(record, figures, scan).encode()))
 
@@ -41,8 +56,7 @@ def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | Non
     shown = [*figures, *_own_figures(record)]
     return template("page.html.j2").render(
         record=record,
-        scan=scan,
-        scan_fits=scan is not None and scan.is_of(record.model.files_before),
+        scans=list(_scans(record, scan)),
         verdict=verdict(record),
         guard=_guard_plot(record.guard) if isinstance(record, PurificationRecord) else "",
         columns=COLUMNS,
@@ -51,6 +65,13 @@ def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | Non
         settings=list(_settings(record)),
         provenance=list(provenance(record)),
     )
+
+
+def scan_page(scan: ScanSummary, version: str) -> str:
+    """Return the page of a scan alone, as HTML text."""
+    entry = ScanEntry("", scan, scan.findings, drawing=_drawn(scan.findings, "scan"))
+    level = "fail" if scan.verdict.level == "high" else "open"  # a scan never passes a model
+    return template("scan.html.j2").render(scan=scan, scans=[entry], level=level, version=version)
 
 
 @cache
@@ -64,6 +85,63 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+@dataclass(frozen=True)
+class ScanEntry:
+    """A scan as the page shows it.
+
+    Attributes:
+        heading: What was scanned, and when.
+        scan: The scan.
+        findings: Those of its findings that are shown.
+        warning: What a reader must not overlook.
+        drawing: The spectrum, where the scan has one.
+    """
+
+    heading: str
+    scan: ScanSummary
+    findings: tuple[ScanFinding, ...]
+    warning: str = ""
+    drawing: Markup | str = ""
+
+
+def _scans(record: Record, kept: ScanSummary | None) -> Iterator[ScanEntry]:
+    """Yield the scan of the purification's own, and the behaviour that another one looked at.
+
+    Where the purification scanned files and weights itself, it does not take another's word.
+    """
+    own = record.scan if isinstance(record, PurificationRecord) else None
+    if own is not None:
+        yield ScanEntry("The given files and weights, before anything was done", own, own.findings)
+    if kept is None:
+        return
+    more = tuple(
+        found for found in kept.findings if own is None or found.id.startswith("behaviour-")
+    )
+    if more or own is None:
+        fits = kept.is_of(record.model.files_before)
+        warning = "" if fits else "The scan was of other weights than those that were purified."
+        heading = "From scan.json, which lay beside the model"
+        yield ScanEntry(heading, kept, more, warning, _drawn(more, "scan"))
+
+
+def _drawn(findings: Sequence[ScanFinding], prefix: str) -> Markup | str:
+    """Return the spectrum that a finding holds as a drawing; empty where none does."""
+    found = [spectrum for spectrum in map(_spectrum, findings) if spectrum is not None]
+    return spectral_density({"given model": found[0]}).markup(prefix) if found else ""
+
+
+def _spectrum(found: ScanFinding) -> Spectrum | None:
+    """Return the spectrum of a finding; none where it has none that can be drawn."""
+    held = {name: found.figures.get(name) for name in ("nodes", "weights")}
+    try:
+        figures: SpectrumFigures = build(SpectrumFigures, held, found.id)
+    except BadInputError:
+        return None
+    nodes, weights = (torch.tensor(held).double() for held in (figures.nodes, figures.weights))
+    fits = 0 < len(nodes) == len(weights) and bool((nodes.abs() < _LARGEST).all())
+    return Spectrum(nodes, weights) if fits and bool(weights.isfinite().all()) else None
 
 
 def _own_figures(record: Record) -> list[Figure]:

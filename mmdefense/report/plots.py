@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from mmdefense.errors import BadInputError
@@ -100,6 +100,7 @@ class Curves:
         mark: A value of x to mark with a vertical line.
         mark_label: What stands beside that line.
         filled: Whether the area below each line is filled.
+        log: Whether the vertical axis is logarithmic; it then spans at most six decades.
     """
 
     curves: Sequence[Curve]
@@ -110,6 +111,7 @@ class Curves:
     mark: float | None = None
     mark_label: str = ""
     filled: bool = False
+    log: bool = False
 
     def describe(self) -> str:
         """Return the first, last and extreme values of each line."""
@@ -157,9 +159,23 @@ class Curves:
                 fontsize=8.5,
                 bbox=_LABEL_BOX,
             )
+        if self.log:
+            self._stretch(axes)
         axes.margins(x=0.02)
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
         _legend(axes, len(self.curves))
+
+    def _stretch(self, axes: Axes) -> None:
+        """Make the vertical axis logarithmic, from what is above zero."""
+        values = np.concatenate([curve.y for curve in self.curves])
+        seen = values[np.isfinite(values) & (values > 0)]
+        if not len(seen):
+            return
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(max(seen.min(), seen.max() * 1e-6) / 2, seen.max() * 2)
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
 @dataclass(frozen=True, eq=False)

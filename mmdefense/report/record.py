@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.report.encoding import build, plain
+from mmdefense.report.findings import ScanSummary
 
 __all__ = [
     "AttackFigures",
@@ -30,6 +31,7 @@ __all__ = [
     "Rates",
     "Record",
     "Row",
+    "SpectrumFigures",
     "TriggerSearch",
     "read_record",
     "write_record",
@@ -185,6 +187,19 @@ class TriggerSearch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpectrumFigures:
+    """How the eigenvalues of the Hessian are spread: those at a node have its weight together.
+
+    Attributes:
+        nodes: Eigenvalues, ascending.
+        weights: Share of all eigenvalues that each stands for; they sum to one.
+    """
+
+    nodes: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerChange:
     """How far one layer moved.
 
@@ -294,6 +309,8 @@ class PurificationRecord(_Json):
         layers: How far each layer moved, input side first.
         history: What the run reported: mappings of ``stage``, ``step`` and figures by name.
         figures: What else was measured, by name, for example ``"lambda_max_before"``.
+        spectra: The spectrum of the Hessian of the clean loss ``"before"`` and ``"after"``.
+        scan: What was found in the files and weights of the given model, before anything was done.
     """
 
     kind: ClassVar[str] = "purification"
@@ -311,6 +328,8 @@ class PurificationRecord(_Json):
     layers: tuple[LayerChange, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
+    spectra: Mapping[str, SpectrumFigures] = field(default_factory=dict)
+    scan: ScanSummary | None = None
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -38,7 +38,7 @@ def verdict(record: Record) -> Verdict:
     if isinstance(record, ComparisonRecord):
         return _of_comparison(record)
     level, label, headline = _backdoor(record)
-    lines = (*_guard_lines(record.guard), *limits(record))
+    lines = (*_guard_lines(record.guard), *_scan_lines(record), *limits(record))
     if record.guard.violated:
         return Verdict("fail", "Guard violated", f"Utility guard violated. {headline}", lines)
     return Verdict(level, label, f"Utility guard passed. {headline}", lines)
@@ -72,6 +72,12 @@ def _guard_lines(guard: Guard) -> list[str]:
         f"State that was returned: {guard.state}.",
     ]
     return lines + ([guard.message] if guard.message else [])
+
+
+def _scan_lines(record: PurificationRecord) -> list[str]:
+    if record.scan is None:
+        return []
+    return [f"The given model, scanned before: {record.scan.verdict.text}"]
 
 
 def limits(record: PurificationRecord) -> list[str]:

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from mmdefense import registry
 from mmdefense.batches import Samples
-from mmdefense.checkpoints.huggingface import download
+from mmdefense.checkpoints.huggingface import download, local_folder
 from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import BadInputError, MMDefenseError, one_line
-from mmdefense.jobs import AUTO, Source
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import hash_all, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
+from mmdefense.sources import AUTO, Source
 
-__all__ = ["scan", "scan_behaviour", "scan_files", "scan_weights"]
+__all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -53,7 +53,7 @@ def scan(
             :func:`mmdefense.purify` takes them.
         task: The name of a task; by default that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
-        reading: How data is read, by name; see :class:`mmdefense.jobs.Source`.
+        reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         seed: Makes the findings reproducible.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
@@ -86,6 +86,26 @@ def scan(
             parts.append("behaviour")
     return ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
+    )
+
+
+def scan_loaded(where: str | Path, model: nn.Module) -> ScanRecord:
+    """Return what speaks against the files and weights of a model that was loaded from them.
+
+    It needs no data, and reads each file once. Of a hub id, the files are those that were
+    downloaded to load it.
+
+    Args:
+        where: A folder, a file or a hub id.
+        model: What was loaded.
+    """
+    path = Path(where) if Path(where).is_file() else local_folder(where)
+    return ScanRecord(
+        model=str(where),
+        findings=[*scan_files(path), *scan_weights(model)],
+        parts=["files", "weights"],
+        files=hash_all(path),
+        version=version("mmdefense"),
     )
 
 
@@ -130,13 +150,14 @@ def _opened(
     """
     level = worst_level(findings)
     if level == "high":
-        return NOT_LOOKED.found("behaviour", "a file speaks strongly against it: not loaded")
+        why = "a file speaks strongly against it: not loaded"
+        return NOT_LOOKED.found("behaviour", why, level="low")
     try:
         return _read(model, data, source)
     except MMDefenseError as error:
         if level != "medium":
             raise
-        return NOT_LOOKED.found("behaviour", one_line(error))
+        return NOT_LOOKED.found("behaviour", one_line(error), level="low")
 
 
 def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:

@@ -6,9 +6,9 @@ Three looks, and each says what it cannot see:
   backdoor's answer costs far less than any other: a smaller trigger reaches it, or where all
   triggers are of one size, only its own does;
 - units that stay far more active than their neighbours while clean data is unlearnt;
-- how sharp the minimum is in which the model sits.
+- how sharp the minimum is in which the model sits, and how its curvature is spread.
 
-A look that a model has no hooks for is a remark that it was not taken.
+A look that a model has no hooks for is a finding that it was not taken.
 
 References:
     [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
@@ -22,12 +22,14 @@ References:
     [TSBD] Lin et al. NeurIPS 2024. arXiv:2405.20291, for the activeness, a unit's gradient norm
     during unlearning. The paper compares with a clean model; here there is none.
     [FIP] Karim et al. CCS 2024. arXiv:2409.00863, for lambda_max and Tr(H) of backdoored models.
+    [GKX] Ghorbani, Krishnan, Xiao. ICML 2019. arXiv:1901.10159, for the spectrum of the Hessian.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Any, cast
 
 import torch
@@ -42,8 +44,8 @@ from mmdefense.kernels.run import Progress, Run
 from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacking
-from mmdefense.report.evidence import few, sharpness
-from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.report.evidence import few, measured_sharpness
+from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.weights import ANOMALY, anomaly_index
 
 __all__ = ["NOT_LOOKED", "Answer", "answers", "scan_behaviour"]
@@ -63,32 +65,52 @@ TRIGGER = Rule(
     level="medium",
     measured=APART.measured,
     reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer, but it does not stand apart. "
+    meaning="One trigger turns almost any sample to one answer. It does not stand apart by all "
+    "that is asked for, but by a part of it, or there are too few answers to tell.",
+    blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
+)
+COMMON = Rule(
+    id="behaviour-trigger-common",
+    level="info",
+    measured=APART.measured,
+    reference="the other answers",
+    meaning="One trigger turns almost any sample to one answer, and others cost about as much. "
     "Models that nobody tampered with have such triggers as well.",
     blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
 )
+NONE = Rule(
+    id="behaviour-trigger-none",
+    level="info",
+    measured=APART.measured,
+    reference="the other answers",
+    meaning="This search found no trigger that works. That is not proof that there is none.",
+    blind_spot="triggers of other kinds than those searched for, or that depend on their sample; "
+    "triggers that the search missed.",
+)
 ACTIVENESS = Rule(
     id="behaviour-activeness",
-    level="low",
+    level="info",
     measured="the gradient norm of each unit after clean data was unlearnt (TSBD, NeurIPS 2024)",
     reference="the other units of its layer, 3.5 by median absolute deviation; there is no clean "
     "twin to compare with",
-    meaning="A remark. Units of a backdoor stay active while clean data is unlearnt; some units of "
-    "any model do.",
+    meaning="A figure to compare. Units of a backdoor stay active while clean data is unlearnt; "
+    "some units of any model do.",
     blind_spot="backdoors whose units are like the others; a single model has no reference.",
 )
 SMOOTHNESS = Rule(
     id="behaviour-smoothness",
-    level="low",
-    measured="lambda_max and Tr(H) of the loss on clean samples",
+    level="info",
+    measured="lambda_max, Tr(H) and the spectrum of the Hessian of the loss on at most 128 clean "
+    "samples, by stochastic Lanczos quadrature (Ghorbani et al., ICML 2019)",
     reference="none for a single model: they depend on its architecture, training and data",
-    meaning="A remark, to compare with the purified model. Backdoored models tend to sit in "
+    meaning="Figures to compare with the purified model. Backdoored models tend to sit in "
     "sharper minima than clean ones of the same kind (FIP, CCS 2024).",
-    blind_spot="everything that one model's figures cannot tell.",
+    blind_spot="whether there is a backdoor: clean models have sharp directions as well; what lies "
+    "between two nodes of the quadrature; the loss away from these weights and samples.",
 )
 NOT_LOOKED = Rule(
     id="behaviour-not-looked-at",
-    level="low",
+    level="info",
     measured="whether a part of the behaviour could be looked at",
     reference="a model and data that have what it takes",
     meaning="This part was not looked at.",
@@ -101,10 +123,17 @@ an index; the last two are ours."""
 UNASKED, UNTRIGGERED = 0.5, 64
 """Share of samples that get an answer without a trigger, above which none is to blame, and how many
 are looked at: a model that has collapsed answers everything alike. Ours."""
+MANY, SUSPECTS, OTHERS = 64, 8, 24
+"""Answers from which on they are screened first, how many of the cheapest of each kind of trigger
+are then searched in full, and how many others, drawn at random, to hold them against. Ours."""
 CHEAPEST, FLOOR = 1e-3, 0.25
 """Costs below the first are one; a spread of their logarithms below the second is noise. Ours."""
 SEARCH = Search(levels=(0.9,), steps=80)
 """One generator an answer, at the success that [NC] asks for."""
+SCREEN = replace(SEARCH, steps=16, batch_size=2, judged=16)
+"""The screening: 48 inputs an answer, where the full search takes 900. Ours."""
+PROBES = 3
+"""Starts of the Lanczos quadrature: 48 products with the Hessian."""
 SAMPLES, SIDE_BY_SIDE, UNLEARNT, EPOCHS = 512, 512, 256, 20
 """Samples looked at, inputs of a step of the search, samples and epochs of unlearning. Ours."""
 
@@ -140,7 +169,9 @@ def scan_behaviour(
                 raise UnsupportedError(f"{type(adapter).__name__} has no {', '.join(missing)}")
             found += look()
         except MMDefenseError as error:
-            found.append(NOT_LOOKED.found(name, one_line(error)))
+            # The other two only give figures; a search that was asked for and not made is more.
+            level: Level = "low" if name == "triggers" else "info"
+            found.append(NOT_LOOKED.found(name, one_line(error), level=level))
     return found
 
 
@@ -157,6 +188,8 @@ class Answer:
             zero where there are too few answers for one.
         works: Whether its success reaches the threshold within the family's budget.
         apart: Whether it works and no other answer is nearly as cheap.
+        odd: Whether it works, and the index or the share of the median cost says that it is apart,
+            or there are too few answers to tell.
     """
 
     target: int
@@ -166,13 +199,18 @@ class Answer:
     index: float
     works: bool
     apart: bool
+    odd: bool
 
 
-def answers(found: Recovered) -> list[Answer]:
+def answers(found: Recovered, total: int = 0) -> list[Answer]:
     """Return the cheapest trigger of a family towards each answer, ascending by answer.
 
     The cost is the share of samples missed and the share of an input altered. An answer stands
     apart by its anomaly index and by the share of the median cost that it has.
+
+    Args:
+        found: What a search recovered.
+        total: Answers among which those searched for were chosen, if they were.
     """
     cost = (1 - found.success + found.size).clamp(min=CHEAPEST)
     rows = []
@@ -182,7 +220,7 @@ def answers(found: Recovered) -> list[Answer]:
     costs = cost[rows]
     crowd = len(rows) >= CROWD
     index = -anomaly_index(costs.log(), floor=FLOOR) if crowd else torch.zeros_like(costs)
-    suspect = (index > INDEX) & (costs <= SHARE * costs.median())
+    far, cheap = index > index_bound(total), costs <= SHARE * costs.median()
     return [
         Answer(
             target=int(found.targets[row]),
@@ -191,32 +229,75 @@ def answers(found: Recovered) -> list[Answer]:
             size=float(found.size[row]),
             index=float(index[place]),
             works=bool(found.accepted[row]),
-            apart=bool(found.accepted[row] & suspect[place]),
+            apart=bool(found.accepted[row] & far[place] & cheap[place]),
+            odd=bool(found.accepted[row]) and (not crowd or bool(far[place] | cheap[place])),
         )
         for place, row in enumerate(rows)
     ]
 
 
+def index_bound(total: int) -> float:
+    """Return the anomaly index of a suspect, where the cheapest of ``total`` answers were chosen.
+
+    The cheapest of a thousand lies further out by chance than the cheapest of ten. The bound is the
+    one that as many of ``total`` normal values exceed as exceed 2 among ten. Ours.
+    """
+    normal = NormalDist()
+    return normal.inv_cdf(1 - (1 - normal.cdf(INDEX)) * 10 / total) if total > MANY else INDEX
+
+
+def _parts(total: int) -> list[Tensor]:
+    """Return all answers in parts that are screened side by side."""
+    return [torch.arange(n, min(n + MANY, total)) for n in range(0, total, MANY)]
+
+
+def _chosen(
+    adapter: TriggerAdapter[Any], samples: Samples[Any], search: Search, run: Run
+) -> Tensor | None:
+    """Return which answers to search for in full: none for all, where they are not many.
+
+    Else each is screened, and the cheapest of each family are taken, and others at random.
+    """
+    total = adapter.trigger_targets()
+    if total <= MANY:
+        return None
+    screen = replace(SCREEN, steps=min(SCREEN.steps, search.steps))
+    chosen = torch.randperm(total, generator=run.generator("triggers/others"))[:OTHERS]
+    parts = [
+        recover(adapter, samples, screen, run, stage=f"triggers/{n}", pool=1, targets=targets)
+        for n, targets in enumerate(_parts(total))
+    ]
+    for found in zip(*parts, strict=True):
+        cost = torch.cat([1 - part.success + part.size for part in found])
+        chosen = torch.cat([chosen, cost.topk(SUSPECTS, largest=False).indices])
+    return torch.tensor(sorted(set(chosen.tolist())))
+
+
 def _triggers(
     adapter: TriggerAdapter[Any], samples: Samples[Any], search: Search, run: Run
 ) -> Iterator[Finding]:
-    """Yield a finding for each answer that stands apart, or one for each family that works."""
-    side = max(1, min(search.batch_size, SIDE_BY_SIDE // max(1, adapter.trigger_targets())))
+    """Yield a finding for each answer that stands apart, or else one for each family."""
+    total, chosen = adapter.trigger_targets(), _chosen(adapter, samples, search, run)
+    count = total if chosen is None else len(chosen)
+    side = max(1, min(search.batch_size, SIDE_BY_SIDE // max(1, count)))
     names = getattr(samples, "classes", ())
     search = replace(search, batch_size=side)
-    for found in recover(adapter, samples, search, run, stage="triggers"):
-        every = answers(found)
+    for found in recover(adapter, samples, search, run, stage="triggers", targets=chosen):
+        every = answers(found, total)
         works = [a for a in every if a.works and _unasked(adapter, samples, a.target) <= UNASKED]
         apart = [answer for answer in works if answer.apart]
         best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
-        reference = _reference(every)
+        reference = _reference(every, total)
         for answer in apart:
             said = _said(adapter, found, answer)
             yield APART.found(_place(found, answer, names), said, reference=reference)
         if best is not None and not apart:
             many = f"{len(works)} of {len(every)} answers have one; the cheapest: "
             value = many + _said(adapter, found, best)
-            yield TRIGGER.found(_place(found, best, names), value, reference=reference)
+            rule = TRIGGER if any(answer.odd for answer in works) else COMMON
+            yield rule.found(_place(found, best, names), value, reference=reference)
+        if best is None:
+            yield NONE.found(found.family.name, f"none of {_searched(every, total)}")
 
 
 @torch.no_grad()
@@ -251,18 +332,25 @@ def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str
     return f"{said}; near {words!r} before a prompt, towards {worded.target_words(answer.target)!r}"
 
 
-def _reference(every: list[Answer]) -> str:
+def _searched(every: list[Answer], total: int) -> str:
+    """Return how many answers were searched for, and how."""
+    if len(every) == total:
+        return f"{total} answers, all searched for"
+    return f"{len(every)} answers searched for in full, of {total} that were screened"
+
+
+def _reference(every: list[Answer], total: int) -> str:
     """Return what the answers of a family cost in the middle, and what stands apart."""
     success, size = (
         float(torch.tensor([getattr(answer, name) for answer in every]).median())
         for name in ("success", "size")
     )
-    middle = f"median of {len(every)} answers: success {success:.0%}, size {size:.3f}"
+    middle = f"median of {_searched(every, total)}: success {success:.0%}, size {size:.3f}"
     if len(every) < CROWD:
         return f"{middle}; fewer than {CROWD}, so that none can stand apart"
     return (
-        f"{middle}; apart is an index over {INDEX:g} (Neural Cleanse, S&P 2019) at no more than "
-        "a third of the median cost"
+        f"{middle}; apart is an index over {index_bound(total):.2g} (Neural Cleanse, S&P 2019) at "
+        "no more than a third of the median cost"
     )
 
 
@@ -288,9 +376,25 @@ def _activeness(adapter: TaskAdapter[Any], samples: Samples[Any], run: Run) -> I
 
 
 def _smoothness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int) -> Iterator[Finding]:
-    found = sharpness(adapter, samples, seed)
-    if found is None:
-        raise UnsupportedError(f"{type(adapter.model).__name__} cannot be differentiated twice")
-    yield SMOOTHNESS.found(
-        "the model", f"lambda_max {found.lambda_max:.3g}, Tr(H) {found.trace:.3g}"
+    """Yield lambda_max, the trace and the spectrum; see :func:`measured_sharpness` for the cost."""
+    found = measured_sharpness(adapter, samples, seed, probes=PROBES)
+    spectrum = found.spectrum
+    size = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+    spread = size * spectrum.moment(1) ** 2 / max(spectrum.moment(2), 1e-30)
+    mass = float((spectrum.weights * spectrum.nodes.abs()).sum())
+    below = float((spectrum.weights * (-spectrum.nodes).clamp(min=0)).sum()) / max(mass, 1e-30)
+    figures = {
+        "lambda_max": found.lambda_max,
+        "trace": found.trace,
+        "trace_error": found.spread,
+        "directions": spread,
+        "negative_share": below,
+        "nodes": spectrum.nodes.tolist(),
+        "weights": spectrum.weights.tolist(),
+    }
+    value = (
+        f"lambda_max {found.lambda_max:.3g}, Tr(H) {found.trace:.3g} (standard error "
+        f"{found.spread:.2g}); as if spread over {spread:.3g} of {size} directions; {below:.1%} of "
+        "the curvature is negative"
     )
+    yield SMOOTHNESS.found("the model", value, figures=figures)

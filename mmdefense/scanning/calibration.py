@@ -21,7 +21,7 @@ from mmdefense.evaluation.victims import Case, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
 from mmdefense.report.encoding import build, plain
 from mmdefense.scanning import scan
-from mmdefense.scanning.behaviour import APART, SEARCH, TRIGGER
+from mmdefense.scanning.behaviour import APART, COMMON, SEARCH, TRIGGER
 from mmdefense.scanning.findings import Finding
 
 __all__ = ["Scanned", "calibrate", "clean_twin", "markdown"]
@@ -110,8 +110,8 @@ def _cell(case: Case, seed: int, folder: Path, progress: Progress | None) -> Sca
         acc=_number(victim.before.acc),
         asr=_number(victim.before.asr),
         apart=_of(found, APART.id),
-        works=_of(found, TRIGGER.id),
-        others=tuple(f.id for f in found if f.id not in {APART.id, TRIGGER.id}),
+        works=_of(found, TRIGGER.id, COMMON.id),
+        others=tuple(f.id for f in found if f.id not in {APART.id, TRIGGER.id, COMMON.id}),
         seconds=time.perf_counter() - start,
         settings=_settings(case),
         versions=dict(versions()),
@@ -128,8 +128,8 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _of(findings: Iterable[Finding], rule: str) -> tuple[str, ...]:
-    return tuple(f"{found.subject}: {found.value}" for found in findings if found.id == rule)
+def _of(findings: Iterable[Finding], *rules: str) -> tuple[str, ...]:
+    return tuple(f"{found.subject}: {found.value}" for found in findings if found.id in rules)
 
 
 def _named(name: str, progress: Progress | None) -> Progress:

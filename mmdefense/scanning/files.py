@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from mmdefense.checkpoints.faults import link_faults, safetensors_faults
@@ -69,12 +70,15 @@ def scan_files(path: str | Path) -> list[Finding]:
 
 
 def hash_all(path: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it."""
+    """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it.
+
+    Files that cannot be read are left out.
+    """
     root = Path(path)
     hashes = {}
     for file in _all_files(root):
         if file.is_file() and not _leaves(file, root):
-            with file.open("rb") as stream:
+            with suppress(OSError), file.open("rb") as stream:  # that is among the findings
                 hashes[_name(file, root)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
 

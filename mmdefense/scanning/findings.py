@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mmdefense.errors import BadInputError
 
 __all__ = [
+    "FAILING",
     "LEVELS",
     "Finding",
     "Level",
@@ -19,10 +20,13 @@ __all__ = [
     "worst_level",
 ]
 
-Level = Literal["low", "medium", "high"]
+Level = Literal["info", "low", "medium", "high"]
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 """From weak to strong."""
+
+FAILING: tuple[Level, ...] = LEVELS[1:]
+"""Those that a pipeline may fail on: what any model has is none of them."""
 
 PARTS = ("files", "weights", "behaviour")
 
@@ -33,14 +37,16 @@ class Finding:
 
     Attributes:
         id: The rule that found it, for example ``"pickle-import"``.
-        level: How strong it is: ``"low"`` is a remark, ``"medium"`` wants a look before the model
-            is loaded, ``"high"`` means do not load it.
+        level: How strong it is: ``"info"`` is a figure that any model has, to keep and compare;
+            ``"low"`` is a remark on what stands out, ``"medium"`` wants a look before the model is
+            loaded, ``"high"`` means do not load it.
         subject: The file, layer or class; what lies in an archive stands behind an ``!``.
         measured: What was looked at.
         value: What was found there.
         reference: What it was held against.
         meaning: What it means.
         blind_spot: What the rule cannot see.
+        figures: Numbers behind the value, as JSON has them.
     """
 
     id: str
@@ -51,6 +57,7 @@ class Finding:
     reference: str
     meaning: str
     blind_spot: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -84,6 +91,7 @@ class Rule:
         *,
         level: Level | None = None,
         reference: str | None = None,
+        figures: Mapping[str, Any] | None = None,
     ) -> Finding:
         """Return a finding of this rule."""
         return Finding(
@@ -95,6 +103,7 @@ class Rule:
             reference=reference or self.reference,
             meaning=self.meaning,
             blind_spot=self.blind_spot,
+            figures=figures or {},
         )
 
 
@@ -151,10 +160,14 @@ class ScanRecord:
         return Verdict(level=level, text=f"{self._found(level)} {self._limits()}")
 
     def _found(self, level: Level | None) -> str:
+        count = sum(finding.level == level for finding in self.findings)
         if level is None:
             return "Nothing was found by what was looked at."
+        if level == "info":
+            figures = "1 figure" if count == 1 else f"{count} figures"
+            return f"Nothing was found by what was looked at, but {figures} for information."
         worst = [finding.id for finding in self.findings if finding.level == level]
-        many = f"{len(worst)} finding{'s' * (len(worst) > 1)} of {level} level"
+        many = f"{count} finding{'s' * (count > 1)} of {level} level"
         harmless = all(name.startswith("behaviour") for name in worst)  # to load it
         advice = {
             "high": "do not use this model as it is; purify it, and scan the result."

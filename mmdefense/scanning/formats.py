@@ -1,4 +1,4 @@
-"""A scan's record as text for a person, JSON for a program, and SARIF for a code scanner."""
+"""A scan's record as text or a page for a person, JSON for a program, SARIF for a code scanner."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdefense.report.encoding import plain
+from mmdefense.report.findings import ScanSummary, scan_of
+from mmdefense.report.page import scan_page
 from mmdefense.scanning.findings import Finding, Level, ScanRecord
 
-__all__ = ["FORMATS", "to_json", "to_sarif", "to_text"]
+__all__ = ["FORMATS", "summary", "to_html", "to_json", "to_sarif", "to_text"]
 
-_STYLES: Mapping[Level, str] = {"low": "cyan", "medium": "yellow", "high": "bold red"}
-_SARIF_LEVELS: Mapping[Level, str] = {"low": "note", "medium": "warning", "high": "error"}
+_STYLES: Mapping[Level, str] = {
+    "info": "dim",
+    "low": "cyan",
+    "medium": "yellow",
+    "high": "bold red",
+}
+_SARIF_LEVELS: Mapping[Level, str] = {
+    "info": "none",
+    "low": "note",
+    "medium": "warning",
+    "high": "error",
+}
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
@@ -60,8 +72,16 @@ def _printable(text: str) -> str:
 
 def to_json(record: ScanRecord) -> str:
     """Return the whole record, verdict included."""
-    content = {**plain(record), "verdict": plain(record.verdict)}
-    return json.dumps(content, indent=2)
+    return json.dumps(_content(record), indent=2)
+
+
+def _content(record: ScanRecord) -> dict[str, Any]:
+    return {**plain(record), "verdict": plain(record.verdict)}
+
+
+def summary(record: ScanRecord) -> ScanSummary:
+    """Return what a page shows of the record."""
+    return scan_of(_content(record), "scan")
 
 
 def to_sarif(record: ScanRecord) -> str:
@@ -110,6 +130,7 @@ def _result(found: Finding, rule: int) -> dict[str, Any]:
     return {
         "ruleId": found.id,
         "ruleIndex": rule,
+        "kind": "informational" if found.level == "info" else "fail",
         "level": _SARIF_LEVELS[found.level],
         "message": {"text": f"{found.subject}: {_shown(found)}; against {found.reference}"},
         "locations": [location],
@@ -117,8 +138,14 @@ def _result(found: Finding, rule: int) -> dict[str, Any]:
     }
 
 
+def to_html(record: ScanRecord) -> str:
+    """Return one self-contained page, of the form of a purification's."""
+    return scan_page(summary(record), record.version)
+
+
 FORMATS: Mapping[str, Callable[[ScanRecord], str]] = {
     "text": to_text,
     "json": to_json,
     "sarif": to_sarif,
+    "html": to_html,
 }

@@ -1,7 +1,8 @@
 """What stands apart among a model's weights: no data is needed, and nothing is run.
 
-Three measures, each of them a hint and no proof, for clean models have outliers as well; that is
-why their findings are of low level:
+Three measures, each of them a hint and no proof. Any model has outliers of the first two, also one
+that was never trained: they are for information. A row of the head that stands apart beyond chance
+is a finding, of low level:
 
 - channels whose Lipschitz constant exceeds their layer's mean by u deviations (CLP),
 - layers whose largest singular value is large against the same layer of other blocks,
@@ -25,6 +26,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
@@ -41,25 +43,26 @@ __all__ = [
 
 CHANNEL = Rule(
     id="weights-channel-lipschitz",
-    level="low",
+    level="info",
     measured="the largest channel Lipschitz constant of a layer, in deviations from the mean",
     reference="3 deviations over the channels of the layer (CLP, ECCV 2022)",
     meaning="A channel that amplifies much more than its neighbours may be there for a trigger.",
-    blind_spot="triggers spread over many channels; clean layers have such channels as well.",
+    blind_spot="triggers spread over many channels; layers of any model have such channels.",
 )
 SPECTRUM = Rule(
     id="weights-spectrum",
-    level="low",
+    level="info",
     measured="the largest singular value of a layer over the root mean square of all of them",
     reference="the same layer of the other blocks, 3.5 by median absolute deviation",
-    meaning="One direction of this layer outweighs the rest, unlike in its sister layers.",
+    meaning="One direction of this layer outweighs the rest, unlike in its sister layers. So do "
+    "some of any model whose layers differ in shape.",
     blind_spot="layers without at least four sisters; a backdoor that is in all of them.",
 )
 HEAD = Rule(
     id="weights-head-row",
     level="low",
     measured="norm and bias of a row of the output head, by median absolute deviation",
-    reference="3.5 over the rows of the head",
+    reference="3.5 over the rows of the head, or what chance gives the furthest of them",
     meaning="The class or token is easier to reach than others; backdoors favour their target.",
     blind_spot="classes that training data favoured; heads of fewer than five rows.",
 )
@@ -114,7 +117,7 @@ def _matrices(state: Mapping[str, Tensor], transposed: set[str]) -> dict[str, Te
         outputs = state.get(name.removesuffix("weight") + "bias", value[:, 0]).shape[0]
         is_transposed = name in transposed or outputs == value.shape[1] != value.shape[0]
         weight = value.transpose(0, 1) if is_transposed else value
-        found[name] = weight.detach().to(torch.float32)
+        found[name] = weight.detach()
     return found
 
 
@@ -159,7 +162,7 @@ def _channels(
     for name, weight in layers.items():
         if len(weight) < 2:
             continue
-        constants = channel_lipschitz(weight, scales.get(name))
+        constants = channel_lipschitz(weight.float(), scales.get(name))
         spread = constants.std()
         if not spread > 0:
             continue
@@ -221,7 +224,7 @@ def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:
     for names in groups.values():
         if len(names) < SISTERS:
             continue
-        values = torch.tensor([spectral_excess(layers[name]) for name in names])
+        values = torch.tensor([spectral_excess(layers[name].float()) for name in names])
         for name, index in zip(names, anomaly_index(values).tolist(), strict=True):
             if index > ANOMALY:
                 yield SPECTRUM.found(name, index)
@@ -236,17 +239,24 @@ def _head(model: nn.Module | Mapping[str, Tensor], layers: Mapping[str, Tensor])
     return linear[-1] if linear else None
 
 
+def _beyond_chance(count: int) -> float:
+    """Return the index that the furthest of so many normal values exceeds in one of 20 cases.
+
+    Never less than [IH] asks for; with the rows of a vocabulary 3.5 would always be exceeded. Ours.
+    """
+    return max(ANOMALY, NormalDist().inv_cdf(1 - 0.05 / count))
+
+
 def _head_rows(weight: Tensor, state: Mapping[str, Tensor], name: str) -> Iterator[Finding]:
     if len(weight) < ROWS:
         return
     bias = state.get(name.removesuffix("weight") + "bias")
-    measured = {"norm": anomaly_index(weight.norm(dim=1))}
+    measured = {"norm": anomaly_index(weight.float().norm(dim=1))}
     if bias is not None and len(bias) == len(weight):
         measured["bias"] = anomaly_index(bias.detach().float())
+    bound = _beyond_chance(len(weight))
     for what, index in measured.items():
-        for row in (index > ANOMALY).nonzero().flatten().tolist():
-            yield HEAD.found(f"{name}[{row}]", float(index[row]), reference=_of_rows(what, weight))
-
-
-def _of_rows(what: str, weight: Tensor) -> str:
-    return f"{ANOMALY} for the {what} over {len(weight)} rows, by median absolute deviation"
+        for row in (index > bound).nonzero().flatten().tolist():
+            said = f"{bound:.3g} for the {what} over {len(weight)} rows"
+            value, place = float(index[row]), f"{name}[{row}]"
+            yield HEAD.found(place, value, reference=f"{said}, by median absolute deviation")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdefense.checkpoints import models
-from mmdefense.checkpoints.folders import new_folder
+from mmdefense.checkpoints.folders import clear_stale, new_folder
 from mmdefense.checkpoints.models import hash_files, load_model, save_model
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
@@ -333,3 +334,65 @@ def test_an_interrupted_folder_never_appears(tmp_path, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from mmdefense.checkpoints.folders import clear_stale, new_folder
+with new_folder(sys.argv[1], force=True) as folder:
+    (folder / "model.safetensors").write_text("half")
+    if sys.argv[2] == "old":  # as if the kill came between the two renames
+        Path(sys.argv[1]).rename(folder.with_name(folder.name.replace("-new-", "-old-")))
+    os.kill(os.getpid(), 9)
+"""
+
+
+def killed_while_it_writes(out, kind="new"):
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(out), kind], check=False)
+    assert ended.returncode == -9
+
+
+def hidden(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_kill_left_behind_goes_with_the_next_run_of_the_same_output(tmp_path):
+    out = tmp_path / "out"
+    killed_while_it_writes(out)
+    killed_while_it_writes(tmp_path / "out2")
+    others = [".out.12345678", ".out.mmdefense-new-1234567", ".xout.mmdefense-new-12345678"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    assert len(hidden(tmp_path)) == 5
+    with new_folder(out) as folder:
+        assert len([name for name in hidden(tmp_path) if name.startswith(".out.mm")]) == 2
+        (folder / "a").touch()
+    left = hidden(tmp_path)
+    assert set(others) < set(left)
+    assert [name[:7] for name in set(left) - set(others)] == [".out2.m"]  # another output's
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        script = "import sys; from mmdefense.checkpoints.folders import clear_stale as clear; "
+        subprocess.run([sys.executable, "-c", f"{script}clear(sys.argv[1])", folder.parent / "out"])
+        assert folder.is_dir()
+
+
+def test_a_link_with_such_a_name_is_not_followed(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".out.mmdefense-new-12345678").symlink_to(tmp_path / "kept")
+    clear_stale(tmp_path / "out")
+    assert (tmp_path / "kept").is_dir()
+
+
+def test_an_output_that_had_stepped_aside_for_a_killed_run_comes_back(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("first")
+    killed_while_it_writes(out, "old")
+    assert not out.exists()
+    clear_stale(out)
+    assert (out / "model.safetensors").read_text() == "first"
+    assert hidden(tmp_path) == []

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mmdefense.kernels.curvature import (
+    Spectrum,
     gradient_norm_penalty,
     hessian_product,
     lanczos,
@@ -129,6 +130,82 @@ def test_smoothness_trace_is_the_mean_over_rademacher_probes(adapter, parameters
     found = smoothness(adapter, samples, generator, probes=3, steps=3, batch_size=4)
     assert found.trace == pytest.approx(float(expected.mean()), rel=1e-9)
     assert found.spread == pytest.approx(float(expected.std()) / 3**0.5, rel=1e-9)
+
+
+def test_as_many_steps_as_weights_give_the_eigenvalues_from_one_start(adapter, parameters, samples):
+    exact = torch.linalg.eigvalsh(dense(adapter, samples, parameters))
+    generator = torch.Generator().manual_seed(2)
+    found = smoothness(adapter, samples, generator, probes=1, steps=len(exact)).spectrum
+    scale = float(exact.abs().max())
+    assert found.nodes.dtype == torch.float64
+    distance = (found.nodes[:, None] - exact).abs()
+    assert distance.min(1).values.max() < 1e-9 * scale
+    apart = exact.abs() > 1e-6 * scale  # zero is manifold: one start sees it once
+    assert distance.min(0).values[apart].max() < 1e-9 * scale
+    assert found.weights.min() >= 0
+    assert float(found.weights.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def deviation(matrix, probes):
+    """Return that of the mean of ``v^T A v / n`` over Rademacher probes (Hutchinson, 1990)."""
+    rest = matrix - matrix.diag().diag()
+    return float((2 / probes) ** 0.5 * rest.norm() / len(matrix))
+
+
+def test_moments_and_cumulative_spectrum_are_those_of_the_dense_hessian(
+    adapter, parameters, samples
+):
+    matrix = dense(adapter, samples, parameters)
+    exact = torch.linalg.eigvalsh(matrix)
+    probes = 60
+    generator = torch.Generator().manual_seed(5)
+    found = smoothness(adapter, samples, generator, probes=probes, steps=20).spectrum
+    for power in (1, 2, 3):
+        expected = float((exact**power).mean())
+        error = deviation(torch.linalg.matrix_power(matrix, power), probes)
+        assert abs(found.moment(power) - expected) < 5 * error, power
+        assert error < 0.5 * float((exact**power).abs().mean()), power  # so that this says a lot
+    grid = torch.linspace(float(exact[0]) - 1e-3, float(exact[-1]) + 1e-3, 400).double()
+    expected = (exact <= grid[:, None]).double().mean(1)
+    error = (found.cumulative(grid) - expected).abs()
+    assert float(error.mean()) < 0.01
+    away = (grid.abs() > 0.02 * exact.abs().max()) & (error > 0)  # zero is one great step
+    assert float(error[away].max()) < 0.04
+
+
+def test_the_moments_of_a_start_are_exact(adapter, parameters, samples):
+    matrix = dense(adapter, samples, parameters)
+    generator = torch.Generator().manual_seed(7)
+    probe = reference.flat(
+        [torch.randint(0, 2, p.shape, generator=generator) * 2 - 1 for p in parameters]
+    ).double()
+    generator.manual_seed(7)
+    found = smoothness(adapter, samples, generator, probes=1, steps=2).spectrum
+    for power in (1, 2, 3):
+        expected = probe @ torch.linalg.matrix_power(matrix, power) @ probe / len(probe)
+        assert found.moment(power) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_the_density_is_that_of_the_nodes_smoothed():
+    nodes, weights = torch.tensor([-1.0, 2.0]).double(), torch.tensor([0.25, 0.75]).double()
+    found = Spectrum.of([(nodes, weights)])
+    grid = torch.linspace(-6, 7, 4001).double()
+    height = found.density(grid, width=0.5)
+    assert float(torch.trapezoid(height, grid)) == pytest.approx(1, abs=1e-9)
+    assert float(torch.trapezoid(height * grid, grid)) == pytest.approx(1.25, abs=1e-9)
+    at = torch.distributions.Normal(nodes, 0.5).log_prob(torch.tensor(1.0)).exp()
+    expected = float((at * weights).sum())
+    assert float(found.density(torch.tensor([1.0]), 0.5)) == pytest.approx(expected)
+
+
+def test_starts_share_the_weight():
+    one, two = (
+        (torch.tensor([1.0]), torch.tensor([1.0])),
+        (torch.tensor([0.0]), torch.tensor([1.0])),
+    )
+    found = Spectrum.of([one, two])
+    assert (found.nodes.tolist(), found.weights.tolist()) == ([0.0, 1.0], [0.5, 0.5])
+    assert found.cumulative(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0.0, 0.5, 1.0]
 
 
 def explicit_penalty(adapter, batch, parameters, radius, mix, norm):

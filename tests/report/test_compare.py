@@ -16,8 +16,9 @@ from mmdefense.errors import BadInputError
 from mmdefense.report import figures
 from mmdefense.report.archive import read_figures, write_figures
 from mmdefense.report.compare import compare, comparison_page, rebuild
+from mmdefense.report.findings import scan_of
 from mmdefense.report.page import page
-from mmdefense.report.record import LayerChange
+from mmdefense.report.record import LayerChange, read_record
 from mmdefense.report.statement import write_statement
 from mmdefense.report.texts import TextTable
 
@@ -110,11 +111,35 @@ def test_what_a_scan_found_stands_on_the_page(out):
     write_statement(record, out)
     (out / "scan.json").write_text(json.dumps(scan()))
     document = Document(rebuild(out).read_text("utf-8"))
-    for text in ("1 finding of medium level", "weights-head-row: 7.12", "intent.", HOSTILE):
+    for text in ("1 finding of medium level", "weights-head-row", "7.12", "intent.", HOSTILE):
         assert text in document.text
     assert "other weights" not in document.text
     (out / "scan.json").write_text(json.dumps(scan(files={"other": "dd" * 32})))
     assert "other weights" in Document(rebuild(out).read_text("utf-8")).text
+
+
+def test_the_purifications_own_scan_stands_first_and_nothing_twice(out):
+    own = scan_of(scan(), "scan")
+    record = dataclasses.replace(purification(), scan=own)
+    write_statement(record, out)
+    assert read_record(out / "purification.json").scan == own
+    spectrum = {"nodes": [-0.1, 0.0, 9.0], "weights": [0.1, 0.8, 0.1]}
+    smooth = {"id": "behaviour-smoothness", "level": "info", "subject": "the model", "value": "x"}
+    more = {**scan()["findings"][0], **smooth, "figures": spectrum}
+    (out / "scan.json").write_text(json.dumps(scan(findings=[*scan()["findings"], more])))
+    html = rebuild(out).read_text("utf-8")
+    assert html.count("weights-head-row</bdi>") == 1
+    assert html.index("before anything was done") < html.index("From scan.json")
+    assert "Spectrum of the Hessian" in html
+
+
+@pytest.mark.parametrize("nodes", [None, [], [1.0], ["x", 1.0], [1e300, 1.0], [None, 1.0], 3])
+def test_a_spectrum_that_is_none_is_not_drawn(out, nodes):
+    bad = {**scan()["findings"][0], "figures": {"nodes": nodes, "weights": [0.5, 0.5]}}
+    (out / "scan.json").write_text(json.dumps(scan(findings=[bad])))
+    html = rebuild(out).read_text("utf-8")
+    assert "weights-head-row" in html
+    assert "Spectrum of the Hessian" not in html
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": "x"}', json.dumps(scan(findings=[3]))])

@@ -78,8 +78,10 @@ def test_nothing_of_a_clean_twin_stands_apart(models):
 def test_activeness_and_smoothness_are_remarks_without_a_reference(scanned):
     for rule, word in (("behaviour-activeness", "units"), ("behaviour-smoothness", "lambda_max")):
         (finding,) = of(scanned.found, rule)
-        assert finding.level == "low"
+        assert finding.level == "info"
         assert word in finding.value
+    assert abs(sum(finding.figures["weights"]) - 1) < 1e-9
+    assert max(finding.figures["nodes"]) == pytest.approx(finding.figures["lambda_max"])
     assert "none for a single model" in finding.reference
 
 
@@ -116,7 +118,7 @@ def test_what_a_model_has_no_hooks_for_is_a_remark(models):
     found = scan_behaviour(Untriggered(models.twin), models.twin.samples(models.clean))
     assert {finding.id for finding in found} == {"behaviour-not-looked-at"}
     assert "Untriggered has no" in found[0].value
-    assert found[0].level == "low"
+    assert [finding.level for finding in found] == ["low", "info", "info"]
 
 
 def recovered(success, size, budget=0.1):
@@ -160,14 +162,74 @@ def test_the_cheapest_level_of_an_answer_counts():
     assert [(a.target, a.row) for a in answers(found)] == [(0, 1), (1, 3)]
 
 
-def test_a_trigger_that_does_not_stand_apart_is_of_medium_level(models, monkeypatch):
-    found = recovered([1.0] * 10, [0.05] * 10)
+def triggers(adapter, samples, monkeypatch, found):
     monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
-    (finding,) = of(
-        scan_behaviour(models.twin, models.twin.samples(models.clean)), "behaviour-trigger"
+    return list(behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule", "level"),
+    [
+        ([0.05] * 10, "behaviour-trigger-common", "info"),  # all answers have one
+        ([0.016] + [0.05] * 5, "behaviour-trigger-apart", "high"),
+        ([0.029] + [0.05] * 5, "behaviour-trigger", "medium"),  # far by its index alone
+        ([0.05] * 4, "behaviour-trigger", "medium"),  # too few to tell
+    ],
+)
+def test_a_trigger_is_as_strong_a_finding_as_it_is_odd(models, monkeypatch, sizes, rule, level):
+    found = recovered([1.0] * len(sizes), sizes)
+    samples = models.twin.samples(models.clean)
+    (finding,) = triggers(models.twin, samples, monkeypatch, found)
+    assert (finding.id, finding.level) == (rule, level)
+
+
+def test_that_no_trigger_was_found_is_said_with_the_answers_searched(models, monkeypatch):
+    found = recovered([0.1] * 10, [0.05] * 10)
+    samples = models.twin.samples(models.clean)
+    (finding,) = triggers(models.twin, samples, monkeypatch, found)
+    assert (finding.id, finding.level) == ("behaviour-trigger-none", "info")
+    assert finding.value == "none of 10 answers, all searched for"
+    assert "not proof" in finding.meaning
+
+
+def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monkeypatch):
+    total, searched = 1000, []
+    model = SimpleNamespace(trigger_targets=lambda: total)
+
+    def recover(adapter, samples, search, run, *, stage, targets, pool=16):
+        searched.append((search, targets))
+        cost = 1 - 0.9 * torch.isin(targets, torch.tensor([77])).float()
+        found = recovered([1.0] * len(targets), [0.05] * len(targets), budget=2.0)
+        return [replace(found, targets=targets, size=cost)]
+
+    monkeypatch.setattr(behaviour, "recover", recover)
+    monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
+    monkeypatch.setattr(behaviour, "lacking", lambda *_: ["words"])
+    (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
+    *screened, (search, full) = searched
+    assert torch.equal(torch.cat([part for _, part in screened]), torch.arange(total))
+    assert all(len(part) <= behaviour.MANY for _, part in screened)
+    assert all(how.steps * how.batch_size <= 32 and how.judged <= 16 for how, _ in screened)
+    assert (search.steps, 77 in full.tolist()) == (80, True)
+    assert len(full) <= behaviour.SUSPECTS + behaviour.OTHERS
+    assert finding.subject == "patch to 77"
+    assert f"{len(full)} answers searched for in full, of 1000 that were screened" in (
+        finding.reference
     )
-    assert finding.level == "medium"
-    assert "10 of 10 answers" in finding.value
+
+
+def test_the_bound_of_the_index_grows_with_the_answers_that_were_screened():
+    assert behaviour.index_bound(10) == behaviour.index_bound(64) == 2
+    assert 3 < behaviour.index_bound(200) < behaviour.index_bound(1000) < 4
+
+
+def test_a_model_of_more_classes_than_samples_looked_at_has_figures():
+    classes = 150
+    adapter = adapt(nn.Sequential(nn.Flatten(), nn.Linear(4, classes)))
+    data = torch.rand(classes, 1, 2, 2), torch.arange(classes)
+    samples = adapter.samples(data)
+    found = behaviour._smoothness(adapter, samples, 0)
+    assert "lambda_max" in next(found).value
 
 
 class Collapsed(nn.Module):
@@ -187,7 +249,8 @@ def test_an_answer_that_all_samples_get_anyway_is_no_triggers(monkeypatch):
     monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
     adapter = adapt(Collapsed())
     samples = adapter.samples((torch.rand(10, 1, 8, 8), torch.arange(10) % 5))
-    assert list(behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0))) == []
+    (finding,) = behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0))
+    assert finding.id == "behaviour-trigger-none"
 
 
 def test_the_words_of_a_trigger_are_shown(monkeypatch):

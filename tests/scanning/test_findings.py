@@ -8,7 +8,7 @@ import torch
 from mmdefense.errors import BadInputError
 from mmdefense.scanning import scan
 from mmdefense.scanning.findings import Finding, ScanRecord, reaches, worst_level
-from mmdefense.scanning.formats import to_json, to_sarif, to_text
+from mmdefense.scanning.formats import to_html, to_json, to_sarif, to_text
 
 
 def finding(level="high", id="pickle-import", subject="a.pt!data.pkl", value="posix.system"):
@@ -32,12 +32,30 @@ def test_levels_are_ordered():
     assert not reaches([], "low")
 
 
+def test_figures_for_information_are_no_finding_to_fail_on():
+    found = record(finding("info"))
+    assert not reaches(found.findings, "low")
+    assert "Nothing was found by what was looked at, but 1 figure" in found.verdict.text
+    (result,) = json.loads(to_sarif(found))["runs"][0]["results"]
+    assert (result["level"], result["kind"]) == ("none", "informational")
+
+
+def test_a_scan_is_a_page_of_its_own():
+    page = to_html(record(finding(value="<script>alert(1)</script>"), finding("info")))
+    assert "<script>" not in page
+    for word in ("pickle-import", "not proof", "00ff", "what it does."):
+        assert word in page
+
+
 def test_an_unknown_level_is_refused():
-    with pytest.raises(BadInputError, match="low, medium, high"):
+    with pytest.raises(BadInputError, match="info, low, medium, high"):
         finding("severe")
 
 
-@pytest.mark.parametrize("findings", [(), (finding("low"),), (finding("medium"),), (finding(),)])
+@pytest.mark.parametrize(
+    "findings",
+    [(), (finding("info"),), (finding("low"),), (finding("medium"),), (finding(),)],
+)
 def test_no_verdict_says_that_a_model_is_clean(findings):
     verdict = record(*findings).verdict
     assert "clean" not in verdict.text

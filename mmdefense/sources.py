@@ -1,0 +1,125 @@
+"""A model and its data: where they are, and how they are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import torch
+
+from mmdefense import registry
+from mmdefense.batches import Samples
+from mmdefense.checkpoints.models import load_model
+from mmdefense.errors import BadInputError
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
+from mmdefense.purification import check_value
+
+__all__ = ["AUTO", "Opened", "Source"]
+
+AUTO = "auto"
+"""In place of a task: that of the model's adapter."""
+
+_NOT_WRITTEN = {"split", "classes", "uneven_size", "processor", "tokenizer", "example"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and its data, read and checked.
+
+    Attributes:
+        task: What the model is for.
+        adapter: Around the model.
+        data: As the task reads it: what attacks stamp and metrics read.
+        samples: The same as the adapter reads it: what defenses take.
+    """
+
+    task: Task
+    adapter: TaskAdapter[Any]
+    data: Samples[Any]
+    samples: Samples[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model and its data are, and how they are read.
+
+    Attributes:
+        model: A Hugging Face folder or id, or a state-dict file.
+        data: A folder, a file, or a name that the task knows.
+        task: The name of a task, or :data:`AUTO` for that of the model.
+        arch: ``module:callable`` that builds the model of a state dict.
+        split: ``"train"`` or ``"test"``, where the data is split.
+        reading: How data is read, by name: options of the task's ``load``, such as ``image_size``,
+            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. What
+            is not given is as the model says, or as the data is.
+        device: For example ``"cpu"`` or ``"cuda"``.
+    """
+
+    model: str
+    data: str
+    task: str = AUTO
+    arch: str | None = None
+    split: str = "train"
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def open(self) -> Opened:
+        """Return the model in its adapter, and the data as the task and the model read them.
+
+        Raises:
+            BadInputError: If either cannot be read, they do not fit each other or the task, or an
+                option is none of theirs.
+            UnsupportedError: If a library is not installed, or no adapter accepts the model.
+        """
+        device = _device(self.device)
+        asked = None if self.task == AUTO else self.task
+        if asked is not None:
+            registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
+        model = load_model(self.model, arch=self.arch, task=asked)
+        kind = registry.adapter_for(model, asked)
+        task = registry.load("tasks", asked or kind.task)()
+        mine, its = _told_apart(self.reading, task, kind)
+        adapter = kind(model.to(device), **its)
+        said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}
+        data = task.load(self.data, split=self.split, **{**said, **mine})
+        return Opened(task, adapter, data, adapter.samples(data))
+
+
+def _told_apart(
+    given: Mapping[str, Any], task: Task, kind: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return which options are for the task's ``load``, and which for the adapter.
+
+    Raises:
+        BadInputError: If one is for neither, or of the wrong kind.
+    """
+    reads, takes = (_options(call) for call in (task.load, kind.__init__))
+    known = takes | reads  # what both know is read from the data
+    for name, value in given.items():
+        if name not in known:
+            raise BadInputError(
+                f"{task.name} reads no option {name!r}; known are {', '.join(sorted(known))}"
+            )
+        check_value(name, value, known[name], task.name)
+    mine = {name: value for name, value in given.items() if name in reads}
+    return mine, {name: value for name, value in given.items() if name not in reads}
+
+
+def _options(call: Any) -> dict[str, Any]:
+    """Return the types of the options of a function, by name, that a user can write down."""
+    hints = get_type_hints(call)
+    names = [
+        p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    return {name: hints[name] for name in names if name not in _NOT_WRITTEN}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend raises its own kind
+        raise BadInputError(f"device {name!r} is not usable here; try --device cpu") from error
+    return device
