@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import Samples
+from mmdefense.errors import DivergenceError
 from mmdefense.kernels.loop import Training, mean_loss_gradient, mean_score, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
@@ -30,6 +31,9 @@ def unlearn(
 ) -> int:
     """Ascend the mean loss in place, until the score on ``samples`` is at most ``stop``.
 
+    An ascent whose loss leaves the finite numbers has unlearnt what there was: it ends in its last
+    finite state.
+
     Args:
         adapter: The model to make forget.
         samples: What it forgets.
@@ -42,6 +46,9 @@ def unlearn(
 
     Returns:
         The number of epochs that were run.
+
+    Raises:
+        DivergenceError: If the loss is not finite from the first epoch on.
     """
     per_epoch = max(1, -(-len(samples) // batch_size))
 
@@ -67,7 +74,11 @@ def unlearn(
         schedule="constant",
         check_every=per_epoch,
     )
-    train(adapter, samples, plan, run, stage=stage, gradients=ascend, after_step=is_done)
+    try:
+        train(adapter, samples, plan, run, stage=stage, gradients=ascend, after_step=is_done)
+    except DivergenceError:
+        if not any(entry["stage"] == stage and "loss" in entry for entry in run.history):
+            raise
     # From the history, so that a run that was resumed after this stage knows it too.
     looks = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
     return looks[-1] // per_epoch if looks else 0

@@ -72,9 +72,10 @@ def scan(
         model = _at_hand(model)
         files, findings = hash_all(model), scan_files(model)
     parts = ["files"] if files else []
-    weights = _weights(model, findings)
+    weights = _weights(model, arch, findings)
     if weights:
-        findings = [*findings, *scan_weights(weights)]
+        ordered = isinstance(weights, nn.Module) or not _is_sorted(weights)
+        findings = [*findings, *scan_weights(weights, ordered=ordered)]
         parts.append("weights")
     if data is not None:
         source = {"task": task, "arch": arch, "device": device}
@@ -121,20 +122,35 @@ def _at_hand(where: str | Path) -> Path:
 
 
 def _weights(
-    model: Path | nn.Module | TaskAdapter[Any], findings: list[Finding]
+    model: Path | nn.Module | TaskAdapter[Any], arch: str | None, findings: list[Finding]
 ) -> nn.Module | Mapping[str, Tensor] | None:
-    """Return a model or the tensors of its files; none where they are not safe or not there."""
+    """Return a model, or the tensors of files that do not tell which one they belong to.
+
+    None where they are not safe or not there.
+    """
     if not isinstance(model, Path):
         return model if isinstance(model, nn.Module) else model.model
     if worst_level(findings) == "high":
         return None
+    try:
+        return load_model(model, arch=arch)
+    except MMDefenseError:
+        return _tensors(model)  # what speaks against the file is among the findings
+
+
+def _tensors(model: Path) -> Mapping[str, Tensor] | None:
     files = sorted(model.glob("*")) if model.is_dir() else [model]
     stored = [path for path in files if path.suffix in _WEIGHTS]
     chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
     try:
         return {name: value for path in chosen for name, value in read_state(path).items()}
     except BadInputError:
-        return None  # what speaks against the file is among the findings
+        return None
+
+
+def _is_sorted(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names have lost the order of registration, as those of safetensors have."""
+    return list(state) == sorted(state)
 
 
 def _opened(

@@ -8,8 +8,8 @@ is a finding, of low level:
 - layers whose largest singular value is large against the same layer of other blocks,
 - rows of the output head whose norm or bias is far from the other classes'.
 
-A model is read as its state dict in the order of registration, so that CNNs, ViTs and transformers
-look the same; a matrix has one row a channel.
+A model is read as its state dict, in the order of registration where that is known, so that CNNs,
+ViTs and transformers look the same; a matrix has one row a channel.
 
 References:
     [CLP] Zheng, Tang, Li, Liu. *Data-free Backdoor Removal based on Channel Lipschitzness*. ECCV
@@ -73,21 +73,29 @@ ANOMALY = 3.5
 SISTERS, ROWS = 5, 5
 STRONGEST = 10
 """Findings of each measure; on a large model more would hide the first ones. Ours."""
+_HEADS = re.compile(r"(model\.)?(classifier|head|fc|linear|lm_head|score|output)\.weight")
 _EMBEDDINGS = re.compile(r"(emb|wte|wpe|shared\.|position|relative_attention_bias|_token)")
 
 
-def scan_weights(model: nn.Module | Mapping[str, Tensor], *, u: float = U) -> list[Finding]:
+def scan_weights(
+    model: nn.Module | Mapping[str, Tensor], *, u: float = U, ordered: bool = True
+) -> list[Finding]:
     """Return the weights of a model that stand apart, the strongest of each measure.
 
     Args:
-        model: A model or its state dict, in the order of registration.
+        model: A model or its state dict.
         u: Deviations from the mean above which a channel is named.
+        ordered: Whether the weights are in the order of registration. In another one, which layer
+            a BatchNorm stands behind is not known, and the head is told by its name alone.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     layers = _matrices(state, _transposed(model))
-    head = _head(model, layers)
+    head = _head(model, layers, ordered)
     body = {name: weight for name, weight in layers.items() if name != head}
-    found = [_strongest(_channels(body, _norm_scales(state), u)), _strongest(_spectra(body))]
+    found = [
+        _strongest(_channels(body, _norm_scales(state) if ordered else {}, u)),
+        _strongest(_spectra(body)),
+    ]
     if head:
         found.append(_strongest(_head_rows(layers[head], state, head)))
     return [finding for findings in found for finding in findings]
@@ -230,12 +238,16 @@ def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:
                 yield SPECTRUM.found(name, index)
 
 
-def _head(model: nn.Module | Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> str | None:
+def _head(
+    model: nn.Module | Mapping[str, Tensor], layers: Mapping[str, Tensor], ordered: bool
+) -> str | None:
     """Return the name of the output head: the last linear layer, which registration puts last."""
     linear = [name for name, weight in layers.items() if weight.ndim == 2]
     if isinstance(model, nn.Module):
         kinds = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         linear = [name for name in linear if name in kinds]
+    elif not ordered:
+        linear = [name for name in linear if _HEADS.fullmatch(name)]
     return linear[-1] if linear else None
 
 

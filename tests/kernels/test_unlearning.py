@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.errors import DivergenceError
 from mmdefense.kernels.loop import Training, mean_score, train
 from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
@@ -36,6 +37,31 @@ def test_it_ends_at_chance_and_before_the_bound(learnt, separable):
 def test_a_model_that_does_not_forget_ends_at_the_bound(learnt, separable):
     settings = SETTINGS | {"lr": 1e-9, "max_epochs": 3}
     assert unlearn(learnt(), separable, Run(), **settings) == 3
+
+
+def test_an_ascent_that_leaves_the_finite_numbers_ends_in_its_last_finite_state(learnt, separable):
+    adapter, step = learnt(), 0
+    genuine = adapter.per_sample_loss
+
+    def runs_away(batch):
+        nonlocal step
+        step += 1
+        return genuine(batch) * (float("inf") if step > 8 else 1)
+
+    adapter.per_sample_loss = runs_away
+    unlearn(adapter, separable, Run(), **SETTINGS | {"stop": 0.0})
+    assert all(value.isfinite().all() for value in adapter.model.state_dict().values())
+    assert step > 8
+
+
+def test_an_ascent_that_never_had_a_finite_loss_is_refused(learnt, separable):
+    adapter = learnt()
+    adapter.per_sample_loss = lambda batch: (
+        torch.full((len(batch.labels),), torch.inf)
+        * next(adapter.model.parameters()).sum().clamp(1, 1)
+    )
+    with pytest.raises(DivergenceError):
+        unlearn(adapter, separable, Run(), **SETTINGS)
 
 
 def test_it_is_reproducible(learnt, separable):

@@ -107,7 +107,20 @@ def test_planted_outliers_are_named(net, form):
     assert "first 7" in next(f.reference for f in findings if f.subject == "conv.weight")
     assert subjects(findings, "spectrum") == ["blocks.3.weight"]
     assert set(subjects(findings, "head-row")) == {"head.weight[4]", "head.weight[6]"}
-    assert {finding.level for finding in findings} == {"low"}
+    levels = {finding.id.removeprefix("weights-"): finding.level for finding in findings}
+    assert levels == {"channel-lipschitz": "info", "spectrum": "info", "head-row": "low"}
+
+
+def test_tensors_in_another_order_are_told_apart_by_name(net):
+    """As in safetensors, which sorts: no BatchNorm is paired, and the head is no other matrix."""
+    with torch.no_grad():
+        net.head.weight[4] *= 10
+        net.head.bias[6] = 9
+        net.bn.weight[7] = 20
+    state = dict(sorted(net.state_dict().items()))
+    findings = scan_weights(state, ordered=False)
+    assert set(subjects(findings, "head-row")) == {"head.weight[4]", "head.weight[6]"}
+    assert "conv.weight" not in subjects(findings, "channel-lipschitz")
 
 
 def test_an_ordinary_net_has_no_outliers(net):
