@@ -160,7 +160,8 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             if context is not None and int(lengths.max()) > context:
                 raise BadInputError(
                     f"{kind} {int(lengths.argmax())} has {int(lengths.max())} tokens, but the "
-                    f"model reads at most {context}; leave it out, or cut with max_length="
+                    f"model reads at most {context}; leave it out, or cut "
+                    f"with max_length={context} (--read max_length={context})"
                 )
         if not bool((tokens.labels != IGNORED).any(1).all()):
             raise BadInputError("each sample must have an answer of at least one token")

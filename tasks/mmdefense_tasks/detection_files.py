@@ -58,6 +58,7 @@ def open_objects(folder: Path, split: str) -> tuple[list[ObjectFile], tuple[str,
     raise BadInputError(
         f"data folder {folder} must hold {split}.jsonl, a VOC folder Annotations, or COCO json for "
         f"{split!r}; it has {', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}"
+        "; if it holds another part, name that (--split)"
     )
 
 

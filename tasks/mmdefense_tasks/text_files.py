@@ -51,7 +51,7 @@ def open_folder(folder: Path, split: str, pair: tuple[str, str] | None = None) -
         return pairs[:cut] if split == "train" else pairs[cut:]
     raise BadInputError(
         f"data folder {folder} must hold {split}.jsonl, {split}.txt, or two files such as "
-        f"{split}.en and {split}.de; none found"
+        f"{split}.en and {split}.de; none found; if it holds another part, name that (--split)"
     )
 
 
@@ -165,7 +165,8 @@ def open_dataset(where: str | Path, split: str) -> Pairs:
         name = next((name for name in _SPLITS[split] if name in found), None)
         if name is None:
             raise BadInputError(
-                f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}"
+                f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}; "
+                "name one (--split)"
             )
         found = found[name]
     return [record_pair(record, f"{where}, record {n}") for n, record in enumerate(found, 1)]
