@@ -376,6 +376,9 @@ def grid(
         list[str] | None, typer.Option("--defense", help="By default the five.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
+    baselines: Annotated[
+        bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
+    ] = True,
 ) -> None:
     """Measure victims x defenses x seeds beside plain fine-tuning; print a Markdown table."""
     from mmdefense.evaluation.demo import DEFENSES
@@ -383,7 +386,12 @@ def grid(
     from mmdefense.evaluation.victims import named_cases
     from mmdefense.report.terminal import ProgressDisplay
 
-    chosen = Grid(cases=named_cases(cases), defenses=defenses or list(DEFENSES), seeds=range(seeds))
+    chosen = Grid(
+        cases=named_cases(cases),
+        defenses=defenses or list(DEFENSES),
+        seeds=range(seeds),
+        baselines=baselines,
+    )
     with ProgressDisplay() as progress:
         measured = chosen.run(out, progress)
     typer.echo(markdown(measured))

@@ -140,3 +140,8 @@ def test_the_command_prints_markdown(grid, tmp_path, mmdefense, monkeypatch):
     outcome = mmdefense("grid", "-o", tmp_path, "--defense", "quick", "--seeds", "1")
     assert outcome.code == 0
     assert outcome.out.startswith("| victim | defense | ACC |")
+    assert "fine-tuning like quick" in outcome.out
+    alone = mmdefense(
+        "grid", "-o", tmp_path, "--defense", "quick", "--seeds", "1", "--no-baselines"
+    )
+    assert "fine-tuning like quick" not in alone.out
