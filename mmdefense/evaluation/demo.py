@@ -115,6 +115,7 @@ def _record(case: Case, victim: Victim, rows: Sequence[Row], seed: int) -> Compa
     return ComparisonRecord(
         title=f"A backdoor in a model of {case.data}, and its removal",
         task=case.task,
+        metric=victim.task.metric,
         model=ModelInfo(
             name=case.name,
             architecture=type(model).__name__,

@@ -361,6 +361,7 @@ class ComparisonRecord(_Json):
         rows: One per victim and defense.
         provenance: Seed, versions and so on.
         acc_bound: Largest loss of ACC that counts as kept.
+        metric: What the task calls what stands as ACC, for example ``"accuracy"`` or ``"BLEU"``.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -373,6 +374,7 @@ class ComparisonRecord(_Json):
     rows: tuple[Row, ...]
     provenance: Provenance
     acc_bound: float = 0.02
+    metric: str = "accuracy"
 
 
 Record = PurificationRecord | ComparisonRecord
