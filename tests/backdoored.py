@@ -191,12 +191,6 @@ def detection_model(folder: Path) -> None:
     from transformers import YolosImageProcessor
 
     model: Any = small_yolos(4, 3, (32, 32), hidden=48, layers=3, tokens=2)
-    # At zero, as the library has them, all patches look alike at first, and training takes long.
-    for name in ("position_embeddings", "detection_tokens"):
-        torch.nn.init.normal_(getattr(model.vit.embeddings, name), std=0.3)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
     named(model, ("0", "1", "2", "3")).save_pretrained(folder)
     YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 

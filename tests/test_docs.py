@@ -42,7 +42,17 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
-    "mmdefense grid -o out/grid --case radhar-pcba --seeds 1": "many minutes",
+    "mmdefense grid -o out/grid --case radhar-pcba": "an hour",
+    "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
+    "--case small-language-clean --case digit-scenes-clean": "many minutes",
+    "mmdefense grid -o out/grid --seeds 1 --no-baselines --case small-language-llama-instruction "
+    "--case surfaces-transformer-pcba": "many minutes",
+    "mmdefense grid -o out/grid --seeds 1 --no-baselines --case ucf101_mini-badnets "
+    "--case multi30k-rare-token --case bccd-object-generation": "hours",
+    "pytest tests/test_end_to_end.py -s": "many minutes",
+    "python recipes/memory.py -o out/memory --device cpu": "many minutes",
+    "python recipes/scan_calibration.py --first-seed 100 --seeds 3 --case digits-badnets "
+    "--case small-language-rare-token": "many minutes",
     "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
     "-o out": "takes the weights that others published",
     "python recipes/cross_domain_evaluation.py": "hours",

@@ -142,5 +142,11 @@ def small_yolos(
         num_labels=classes,
         attn_implementation="eager",
     )
-    model: nn.Module = YolosForObjectDetection(config)
-    return model
+    model: Any = YolosForObjectDetection(config)
+    # At zero, as the library has them, all patches look alike at first, and training takes long.
+    for name in ("position_embeddings", "detection_tokens"):
+        nn.init.normal_(getattr(model.vit.embeddings, name), std=0.3)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model  # type: ignore[no-any-return]
