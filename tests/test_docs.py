@@ -49,7 +49,7 @@ NOT_RUN = {
     "--case surfaces-transformer-pcba": "many minutes",
     "mmdefense grid -o out/grid --seeds 1 --no-baselines --case ucf101_mini-badnets "
     "--case multi30k-rare-token --case bccd-object-generation": "hours",
-    "pytest tests/test_end_to_end.py -s": "many minutes",
+    'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 100 --seeds 3 --case digits-badnets "
     "--case small-language-rare-token": "many minutes",
