@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -118,26 +117,21 @@ def undisturbed(place, mmdefense):
 
 
 def cut_off(place, arguments, signal_):
-    """Start a run, and end it by a signal once it has kept a state; return its code and words.
-
-    On a busy machine the signal may come when all is done: then it starts anew.
-    """
-    for _ in range(3):
-        shutil.rmtree(place.out, ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mmdefense", *arguments],
-            cwd=Path(__file__).parent,  # where the class of the model is
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        partial = place.folder / "out.partial"
-        until = time.monotonic() + 120
-        while not list(partial.glob("*.progress.pt")) and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(signal_)
-        _, said = process.communicate(timeout=120)
-        if not place.out.exists():
-            break
+    """End a run by a signal once it has kept a state; return its code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmdefense", *arguments],
+        cwd=Path(__file__).parent,  # where the class of the model is
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell runs in the background inherit that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    partial = place.folder / "out.partial"
+    until = time.monotonic() + 60
+    while not list(partial.glob("*.progress.pt")) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal_)
+    _, said = process.communicate(timeout=60)
     return process.returncode, said
 
 
