@@ -117,9 +117,12 @@ def test_tensors_in_another_order_are_told_apart_by_name(net):
         net.head.weight[4] *= 10
         net.head.bias[6] = 9
         net.bn.weight[7] = 20
-    state = dict(sorted(net.state_dict().items()))
-    findings = scan_weights(state, ordered=False)
-    assert set(subjects(findings, "head-row")) == {"head.weight[4]", "head.weight[6]"}
+    others = {"head": "classifier", "blocks": "layers", "bn": "conv_norm"}  # the head is not last
+    named = {others.get(n.partition(".")[0], n.partition(".")[0]) + n[n.index("."):]: value
+             for n, value in net.state_dict().items()}  # fmt: skip
+    findings = scan_weights(dict(sorted(named.items())), ordered=False)
+    rows = {"classifier.weight[4]", "classifier.weight[6]"}
+    assert set(subjects(findings, "head-row")) == rows
     assert "conv.weight" not in subjects(findings, "channel-lipschitz")
 
 
