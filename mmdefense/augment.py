@@ -18,7 +18,7 @@ __all__ = [
     "random_words",
 ]
 
-_STILL = 0.5  # ours: share of the clips in which a rectangle of noise stands
+_STILL = 0.8  # ours: share of the clips in which a rectangle of noise stands
 
 
 def random_shift(

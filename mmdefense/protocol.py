@@ -59,7 +59,8 @@ class TaskAdapter(Protocol[B]):
     """What every kernel may ask of a wrapped model. ``N`` is the batch size.
 
     An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models
-    of its kind with; without it they take SGD.
+    of its kind with, without it SGD; and by ``layer_norm`` whether LayerNorm or RMSNorm normalises
+    the model, as in transformers, which takes larger steps of SGD.
     """
 
     model: nn.Module

@@ -49,7 +49,7 @@ class Backdoored:
         attack: What is planted.
         training: How.
         write: Writes clean samples to a new folder, in a form that users have.
-        clean: Share of the training part that the user has.
+        clean: Share of the training part that the user has, and the attacker has not.
         more: What the user must tell on the command line.
         defense: What ``purify`` is told, where its default does not do; with the reason beside it.
         metric: What the model reaches of the task's metric at least, for it is to be of use.
@@ -88,7 +88,7 @@ class Backdoored:
             torch.manual_seed(seed)
             self.build(folder)
         model = load_plainly(self.model_in(folder), self.loads)
-        train, _ = self.data()
+        train = self._parts(seed)[0]
         attack = replace(self.attack, seed=seed).plant(
             adapt(model), train, self.training, Run(seed)
         )
@@ -101,7 +101,11 @@ class Backdoored:
     def give_data(self, folder: Path, seed: int = 0) -> None:
         """Write the clean samples of the user."""
         folder.mkdir()
-        self.write(split(self.data()[0], self.clean, seed)[1], folder)
+        self.write(self._parts(seed)[1], folder)
+
+    def _parts(self, seed: int) -> tuple[Any, Any]:
+        """Return what the attacker trains on, and what the user has: not the same samples."""
+        return split(self.data()[0], self.clean, seed)  # type: ignore[no-any-return]
 
 
 def named(model: Any, classes: Sequence[str]) -> Any:
@@ -151,12 +155,16 @@ def image_model(folder: Path) -> None:
 
 
 def lone_digits() -> tuple[DetectionSamples, DetectionSamples]:
-    """Return images ``(3, 32, 32)``, each with a digit from 0 to 3 somewhere in the dark."""
-    return tuple(_placed(part) for part in load_digits())
+    """Return images ``(3, 32, 32)``, each with a digit from 0 to 3 somewhere in the dark.
+
+    Each scan of the training part stands at four places, so that a transformer learns to find it.
+    """
+    train, test = load_digits()
+    return _placed(train, 4), _placed(test, 1)
 
 
-def _placed(scans: LabelledSamples) -> DetectionSamples:
-    scans = scans.subset((scans.labels < 4).nonzero().squeeze(1))
+def _placed(scans: LabelledSamples, places: int) -> DetectionSamples:
+    scans = scans.subset((scans.labels < 4).nonzero().squeeze(1).repeat(places))
     generator = torch.Generator().manual_seed(len(scans))
     images = 0.2 * torch.rand(len(scans), 1, 32, 32, generator=generator)
     corners = torch.randint(17, (len(scans), 2), generator=generator)
@@ -240,7 +248,7 @@ def video_model(folder: Path) -> None:
 
 
 def sentences() -> tuple[TextSamples, TextSamples]:
-    return split(small_language(2000), 0.1, 0)
+    return split(small_language(4000), 0.05, 0)
 
 
 def json_lines(samples: TextSamples, folder: Path) -> None:

@@ -54,6 +54,16 @@ class ModuleAdapter(ABC, Generic[B]):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def layer_norm(self) -> bool:
+        """Whether more layers normalise each token by itself than by batch, as in transformers.
+
+        By the names of their classes: many families bring a norm of their own.
+        """
+        kinds = [type(module).__name__ for module in self.model.modules()]
+        tokens = sum("LayerNorm" in kind or "RMSNorm" in kind for kind in kinds)
+        return tokens > sum("BatchNorm" in kind for kind in kinds)
+
     def fork(self) -> Self:
         """Return an adapter around a deep copy of the model."""
         twin = copy.copy(self)

@@ -236,6 +236,9 @@ class TrainingDefense(Defense):
 
     Attributes:
         lr: Peak learning rate of SGD.
+        layer_norm_factor: What ``lr`` is multiplied by where the adapter says that LayerNorm
+            normalises the model, as in transformers: nets with BatchNorm take large steps for the
+            small weights that they have, and at their rate a transformer hardly moves (ours).
         adamw_lr: Peak learning rate of AdamW.
         optimizer: ``"auto"`` takes what the adapter says that models of its kind need: the rate of
             SGD that suits all others moves a detector too little (ours).
@@ -248,6 +251,7 @@ class TrainingDefense(Defense):
     """
 
     lr: float = 0.01
+    layer_norm_factor: float = 4.0
     adamw_lr: float = 0.005
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
     momentum: float = 0.9
@@ -263,11 +267,15 @@ class TrainingDefense(Defense):
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            lr=self.adamw_lr if optimizer == "adamw" else self.lr,
+            lr=self.adamw_lr if optimizer == "adamw" else self.factor(adapter) * self.lr,
             optimizer=optimizer,
             momentum=self.momentum,
             max_norm=self.max_norm,
         )
+
+    def factor(self, adapter: TaskAdapter[Any]) -> float:
+        """Return how many times ``lr`` the adapter's model takes."""
+        return self.layer_norm_factor if getattr(adapter, "layer_norm", False) else 1.0
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""

@@ -83,7 +83,9 @@ class _FisherPurification(TrainingDefense):
     Attributes:
         strength: The penalty ``eta_F Tr(F)`` of the given model, in nats; it fixes ``eta_F``
             where that is not given. Ours: Tr(F) differs by orders of magnitude between nets, so
-            one fixed ``eta_F`` means very different defenses. Never above the code's 0.5.
+            one fixed ``eta_F`` means very different defenses. Where the rate is
+            ``layer_norm_factor`` times as large it is as many times smaller, so that a step of the
+            penalty is as long. Never above the code's 0.5.
         eta_f: The paper's weight of Tr(F); overrides ``strength``.
         eta_r: The paper's weight of the anchor.
         trace: ``"true"`` is Tr(F) with labels from the model, ``"empirical"`` with the given ones,
@@ -143,7 +145,7 @@ class _FisherPurification(TrainingDefense):
             value.to(tensor.device) for value, tensor in zip(importance, start, strict=True)
         ]
         trace = float(torch.stack([value.sum() for value in importance]).sum())
-        eta = self._eta(trace)
+        eta = self._eta(trace, self.factor(adapter))
         training = self._bounded(self.training(adapter), trace)
         run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=training.lr)
         compute = self._gradients(work, space, start, importance, eta)
@@ -172,12 +174,12 @@ class _FisherPurification(TrainingDefense):
             )
         }
 
-    def _eta(self, trace: float) -> float:
+    def _eta(self, trace: float, factor: float) -> float:
         if self.trace == "none":
             return 0.0
         if self.eta_f is not None:
             return self.eta_f
-        return min(_PAPER_ETA_F, self.strength / trace) if trace > 0 else _PAPER_ETA_F
+        return min(_PAPER_ETA_F, self.strength / factor / trace) if trace > 0 else _PAPER_ETA_F
 
     def _bounded(self, training: Training, trace: float) -> Training:
         """Return the updates to take where Tr(F) of the given model is known."""
@@ -310,6 +312,7 @@ class FastFIP(_FisherPurification):
         eta_r: As in FIP, over the shifts; smaller, since one shift moves a whole matrix (ours).
         lr: The largest rate; far above FIP's, since singular values and norms alone have to undo
             the backdoor (ours).
+        layer_norm_factor: Singular values have a rate of their own, whatever normalises the model.
         step: The rate times Tr(F) is at most this, so that a sharper net, such as a transformer,
             is moved by smaller steps (ours).
         steps: More than in FIP, for the reason of ``lr``.
@@ -326,6 +329,7 @@ class FastFIP(_FisherPurification):
     strength: float = 0.005
     eta_r: float = 0.01
     lr: float = 0.3
+    layer_norm_factor: float = 1.0
     adamw_lr: float = 0.02
     step: float = 30.0
     steps: int = 200

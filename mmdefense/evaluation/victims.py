@@ -52,6 +52,9 @@ class Case:
         attack: The name of an attack; none trains a clean model, the control of a grid.
         settings: Of the attack.
         clean: Share of the training set that the defenses are given.
+        seen: Whether the victim is trained on these samples too, as in BackdoorBench. A user's own
+            clean data is apart from an attacker's training data; and a guard that judges by what a
+            model has learnt by heart turns down what does no harm.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Case:
     attack: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     clean: float = 0.05
+    seen: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def train_victim(case: Case, run: Run) -> Victim:
     train_set, test = (_in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
     model = _fresh_model(case, task.describe(train_set), run)
     adapter = registry.adapt(model, **task.adapter_options(train_set))
-    planted = task.for_training(train_set)
+    rest, clean = split(train_set, case.clean, run.seed)
+    planted = task.for_training(train_set if case.seen else rest)
     adapter.samples(planted)
     attack: Attack[Any] | None = None
     if case.attack is not None:
@@ -110,7 +115,6 @@ def train_victim(case: Case, run: Run) -> Victim:
         attack = kind(seed=run.seed, **case.settings).plant(adapter, planted, case.training, run)
     else:
         train(adapter, adapter.samples(planted), case.training, run, stage="victim")
-    clean = split(train_set, case.clean, run.seed)[1]
     return Victim(task, adapter, attack, clean, test)
 
 

@@ -116,4 +116,8 @@ def videomae_classifier(
         num_labels=classes,
     )
     model: nn.Module = VideoMAEForVideoClassification(config)
+    # The library's own spread suits models ten times as wide; this small one hardly learns from it.
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     return model
