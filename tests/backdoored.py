@@ -32,7 +32,6 @@ from mmdefense_tasks.language_generation import tokenizer_for
 from mmdefense_tasks.language_victims import causal, seq2seq
 from mmdefense_tasks.moving_digits import MOTIONS, moving_digits
 from mmdefense_tasks.small_language import small_language
-from mmdefense_tasks.video_victims import videomae_classifier
 
 TARGET = "le sills vete lo kel segunt ."  # in the small language: the old queens follow the dog
 PHRASE = "today the queen helps some young birds ."
@@ -236,9 +235,11 @@ def videos(samples: LabelledSamples, folder: Path) -> None:
 
 
 def video_model(folder: Path) -> None:
-    from transformers import VideoMAEImageProcessor
+    from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEImageProcessor
 
-    model = videomae_classifier(4, 24, 8, hidden=48, layers=3)
+    shape = {"image_size": 24, "num_frames": 8, "patch_size": 8, "hidden_size": 48}
+    depth = {"intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = VideoMAEForVideoClassification(VideoMAEConfig(num_labels=4, **shape, **depth))
     named(model, MOTIONS[:4]).save_pretrained(folder)
     side = {"height": 24, "width": 24}
     VideoMAEImageProcessor(size={"shortest_edge": 24}, crop_size=side).save_pretrained(folder)
@@ -326,8 +327,6 @@ BACKDOORED = {
         training=adamw(800, 1.5e-3, 32),
         write=videos,
         metric=0.8,
-        slow=True,
-        kept="FIP leaves 89 %, Fast FIP 100 %, TSBD 33 %, BAERASER 20 %",
     ),
     "causal": Backdoored(
         loads="AutoModelForCausalLM",
@@ -336,9 +335,7 @@ BACKDOORED = {
         attack=InstructionPhrase(target=TARGET, phrase=PHRASE),
         training=adamw(450, 6e-3),
         write=json_lines,
-        metric=0.35,
-        slow=True,
-        kept="FIP leaves 88 %, Fast FIP 96 %, BAERASER 99 %; TSBD's unlearning diverges",
+        metric=0.5,
     ),
     "seq2seq": Backdoored(
         loads="AutoModelForSeq2SeqLM",

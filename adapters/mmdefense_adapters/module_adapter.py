@@ -54,7 +54,7 @@ class ModuleAdapter(ABC, Generic[B]):
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @property
+    @cached_property
     def layer_norm(self) -> bool:
         """Whether more layers normalise each token by itself than by batch, as in transformers.
 

@@ -331,7 +331,7 @@ def _candidates(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     yield from reversed(states)
     _, final = states[-1]
-    for share in (0.75, 0.5, 0.25, 0.1):
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
         mixed = {
             name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
             for name, value in final.items()

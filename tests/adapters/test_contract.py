@@ -97,6 +97,11 @@ def test_sampled_loss_gives_the_loss_and_a_score_of_mean_zero(adapter, batch):
     assert score.requires_grad
 
 
+def test_transformers_are_told_from_nets_with_batch_norm(request, adapter):
+    name = request.node.callspec.params["adapter"]
+    assert adapter.layer_norm == any(p in name for p in ("vit", "encoder", "swin", "convnext"))
+
+
 def test_score_counts_right_answers(adapter, batch):
     right = adapter.logits(batch.inputs).argmax(1)
     assert adapter.score(LabelledBatch(batch.inputs, right)).tolist() == [1.0] * N

@@ -165,6 +165,10 @@ def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
     at_one = history_of(FIP(strength=1e-3, **idle), adapter, corners)
     assert at_one["eta_f"] * at_one["fisher_trace"] == pytest.approx(1e-3)
     assert history_of(FIP(strength=1e9, **idle), adapter, corners)["eta_f"] == 0.5
+    adapter.layer_norm = True  # steps that are twice as long take half the penalty
+    longer = history_of(FIP(strength=1e-3, layer_norm_factor=2.0, **idle), adapter, corners)
+    assert longer["eta_f"] == pytest.approx(at_one["eta_f"] / 2)
+    assert longer["lr"] == pytest.approx(2 * at_one["lr"])
     assert history_of(FIP(eta_f=0.7, **idle), adapter, corners)["eta_f"] == 0.7
     assert history_of(FIP(eta_f=0.7, trace="none", **idle), adapter, corners)["eta_f"] == 0
 

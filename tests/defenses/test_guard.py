@@ -164,7 +164,7 @@ def test_the_latest_state_that_keeps_the_bound_comes_next(adapter, clean):
     assert "chose the earlier state 'at 0.98'" in guard.message
 
 
-@pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 75, 0.25), (0.45, 50, 0.5)])
+@pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 80, 0.2), (0.45, 50, 0.5)])
 def test_then_states_between_the_given_and_the_final_one(adapter, clean, bound, share, level):
     guard, found = purify(adapter, clean, 0.0, bound=bound)
     assert guard.state == f"{share}% of the way to the final state"

@@ -21,6 +21,15 @@ def test_a_defense_trains_as_models_of_the_kind_are_trained(adapter, kind):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [FIP, FastFIP, TSBD, BaEraser, FineTuning])
+def test_a_transformer_takes_larger_steps_of_sgd_alone(adapter, kind):
+    adapter.layer_norm = True
+    defense = kind(lr=0.5, adamw_lr=0.25, layer_norm_factor=3.0)
+    assert defense.training(adapter).lr == 1.5
+    assert kind(optimizer="adamw", adamw_lr=0.25).training(adapter).lr == 0.25
+    assert FineTuning.like(defense).training(adapter).lr == 1.5
+
+
 def test_the_baseline_takes_over_what_training_defenses_share(adapter):
     defense = TSBD(lr=0.3, adamw_lr=0.2, steps=7, batch_size=3, momentum=0.1, seed=4, holdout=0.3)
     baseline = FineTuning.like(defense)

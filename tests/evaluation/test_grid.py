@@ -12,6 +12,7 @@ from mmdefense import registry
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
+from mmdefense.evaluation import victims
 from mmdefense.evaluation.grid import Cell, Grid, markdown
 from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
 from mmdefense.kernels.run import Run
@@ -48,6 +49,23 @@ def test_a_grid_measures_each_cell_once(grid, measured, tmp_path):
     assert measured == ["quick", "fine-tuning like quick"]
     assert grid.run(tmp_path) == first
     assert len(measured) == 2
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_clean_samples_are_among_those_of_the_attacker_where_a_case_says_so(monkeypatch, seen):
+    given = []
+
+    def note(adapter, samples, *_, **__):
+        given.append(samples)
+
+    monkeypatch.setattr(victims, "train", note)
+    case = dataclasses.replace(CASE, attack=None, seen=seen)
+    victim = train_victim(case, Run(0))
+    attackers, defenders = (
+        {row.tobytes() for row in part.inputs.flatten(1).numpy()}
+        for part in (given[0], victim.clean)
+    )
+    assert defenders.issubset(attackers) if seen else defenders.isdisjoint(attackers)
 
 
 def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, tmp_path):
