@@ -317,7 +317,7 @@ BACKDOORED = {
         write=coco,
         metric=0.4,
         slow=True,
-        kept="FIP leaves 94 %, TSBD 85 %: the guard turns down all but a small part of the way",
+        kept="FIP leaves 62 %; TSBD 6 %, and with it 13 points of mAP that the guard does not see",
     ),
     "video": Backdoored(
         loads="AutoModelForVideoClassification",
@@ -327,6 +327,9 @@ BACKDOORED = {
         training=adamw(800, 1.5e-3, 32),
         write=videos,
         metric=0.8,
+        # The scan finds a trigger to the true target. FIP leaves 72 %, TSBD 20 %, and BAERASER's
+        # screening lets that target pass.
+        defense=("--defense", "baeraser", "--set", "screening=0"),
     ),
     "causal": Backdoored(
         loads="AutoModelForCausalLM",
