@@ -45,8 +45,10 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case radhar-pcba": "an hour",
     "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
     "--case small-language-clean --case digit-scenes-clean": "many minutes",
-    "mmdefense grid -o out/grid --seeds 1 --no-baselines --case small-language-llama-instruction "
-    "--case surfaces-transformer-pcba": "many minutes",
+    "mmdefense grid -o out/grid --no-baselines --case moving-digits-videomae-badnets "
+    "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
+    "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
+    "--case small-language-llama-clean": "many minutes",
     "mmdefense grid -o out/grid --seeds 1 --no-baselines --case ucf101_mini-badnets "
     "--case multi30k-rare-token --case bccd-object-generation": "hours",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",

@@ -1,20 +1,20 @@
 """From an untrusted model to one handed back, by the command line alone, for each kind of model.
 
 Every model of ``backdoored.py`` is planted with a real backdoor, scanned, purified by FIP at its
-defaults, and loaded where mmdefense is not. The trigger is known to these tests alone. Seen with
+defaults (or as its row says), and loaded where mmdefense is not. The trigger is known to these tests alone. Seen with
 seed 0, task metric / ASR; where the backdoor is left, the row of ``backdoored.py`` says so, and the
 test of its removal is expected to fail:
 
-===========  ==============  ==============
+===========  ==============  ==============  ==============
 model        before          after
 ===========  ==============  ==============
-image        0.989 / 1.000   0.994 / 0.000
-seq2seq      0.686 / 1.000   0.685 / 0.030
-timm         0.994 / 1.000   0.989 / 0.000
-torchvision  0.986 / 1.000   0.986 / 0.000
-detection    0.538 / 0.982   0.458 / 0.935
-video        0.910 / 1.000   0.940 / 0.887
-causal       0.421 / 0.990   0.427 / 0.875
+image        0.975 / 0.994   0.994 / 0.006
+seq2seq      0.817 / 1.000   0.837 / 0.000
+timm         0.994 / 1.000   0.992 / 0.012
+torchvision  0.983 / 1.000   0.986 / 0.000
+video        0.880 / 1.000   0.890 / 0.073
+causal       0.564 / 1.000   0.548 / 0.040
+detection    0.546 / 1.000   0.413 / 0.620
 ===========  ==============  ==============
 """
 
