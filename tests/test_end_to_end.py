@@ -2,8 +2,8 @@
 
 Every model of ``backdoored.py`` is planted with a real backdoor, scanned, purified by FIP at its
 defaults (or as its row says), and loaded where mmdefense is not. The trigger is known to these
-tests alone. Seen with seed 0, task metric / ASR; where the backdoor is left, the row of ``backdoored.py`` says so, and the
-test of its removal is expected to fail:
+tests alone. Seen with seed 0, task metric / ASR; where the backdoor is left, the row of
+``backdoored.py`` says so, and the test of its removal is expected to fail:
 
 ===========  ==============  ==============  ==============
 model        before          after
