@@ -54,7 +54,7 @@ class Case:
         clean: Share of the training set that the defenses are given.
         seen: Whether the victim is trained on these samples too, as in BackdoorBench. A user's own
             clean data is apart from an attacker's training data; and a guard that judges by what a
-            model has learnt by heart turns down what does no harm.
+            model has learnt by heart turns down what does little harm.
     """
 
     name: str
