@@ -317,7 +317,7 @@ BACKDOORED = {
         write=coco,
         metric=0.4,
         slow=True,
-        kept="FIP leaves 62 %; TSBD 6 %, and with it 13 points of mAP that the guard does not see",
+        kept="FIP leaves 57 %, TSBD 6 %, for 14 and 13 points of mAP that the guard does not see",
     ),
     "video": Backdoored(
         loads="AutoModelForVideoClassification",

@@ -5,7 +5,7 @@ defaults (or as its row says), and loaded where mmdefense is not. The trigger is
 tests alone. Seen with seed 0, task metric / ASR; where the backdoor is left, the row of
 ``backdoored.py`` says so, and the test of its removal is expected to fail:
 
-===========  ==============  ==============  ==============
+===========  ==============  ==============
 model        before          after
 ===========  ==============  ==============
 image        0.975 / 0.994   0.994 / 0.006
@@ -14,7 +14,7 @@ timm         0.994 / 1.000   0.992 / 0.012
 torchvision  0.983 / 1.000   0.986 / 0.000
 video        0.880 / 1.000   0.890 / 0.073
 causal       0.564 / 1.000   0.548 / 0.040
-detection    0.546 / 1.000   0.413 / 0.620
+detection    0.546 / 1.000   0.404 / 0.574
 ===========  ==============  ==============
 """
 

@@ -262,8 +262,7 @@ class TrainingDefense(Defense):
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
-        usual: Literal["sgd", "adamw"] = getattr(adapter, "optimizer", "sgd")
-        optimizer = usual if self.optimizer == "auto" else self.optimizer
+        optimizer = self._optimizer(adapter)
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -274,8 +273,13 @@ class TrainingDefense(Defense):
         )
 
     def factor(self, adapter: TaskAdapter[Any]) -> float:
-        """Return how many times ``lr`` the adapter's model takes."""
-        return self.layer_norm_factor if getattr(adapter, "layer_norm", False) else 1.0
+        """Return how many times ``lr`` the adapter's model takes; AdamW has a rate of its own."""
+        larger = getattr(adapter, "layer_norm", False) and self._optimizer(adapter) == "sgd"
+        return self.layer_norm_factor if larger else 1.0
+
+    def _optimizer(self, adapter: TaskAdapter[Any]) -> Literal["sgd", "adamw"]:
+        usual: Literal["sgd", "adamw"] = getattr(adapter, "optimizer", "sgd")
+        return usual if self.optimizer == "auto" else self.optimizer
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""

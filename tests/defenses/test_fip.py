@@ -169,6 +169,8 @@ def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
     longer = history_of(FIP(strength=1e-3, layer_norm_factor=2.0, **idle), adapter, corners)
     assert longer["eta_f"] == pytest.approx(at_one["eta_f"] / 2)
     assert longer["lr"] == pytest.approx(2 * at_one["lr"])
+    other = history_of(FIP(strength=1e-3, optimizer="adamw", **idle), adapter, corners)
+    assert other["eta_f"] == pytest.approx(at_one["eta_f"])  # its rate is not multiplied
     assert history_of(FIP(eta_f=0.7, **idle), adapter, corners)["eta_f"] == 0.7
     assert history_of(FIP(eta_f=0.7, trace="none", **idle), adapter, corners)["eta_f"] == 0
 
