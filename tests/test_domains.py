@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from mmdefense.report.record import read_record
 
 STEPS = ("--defense", "fine-tuning", "--set", "steps=2", "--set", "batch_size=4")
+SEARCH = ("--defense", "baeraser", "--set", "screening=0", "--set", "search_steps=1",
+          "--set", "steps=1")  # fmt: skip
 ANY_DROP = ("--max-utility-drop", "1")
 
 
@@ -55,6 +57,13 @@ def test_a_model_of_any_domain_goes_in_and_comes_out(domain, tmp_path, mmdefense
     assert {path.name for path in model.iterdir()} <= {p.name for p in out.iterdir()} - ours
     state = reloaded(domain, out).state_dict()
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_the_triggers_of_any_domain_are_on_the_page(domain, tmp_path, mmdefense):
+    paths = (tmp_path / "model", "--data", tmp_path / "data", "-o", tmp_path / "out")
+    outcome = mmdefense("purify", *paths, *SEARCH, *ANY_DROP, *domain.more)
+    assert outcome.code == 0, outcome.err
+    assert "Recovered triggers" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_a_model_of_any_domain_is_measured(domain, tmp_path, mmdefense):

@@ -23,6 +23,7 @@ __all__ = ["HFText"]
 
 _SEEN = 8  # prompts that the search for triggers scans the vocabulary with; ours
 _ROOM = 8  # tokens that a generated answer may be longer than the longest one in the data; ours
+_LONGEST_GRAM = 4  # of the score, as of BLEU
 
 
 class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
@@ -85,7 +86,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     @property
     def chance(self) -> float:
-        """Share of the most frequent token among the answers that were seen first."""
+        """Score of always writing the token that is most frequent in the answers seen first."""
         if not self._chance:
             raise BadInputError("the adapter has seen no answer yet; call samples() first")
         return self._chance
@@ -111,9 +112,11 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         if self.example is None:
             self.example = samples.take(torch.zeros(1, dtype=torch.int64))
         if not self._chance:
-            answers = samples.tokens.labels[samples.tokens.labels != IGNORED]
-            self._chance = float(answers.bincount().max() / len(answers))
-            self._longest = int((samples.tokens.labels != IGNORED).sum(1).max())
+            labels = samples.tokens.labels
+            known = labels != IGNORED
+            most = labels[known].bincount().argmax()
+            self._chance = float(_share_right(labels == most, known).mean())
+            self._longest = int(known.sum(1).max())
         self._prompts = samples.take(torch.arange(min(_SEEN, len(samples))))
         return samples
 
@@ -222,17 +225,25 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return -(chosen * known).sum(1) / count, (scores * known).sum(1) / count
 
     def score(self, batch: TokenBatch) -> Tensor:
-        """Return the share of each answer's tokens that come out on top, shape ``(N,)``."""
+        """Return the mean share of each answer's 1- to 4-grams that come out on top, ``(N,)``.
+
+        Each token is predicted after the given ones, so that nothing has to be written. It stands
+        in for BLEU (Papineni et al., ACL 2002), the geometric mean of such shares over a whole
+        text, in which one answer has no share. That of single tokens alone would hardly fall where
+        BLEU falls by several points: one wrong token breaks up to ten n-grams.
+        """
         with torch.no_grad():
-            return _share_right(self._logits(batch), self._targets(batch))
+            targets = self._targets(batch)
+            right = self._logits(batch).argmax(2) == targets
+            return _share_right(right, targets != IGNORED)
 
     def score_outputs(self, batch: TokenBatch, outputs: Tensor) -> Tensor:
         """Return the score of logits ``(R, V)`` at the positions of :meth:`head_inputs`."""
         targets = self._targets(batch)
         known = targets != IGNORED
-        right = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-        right[known] = (outputs.argmax(1) == targets[known]).float()
-        return right.sum(1) / known.sum(1)
+        right = torch.zeros_like(known)
+        right[known] = outputs.argmax(1) == targets[known]
+        return _share_right(right, known)
 
     def head_inputs(self, batch: TokenBatch) -> Tensor:
         """Return what the output layer reads at each position that counts, shape ``(R, D)``."""
@@ -409,9 +420,20 @@ def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]).long()
 
 
-def _share_right(logits: Tensor, targets: Tensor) -> Tensor:
-    known = targets != IGNORED
-    return ((logits.argmax(2) == targets) & known).sum(1) / known.sum(1)
+def _share_right(right: Tensor, known: Tensor) -> Tensor:
+    """Return the mean over n = 1..4 of the share of n-grams that are right throughout, ``(N,)``.
+
+    Args:
+        right: Which tokens are right, bool ``(N, T)``.
+        known: Which tokens count, bool ``(N, T)``; an answer of fewer than n has no n-grams.
+    """
+    total, orders = torch.zeros(2, len(known), device=known.device)
+    for n in range(1, min(_LONGEST_GRAM, known.shape[1]) + 1):
+        grams = known.unfold(1, n, 1).all(2)
+        good = (right & known).unfold(1, n, 1).all(2)
+        total += good.sum(1) / grams.sum(1).clamp(min=1)
+        orders += grams.any(1)
+    return total / orders
 
 
 def _lora_ranks(model: nn.Module) -> list[UnitGroup]:

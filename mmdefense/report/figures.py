@@ -135,21 +135,27 @@ def recovered_triggers(
     """Show the triggers that a search recovered.
 
     Args:
-        images: One per trigger, ``(N, C, H, W)`` in ``[0, 1]``.
+        images: One per trigger, ``(C, H, W)`` in ``[0, 1]``; families may differ in size.
         names: What stands below each, such as its target and success rate.
         accepted: Which of them passed the acceptance threshold; none means all.
     """
-    images, names = as_array(images), list(names)
+    images, names = [as_array(image) for image in images], list(names)
     passed = np.ones(len(images), bool) if accepted is None else as_array(accepted) > 0
     if not len(images) == len(names) == len(passed):
         raise BadInputError(
             f"images, names and accepted must have one length, got {len(images)}, {len(names)} "
             f"and {len(passed)}"
         )
+    alike: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+    for index, image in enumerate(images):
+        alike.setdefault((not passed[index], image.shape), []).append(index)
     rows = [
-        ImageRow(label, images[chosen], [names[index] for index in np.flatnonzero(chosen)])
-        for label, chosen in (("accepted", passed), ("rejected", ~passed))
-        if chosen.any()
+        ImageRow(
+            "rejected" if failed else "accepted",
+            np.stack([images[n] for n in chosen]),
+            [names[n] for n in chosen],
+        )
+        for (failed, _), chosen in sorted(alike.items())
     ]
     return Figure(
         "Recovered triggers",

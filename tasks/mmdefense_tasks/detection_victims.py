@@ -1,4 +1,4 @@
-"""Object detectors to train a backdoor into: one of convolutions, one a transformer."""
+"""Object detectors to train a backdoor into: one of convolutions, two transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdefense.errors import UnsupportedError
 from mmdefense_tasks.victims import SmallResNet
 
-__all__ = ["PyramidBackbone", "small_fcos", "small_yolos"]
+__all__ = ["PyramidBackbone", "small_fcos", "small_rt_detr", "small_yolos"]
 
 
 class PyramidBackbone(nn.Module):
@@ -150,3 +150,64 @@ def small_yolos(
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return model  # type: ignore[no-any-return]
+
+
+def small_rt_detr(
+    classes: int,
+    channels: int = 1,
+    size: tuple[int, int] = (48, 48),
+    width: int = 16,
+    hidden: int = 32,
+    heads: int = 4,
+    queries: int = 8,
+) -> nn.Module:
+    """Return an RT-DETR of ``transformers`` with random weights: transformer over a residual net.
+
+    Args:
+        classes: Number of classes K.
+        channels: Number of image channels C.
+        size: Height and width of the images, multiples of 16.
+        width: Filters of the first stage of the backbone, whose strides are 4, 8 and 16.
+        hidden: Features per place and query, a multiple of ``heads``.
+        heads: Attention heads in each block.
+        queries: The largest number of objects that can be found.
+
+    Raises:
+        UnsupportedError: If transformers is not installed.
+    """
+    try:
+        from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            "this detector needs the package transformers; pip install 'mmdefense[huggingface]'"
+        ) from error
+    widths = [width, 2 * width, 4 * width]
+    backbone = RTDetrResNetConfig(
+        num_channels=channels,
+        embedding_size=width,
+        hidden_sizes=widths,
+        depths=[1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3"],
+        downsample_in_first_stage=False,
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=widths,
+        feat_strides=[4, 8, 16],
+        encode_proj_layers=[2],
+        encoder_hidden_dim=hidden,
+        encoder_ffn_dim=2 * hidden,
+        encoder_attention_heads=heads,
+        hidden_expansion=0.5,
+        d_model=hidden,
+        num_queries=queries,
+        decoder_in_channels=[hidden] * 3,
+        decoder_ffn_dim=2 * hidden,
+        decoder_n_points=2,
+        decoder_layers=2,
+        decoder_attention_heads=heads,
+        num_labels=classes,
+    )
+    model: nn.Module = RTDetrForObjectDetection(config)
+    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mmdefense.kernels.pruning_curve import pruning_curve
 from mmdefense.kernels.units import silence
 from mmdefense.protocol import GeneratingAdapter, HeadAdapter, TriggerAdapter, lacking
 from mmdefense.registry import adapt
+from mmdefense_adapters.huggingface_text import _share_right
 
 N = 5
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "lora")
@@ -105,23 +107,38 @@ def test_padding_changes_nothing(both):
         torch.testing.assert_close(ask(wide), ask(batch), rtol=1e-4, atol=1e-5)
 
 
-def test_the_score_is_the_share_of_right_tokens(both):
+def ngram_share(right):
+    """Mean over n = 1..4 of the share of n-grams that are right throughout, by loops."""
+    shares = []
+    for n in range(1, min(4, len(right)) + 1):
+        grams = [all(right[i : i + n]) for i in range(len(right) - n + 1)]
+        shares.append(sum(grams) / len(grams))
+    return sum(shares) / len(shares)
+
+
+def test_the_score_is_the_share_of_right_ngrams(both):
     adapter, samples = both
     batch = samples.take(FEW)
-    labels = batch.labels.clone()
-    known = (labels != IGNORED).nonzero()
-    told = adapter._logits(batch).argmax(2)
-    shift = labels.shape[1] - told.shape[1]
-    for n in range(N):  # the last known label is read by no later position
-        last = int(known[known[:, 0] == n, 1].max())
-        labels[n, last] = told[n, last - shift]
-        before, after = (
-            float(adapter.score(replace(batch, labels=given))[n])
-            for given in (batch.labels, labels)
-        )
-        count = int((labels[n] != IGNORED).sum())
-        was_right = int(batch.labels[n, last] == labels[n, last])
-        assert after * count == pytest.approx(before * count + 1 - was_right)
+    targets, logits = adapter._targets(batch), adapter._logits(batch)
+    known, told = targets != IGNORED, logits.argmax(2)
+    hit = torch.rand(targets.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    wanted = torch.where(hit & known, told, targets)  # most tokens are those that the model writes
+    expected = [ngram_share((told[n] == wanted[n])[known[n]].tolist()) for n in range(N)]
+    with mock.patch.object(adapter, "_targets", return_value=wanted):
+        for found in (adapter.score(batch), adapter.score_outputs(batch, logits[known])):
+            torch.testing.assert_close(found, torch.tensor(expected))
+    assert min(expected) > 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_answers_of_any_length_have_a_score_between_0_and_1(length):
+    known = torch.tensor([[True] * length + [False] * 2])
+    right = known.clone()
+    assert _share_right(right, known).tolist() == [1.0]
+    assert _share_right(~right, known).tolist() == [0.0]
+    right[0, 0] = False
+    expected = ngram_share([False] + [True] * (length - 1))
+    assert _share_right(right, known).tolist() == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("name", ["llama", "marian"])
@@ -473,10 +490,11 @@ def test_plain_text_is_predicted_whole():
     assert not samples.tokens.content.any()
 
 
-def test_chance_is_the_most_frequent_answer_token():
+def test_chance_is_the_score_of_the_most_frequent_answer_token():
     adapter = adapt(build("gpt2"), tokenizer=tokenizer())
     adapter.samples([("the dog", "lo lo lo lo"), ("a cat", "una mirn")])
-    assert adapter.chance == pytest.approx(4 / 8)
+    first, second = [True] * 4 + [False], [False] * 3  # each answer ends in a mark of its own
+    assert adapter.chance == pytest.approx((ngram_share(first) + ngram_share(second)) / 2)
 
 
 def test_the_fisher_trace_of_a_text_model_is_positive(both):

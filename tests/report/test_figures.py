@@ -34,6 +34,15 @@ def test_recovered_triggers_stand_under_accepted_or_rejected_with_their_names():
     assert "not proof" in figure.caption
 
 
+def test_triggers_of_several_sizes_stand_in_rows_of_their_own():
+    images = [torch.zeros(1, 4, 4), torch.zeros(1, 2, 2), torch.ones(1, 4, 4)]
+    rows = figures.recovered_triggers(images, ["a", "b", "c"]).plots[0].rows
+    assert [(row.label, row.names) for row in rows] == [
+        ("accepted", ["b"]),
+        ("accepted", ["a", "c"]),
+    ]
+
+
 def test_no_recovered_trigger_makes_a_figure_of_words_alone():
     figure = figures.recovered_triggers(torch.zeros(0, 1, 2, 2), [])
     assert not figure.plots
