@@ -19,7 +19,13 @@ from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
 from mmdefense.kernels.loop import Gradients, Training, train
 from mmdefense.kernels.memory import gradient_in_parts
-from mmdefense.protocol import TaskAdapter, TriggerAdapter, TriggerFamily
+from mmdefense.protocol import (
+    TaskAdapter,
+    TriggerAdapter,
+    TriggerFamily,
+    WordedAdapter,
+    lacking,
+)
 
 __all__ = ["BaEraser"]
 
@@ -241,7 +247,7 @@ def _pictures(adapter: Any, found: Sequence[Recovered]) -> dict[str, Any]:
             mine = (record.targets == target).nonzero().flatten()
             best = mine[record.success[mine].argmax()]
             images.append(adapter.trigger_picture(record.family, record.pool[best, 0]))
-            names.append(f"{record.family.name} to {target}")
+            names.append(_named(adapter, record, int(best)))
             success.append(float(record.success[best]))
             accepted.append(bool(record.accepted[mine].any()))
     return {"images": images, "names": names, "success": success, "accepted": accepted}
@@ -263,8 +269,18 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]
     stamped = _triggered(work).stamp(
         batch, record.family, trigger[None].expand(-1, len(part), *trigger.shape[1:])
     )
-    name = f"{record.family.name} to {int(record.targets[index])}"
+    name = _named(work.adapter, record, index)
     return {"inverted": {"clean": batch, "triggered": stamped, "name": name, "success": success}}
+
+
+def _named(adapter: Any, record: Recovered, index: int) -> str:
+    """Return the kind and the target of a trigger, or its words and those that it leads to."""
+    target = int(record.targets[index])
+    if lacking(adapter, WordedAdapter):
+        return f"{record.family.name} to {target}"
+    worded = cast("WordedAdapter[Any]", adapter)
+    words = worded.trigger_words(record.pool[index, 0])
+    return f"{words!r} to {worded.target_words(target)!r}"
 
 
 _SHOWN = 10
