@@ -146,12 +146,13 @@ class TorchvisionDetector(Detector):
             if self.family == "FasterRCNN":
                 return torch.stack([self._two_stage_loss(part) for part in _alone(seen)])
             outputs, anchors = self._head(seen)
-            if self.family == "FCOS":
-                return self._fcos_loss(seen, outputs, anchors)
-            return torch.stack([
-                self._one_stage_loss(target, {k: v[n : n + 1] for k, v in outputs.items()}, anchor)
-                for n, (target, anchor) in enumerate(zip(seen.targets, anchors, strict=True))
-            ])  # fmt: skip
+        # The losses have their second derivative, and in there each of their many calls costs more.
+        if self.family == "FCOS":
+            return self._fcos_loss(seen, outputs, anchors)
+        return torch.stack([
+            self._one_stage_loss(target, {k: v[n : n + 1] for k, v in outputs.items()}, anchor)
+            for n, (target, anchor) in enumerate(zip(seen.targets, anchors, strict=True))
+        ])  # fmt: skip
 
     def _one_stage_loss(
         self, target: Target, outputs: dict[str, Tensor], anchors: Tensor
