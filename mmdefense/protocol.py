@@ -179,11 +179,14 @@ class TriggerFamily:
         shape: Shape P of one raw trigger; the search varies raw triggers in ``[0, 1]``.
         budget: Largest share of an input that a trigger of this family alters, in ``[0, 1]``;
             what needs more is not taken for a backdoor.
+        starts: Random raw triggers of which a search starts at the best; many where one that is
+            far from working gives no slope to follow, as a wrong place or a wrong word.
     """
 
     name: str
     shape: tuple[int, ...]
     budget: float
+    starts: int = 1
 
 
 @runtime_checkable

@@ -85,8 +85,8 @@ class PointClassifier(Classifier):
         """
         points = max(4, round(_SHARE * self._example().inputs.shape[1]))
         return [
-            TriggerFamily("cluster", (points + 1, 3), budget=0.1),
-            TriggerFamily("rotation", (3,), budget=0.5),
+            TriggerFamily("cluster", (points + 1, 3), budget=0.1, starts=512),
+            TriggerFamily("rotation", (3,), budget=0.5, starts=64),
         ]
 
     def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:

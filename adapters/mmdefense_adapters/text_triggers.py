@@ -72,7 +72,8 @@ class TextTriggers(ABC):
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return prefixes of two soft tokens."""
-        return [TriggerFamily("prefix", (_SLOTS, len(self._suspects.tokens)), budget=0.5)]
+        shape = (_SLOTS, len(self._suspects.tokens))
+        return [TriggerFamily("prefix", shape, budget=0.5, starts=64)]
 
     def stamp(self, batch: TokenBatch, family: TriggerFamily, triggers: Tensor) -> SoftBatch:
         """Return the prompts behind soft prefixes ``triggers``, shape ``(T, N, k, S)``."""

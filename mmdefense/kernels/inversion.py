@@ -4,6 +4,8 @@ The max-entropy staircase approximator learns a distribution of triggers, not on
 level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further. Beyond that
 it spreads them out, as a neural estimate of the mutual information of noise and trigger measures.
 All generators are small networks of one shape, kept as stacked weights and run side by side.
+Where a trigger of a family has a place or a word that must be met before there is a slope to
+follow, the search starts at the best of many random ones (:class:`TriggerFamily`).
 
 Where a search is screened, a cheap one comes first, and only the targets that stand out in it are
 searched in full: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse,
@@ -16,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -77,6 +80,11 @@ class Search:
             self, levels=(level,), steps=self.screening, batch_size=size, screening=0
         )
 
+    @property
+    def nearby(self) -> Search:
+        """The search from a good start: small steps, and more of them, so as not to lose it."""
+        return dataclasses.replace(self, lr=self.lr / 4, steps=2 * self.steps)
+
 
 class _Stack(nn.Module):
     """``count`` perceptrons with one hidden layer, evaluated side by side."""
@@ -118,6 +126,13 @@ class _Generators:
         self.maker.to(device)
         self.critic.to(device)
         return self
+
+    def start_at(self, triggers: Tensor) -> None:
+        """Let each generator begin around one trigger, shape ``(G, *P)``."""
+        with torch.no_grad():
+            raw = triggers.flatten(1).clamp(_EDGE, 1 - _EDGE)
+            self.maker.biases[-1].copy_(raw.logit()[:, None])
+            self.maker.weights[-1].mul_(_NARROW)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return noise ``(G, count, z)`` and the triggers made of it, ``(G, count, *P)``."""
@@ -200,6 +215,9 @@ def recover(
             ) -> Recovered:
                 seed = run.generator(f"{name}/start")
                 generators = _Generators(family, targets, how, seed).to(_device(adapter))
+                if family.starts > 1:
+                    generators.start_at(_starts(adapter, samples, generators, run, name))
+                    generators.search = how.nearby
                 _fit(adapter, samples, generators, run, name)
                 return _judge(adapter, samples, generators, run, name, pool)
 
@@ -220,7 +238,7 @@ def _device(adapter: TriggerAdapter[Any]) -> torch.device:
 _AT_ONCE = 8192
 """Inputs that generators are judged on side by side, at most; ours."""
 
-_OUTSTANDING, _AS_SMALL = 1 / 3, 2.0
+_OUTSTANDING, _AS_SMALL = 1 / 2, 2.0
 """What a suspect costs at most, against the median target; how much larger than the smallest
 accepted trigger another target's smallest may be. Where all sizes are the same, success decides."""
 
@@ -251,6 +269,38 @@ def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
     }
     none = torch.zeros(int(rest.sum()), dtype=torch.bool)
     return Recovered(family=full.family, accepted=torch.cat([none, accepted]), **rows)
+
+
+_EDGE, _NARROW = 0.02, 0.1  # how near to 0 and 1 a search may start, and how close together; ours
+_TRIED, _TRIED_ON = 64, 4  # random triggers that are tried side by side, and on how many samples
+
+
+@torch.no_grad()
+def _starts(
+    adapter: TriggerAdapter[B], samples: Samples[B], generators: _Generators, run: Run, name: str
+) -> Tensor:
+    """Return for each generator the best of many random triggers, shape ``(G, *P)``."""
+    family, device = generators.family, generators.targets.device
+    batch = samples.take(some_of(len(samples), _TRIED_ON))
+    tried = len(batch)  # type: ignore[arg-type]
+    targets, place = torch.unique(generators.targets, return_inverse=True)
+    seed = run.generator(f"{name}/starts")
+    random = torch.rand(family.starts, *family.shape, generator=seed).to(device)
+
+    def likely(some: Tensor, row: slice) -> Tensor:
+        mine = some[row, None].expand(-1, tried, *family.shape)
+        stamped = adapter.stamp(batch, family, mine)
+        log_p = [
+            adapter.target_log_probability(stamped, target.expand(len(mine) * tried))
+            for target in targets
+        ]
+        return torch.stack(log_p).view(len(targets), len(mine), tried).mean(2)
+
+    found = []
+    for some in torch.split(random, _TRIED):
+        parts = each_fitted(partial(likely, some), len(some), _SEARCHING, adapter.model)
+        found.append(torch.cat(parts, 1))
+    return random[torch.cat(found, 1).argmax(1)[place]]
 
 
 def _fit(
