@@ -13,7 +13,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign, SqueezeExcitation
 
 from mmdefense.batches import DetectionSamples
-from mmdefense_tasks.detection_victims import small_fcos, small_yolos
+from mmdefense_tasks.detection_victims import small_fcos, small_rt_detr, small_yolos
 
 CLASSES, SIDE, N = 3, 32, 5
 
@@ -104,40 +104,6 @@ def detr() -> nn.Module:
     return DetrForObjectDetection(config)
 
 
-def rt_detr() -> nn.Module:
-    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
-
-    backbone = RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 16],
-        depths=[1, 1, 1],
-        layer_type="basic",
-        out_features=["stage1", "stage2", "stage3"],
-    )
-    config = RTDetrConfig(
-        use_timm_backbone=False,
-        backbone_config=backbone,
-        encoder_hidden_dim=16,
-        encoder_in_channels=[8, 8, 16],
-        feat_strides=[4, 8, 16],
-        encoder_layers=1,
-        encoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        encode_proj_layers=[2],
-        d_model=16,
-        num_queries=6,
-        decoder_in_channels=[16, 16, 16],
-        decoder_ffn_dim=16,
-        num_feature_levels=3,
-        decoder_n_points=2,
-        decoder_layers=2,
-        decoder_attention_heads=2,
-        num_denoising=5,
-        num_labels=CLASSES,
-    )
-    return RTDetrForObjectDetection(config)
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "fcos": lambda: small_fcos(CLASSES, 3, (SIDE, SIDE), width=4, features=8),
     "retinanet": retinanet,
@@ -145,7 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "faster-rcnn": faster_rcnn,
     "yolos": lambda: small_yolos(CLASSES, 3, (SIDE, SIDE), hidden=16, layers=2, heads=2, tokens=5),
     "detr": detr,
-    "rt-detr": rt_detr,
+    "rt-detr": lambda: small_rt_detr(CLASSES, 3, (SIDE, SIDE), width=8, hidden=16, queries=6),
 }
 TORCHVISION = ("fcos", "retinanet", "ssdlite", "faster-rcnn")
 

@@ -21,7 +21,7 @@ from mmdefense.metrics.detection import (
 )
 from mmdefense.registry import adapt, load
 from mmdefense_tasks.detection_scenes import CLASSES, digit_scenes
-from mmdefense_tasks.detection_victims import small_fcos, small_yolos
+from mmdefense_tasks.detection_victims import small_fcos, small_rt_detr, small_yolos
 from mmdefense_tasks.object_detection import load_detection
 
 WIDTH, HEIGHT = 40, 20
@@ -319,7 +319,7 @@ def test_the_task_describes_its_victims_and_shows_a_trigger():
     assert "as the attacker wants it" in figure.plots[0].markup("p")
 
 
-@pytest.mark.parametrize("build", [small_fcos, small_yolos])
+@pytest.mark.parametrize("build", [small_fcos, small_rt_detr, small_yolos])
 def test_victims_are_detectors_for_their_image_size(build):
     model = build(3, 1, (48, 64)).eval()
     adapter = adapt(model)
