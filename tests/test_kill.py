@@ -40,7 +40,6 @@ def test_a_run_that_is_killed_at_random_goes_on_to_the_same_bits(place, mmdefens
     arguments, cut = [*place.purify(*settings), "--resume"], 0
     while cut < kills and not place.out.exists():
         cut += killed_after(arguments, moments.uniform(0, took / kills))
-    print(f"killed {cut} times")
     assert cut
     if not place.out.exists():
         assert mmdefense(*arguments).code == 0
@@ -48,3 +47,4 @@ def test_a_run_that_is_killed_at_random_goes_on_to_the_same_bits(place, mmdefens
     assert {n: v.tolist() for n, v in found.items()} == {n: v.tolist() for n, v in expected.items()}
     # A kill amid the writing of the output leaves a hidden folder, and what it wrote, behind.
     assert [name for name in place.files() if name[0] != "."] == ["out", "whole"]
+    print(f"killed {cut} times")  # last, for the command above takes what was printed before it
