@@ -37,18 +37,18 @@ _FCOS = (
     "mmdefense_tasks.detection_victims:small_fcos(classes={classes}, channels={channels}, "
     "size={size})"
 )
-_YOLOS = (
-    "mmdefense_tasks.detection_victims:small_yolos(classes={classes}, channels={channels}, "
+_RT_DETR = (
+    "mmdefense_tasks.detection_victims:small_rt_detr(classes={classes}, channels={channels}, "
     "size={size})"
 )
 
 
-def _training(steps: int, lr: float, weight_decay: float = 1e-4) -> Training:
+def _training(steps: int, lr: float, batch_size: int = 64) -> Training:
     return Training(
         steps=steps,
-        batch_size=64,
+        batch_size=batch_size,
         lr=lr,
-        weight_decay=weight_decay,
+        weight_decay=1e-4,
         schedule="one-cycle",
         max_norm=5.0,
         optimizer="adamw",
@@ -98,9 +98,9 @@ class ObjectDetection:
                 {"data": "digit-scenes", "model": _FCOS, "training": _training(500, 0.005)},
                 ("regional-misclassification", "object-generation", None),
             ),
-            "digit-scenes-yolos": (
-                {"data": "digit-scenes", "model": _YOLOS, "training": _training(2000, 0.001)},
-                ("global-misclassification", None),
+            "digit-scenes-rt-detr": (
+                {"data": "digit-scenes", "model": _RT_DETR, "training": _training(2000, 0.002, 16)},
+                ("regional-misclassification", None),
             ),
             "bccd": (
                 {"data": "bccd_voc", "model": _FCOS, "training": _training(400, 0.005)},
