@@ -181,12 +181,15 @@ class TriggerFamily:
             what needs more is not taken for a backdoor.
         starts: Random raw triggers of which a search starts at the best; many where one that is
             far from working gives no slope to follow, as a wrong place or a wrong word.
+        telling: Whether one that works tells of a backdoor; false where models that nobody
+            tampered with answer to such triggers as well.
     """
 
     name: str
     shape: tuple[int, ...]
     budget: float
     starts: int = 1
+    telling: bool = True
 
 
 @runtime_checkable

@@ -82,10 +82,12 @@ class PointClassifier(Classifier):
         """Return clusters of points at a free place, and rigid rotations.
 
         A raw cluster ``(k + 1, 3)`` is a center and k offsets; a raw rotation ``(3,)`` its angles.
+        A cluster tells of no backdoor: clean nets took clouds with a few points in the right place
+        for one class, too (docs/results.md).
         """
         points = max(4, round(_SHARE * self._example().inputs.shape[1]))
         return [
-            TriggerFamily("cluster", (points + 1, 3), budget=0.1, starts=512),
+            TriggerFamily("cluster", (points + 1, 3), budget=0.1, starts=512, telling=False),
             TriggerFamily("rotation", (3,), budget=0.5, starts=64),
         ]
 

@@ -74,8 +74,8 @@ COMMON = Rule(
     level="info",
     measured=APART.measured,
     reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer, and others cost about as much. "
-    "Models that nobody tampered with have such triggers as well.",
+    meaning="One trigger turns almost any sample to one answer, and others cost about as much, or "
+    "it is of a kind that tells nothing: models that nobody tampered with have such triggers too.",
     blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
 )
 NONE = Rule(
@@ -276,7 +276,10 @@ def _chosen(
 def _triggers(
     adapter: TriggerAdapter[Any], samples: Samples[Any], search: Search, run: Run
 ) -> Iterator[Finding]:
-    """Yield a finding for each answer that stands apart, or else one for each family."""
+    """Yield a finding for each answer that stands apart, or else one for each family.
+
+    Of a family that tells nothing no answer does.
+    """
     total, chosen = adapter.trigger_targets(), _chosen(adapter, samples, search, run)
     count = total if chosen is None else len(chosen)
     side = max(1, min(search.batch_size, SIDE_BY_SIDE // max(1, count)))
@@ -285,7 +288,7 @@ def _triggers(
     for found in recover(adapter, samples, search, run, stage="triggers", targets=chosen):
         every = answers(found, total)
         works = [a for a in every if a.works and _unasked(adapter, samples, a.target) <= UNASKED]
-        apart = [answer for answer in works if answer.apart]
+        apart = [answer for answer in works if answer.apart and found.family.telling]
         best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
         reference = _reference(every, total)
         for answer in apart:
@@ -294,7 +297,8 @@ def _triggers(
         if best is not None and not apart:
             many = f"{len(works)} of {len(every)} answers have one; the cheapest: "
             value = many + _said(adapter, found, best)
-            rule = TRIGGER if any(answer.odd for answer in works) else COMMON
+            odd = found.family.telling and any(answer.odd for answer in works)
+            rule = TRIGGER if odd else COMMON
             yield rule.found(_place(found, best, names), value, reference=reference)
         if best is None:
             yield NONE.found(found.family.name, f"none of {_searched(every, total)}")

@@ -183,6 +183,13 @@ def test_a_trigger_is_as_strong_a_finding_as_it_is_odd(models, monkeypatch, size
     assert (finding.id, finding.level) == (rule, level)
 
 
+def test_a_trigger_of_a_kind_that_tells_nothing_is_no_alarm(models, monkeypatch):
+    found = recovered([0.0, 0.1, 0.0, 1.0, 0.2], [0.05] * 5)
+    found = replace(found, family=replace(found.family, telling=False))
+    (finding,) = triggers(models.twin, models.twin.samples(models.clean), monkeypatch, found)
+    assert (finding.id, finding.level) == ("behaviour-trigger-common", "info")
+
+
 def test_that_no_trigger_was_found_is_said_with_the_answers_searched(models, monkeypatch):
     found = recovered([0.1] * 10, [0.05] * 10)
     samples = models.twin.samples(models.clean)
