@@ -231,12 +231,13 @@ def _random_triggers(
 ) -> Tensor:
     """Return up to ``count`` raw triggers ``(M, *P)`` of blocks, within the family's budget.
 
-    Each channel is noise on a grid of 4 cells a side, cut at a height of its own.
+    Each channel is noise on a grid of 4 cells a side, cut at a height of its own; where such are too
+    large, the noise as it is.
     """
     first, *rest = family.shape
     drawn = torch.rand(64 * count, first, *(min(4, side) for side in rest), generator=generator)
     heights = torch.rand(64 * count, first, *(1 for _ in rest), generator=generator)
-    blocks = (drawn > heights).float() if rest else drawn
+    blocks = torch.cat([(drawn > heights).float(), drawn]) if rest else drawn
     for axis, side in enumerate(rest, 2):
         blocks = blocks.index_select(axis, torch.arange(side) * min(4, side) // side)
     fits = adapter.trigger_size(family, blocks) <= family.budget
