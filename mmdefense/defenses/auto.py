@@ -231,8 +231,8 @@ def _random_triggers(
 ) -> Tensor:
     """Return up to ``count`` raw triggers ``(M, *P)`` of blocks, within the family's budget.
 
-    Each channel is noise on a grid of 4 cells a side, cut at a height of its own; where such are too
-    large, the noise as it is.
+    Each channel is noise on a grid of 4 cells a side, cut at a height of its own; where such are
+    too large, the noise as it is.
     """
     first, *rest = family.shape
     drawn = torch.rand(64 * count, first, *(min(4, side) for side in rest), generator=generator)
