@@ -427,7 +427,8 @@ def _share_right(right: Tensor, known: Tensor) -> Tensor:
         right: Which tokens are right, bool ``(N, T)``.
         known: Which tokens count, bool ``(N, T)``; an answer of fewer than n has no n-grams.
     """
-    total, orders = torch.zeros(2, len(known), device=known.device)
+    total = torch.zeros(len(known), device=known.device)
+    orders = torch.zeros_like(total)
     for n in range(1, min(_LONGEST_GRAM, known.shape[1]) + 1):
         grams = known.unfold(1, n, 1).all(2)
         good = (right & known).unfold(1, n, 1).all(2)
