@@ -15,7 +15,7 @@ from mmdefense.augment import random_boxed_view
 from mmdefense.batches import DetectionBatch, Detections, DetectionSamples, Samples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
-from mmdefense.metrics.detection import average_precision
+from mmdefense.metrics.detection import average_precisions
 from mmdefense.protocol import UnitGroup
 from mmdefense_adapters.module_adapter import ModuleAdapter
 from mmdefense_adapters.object_triggers import ObjectTriggers
@@ -121,16 +121,15 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         return loss, signs * loss
 
     def score(self, batch: DetectionBatch) -> Tensor:
-        """Return the average precision of each image at IoU 0.5, shape ``(N,)``.
+        """Return each image's share of the average precision at IoU 0.5, shape ``(N,)``.
 
-        It stands in for mAP, which ranks the detections of a whole test set, so that one image has
-        no share in it. Like mAP, and unlike F1, it needs no confidence from which on a detection
-        counts: a model that is as right as before and less sure keeps its score.
+        It stands in for mAP, which ranks the detections of a whole test set: here those of the
+        batch are ranked together, so that an image's share depends on the others. Like mAP, and
+        unlike F1, it needs no confidence from which on a detection counts.
         """
         with torch.no_grad():
             results = zip(self.detect(batch), batch.boxes, batch.labels, strict=True)
-            values = [average_precision(*result) for result in results]
-        return torch.tensor(values, device=batch.images.device)
+            return torch.tensor(average_precisions(results), device=batch.images.device)
 
     @cached_property
     def _units(self) -> tuple[list[UnitGroup], str | None]:

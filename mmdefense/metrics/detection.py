@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from mmdefense.protocol import TaskAdapter
 
 __all__ = [
     "Detecting",
-    "average_precision",
+    "average_precisions",
     "box_iou",
     "detections",
     "found",
@@ -64,32 +64,54 @@ def found(
     return (hits & (detected.scores >= confidence)).any(1)
 
 
-def average_precision(detected: Detections, boxes: Tensor, labels: Tensor) -> float:
-    """Return the average precision of one image at IoU 0.5, its classes ranked together.
+def average_precisions(results: Iterable[tuple[Detections, Tensor, Tensor]]) -> list[float]:
+    """Return each image's share of the average precision at IoU 0.5 over all of them.
 
-    Detections are taken in order of confidence, and each object counts the first of its class that
-    lies on it; the precision up to there is averaged over the objects. So no confidence has to be
-    fixed. An image without objects scores one less its most confident detection.
+    As in mAP the detections of a class are ranked by confidence over all images, and each object
+    counts the first of its class that lies on it: with the precision of the ranking up to there. An
+    image's share is the mean over its objects, so that a model which is as right as before and less
+    sure keeps its score, unless some images are ranked wrongly against others. An image without
+    objects scores one less its most confident detection.
 
     Args:
-        detected: What was found in the image.
-        boxes: Of the objects, ``(M, 4)``.
-        labels: Of the objects, ``(M,)``.
+        results: What was found in each image, and boxes ``(M, 4)`` and labels ``(M,)`` of its
+            objects.
     """
-    if not len(boxes):
-        return 1 - float(detected.scores.max()) if len(detected.scores) else 1.0
+    images = list(results)
+    hits = torch.cat([_hits(*image) for image in images])
+    scores, labels = (
+        torch.cat([getattr(found, name) for found, _, _ in images]) for name in ("scores", "labels")
+    )
+    precision = torch.zeros(len(scores), dtype=torch.float64)
+    for label in torch.unique(labels):
+        mine = (labels == label).nonzero()[:, 0]
+        mine = mine[scores[mine].argsort(descending=True, stable=True)].cpu()
+        precision[mine] = hits[mine].double().cumsum(0) / torch.arange(1, len(mine) + 1)
+    counted = torch.split(precision * hits, [len(found.scores) for found, _, _ in images])
+    return [
+        float(own.sum() / len(boxes)) if len(boxes) else 1 - _surest(found)
+        for (found, boxes, _), own in zip(images, counted, strict=True)
+    ]
+
+
+def _hits(detected: Detections, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Return which detections of an image are the first of their class on an object, ``(D,)``."""
+    hits, free = torch.zeros(len(detected.scores), dtype=torch.bool), set(range(len(boxes)))
     order = detected.scores.argsort(descending=True)
     overlap = box_iou(detected.boxes[order], boxes)
     overlap = torch.where(detected.labels[order][:, None] == labels, overlap, 0.0)
-    free, total = set(range(len(boxes))), 0.0
-    for rank, row in enumerate(overlap.tolist(), start=1):
+    for place, row in zip(order.tolist(), overlap.tolist(), strict=True):
+        if not free:
+            break
         best = max(free, key=row.__getitem__)
         if row[best] >= 0.5:
             free.remove(best)
-            total += (len(boxes) - len(free)) / rank
-        if not free:
-            break
-    return total / len(boxes)
+            hits[place] = True
+    return hits
+
+
+def _surest(detected: Detections) -> float:
+    return float(detected.scores.max()) if len(detected.scores) else 0.0
 
 
 def detections(

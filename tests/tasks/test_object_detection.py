@@ -14,7 +14,7 @@ from mmdefense.batches import Detections, DetectionSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.metrics import detection as metrics
 from mmdefense.metrics.detection import (
-    average_precision,
+    average_precisions,
     box_iou,
     found,
     mean_average_precision,
@@ -252,27 +252,80 @@ def test_a_view_drops_objects_that_leave_the_image():
     assert (everything[:, 2:] > everything[:, :2]).all()
 
 
-def test_iou_average_precision_and_found():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+TWO = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+NOTHING = Detections(TWO[:0], torch.tensor([], dtype=torch.int64), torch.zeros(0))
+
+
+def test_iou_and_found():
     labels = torch.tensor([0, 1])
     torch.testing.assert_close(
-        box_iou(boxes[:1], torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [50, 50, 60, 60]])),
+        box_iou(TWO[:1], torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [50, 50, 60, 60]])),
         torch.tensor([[1.0, 1 / 3, 0.0]]),
     )
-    right = Detections(boxes, labels, torch.tensor([0.9, 0.3]))
-    assert average_precision(right, boxes, labels) == 1.0
-    assert found(right, boxes, labels).tolist() == [True, False]  # the other is not sure enough
-    assert found(right, boxes, labels, confidence=0.2).tolist() == [True, True]
-    twice = Detections(boxes[[0, 0, 1]], labels[[0, 0, 1]], torch.tensor([0.9, 0.8, 0.4]))
-    assert average_precision(twice, boxes, labels) == pytest.approx((1 + 2 / 3) / 2)
-    late = Detections(boxes[[0, 1]] + 50, labels, torch.tensor([0.9, 0.8]))
-    assert average_precision(late, boxes, labels) == 0.0
-    assert average_precision(right, boxes, labels.flip(0)) == 0.0
-    nothing = Detections(boxes[:0], labels[:0], torch.zeros(0))
-    assert average_precision(nothing, boxes[:0], labels[:0]) == 1.0
-    assert average_precision(right, boxes[:0], labels[:0]) == pytest.approx(0.1)
-    assert average_precision(nothing, boxes, labels) == 0.0
-    assert found(nothing, boxes, labels).tolist() == [False, False]
+    right = Detections(TWO, labels, torch.tensor([0.9, 0.3]))
+    assert found(right, TWO, labels).tolist() == [True, False]  # the other is not sure enough
+    assert found(right, TWO, labels, confidence=0.2).tolist() == [True, True]
+    assert found(NOTHING, TWO, labels).tolist() == [False, False]
+
+
+def test_average_precision_in_one_image():
+    labels = torch.tensor([0, 0])
+
+    def one(boxes, scores, labels=labels, truth=(TWO, labels)):
+        detected = Detections(boxes, labels[: len(boxes)], torch.tensor(scores))
+        return average_precisions([(detected, *truth)])[0]
+
+    assert one(TWO, [0.9, 0.3]) == 1.0
+    threefold = torch.zeros(3, dtype=torch.int64)
+    twice = one(TWO[[0, 0, 1]], [0.9, 0.8, 0.4], threefold)
+    assert twice == pytest.approx((1 + 2 / 3) / 2)  # a second one on an object is a false one
+    assert one(TWO + 50, [0.9, 0.8]) == 0.0
+    assert one(TWO, [0.9, 0.3], labels=labels + 1) == 0.0
+    nothing = (TWO[:0], labels[:0])
+    assert one(TWO, [0.9, 0.3], truth=nothing) == pytest.approx(0.1)
+    assert average_precisions([(NOTHING, *nothing), (NOTHING, TWO, labels)]) == [1.0, 0.0]
+
+
+def test_a_surer_error_in_another_image_costs_precision():
+    label = torch.tensor([0])
+    right = Detections(TWO[:1], label, torch.tensor([0.6]))
+    wrong = Detections(TWO[:1] + 50, label, torch.tensor([0.9]))
+    other = Detections(TWO[:1] + 50, label + 1, torch.tensor([0.9]))  # of another class
+    truth = (TWO[:1], label)
+    assert average_precisions([(right, *truth), (wrong, *truth)]) == [0.5, 0.0]
+    assert average_precisions([(right, *truth), (other, *truth)]) == [1.0, 0.0]
+
+
+def test_shares_of_the_average_precision_add_up_to_that_of_each_class():
+    """Against ranking by loops, on random boxes that lie on objects or do not."""
+    draw = torch.Generator().manual_seed(0)
+    images = []
+    for _ in range(6):
+        chosen = torch.randint(0, 2, (5,), generator=draw)
+        far = 50.0 * (torch.rand(5, generator=draw) < 0.3)
+        scores = torch.rand(5, generator=draw)
+        labels = torch.randint(0, 2, (5,), generator=draw)
+        detected = Detections(TWO[chosen] + far[:, None], labels, scores)
+        images.append((detected, TWO, torch.randint(0, 2, (2,), generator=draw)))
+    ranked = sorted(
+        ((float(d.scores[k]), n, k) for n, (d, _, _) in enumerate(images) for k in range(5)),
+        reverse=True,
+    )
+    taken, seen, precision = set(), {0: 0, 1: 0}, {}
+    right = {0: 0, 1: 0}
+    for _, n, k in ranked:
+        detected, boxes, labels = images[n]
+        label = int(detected.labels[k])
+        seen[label] += 1
+        for m in range(2):
+            on = torch.equal(detected.boxes[k], boxes[m]) and int(labels[m]) == label
+            if on and (n, m) not in taken:
+                taken.add((n, m))
+                right[label] += 1
+                precision[n, m] = right[label] / seen[label]
+    expected = [sum(precision.get((n, m), 0) for m in range(2)) / 2 for n in range(6)]
+    assert average_precisions(images) == pytest.approx(expected)
+    assert 0 < sum(expected) < 6
 
 
 class Oracle:
