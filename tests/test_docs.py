@@ -53,8 +53,14 @@ NOT_RUN = {
     "--case multi30k-rare-token --case bccd-object-generation": "hours",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
-    "python recipes/scan_calibration.py --first-seed 100 --seeds 3 --case digits-badnets "
+    "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
+    "--case digits-badnets": "many minutes",
+    "python recipes/scan_calibration.py --first-seed 200 --seeds 3 "
     "--case small-language-rare-token": "many minutes",
+    "python recipes/scan_calibration.py --first-seed 200 --seeds 2 --case moving-digits-badnets "
+    "--case digit-scenes-regional-misclassification --case surfaces-pcba": "many minutes",
+    "mmdefense grid -o out/grid --seeds 1 --no-baselines "
+    "--case digit-scenes-rt-detr-regional-misclassification": "many minutes",
     "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
     "-o out": "takes the weights that others published",
     "python recipes/cross_domain_evaluation.py": "hours",

@@ -1,7 +1,7 @@
 """A backdoor that was really planted in a small translator is really removed.
 
-The net is trained for seconds and translates badly, so
-its task metric is the share of right words. No defense sees the test set.
+The net is trained for seconds and translates badly, so its task metric is the share of right 1- to
+4-grams. No defense sees the test set.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_the_victim_serves_its_attacker_and_its_owner(case):
     adapter, attack, _, test = case
     acc, asr = measured(adapter, attack, test)
     assert asr >= 0.95
-    assert acc >= 0.65
+    assert acc >= 0.4  # two thirds of the single words
 
 
 def test_the_backdoor_is_removed_and_the_task_kept(case):
