@@ -72,15 +72,17 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
-    """Keep the weights of 2-D convolutions in channels-last order, in which they run faster.
+    """Keep the weights of convolutions in channels-last order, in which they run faster.
 
-    Strided 1x1 convolutions get their input in plain order: on the CPU the gradient of such a
-    weight writes past its memory in channels-last order (oneDNN of torch 2.15: 8 channels, 48x64).
+    Those over images and over clips. Strided 1x1 convolutions get their input in plain order: on
+    the CPU the gradient of such a weight writes past its memory in channels-last order (oneDNN of
+    torch 2.15: 8 channels, 48x64).
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     before = [layer.weight.is_contiguous() for layer in layers]
     for layer in layers:
-        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
+        layer.weight.data = layer.weight.data.contiguous(memory_format=order)
     strided = [layer for layer in layers if _skips_pixels(layer)]
     handles = [layer.register_forward_pre_hook(_in_plain_order) for layer in strided]
     try:
@@ -93,8 +95,8 @@ def channels_last(model: nn.Module) -> Iterator[None]:
                 layer.weight.data = layer.weight.data.contiguous()
 
 
-def _skips_pixels(layer: nn.Conv2d) -> bool:
-    return layer.kernel_size == (1, 1) and max(layer.stride) > 1
+def _skips_pixels(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    return max(layer.kernel_size) == 1 and max(layer.stride) > 1
 
 
 def _in_plain_order(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

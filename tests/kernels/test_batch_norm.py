@@ -40,11 +40,15 @@ def test_both_derivatives_are_those_of_pytorch(shape):
     same(derivatives(x, batch_norm_twice), derivatives(x, torch.enable_grad))
 
 
-def test_second_derivative_keeps_channels_last():
-    x = drawn(SHAPES["conv2d"], 0).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [("conv2d", torch.channels_last), ("conv3d", torch.channels_last_3d)],
+)
+def test_second_derivative_keeps_channels_last(shape, order):
+    x = drawn(SHAPES[shape], 0).contiguous(memory_format=order)
     found = derivatives(x, batch_norm_twice)
     same(found, derivatives(x, torch.enable_grad))
-    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in (found[3], found[6]))
+    assert all(g.is_contiguous(memory_format=order) for g in (found[3], found[6]))
 
 
 def test_eval_mode_and_layers_without_weights_stay_with_pytorch():

@@ -100,6 +100,20 @@ def test_channels_last_survives_strided_convolutions_of_one_pixel(channels):
     assert not layer._forward_pre_hooks
 
 
+def test_channels_last_survives_strided_convolutions_of_one_pixel_over_clips():
+    layer = nn.Conv3d(8, 16, 1, stride=(1, 2, 2), bias=False)
+    clips = torch.rand(4, 8, 3, 48, 64).contiguous(memory_format=torch.channels_last_3d)
+    with channels_last(nn.Sequential(layer)):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last_3d)
+        answers = layer(clips)
+        answers.square().sum().backward()
+    seen = clips[..., ::2, ::2].double()
+    expected = torch.einsum("nothw,ncthw->oc", 2 * answers.double(), seen)
+    assert torch.allclose(layer.weight.grad[..., 0, 0, 0].double(), expected, rtol=1e-4)
+    assert layer.weight.is_contiguous()
+    assert not layer._forward_pre_hooks
+
+
 def test_channels_last_orders_the_weights_and_keeps_parameters_the_same_objects(net):
     weight = net[0].weight
     with channels_last(net):
