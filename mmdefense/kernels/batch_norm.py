@@ -143,6 +143,7 @@ def _combined(
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
     """Return ``other`` in the memory format of ``x``: mixed formats are slow, and they spread."""
-    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    is_last = order is not None and x.is_contiguous(memory_format=order)
-    return other.contiguous(memory_format=order if is_last else torch.contiguous_format)
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    order = orders.get(x.ndim, torch.contiguous_format)
+    kept = order if x.is_contiguous(memory_format=order) else torch.contiguous_format
+    return other.contiguous(memory_format=kept)
