@@ -2,8 +2,7 @@
 
 Every model of ``backdoored.py`` is planted with a real backdoor, scanned, purified by FIP at its
 defaults (or as its row says), and loaded where mmdefense is not. The trigger is known to these
-tests alone. Seen with seed 0, task metric / ASR; where the backdoor is left, the row of
-``backdoored.py`` says so, and the test of its removal is expected to fail:
+tests alone. Seen with seed 0, task metric / ASR:
 
 ===========  ==============  ==============
 model        before          after
@@ -14,7 +13,7 @@ timm         0.994 / 1.000   0.992 / 0.012
 torchvision  0.983 / 1.000   0.986 / 0.000
 video        0.880 / 1.000   0.890 / 0.073
 causal       0.564 / 1.000   0.548 / 0.040
-detection    0.546 / 1.000   0.404 / 0.574
+detection    0.909 / 0.972   0.839 / 0.019
 ===========  ==============  ==============
 """
 
@@ -93,13 +92,7 @@ class Case:
         return calls[0]
 
 
-ROWS = [
-    pytest.param(name, marks=pytest.mark.slow if made.slow else (), id=name)
-    for name, made in BACKDOORED.items()
-]
-
-
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=BACKDOORED)
 def case(request, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp(request.param), BACKDOORED[request.param]
     attack = made.plant(folder / "untrusted")
@@ -130,9 +123,7 @@ def test_the_scan_looks_at_everything_and_calls_nothing_clean(case):
     assert code == int(any(finding["level"] == "high" for finding in found["findings"]))
 
 
-def test_the_backdoor_is_removed_and_the_task_kept(purified, request):
-    if purified.made.kept:
-        request.applymarker(pytest.mark.xfail(reason=purified.made.kept, strict=True))
+def test_the_backdoor_is_removed_and_the_task_kept(purified):
     (before, _), (after, asr) = (purified.measured(name) for name in ("untrusted", "purified"))
     record = read_record(purified.folder / "purified" / "purification.json")
     print(f"after: {after:.3f} / {asr:.3f}, {record.seconds:.0f} s, {record.guard.message}")

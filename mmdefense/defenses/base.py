@@ -236,9 +236,9 @@ class TrainingDefense(Defense):
 
     Attributes:
         lr: Peak learning rate of SGD.
-        layer_norm_factor: What ``lr`` is multiplied by where the adapter says that LayerNorm
-            normalises the model, as in transformers: nets with BatchNorm take large steps for the
-            small weights that they have, and at their rate a transformer hardly moves (ours).
+        layer_norm_factor: What ``lr`` is multiplied by, and ``adamw_lr`` divided by, where the
+            adapter says that LayerNorm normalises the model, as in transformers: at SGD's rate for
+            nets with BatchNorm a transformer hardly moves, at AdamW's it forgets its task (ours).
         adamw_lr: Peak learning rate of AdamW.
         optimizer: ``"auto"`` takes what the adapter says that models of its kind need: the rate of
             SGD that suits all others moves a detector too little (ours).
@@ -262,20 +262,22 @@ class TrainingDefense(Defense):
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
-        optimizer = self._optimizer(adapter)
+        optimizer, factor = self._optimizer(adapter), self._layer_norm_factor(adapter)
         return Training(
             steps=self.steps,
             batch_size=self.batch_size,
-            lr=self.adamw_lr if optimizer == "adamw" else self.factor(adapter) * self.lr,
+            lr=self.adamw_lr / factor if optimizer == "adamw" else self.lr * factor,
             optimizer=optimizer,
             momentum=self.momentum,
             max_norm=self.max_norm,
         )
 
     def factor(self, adapter: TaskAdapter[Any]) -> float:
-        """Return how many times ``lr`` the adapter's model takes; AdamW has a rate of its own."""
-        larger = getattr(adapter, "layer_norm", False) and self._optimizer(adapter) == "sgd"
-        return self.layer_norm_factor if larger else 1.0
+        """Return how many times as long the adapter's model makes the steps of SGD; AdamW's, 1."""
+        return self._layer_norm_factor(adapter) if self._optimizer(adapter) == "sgd" else 1.0
+
+    def _layer_norm_factor(self, adapter: TaskAdapter[Any]) -> float:
+        return self.layer_norm_factor if getattr(adapter, "layer_norm", False) else 1.0
 
     def _optimizer(self, adapter: TaskAdapter[Any]) -> Literal["sgd", "adamw"]:
         usual: Literal["sgd", "adamw"] = getattr(adapter, "optimizer", "sgd")

@@ -22,11 +22,12 @@ def test_a_defense_trains_as_models_of_the_kind_are_trained(adapter, kind):
 
 
 @pytest.mark.parametrize("kind", [FIP, FastFIP, TSBD, BaEraser, FineTuning])
-def test_a_transformer_takes_larger_steps_of_sgd_alone(adapter, kind):
+def test_a_transformer_takes_larger_steps_of_sgd_and_smaller_ones_of_adamw(adapter, kind):
     adapter.layer_norm = True
     defense = kind(lr=0.5, adamw_lr=0.25, layer_norm_factor=3.0)
     assert defense.training(adapter).lr == 1.5
-    assert kind(optimizer="adamw", adamw_lr=0.25).training(adapter).lr == 0.25
+    smaller = kind(optimizer="adamw", adamw_lr=0.75, layer_norm_factor=3.0)
+    assert smaller.training(adapter).lr == 0.25
     assert FineTuning.like(defense).training(adapter).lr == 1.5
 
 
