@@ -184,8 +184,8 @@ def purify(
     if purified.scan is not None:
         typer.echo(f"the given model: {purified.scan.verdict.text}")
     typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
-    for line in purified.reasons:
-        typer.echo(line)
+    if purified.choice is not None:
+        typer.echo("\n".join(purified.choice.why))
     if purified.result.stopped:
         typer.echo("to go on, repeat the command with more time, --resume and --force")
     if target is not None:

@@ -201,9 +201,10 @@ class Purification:
         return self.result.guard
 
     @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why a defense was chosen, a line for each that was tried; empty where none was."""
-        return tuple(self.result.figures.get("choice", {}).get("why", ()))
+    def choice(self) -> records.Choice | None:
+        """Which defense was taken, and why; none where there was nothing to choose."""
+        choice = self.result.figures.get("choice")
+        return None if choice is None else records.Choice(**choice)
 
     def record(self) -> PurificationRecord:
         """Return what is known about the purification, as ``purification.json`` has it."""
@@ -215,13 +216,14 @@ class Purification:
             data=records.DataInfo(name=self.names.get("data", "clean samples"), **self.result.data),
             defense=records.DefenseInfo(
                 name=registry.name_of("defenses", type(self.defense)),
-                settings={**self.result.settings, **self._choice},
+                settings=self.result.settings,
                 reference=_reference(type(self.defense)),
             ),
             guard=_recorded(self.guard),
             seconds=self.result.seconds,
             provenance=self._provenance(),
             triggers=_search(self.result),
+            choice=self.choice,
             layers=self._layers,
             history=tuple(self.result.history),
             figures=self._measured,
@@ -268,12 +270,6 @@ class Purification:
             write_figures(self.figures(), folder / FIGURES)
             write_statement(record, folder, hash_inputs(source) if source is not None else None)
             rebuild(folder)
-
-    @property
-    def _choice(self) -> dict[str, Any]:
-        """What was chosen, with its settings, and why; empty where nothing was."""
-        choice = self.result.figures.get("choice")
-        return {} if choice is None else {"choice": choice}
 
     @cached_property
     def _sharpness(self) -> Any:

@@ -81,7 +81,8 @@ def purify(name: str, defense: Defense, baseline: str = "") -> Row:
     """Do what `mmdefense purify untrusted --data images --defense NAME -o NAME` does."""
     source = Source(model=str(place / "untrusted"), data=str(place / "images"))
     purified = purify_files(source, defense, place / name, force=True)
-    print(*(purified.reasons or [purified.guard.message]), sep="\n")
+    choice = purified.choice
+    print(*([purified.guard.message] if choice is None else choice.why), sep="\n")
     after = judged(place / name)
     der = defense_effectiveness_rating(before, after)
     return Row(

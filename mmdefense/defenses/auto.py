@@ -68,7 +68,7 @@ class Auto(Defense):
                 raise BadInputError("candidates must be other defenses, got 'auto' itself")
 
     def _run(self, work: Purifying[Any]) -> None:
-        names, pools, why = self._plan(work)
+        names, pools, why, success = self._plan(work)
         best: _Trial | None = None
         for name in names:
             trial = self._try(work, name, pools)
@@ -84,13 +84,20 @@ class Auto(Defense):
         work.adapter.model.load_state_dict(best.state)
         work.stopped = trial.stopped
         work.figures |= best.figures
-        settings = dataclasses.asdict(self._made(best.name))
-        work.figures["choice"] = {"defense": best.name, "settings": settings, "why": why}
+        work.figures["choice"] = {
+            "defense": best.name,
+            "settings": dataclasses.asdict(self._made(best.name)),
+            "why": tuple(why),
+            "success_before": success if pools else None,
+            "success_after": best.success if pools else None,
+        }
 
-    def _plan(self, work: Purifying[Any]) -> tuple[tuple[str, ...], list[_Pool], list[str]]:
-        """Return what to try, the triggers to try it by, and why."""
+    def _plan(
+        self, work: Purifying[Any]
+    ) -> tuple[tuple[str, ...], list[_Pool], list[str], float | None]:
+        """Return what to try, the triggers to try it by, why, and how many succeed now."""
         if lacking(work.adapter, TriggerAdapter):
-            return (self.fallback,), [], ["inputs of this model carry no triggers to try"]
+            return (self.fallback,), [], ["inputs of this model carry no triggers to try"], None
         adapter = cast("TriggerAdapter[Any]", work.adapter)
         found = [
             (TriggerFamily(**row["family"]), row["target"], row["triggers"])
@@ -102,9 +109,9 @@ class Auto(Defense):
             words = (
                 f"no trigger was found in the given model (random ones succeed on {success:.0%})"
             )
-            return (self.fallback,), pools, [f"{words}, so that nothing can be told apart"]
+            return (self.fallback,), pools, [f"{words}, so that nothing can be told apart"], success
         words = f"{len(found)} triggers were found in the given model; known ones succeed on up to"
-        return self.candidates, pools, [f"{words} {success:.0%} of the held-out samples"]
+        return self.candidates, pools, [f"{words} {success:.0%} of the held-out samples"], success
 
     def _found(self, work: Purifying[Any]) -> list[dict[str, Any]]:
         """Return the triggers that a search finds, as plain values."""

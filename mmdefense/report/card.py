@@ -81,6 +81,10 @@ def _rows(record: PurificationRecord) -> list[str]:
         before, after = record.attack.before.asr, record.attack.after.asr
         name = _plain(record.attack.attack)
         rows.append(f"| success rate of {name} | {percent(before)} | {percent(after)} |")
+    choice = record.choice
+    if choice is not None and choice.success_before is not None:
+        rates = f"{percent(choice.success_before)} | {percent(choice.success_after)}"
+        rows.append(f"| largest success of a known trigger, found or random | {rates} |")
     bound = f"| largest drop allowed, in points | | {points(guard.bound)} |"
     return [*rows, bound]
 

@@ -176,6 +176,8 @@ def _settings(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each defense that has settings, with them."""
     if isinstance(record, PurificationRecord):
         yield record.defense.name, record.defense.settings
+        if record.choice is not None:
+            yield f"{record.choice.defense}, which it took", record.choice.settings
         return
     seen: list[tuple[str, Mapping[str, Any]]] = []
     for row in record.rows:

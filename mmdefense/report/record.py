@@ -187,6 +187,29 @@ class TriggerSearch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of several defenses was taken, by what a defender can measure.
+
+    Attributes:
+        defense: The one that was taken.
+        settings: Its fields.
+        why: What was found in the given model, a line for each defense that was tried, the choice.
+        success_before: Largest success of the known triggers (found by a search, and random ones)
+            on the held-out samples in the given model, in ``[0, 1]``; none where there are none.
+        success_after: The same in the returned model.
+    """
+
+    defense: str
+    settings: Mapping[str, Any]
+    why: tuple[str, ...]
+    success_before: float | None = None
+    success_after: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", plain(self.settings))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpectrumFigures:
     """How the eigenvalues of the Hessian are spread: those at a node have its weight together.
 
@@ -306,6 +329,7 @@ class PurificationRecord(_Json):
         provenance: Seed, versions and so on.
         attack: Rates on the attack, where it is known.
         triggers: Outcome of a trigger search, where there was one.
+        choice: Which defense was taken and why, where several were tried.
         layers: How far each layer moved, input side first.
         history: What the run reported: mappings of ``stage``, ``step`` and figures by name.
         figures: What else was measured, by name, for example ``"lambda_max_before"``.
@@ -325,6 +349,7 @@ class PurificationRecord(_Json):
     provenance: Provenance
     attack: AttackFigures | None = None
     triggers: TriggerSearch | None = None
+    choice: Choice | None = None
     layers: tuple[LayerChange, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)

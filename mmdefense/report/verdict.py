@@ -38,7 +38,12 @@ def verdict(record: Record) -> Verdict:
     if isinstance(record, ComparisonRecord):
         return _of_comparison(record)
     level, label, headline = _backdoor(record)
-    lines = (*_guard_lines(record.guard), *_scan_lines(record), *limits(record))
+    lines = (
+        *_guard_lines(record.guard),
+        *_choice_lines(record),
+        *_scan_lines(record),
+        *limits(record),
+    )
     if record.guard.violated:
         return Verdict("fail", "Guard violated", f"Utility guard violated. {headline}", lines)
     return Verdict(level, label, f"Utility guard passed. {headline}", lines)
@@ -72,6 +77,20 @@ def _guard_lines(guard: Guard) -> list[str]:
         f"State that was returned: {guard.state}.",
     ]
     return lines + ([guard.message] if guard.message else [])
+
+
+def _choice_lines(record: PurificationRecord) -> list[str]:
+    choice = record.choice
+    if choice is None:
+        return []
+    lines = [f"Of the defenses that were tried, {choice.defense} was taken."]
+    if choice.success_before is not None and choice.success_after is not None:
+        lines.append(
+            "Triggers that a search found, and random ones, succeeded on up to "
+            f"{percent(choice.success_before)} of the held-out samples before, and on up to "
+            f"{percent(choice.success_after)} after (lower is better)."
+        )
+    return lines
 
 
 def _scan_lines(record: PurificationRecord) -> list[str]:

@@ -76,6 +76,7 @@ def test_the_first_that_is_good_enough_is_taken(scripted):
     result, choice = scripted({0: 1.0, 1: 0.05, 2: 0.0})
     assert choice["defense"] == "weak"
     assert choice["settings"]["max_utility_drop"] == 1.0
+    assert (choice["success_before"], choice["success_after"]) == (1.0, 0.05)
     assert len(choice["why"]) == 3
     assert "known ones succeed on up to 100%" in choice["why"][0]
     assert "up to 5%: good enough" in choice["why"][1]

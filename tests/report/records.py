@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmdefense.report.record import (
+    Choice,
     ComparisonRecord,
     DataInfo,
     DefenseInfo,
@@ -62,6 +63,15 @@ def purification(
         history=tuple({"stage": "fip", "step": step, "loss": 1 / step} for step in (1, 2, 3)),
         **more,
     )
+
+
+CHOICE = Choice(
+    defense="tsbd",
+    settings={"ratio": None},
+    why=("6 triggers were found", "tsbd: known triggers succeed on up to 4%: good enough"),
+    success_before=0.99,
+    success_after=0.04,
+)
 
 
 def row(defense: str, *, acc: float = 0.96, asr: float = 0.01, **more: Any) -> Row:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from records import comparison, purification, row
+from records import CHOICE, comparison, purification, row
 
 from mmdefense.report import figures
 from mmdefense.report.page import page, render_page
@@ -123,6 +123,14 @@ def test_the_page_shows_verdict_figures_settings_and_provenance():
         "12.3",
     ):
         assert shown in text
+
+
+def test_the_page_tells_how_a_defense_was_chosen():
+    text = Document(page(purification(choice=CHOICE))).text
+    assert "How the defense was chosen" in text
+    assert all(reason in text for reason in CHOICE.why)
+    assert "tsbd, which it took" in text
+    assert "How the defense was chosen" not in Document(page(purification())).text
 
 
 def test_the_same_record_gives_the_same_page(tmp_path: Path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from records import comparison, purification
+from records import CHOICE, comparison, purification
 
 from mmdefense.errors import BadInputError
 from mmdefense.report.record import (
@@ -22,6 +22,7 @@ from mmdefense.report.record import (
 FULL = purification(
     attack=AttackFigures(attack="BadNets", before=Rates(acc=0.9, asr=1.0), after=Rates(acc=0.9)),
     triggers=TriggerSearch(targets=10, found=0, families=("patch", "additive"), threshold=0.75),
+    choice=CHOICE,
 )
 
 

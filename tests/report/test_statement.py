@@ -9,7 +9,7 @@ import shutil
 import subprocess
 
 import pytest
-from records import purification
+from records import CHOICE, purification
 
 from mmdefense.errors import BadInputError
 from mmdefense.report.record import AttackFigures, Rates, read_record
@@ -153,6 +153,8 @@ def test_the_section_has_figures_and_limits():
     rates = {"before": Rates(acc=0.9, asr=1.0), "after": Rates(acc=0.9, asr=0.02)}
     known = purification(attack=AttackFigures(attack="BadNets", **rates))
     assert "| success rate of BadNets | 100.0% | 2.0% |" in card_section(known)
+    chosen = card_section(purification(choice=CHOICE))
+    assert "| largest success of a known trigger, found or random | 99.0% | 4.0% |" in chosen
 
 
 def test_a_hostile_name_is_text_in_the_card():

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
-from records import BEFORE, comparison, purification, row
+from records import BEFORE, CHOICE, comparison, purification, row
 
 from mmdefense.report.record import AttackFigures, Rates, TriggerSearch
 from mmdefense.report.verdict import beats_baseline, verdict
@@ -48,6 +49,16 @@ def test_a_violated_guard_outweighs_a_low_asr():
     found = verdict(attacked(0.99, 0.0, guard={"violated": True}))
     assert found.level == "fail"
     assert found.headline.startswith("Utility guard violated")
+
+
+def test_a_choice_says_what_was_taken_and_what_the_known_triggers_reach():
+    found = verdict(purification(choice=CHOICE))
+    assert found.level == "open"  # known triggers are not the attacker's
+    said = " ".join(found.lines)
+    assert "tsbd was taken" in said
+    assert "up to 99.0% of the held-out samples before, and on up to 4.0% after" in said
+    unknown = replace(CHOICE, success_before=None, success_after=None)
+    assert "succeeded on" not in words(purification(choice=unknown))
 
 
 def test_the_guard_is_shown_with_its_interval_and_bound_in_points():
