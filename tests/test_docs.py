@@ -45,12 +45,13 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case radhar-pcba": "an hour",
     "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
     "--case small-language-clean --case digit-scenes-clean": "many minutes",
-    "mmdefense grid -o out/grid --no-baselines --case moving-digits-videomae-badnets "
+    "mmdefense grid -o out/grid --case moving-digits-videomae-badnets "
     "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
     "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
-    "--case small-language-llama-clean": "many minutes",
+    "--case small-language-llama-clean --case surfaces-transformer-clean": "many minutes",
     "mmdefense grid -o out/grid --seeds 1 --no-baselines --case ucf101_mini-badnets "
-    "--case multi30k-rare-token --case bccd-object-generation": "hours",
+    "--case multi30k-rare-token": "hours",
+    "mmdefense grid -o out/grid --seeds 1 --case bccd-object-generation": "many minutes",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
@@ -59,8 +60,7 @@ NOT_RUN = {
     "--case small-language-rare-token": "many minutes",
     "python recipes/scan_calibration.py --first-seed 200 --seeds 2 --case moving-digits-badnets "
     "--case digit-scenes-regional-misclassification --case surfaces-pcba": "many minutes",
-    "mmdefense grid -o out/grid --seeds 1 --no-baselines "
-    "--case digit-scenes-rt-detr-regional-misclassification": "many minutes",
+    "mmdefense grid -o out/grid --case digit-scenes-rt-detr-regional-misclassification": "an hour",
     "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
     "-o out": "takes the weights that others published",
     "python recipes/cross_domain_evaluation.py": "hours",
