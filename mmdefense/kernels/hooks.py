@@ -74,11 +74,16 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of convolutions in channels-last order, in which they run faster.
 
-    Those over images and over clips. Strided 1x1 convolutions get their input in plain order: on
-    the CPU the gradient of such a weight writes past its memory in channels-last order (oneDNN of
-    torch 2.15: 8 channels, 48x64).
+    Those over images and over clips, but not a clip's patch embedding, whose patches do not
+    overlap: it is a matrix product, and gains nothing. Strided 1x1 convolutions get their input in
+    plain order: on the CPU the gradient of such a weight writes past its memory in channels-last
+    order (oneDNN of torch 2.15: 8 channels, 48x64).
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d) or (isinstance(m, nn.Conv3d) and m.kernel_size != m.stride)
+    ]
     before = [layer.weight.is_contiguous() for layer in layers]
     for layer in layers:
         order = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
