@@ -75,7 +75,7 @@ def channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of convolutions in channels-last order, in which they run faster.
 
     Those over images and over clips, but not a clip's patch embedding, whose patches do not
-    overlap: it is a matrix product, and gains nothing. Strided 1x1 convolutions get their input in
+    overlap: it is a matrix product, in any order. Strided 1x1 convolutions get their input in
     plain order: on the CPU the gradient of such a weight writes past its memory in channels-last
     order (oneDNN of torch 2.15: 8 channels, 48x64).
     """
