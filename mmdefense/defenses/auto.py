@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mmdefense import registry
-from mmdefense.checkpoints.runs import RunStore
 from mmdefense.defenses.base import Defense, Guard, Purifying
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
-from mmdefense.kernels.run import Event, Progress, Run, copy_state
+from mmdefense.kernels.run import Run, copy_state
 from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
 
 __all__ = ["Auto"]
@@ -140,7 +139,7 @@ class Auto(Defense):
 
     def _try(self, work: Purifying[Any], name: str, pools: Sequence[_Pool]) -> _Trial:
         """Run a candidate on a fork, and measure what it leaves."""
-        part = Purifying(work.adapter.fork(), work.fit, work.holdout, _part(work.run, name))
+        part = Purifying(work.adapter.fork(), work.fit, work.holdout, work.run.part(name))
         candidate = self._made(name)
         try:
             if missing := lacking(part.adapter, candidate.requires):
@@ -149,9 +148,7 @@ class Auto(Defense):
             success = self._left(part, pools) if pools else 0.0
         except (UnsupportedError, DivergenceError) as error:
             return _Trial(name, failure=error)
-        work.run.history += [
-            {**entry, "stage": f"{name}: {entry['stage']}"} for entry in part.run.history
-        ]
+        work.run.adopt(name, part.run)
         state = copy_state(part.adapter.model)
         return _Trial(name, state, part.figures, guard, success, part.stopped)
 
@@ -199,19 +196,6 @@ class _Trial:
             f"{' (guard VIOLATED)' if self.guard.violated else ''}, known triggers succeed on up "
             f"to {self.success:.0%}: {verdict}{ended}"
         )
-
-
-def _part(run: Run, name: str) -> Run:
-    """Return the run of one candidate, with states and signs of progress of its own."""
-
-    def progress(event: Event) -> None:
-        run.progress(dataclasses.replace(event, stage=f"{name}: {event.stage}"))
-
-    told: Progress = progress
-    store = None if run.store is None else RunStore(run.store.folder / name)
-    part = Run(run.seed, told, store, checkpoint_every=run.checkpoint_every, deadline=run.deadline)
-    part.room = run.room
-    return part
 
 
 def _success(adapter: TriggerAdapter[Any], samples: Any, pools: Sequence[_Pool]) -> float:

@@ -66,6 +66,7 @@ class BaEraser(TrainingDefense):
         drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
         stop: Success of recovered triggers up to which the ascent on them pauses.
         steps: Updates of unlearning in a round; each takes as many triggered samples as clean ones.
+        restarts: None: the search for triggers would be run again.
 
     References:
         Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM
@@ -86,6 +87,7 @@ class BaEraser(TrainingDefense):
     drift_weight: float = 1e-3
     stop: float = 0.02
     steps: int = 100
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

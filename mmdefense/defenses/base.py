@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
 from mmdefense.kernels.memory import is_out_of_memory, roomy
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
-from mmdefense.kernels.run import OutOfTime, Progress, Run, copy_state
+from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
 __all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versions"]
@@ -32,6 +32,7 @@ __all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versio
 B = TypeVar("B")
 
 _Z = 1.645  # one-sided 95 %
+_AGAIN = "at half of the rate"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Guard:
         samples: Size of the hold-out part.
         state: Which state was returned: ``"final"`` or an earlier one.
         violated: Whether even the best state drops by more than ``bound``, beyond chance.
+        rate: The share of the defense's learning rate at which that state was reached.
     """
 
     before: float
@@ -57,6 +59,7 @@ class Guard:
     samples: int
     state: str
     violated: bool
+    rate: float = 1.0
 
     @property
     def message(self) -> str:
@@ -65,11 +68,12 @@ class Guard:
             f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
         )
+        rate = "" if self.rate == 1 else f" at {self.rate:g} times the learning rate"
         if self.violated:
-            return f"utility guard VIOLATED, no state keeps the bound: {change}"
+            return f"utility guard VIOLATED, no state keeps the bound{rate}: {change}"
         if self.state != "final":
-            return f"utility guard chose the earlier state {self.state!r}: {change}"
-        return f"utility guard passed: {change}"
+            return f"utility guard chose the earlier state {self.state!r}{rate}: {change}"
+        return f"utility guard passed{rate}: {change}"
 
 
 @dataclass(frozen=True)
@@ -214,16 +218,53 @@ class Defense(ABC):
 
     @final
     def attempt(self, work: Purifying[Any]) -> Guard:
-        """Run in ``work``, up to its deadline, and leave the state that the guard chose there."""
+        """Run in ``work``, up to its deadline, and leave the state that the guard chose there.
+
+        Where no state keeps the bound, or the loss stops being finite, it begins again with
+        :meth:`milder`, and leaves what costs less.
+
+        Raises:
+            DivergenceError: If the loss stopped being finite every time.
+        """
         again = getattr(self, "gradient_checkpointing", False)
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
-            try:
-                self._run(work)
-            except OutOfTime as over:
-                work.stopped = str(over)
-            return _guard(work, given, before, self.max_utility_drop)
+            return self._attempt(work, given, before)
+
+    def _attempt(self, work: Purifying[Any], given: dict[str, Tensor], before: Tensor) -> Guard:
+        milder, guard = self.milder(), None
+        try:
+            guard = self._once(work, given, before)
+        except DivergenceError:
+            if milder is None:
+                raise
+        if milder is None or work.stopped or (guard and not guard.violated):
+            assert guard is not None
+            return guard
+        kept = copy_state(work.adapter.model)
+        why = f"utility falls by {guard.drop:.3f}" if guard else "the loss stopped being finite"
+        work.run.progress(Event(_AGAIN, 0, 1, note=f"{why}; beginning again {_AGAIN}"))
+        work.adapter.model.load_state_dict(given)
+        part = replace(work, run=work.run.part(_AGAIN), figures={})
+        other = milder._attempt(part, given, before)
+        if guard and other.drop >= guard.drop:
+            work.adapter.model.load_state_dict(kept)
+            return guard
+        work.run.adopt(_AGAIN, part.run)
+        work.figures, work.stopped = part.figures, part.stopped
+        return replace(other, rate=other.rate / 2)
+
+    def _once(self, work: Purifying[Any], given: dict[str, Tensor], before: Tensor) -> Guard:
+        try:
+            self._run(work)
+        except OutOfTime as over:
+            work.stopped = str(over)
+        return _guard(work, given, before, self.max_utility_drop)
+
+    def milder(self) -> Defense | None:
+        """Return the defense to try where this one costs too much utility, if there is one."""
+        return None
 
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
@@ -248,6 +289,8 @@ class TrainingDefense(Defense):
         max_norm: Largest gradient norm; none does not clip.
         gradient_checkpointing: Whether activations are computed again in the backward pass, for
             models that offer it, as those of Transformers do: less memory, more time.
+        restarts: How often to begin again at half of the rate where no state keeps the utility
+            bound, or the loss stops being finite; in the end what costs least is returned (ours).
     """
 
     lr: float = 0.01
@@ -259,6 +302,14 @@ class TrainingDefense(Defense):
     batch_size: int = 64
     max_norm: float | None = 5.0
     gradient_checkpointing: bool = False
+    restarts: int = 3
+
+    def milder(self) -> Defense | None:
+        """Return this defense at half of its rate, as long as ``restarts`` allow it."""
+        if self.restarts < 1 or not self.steps:
+            return None
+        left = self.restarts - 1
+        return replace(self, lr=self.lr / 2, adamw_lr=self.adamw_lr / 2, restarts=left)
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.batches import part
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import (
     check_second_derivative,
@@ -342,6 +342,11 @@ class FastFIP(_FisherPurification):
         for name in ("step", "scale"):
             if not getattr(self, name) > 0:
                 raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def milder(self) -> Defense | None:
+        """Return this defense at half of its rate, and of what binds it."""
+        milder = super().milder()
+        return replace(milder, step=self.step / 2) if isinstance(milder, FastFIP) else None
 
     def _bounded(self, training: Training, trace: float) -> Training:
         if training.optimizer == "adamw" or trace <= 0:  # AdamW's steps have a length of their own

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,25 @@ class Run:
         self.progress(Event(stage, step, total, figures))
         if self.deadline is not None and step < total and time.monotonic() > self.deadline:
             raise OutOfTime(f"{stage}, step {step} of {total}")
+
+    def part(self, name: str) -> Run:
+        """Return a run within this one, with history, states and kept files of its own.
+
+        Seed, deadline and the room in memory are shared; its signs of progress are named.
+        """
+
+        def progress(event: Event) -> None:
+            self.progress(replace(event, stage=f"{name}: {event.stage}"))
+
+        store = None if self.store is None else RunStore(self.store.folder / name)
+        every = self.checkpoint_every
+        part = Run(self.seed, progress, store, checkpoint_every=every, deadline=self.deadline)
+        part.room = self.room
+        return part
+
+    def adopt(self, name: str, part: Run) -> None:
+        """Take the history of a part into that of the whole, its stages named."""
+        self.history += [{**entry, "stage": f"{name}: {entry['stage']}"} for entry in part.history]
 
     def snapshot(self, label: str, model: nn.Module) -> None:
         """Keep the present state as a candidate that the utility guard may return."""

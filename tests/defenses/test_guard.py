@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from mmdefense.batches import LabelledSamples
-from mmdefense.defenses.base import Defense
-from mmdefense.errors import BadInputError
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.defenses.fip import FastFIP
+from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 HELD = 100
@@ -234,3 +236,108 @@ def test_a_single_sample_cannot_be_split(adapter, monkeypatch):
     one = LabelledSamples(torch.rand(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(BadInputError, match="at least"):
         Scripted(script=levels(1.0)).purify(adapter, one)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rated(TrainingDefense):
+    """Costs as much of the metric as its rate says; above ``limit`` it diverges.
+
+    Attributes:
+        limit: The largest rate that keeps the loss finite.
+        tried: Filled with the rates that were run.
+    """
+
+    limit: float = 1.0
+    tried: list[float] = field(default_factory=list)
+    holdout: float = 0.5
+
+    def _run(self, work):
+        self.tried.append(self.lr)
+        assert work.adapter.model.level == 1  # each begins with the given model
+        if self.lr > self.limit:
+            raise DivergenceError("the loss stopped being finite", {})
+        work.run.once("fisher", lambda: {"of": self.lr})
+        levels(-20.0, 1 - self.lr)(work)
+        work.run.report("purify", 1, 1, lr=self.lr)
+        work.figures["lr"] = self.lr
+
+
+def test_a_state_on_the_way_comes_before_a_smaller_rate(adapter, clean):
+    defense = Rated(lr=0.4, max_utility_drop=0.1)
+    result = defense.purify(adapter, clean)
+    assert defense.tried == [0.4]
+    assert "of the way" in result.guard.state
+
+
+@pytest.fixture
+def no_way_back(monkeypatch):
+    """Look at the states that were kept alone."""
+    monkeypatch.setattr(
+        "mmdefense.defenses.base._candidates", lambda states, given: reversed(states)
+    )
+
+
+def test_half_of_the_rate_until_a_state_keeps_the_bound(adapter, clean, no_way_back):
+    events, defense = [], Rated(lr=0.4, max_utility_drop=0.06)
+    result = defense.purify(adapter, clean, progress=events.append)
+    assert defense.tried == [0.4, 0.2, 0.1]
+    assert result.model.level.item() == pytest.approx(0.9)
+    assert (result.guard.rate, result.guard.violated) == (0.25, False)
+    assert result.guard.message.startswith("utility guard passed at 0.25 times the learning rate:")
+    assert result.figures == {"lr": 0.1}
+    notes = [event.note for event in events if event.note]
+    assert notes == [
+        "utility falls by 0.400; beginning again at half of the rate",
+        "utility falls by 0.200; beginning again at half of the rate",
+    ]
+    half = "at half of the rate: "
+    told = [(entry["stage"], entry["lr"]) for entry in result.history]
+    assert told == [("purify", 0.4), (half + "purify", 0.2), (half + half + "purify", 0.1)]
+
+
+def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
+    adapter, clean, no_way_back
+):
+    defense = Rated(lr=0.8, max_utility_drop=0.0, restarts=1)
+    result = defense.purify(adapter, clean)
+    assert defense.tried == [0.8, 0.4]
+    assert (result.guard.rate, result.guard.violated) == (0.5, True)
+    assert result.model.level.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("settings", [{"restarts": 0}, {"steps": 0}])
+def test_without_restarts_it_is_run_once(adapter, clean, no_way_back, settings):
+    defense = Rated(lr=0.8, max_utility_drop=0.0, **settings)
+    assert defense.purify(adapter, clean).guard.violated
+    assert defense.tried == [0.8]
+
+
+def test_a_loss_that_is_not_finite_is_met_by_a_smaller_rate(adapter, clean):
+    defense = Rated(lr=0.08, limit=0.03, max_utility_drop=0.5)
+    result = defense.purify(adapter, clean)
+    assert defense.tried == [0.08, 0.04, 0.02]
+    assert result.guard.rate == 0.25
+
+
+def test_one_that_diverges_at_every_rate_says_so(adapter, clean):
+    defense = Rated(lr=0.8, limit=0.0)
+    with pytest.raises(DivergenceError, match="stopped being finite"):
+        defense.purify(adapter, clean)
+    assert defense.tried == [0.8, 0.4, 0.2, 0.1]
+
+
+def test_each_attempt_keeps_files_of_its_own(adapter, clean, no_way_back, tmp_path):
+    for _ in range(2):  # the second time all is read from the store
+        defense = Rated(lr=0.2, max_utility_drop=0.06)
+        result = defense.purify(adapter, clean, store=RunStore(tmp_path))
+        assert result.model.level.item() == pytest.approx(0.9)
+    part = RunStore(tmp_path / "at half of the rate")
+    assert [store.load("fisher")["value"]["of"] for store in (RunStore(tmp_path), part)] == [
+        0.2,
+        0.1,
+    ]
+
+
+def test_the_bound_of_fast_fip_is_halved_with_its_rate():
+    milder = FastFIP(lr=0.4, step=8.0).milder()
+    assert (milder.lr, milder.step, milder.restarts) == (0.2, 4.0, 2)
