@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -32,7 +32,6 @@ __all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versio
 B = TypeVar("B")
 
 _Z = 1.645  # one-sided 95 %
-_AGAIN = "at half of the rate"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Guard:
             f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
         )
-        rate = "" if self.rate == 1 else f" at {self.rate:g} times the learning rate"
+        rate = "" if self.rate == 1 else f" {_at(self.rate)}"
         if self.violated:
             return f"utility guard VIOLATED, no state keeps the bound{rate}: {change}"
         if self.state != "final":
@@ -220,8 +219,8 @@ class Defense(ABC):
     def attempt(self, work: Purifying[Any]) -> Guard:
         """Run in ``work``, up to its deadline, and leave the state that the guard chose there.
 
-        Where no state keeps the bound, or the loss stops being finite, it begins again with
-        :meth:`milder`, and leaves what costs less.
+        Where the final state breaks the bound, or the loss stops being finite, it begins again with
+        :meth:`milder`, and so on, before the guard looks at states on the way.
 
         Raises:
             DivergenceError: If the loss stopped being finite every time.
@@ -230,37 +229,41 @@ class Defense(ABC):
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
-            return self._attempt(work, given, before)
+            trials = self._trials(work, given)
+            guard, chosen = _guard(work, trials, given, before, self.max_utility_drop)
+        if chosen.work is not work:
+            work.run.adopt(_at(chosen.rate), chosen.work.run)
+            work.figures = chosen.work.figures
+        return guard
 
-    def _attempt(self, work: Purifying[Any], given: dict[str, Tensor], before: Tensor) -> Guard:
-        milder, guard = self.milder(), None
-        try:
-            guard = self._once(work, given, before)
-        except DivergenceError:
-            if milder is None:
-                raise
-        if milder is None or work.stopped or (guard and not guard.violated):
-            assert guard is not None
-            return guard
-        kept = copy_state(work.adapter.model)
-        why = f"utility falls by {guard.drop:.3f}" if guard else "the loss stopped being finite"
-        work.run.progress(Event(_AGAIN, 0, 1, note=f"{why}; beginning again {_AGAIN}"))
-        work.adapter.model.load_state_dict(given)
-        part = replace(work, run=work.run.part(_AGAIN), figures={})
-        other = milder._attempt(part, given, before)
-        if guard and other.drop >= guard.drop:
-            work.adapter.model.load_state_dict(kept)
-            return guard
-        work.run.adopt(_AGAIN, part.run)
-        work.figures, work.stopped = part.figures, part.stopped
-        return replace(other, rate=other.rate / 2)
+    def _trials(self, work: Purifying[Any], given: dict[str, Tensor]) -> Iterator[_Trial]:
+        """Run this defense, and then milder ones, each when it is asked for.
 
-    def _once(self, work: Purifying[Any], given: dict[str, Tensor], before: Tensor) -> Guard:
-        try:
-            self._run(work)
-        except OutOfTime as over:
-            work.stopped = str(over)
-        return _guard(work, given, before, self.max_utility_drop)
+        Yields:
+            Each that did not diverge, nor, if it is not the first, was cut off by the deadline.
+        """
+        defense: Defense | None = self
+        part, rate, failure, ended = work, 1.0, None, False
+        while defense is not None and not work.stopped:
+            if part is not work:
+                why = "the loss stopped being finite" if failure else "too much utility is lost"
+                note = f"{why}; beginning again {_at(rate)}"
+                work.run.progress(Event(_at(rate), 0, 1, note=note))
+                work.adapter.model.load_state_dict(given)
+            try:
+                defense._run(part)
+                failure = None
+            except OutOfTime as over:
+                work.stopped = str(over)
+            except DivergenceError as error:
+                failure = error
+            if failure is None and (part is work or not work.stopped):
+                ended = True
+                yield _Trial(part, rate, _ended(part, work.stopped))
+            defense, rate = defense.milder(), rate / 2
+            part = replace(work, run=work.run.part(_at(rate)), figures={})
+        if failure is not None and not ended:
+            raise failure
 
     def milder(self) -> Defense | None:
         """Return the defense to try where this one costs too much utility, if there is one."""
@@ -289,8 +292,8 @@ class TrainingDefense(Defense):
         max_norm: Largest gradient norm; none does not clip.
         gradient_checkpointing: Whether activations are computed again in the backward pass, for
             models that offer it, as those of Transformers do: less memory, more time.
-        restarts: How often to begin again at half of the rate where no state keeps the utility
-            bound, or the loss stops being finite; in the end what costs least is returned (ours).
+        restarts: How often to begin again at half of the rate where the final state breaks the
+            utility bound, or the loss stops being finite (ours).
     """
 
     lr: float = 0.01
@@ -357,43 +360,77 @@ def _told_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _guard(work: Purifying[Any], given: dict[str, Tensor], before: Tensor, bound: float) -> Guard:
+@dataclass(frozen=True)
+class _Trial:
+    """A defense that has run.
+
+    Attributes:
+        work: What it worked with.
+        rate: The share of the learning rate at which it ran.
+        states: What it may hand back, each with its label; the final one stands last.
+    """
+
+    work: Purifying[Any]
+    rate: float
+    states: list[tuple[str, dict[str, Tensor]]]
+
+
+def _at(rate: float) -> str:
+    return f"at {rate:g} times the learning rate"
+
+
+def _ended(work: Purifying[Any], stopped: str) -> list[tuple[str, dict[str, Tensor]]]:
+    final = f"{stopped}, when the time was up" if stopped else "final"
+    return [*work.run.states, (final, copy_state(work.adapter.model))]
+
+
+def _guard(
+    work: Purifying[Any],
+    trials: Iterable[_Trial],
+    given: dict[str, Tensor],
+    before: Tensor,
+    bound: float,
+) -> tuple[Guard, _Trial]:
     """Keep the most purified state whose drop is within ``bound``, judged with its interval.
 
-    Tried in turn: the final state, the states kept on the way, latest first, and states on the
-    line from the final one to the given one. A state is turned down only where its drop exceeds
-    the bound beyond the error of the hold-out part: the lower end of the one-sided 95 % interval
-    is above it.
+    Tried in turn: the final state of each trial, and then, trial by trial, the states kept on the
+    way, latest first, and states on the line from the final one to the given one. A state is turned
+    down only where its drop exceeds the bound beyond the error of the hold-out part: the lower end
+    of the one-sided 95 % interval is above it.
     """
     model = work.adapter.model
-    best: Guard | None = None
-    kept: dict[str, Tensor] = {}
-    final = f"{work.stopped}, when the time was up" if work.stopped else "final"
-    ended = [*work.run.states, (final, copy_state(model))]
-    for label, exact in _candidates(ended, given):
+    best: tuple[Guard, _Trial, dict[str, Tensor]] | None = None
+    for trial, label, exact in _candidates(trials, given):
         state = rounded(exact, work.types)
         model.load_state_dict(state)
-        guard = _judge(before, scores(work.adapter, work.holdout), bound, label)
-        if best is None or guard.drop < best.drop or not guard.violated:
-            best, kept = guard, state
+        after = scores(work.adapter, work.holdout)
+        guard = replace(_judge(before, after, bound, label), rate=trial.rate)
+        if best is None or guard.drop < best[0].drop or not guard.violated:
+            best = guard, trial, state
         if not guard.violated:
             break
     assert best is not None
-    model.load_state_dict(kept)
-    return best
+    model.load_state_dict(best[2])
+    return best[:2]
 
 
 def _candidates(
-    states: list[tuple[str, dict[str, Tensor]]], given: dict[str, Tensor]
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    yield from reversed(states)
-    _, final = states[-1]
-    for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
-        mixed = {
-            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
-            for name, value in final.items()
-        }
-        yield f"{share:.0%} of the way to the final state", mixed
+    trials: Iterable[_Trial], given: dict[str, Tensor]
+) -> Iterator[tuple[_Trial, str, dict[str, Tensor]]]:
+    ended = []
+    for trial in trials:
+        ended.append(trial)
+        yield trial, *trial.states[-1]
+    for trial in ended:
+        *on_the_way, (_, final) = trial.states
+        for label, state in reversed(on_the_way):
+            yield trial, label, state
+        for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+            mixed = {
+                name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+                for name, value in final.items()
+            }
+            yield trial, f"{share:.0%} of the way to the final state", mixed
 
 
 def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:

@@ -262,53 +262,58 @@ class Rated(TrainingDefense):
         work.figures["lr"] = self.lr
 
 
-def test_a_state_on_the_way_comes_before_a_smaller_rate(adapter, clean):
-    defense = Rated(lr=0.4, max_utility_drop=0.1)
-    result = defense.purify(adapter, clean)
-    assert defense.tried == [0.4]
-    assert "of the way" in result.guard.state
-
-
-@pytest.fixture
-def no_way_back(monkeypatch):
-    """Look at the states that were kept alone."""
-    monkeypatch.setattr(
-        "mmdefense.defenses.base._candidates", lambda states, given: reversed(states)
-    )
-
-
-def test_half_of_the_rate_until_a_state_keeps_the_bound(adapter, clean, no_way_back):
+def test_a_smaller_rate_comes_before_states_on_the_way(adapter, clean):
     events, defense = [], Rated(lr=0.4, max_utility_drop=0.06)
     result = defense.purify(adapter, clean, progress=events.append)
     assert defense.tried == [0.4, 0.2, 0.1]
     assert result.model.level.item() == pytest.approx(0.9)
-    assert (result.guard.rate, result.guard.violated) == (0.25, False)
+    assert (result.guard.state, result.guard.rate) == ("final", 0.25)
     assert result.guard.message.startswith("utility guard passed at 0.25 times the learning rate:")
     assert result.figures == {"lr": 0.1}
-    notes = [event.note for event in events if event.note]
-    assert notes == [
-        "utility falls by 0.400; beginning again at half of the rate",
-        "utility falls by 0.200; beginning again at half of the rate",
+    assert [event.note for event in events if event.note] == [
+        "too much utility is lost; beginning again at 0.5 times the learning rate",
+        "too much utility is lost; beginning again at 0.25 times the learning rate",
     ]
-    half = "at half of the rate: "
     told = [(entry["stage"], entry["lr"]) for entry in result.history]
-    assert told == [("purify", 0.4), (half + "purify", 0.2), (half + half + "purify", 0.1)]
+    assert told == [("purify", 0.4), ("at 0.25 times the learning rate: purify", 0.1)]
+
+
+def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, clean):
+    defense = Rated(lr=0.8, max_utility_drop=0.06, restarts=1)
+    result = defense.purify(adapter, clean)
+    assert defense.tried == [0.8, 0.4]
+    assert (result.guard.rate, result.guard.violated) == (1.0, False)
+    assert result.guard.state == "10% of the way to the final state"
+    assert result.figures == {"lr": 0.8}
 
 
 def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
-    adapter, clean, no_way_back
+    adapter, clean, monkeypatch
 ):
+    monkeypatch.setattr("mmdefense.defenses.base.torch.lerp", lambda given, final, share: final)
     defense = Rated(lr=0.8, max_utility_drop=0.0, restarts=1)
     result = defense.purify(adapter, clean)
-    assert defense.tried == [0.8, 0.4]
-    assert (result.guard.rate, result.guard.violated) == (0.5, True)
+    assert (result.guard.state, result.guard.rate) == ("final", 0.5)
+    assert result.guard.violated
     assert result.model.level.item() == pytest.approx(0.6)
 
 
+def test_a_milder_run_that_is_cut_off_is_not_taken(adapter, clean):
+    class Slow(Rated):
+        def _run(self, work):
+            work.run.deadline = None if self.lr == 0.8 else 0.0
+            super()._run(work)
+            work.run.report("purify", 1, 2)
+
+    result = Slow(lr=0.8, max_utility_drop=0.06).purify(adapter, clean, max_seconds=3600)
+    assert result.guard.state == "10% of the way to the final state"
+    assert result.stopped == "purify, step 1 of 2"
+
+
 @pytest.mark.parametrize("settings", [{"restarts": 0}, {"steps": 0}])
-def test_without_restarts_it_is_run_once(adapter, clean, no_way_back, settings):
+def test_without_restarts_it_is_run_once(adapter, clean, settings):
     defense = Rated(lr=0.8, max_utility_drop=0.0, **settings)
-    assert defense.purify(adapter, clean).guard.violated
+    defense.purify(adapter, clean)
     assert defense.tried == [0.8]
 
 
@@ -326,12 +331,12 @@ def test_one_that_diverges_at_every_rate_says_so(adapter, clean):
     assert defense.tried == [0.8, 0.4, 0.2, 0.1]
 
 
-def test_each_attempt_keeps_files_of_its_own(adapter, clean, no_way_back, tmp_path):
+def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
     for _ in range(2):  # the second time all is read from the store
         defense = Rated(lr=0.2, max_utility_drop=0.06)
         result = defense.purify(adapter, clean, store=RunStore(tmp_path))
         assert result.model.level.item() == pytest.approx(0.9)
-    part = RunStore(tmp_path / "at half of the rate")
+    part = RunStore(tmp_path / "at 0.5 times the learning rate")
     assert [store.load("fisher")["value"]["of"] for store in (RunStore(tmp_path), part)] == [
         0.2,
         0.1,
