@@ -62,6 +62,8 @@ class Plan:
         """Return the plan for a person."""
         trains = "no values" if self.trained is None else f"{self.trained:,} values"
         takes = "not told by a few updates" if self.seconds is None else _duration(self.seconds)
+        if more := getattr(self.defense, "restarts", 0):
+            takes += f"; up to {1 + more} times as long where the rate has to be lowered"
         return [
             f"task      {self.task}, read by {self.adapter}",
             f"model     {self.architecture}, {self.parameters:,} weights",
@@ -115,10 +117,10 @@ class _Memory(RunStore):
     states: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        self.states[name] = copy.deepcopy(state)
+        self.states[str(self.folder / name)] = copy.deepcopy(state)
 
     def load(self, name: str) -> dict[str, Any] | None:
-        return copy.deepcopy(self.states.get(name))
+        return copy.deepcopy(self.states.get(str(self.folder / name)))
 
 
 def _seconds(opened: Opened, defense: Defense) -> float | None:
@@ -147,7 +149,8 @@ def _seconds(opened: Opened, defense: Defense) -> float | None:
 
 
 def _shortened(defense: Defense, steps: int) -> Defense:
-    return dataclasses.replace(defense, **{"steps": steps})
+    once = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
+    return dataclasses.replace(defense, **{"steps": steps}, **once)
 
 
 def _peak(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mmdefense.defenses.auto import Auto
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.planning import Plan, _duration, _shortened
 
@@ -46,7 +47,8 @@ def test_what_is_not_told_is_said():
     told = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trained": None}
     shown = Plan(**told, fit=4, holdout=1, defense=FineTuning(), seconds=None, memory=2**30).lines()
     assert "trains    no values" in shown
-    assert "time      not told by a few updates" in shown
+    longer = "up to 4 times as long where the rate has to be lowered"
+    assert f"time      not told by a few updates; {longer}" in shown
     assert "memory    1.00 GiB at its peak" in shown
 
 
@@ -58,5 +60,18 @@ def test_times_are_rounded(seconds, words):
     assert _duration(seconds) == words
 
 
-def test_a_trial_differs_in_its_steps_alone():
-    assert _shortened(FineTuning(lr=0.5), 2) == FineTuning(lr=0.5, steps=2)
+def test_a_trial_is_run_once_with_few_steps():
+    assert _shortened(FineTuning(lr=0.5), 2) == FineTuning(lr=0.5, steps=2, restarts=0)
+    assert _shortened(Auto(search_steps=5), 2) == Auto(search_steps=5, steps=2)
+
+
+@pytest.mark.parametrize("defense", ["auto", "fine-tuning"])
+def test_parts_of_a_run_write_nothing_either(place, mmdefense, monkeypatch, defense):
+    monkeypatch.chdir(place.folder)
+    before = sorted(place.folder.rglob("*"))
+    fast = {"auto": ("search_steps=2", "steps=3"), "fine-tuning": ("steps=30", "lr=9.0")}
+    arguments = place.purify("--dry-run", *(w for one in fast[defense] for w in ("--set", one)))
+    arguments[arguments.index("fine-tuning")] = defense
+    outcome = mmdefense(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert sorted(place.folder.rglob("*")) == before

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 
@@ -45,6 +45,10 @@ class RunStore:
     """
 
     folder: Path
+
+    def part(self, name: str) -> Self:
+        """Return the store of a part of the run: a folder within this one."""
+        return replace(self, folder=self.folder / name)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Keep ``state`` under ``name``, atomically.

@@ -69,7 +69,8 @@ class Guard:
         )
         rate = "" if self.rate == 1 else f" {_at(self.rate)}"
         if self.violated:
-            return f"utility guard VIOLATED, no state keeps the bound{rate}: {change}"
+            least = f"; least is lost{rate}" if rate else ""
+            return f"utility guard VIOLATED, no state keeps the bound{least}: {change}"
         if self.state != "final":
             return f"utility guard chose the earlier state {self.state!r}{rate}: {change}"
         return f"utility guard passed{rate}: {change}"

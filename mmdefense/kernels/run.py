@@ -115,7 +115,7 @@ class Run:
         def progress(event: Event) -> None:
             self.progress(replace(event, stage=f"{name}: {event.stage}"))
 
-        store = None if self.store is None else RunStore(self.store.folder / name)
+        store = self.store.part(name) if self.store else None
         every = self.checkpoint_every
         part = Run(self.seed, progress, store, checkpoint_every=every, deadline=self.deadline)
         part.room = self.room

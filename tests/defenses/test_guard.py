@@ -295,6 +295,9 @@ def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
     result = defense.purify(adapter, clean)
     assert (result.guard.state, result.guard.rate) == ("final", 0.5)
     assert result.guard.violated
+    assert "no state keeps the bound; least is lost at 0.5 times the learning rate:" in (
+        result.guard.message
+    )
     assert result.model.level.item() == pytest.approx(0.6)
 
 
