@@ -330,7 +330,7 @@ def _recorded(guard: Guard) -> records.Guard:
         drop_low=guard.drop - guard.margin,
         drop_high=guard.drop + guard.margin,
         bound=guard.bound,
-        state=guard.state,
+        state=guard.instead or guard.state,
         violated=guard.violated,
         samples=guard.samples,
         message=guard.message,

@@ -61,6 +61,13 @@ class Guard:
     rate: float = 1.0
 
     @property
+    def instead(self) -> str:
+        """What was returned in place of the final state at the full rate; empty where that was."""
+        if self.rate != 1:
+            return f"{self.state}, {_at(self.rate)}"
+        return "" if self.state == "final" else self.state
+
+    @property
     def message(self) -> str:
         """One sentence for a person."""
         change = (

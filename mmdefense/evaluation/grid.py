@@ -158,8 +158,14 @@ def markdown(cells: Iterable[Cell]) -> str:
             shown = victim
             lines.append(_line([victim, "*before*", *_rates([r.before for r in rows]), "", ""]))
         beats = _beats(rows, groups.get((victim, rows[0].baseline)))
-        violated = sum(row.violated for row in rows)
-        guard = f"guard violated in {violated} of {len(rows)}" if violated else ""
+        guard = "; ".join(
+            f"{what} in {count} of {len(rows)}"
+            for what, count in (
+                ("guard violated", sum(row.violated for row in rows)),
+                ("another state than the final one", sum(bool(row.instead) for row in rows)),
+            )
+            if count
+        )
         seconds = f"{fmean(row.seconds for row in rows):.1f}"
         rates = _rates([row.after for row in rows])
         note = "; ".join(part for part in (rows[0].note, beats, guard) if part)

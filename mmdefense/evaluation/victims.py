@@ -177,6 +177,7 @@ def purified_row(
         seconds=purified.result.seconds,
         baseline=baseline,
         violated=purified.guard.violated,
+        instead=purified.guard.instead,
         settings=purified.result.settings,
     )
     return row, purified

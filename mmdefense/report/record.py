@@ -270,6 +270,8 @@ class Row:
         victim: Name of the victim, where a table has several.
         baseline: Name of the row of the same victim that this one has to beat.
         violated: Whether the utility guard was violated.
+        instead: What the guard returned in place of the final state at the full learning rate;
+            empty where that was returned.
         settings: The defense's settings.
         note: What a reader must know besides, such as why nothing was measured.
     """
@@ -281,6 +283,7 @@ class Row:
     victim: str = ""
     baseline: str = ""
     violated: bool = False
+    instead: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 

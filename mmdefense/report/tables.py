@@ -117,6 +117,8 @@ def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
     notes = [row.note] if row.note else []
     if row.violated:
         notes.append("utility guard violated")
+    if row.instead:
+        notes.append(f"the guard took: {row.instead}")
     if beats_baseline(row, rows) is False:
         notes.append(f"does not beat {row.baseline}")
     if any(r.baseline == row.defense and r.victim == row.victim for r in rows):

@@ -102,6 +102,7 @@ def test_a_final_state_within_the_bound_is_returned(adapter, clean):
     assert guard.after == pytest.approx(0.99)
     assert guard.drop == pytest.approx(0.01)
     assert guard.message.startswith("utility guard passed: the task metric went from 1.000 to 0.99")
+    assert guard.instead == ""
 
 
 def test_a_state_of_when_the_time_was_up_is_judged_and_named(adapter, clean):
@@ -268,6 +269,7 @@ def test_a_smaller_rate_comes_before_states_on_the_way(adapter, clean):
     assert defense.tried == [0.4, 0.2, 0.1]
     assert result.model.level.item() == pytest.approx(0.9)
     assert (result.guard.state, result.guard.rate) == ("final", 0.25)
+    assert result.guard.instead == "final, at 0.25 times the learning rate"
     assert result.guard.message.startswith("utility guard passed at 0.25 times the learning rate:")
     assert result.figures == {"lr": 0.1}
     assert [event.note for event in events if event.note] == [

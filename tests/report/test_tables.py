@@ -66,3 +66,7 @@ def test_a_table_without_notes_or_attack_figures_still_prints():
 )
 def test_numbers_are_written_for_a_person(shown, expected):
     assert shown == expected
+
+
+def test_a_row_says_what_the_guard_took_in_place_of_the_final_state():
+    assert "the guard took: step 75" in printed([row("fip", instead="step 75")])
