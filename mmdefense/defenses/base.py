@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -227,8 +227,8 @@ class Defense(ABC):
     def attempt(self, work: Purifying[Any]) -> Guard:
         """Run in ``work``, up to its deadline, and leave the state that the guard chose there.
 
-        Where the final state breaks the bound, or the loss stops being finite, it begins again with
-        :meth:`milder`, and so on, before the guard looks at states on the way.
+        Where neither the final state nor one near to it keeps the bound, or the loss stops being
+        finite, it begins again with :meth:`milder`, and so on.
 
         Raises:
             DivergenceError: If the loss stopped being finite every time.
@@ -300,8 +300,8 @@ class TrainingDefense(Defense):
         max_norm: Largest gradient norm; none does not clip.
         gradient_checkpointing: Whether activations are computed again in the backward pass, for
             models that offer it, as those of Transformers do: less memory, more time.
-        restarts: How often to begin again at half of the rate where the final state breaks the
-            utility bound, or the loss stops being finite (ours).
+        restarts: How often to begin again at half of the rate where neither the final state nor
+            one near to it keeps the utility bound, or the loss stops being finite (ours).
     """
 
     lr: float = 0.01
@@ -401,8 +401,9 @@ def _guard(
 ) -> tuple[Guard, _Trial]:
     """Keep the most purified state whose drop is within ``bound``, judged with its interval.
 
-    Tried in turn: the final state of each trial, and then, trial by trial, the states kept on the
-    way, latest first, and states on the line from the final one to the given one. A state is turned
+    Tried in turn: the final state of a trial and states on the line from it to the given one, down
+    to 60 % of the way; then those of the next trial, at half of the rate; and in the end the states
+    that the first one kept on its way, latest first, and the rest of its line. A state is turned
     down only where its drop exceeds the bound beyond the error of the hold-out part: the lower end
     of the one-sided 95 % interval is above it.
     """
@@ -425,20 +426,28 @@ def _guard(
 def _candidates(
     trials: Iterable[_Trial], given: dict[str, Tensor]
 ) -> Iterator[tuple[_Trial, str, dict[str, Tensor]]]:
-    ended = []
+    first = None
     for trial in trials:
-        ended.append(trial)
+        first = first or trial
         yield trial, *trial.states[-1]
-    for trial in ended:
-        *on_the_way, (_, final) = trial.states
-        for label, state in reversed(on_the_way):
-            yield trial, label, state
-        for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
-            mixed = {
-                name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
-                for name, value in final.items()
-            }
-            yield trial, f"{share:.0%} of the way to the final state", mixed
+        yield from _on_the_line(trial, given, (0.9, 0.8, 0.7, 0.6))
+    if first is not None:
+        for label, state in reversed(first.states[:-1]):
+            yield first, label, state
+        yield from _on_the_line(first, given, (0.5, 0.4, 0.3, 0.2, 0.1))
+
+
+def _on_the_line(
+    trial: _Trial, given: dict[str, Tensor], shares: Sequence[float]
+) -> Iterator[tuple[_Trial, str, dict[str, Tensor]]]:
+    """Yield states between the final one of a trial and the given one."""
+    _, final = trial.states[-1]
+    for share in shares:
+        mixed = {
+            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+            for name, value in final.items()
+        }
+        yield trial, f"{share:.0%} of the way to the final state", mixed
 
 
 def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:

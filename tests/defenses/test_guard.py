@@ -263,7 +263,7 @@ class Rated(TrainingDefense):
         work.figures["lr"] = self.lr
 
 
-def test_a_smaller_rate_comes_before_states_on_the_way(adapter, clean):
+def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clean):
     events, defense = [], Rated(lr=0.4, max_utility_drop=0.06)
     result = defense.purify(adapter, clean, progress=events.append)
     assert defense.tried == [0.4, 0.2, 0.1]
@@ -278,6 +278,13 @@ def test_a_smaller_rate_comes_before_states_on_the_way(adapter, clean):
     ]
     told = [(entry["stage"], entry["lr"]) for entry in result.history]
     assert told == [("purify", 0.4), ("at 0.25 times the learning rate: purify", 0.1)]
+
+
+def test_a_state_near_to_the_final_one_comes_before_a_smaller_rate(adapter, clean):
+    defense = Rated(lr=0.4, max_utility_drop=0.3)
+    result = defense.purify(adapter, clean)
+    assert defense.tried == [0.4]
+    assert result.guard.instead == "90% of the way to the final state"
 
 
 def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, clean):
