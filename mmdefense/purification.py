@@ -20,7 +20,8 @@ from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import hash_files, hash_inputs, write_model
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
-from mmdefense.defenses.base import Defense, Guard, Result
+from mmdefense.defenses.base import Defense, Result
+from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.kernels.run import Progress

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmdefense import registry
-from mmdefense.defenses.base import Defense, Guard, Purifying
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
 from mmdefense.kernels.run import Run, copy_state

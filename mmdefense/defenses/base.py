@@ -1,15 +1,15 @@
-"""What every defense is: its settings, ``purify``, and the guard of the model's utility."""
+"""What every defense is: its settings, ``purify``, and how it is run."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
+from mmdefense.defenses.guard import Guard, State, Trial, at, choose
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
@@ -27,60 +28,9 @@ from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_l
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
 
-__all__ = ["Defense", "Guard", "Purifying", "Result", "TrainingDefense", "versions"]
+__all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
 
 B = TypeVar("B")
-
-_Z = 1.645  # one-sided 95 %
-
-
-@dataclass(frozen=True)
-class Guard:
-    """The utility of the returned model on held-out clean data, before and after.
-
-    Attributes:
-        before: Task metric of the given model, in ``[0, 1]``.
-        after: Task metric of the returned state.
-        drop: ``before - after``.
-        margin: Half-width of the one-sided 95 % interval of the drop, from paired samples.
-        bound: The largest drop that was allowed.
-        samples: Size of the hold-out part.
-        state: Which state was returned: ``"final"`` or an earlier one.
-        violated: Whether even the best state drops by more than ``bound``, beyond chance.
-        rate: The share of the defense's learning rate at which that state was reached.
-    """
-
-    before: float
-    after: float
-    drop: float
-    margin: float
-    bound: float
-    samples: int
-    state: str
-    violated: bool
-    rate: float = 1.0
-
-    @property
-    def instead(self) -> str:
-        """What was returned in place of the final state at the full rate; empty where that was."""
-        if self.rate != 1:
-            return f"{self.state}, {_at(self.rate)}"
-        return "" if self.state == "final" else self.state
-
-    @property
-    def message(self) -> str:
-        """One sentence for a person."""
-        change = (
-            f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
-            f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
-        )
-        rate = "" if self.rate == 1 else f" {_at(self.rate)}"
-        if self.violated:
-            least = f"; least is lost{rate}" if rate else ""
-            return f"utility guard VIOLATED, no state keeps the bound{least}: {change}"
-        if self.state != "final":
-            return f"utility guard chose the earlier state {self.state!r}{rate}: {change}"
-        return f"utility guard passed{rate}: {change}"
 
 
 @dataclass(frozen=True)
@@ -238,13 +188,15 @@ class Defense(ABC):
         with roomy(work.run.room), _told_of_memory(), thrifty:
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
             trials = self._trials(work, given)
-            guard, chosen = _guard(work, trials, given, before, self.max_utility_drop)
+            score = partial(_scores, work)
+            guard, chosen, state = choose(trials, given, before, score, self.max_utility_drop)
+            work.adapter.model.load_state_dict(rounded(state, work.types))
         if chosen.work is not work:
-            work.run.adopt(_at(chosen.rate), chosen.work.run)
+            work.run.adopt(at(chosen.rate), chosen.work.run)
             work.figures = chosen.work.figures
         return guard
 
-    def _trials(self, work: Purifying[Any], given: dict[str, Tensor]) -> Iterator[_Trial]:
+    def _trials(self, work: Purifying[Any], given: dict[str, Tensor]) -> Iterator[Trial]:
         """Run this defense, and then milder ones, each when it is asked for.
 
         Yields:
@@ -255,8 +207,8 @@ class Defense(ABC):
         while defense is not None and not work.stopped:
             if part is not work:
                 why = "the loss stopped being finite" if failure else "too much utility is lost"
-                note = f"{why}; beginning again {_at(rate)}"
-                work.run.progress(Event(_at(rate), 0, 1, note=note))
+                note = f"{why}; beginning again {at(rate)}"
+                work.run.progress(Event(at(rate), 0, 1, note=note))
                 work.adapter.model.load_state_dict(given)
             try:
                 defense._run(part)
@@ -267,9 +219,11 @@ class Defense(ABC):
                 failure = error
             if failure is None and (part is work or not work.stopped):
                 ended = True
-                yield _Trial(part, rate, _ended(part, work.stopped))
+                final = f"{work.stopped}, when the time was up" if work.stopped else "final"
+                states = [*part.run.states, (final, copy_state(work.adapter.model))]
+                yield Trial(part, rate, states)
             defense, rate = defense.milder(), rate / 2
-            part = replace(work, run=work.run.part(_at(rate)), figures={})
+            part = replace(work, run=work.run.part(at(rate)), figures={})
         if failure is not None and not ended:
             raise failure
 
@@ -350,6 +304,12 @@ class TrainingDefense(Defense):
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
 
 
+def _scores(work: Purifying[Any], state: State) -> Tensor:
+    """Return each held-out sample's share of the task metric under a state, as it is rounded."""
+    work.adapter.model.load_state_dict(rounded(state, work.types))
+    return scores(work.adapter, work.holdout)
+
+
 @contextmanager
 def _told_of_memory() -> Iterator[None]:
     """Say in one line that memory ran out where smaller batches are no remedy.
@@ -366,107 +326,6 @@ def _told_of_memory() -> Iterator[None]:
             "memory ran out, and not for the size of a batch; free some, take a device with more, "
             f"or a defense that needs less, such as fine-tuning ({one_line(error)})"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A defense that has run.
-
-    Attributes:
-        work: What it worked with.
-        rate: The share of the learning rate at which it ran.
-        states: What it may hand back, each with its label; the final one stands last.
-    """
-
-    work: Purifying[Any]
-    rate: float
-    states: list[tuple[str, dict[str, Tensor]]]
-
-
-def _at(rate: float) -> str:
-    return f"at {rate:g} times the learning rate"
-
-
-def _ended(work: Purifying[Any], stopped: str) -> list[tuple[str, dict[str, Tensor]]]:
-    final = f"{stopped}, when the time was up" if stopped else "final"
-    return [*work.run.states, (final, copy_state(work.adapter.model))]
-
-
-def _guard(
-    work: Purifying[Any],
-    trials: Iterable[_Trial],
-    given: dict[str, Tensor],
-    before: Tensor,
-    bound: float,
-) -> tuple[Guard, _Trial]:
-    """Keep the most purified state whose drop is within ``bound``, judged with its interval.
-
-    Tried in turn: the final state of a trial and states on the line from it to the given one, down
-    to 60 % of the way; then those of the next trial, at half of the rate; and in the end the states
-    that the first one kept on its way, latest first, and the rest of its line. A state is turned
-    down only where its drop exceeds the bound beyond the error of the hold-out part: the lower end
-    of the one-sided 95 % interval is above it.
-    """
-    model = work.adapter.model
-    best: tuple[Guard, _Trial, dict[str, Tensor]] | None = None
-    for trial, label, exact in _candidates(trials, given):
-        state = rounded(exact, work.types)
-        model.load_state_dict(state)
-        after = scores(work.adapter, work.holdout)
-        guard = replace(_judge(before, after, bound, label), rate=trial.rate)
-        if best is None or guard.drop < best[0].drop or not guard.violated:
-            best = guard, trial, state
-        if not guard.violated:
-            break
-    assert best is not None
-    model.load_state_dict(best[2])
-    return best[:2]
-
-
-def _candidates(
-    trials: Iterable[_Trial], given: dict[str, Tensor]
-) -> Iterator[tuple[_Trial, str, dict[str, Tensor]]]:
-    first = None
-    for trial in trials:
-        first = first or trial
-        yield trial, *trial.states[-1]
-        yield from _on_the_line(trial, given, (0.9, 0.8, 0.7, 0.6))
-    if first is not None:
-        for label, state in reversed(first.states[:-1]):
-            yield first, label, state
-        yield from _on_the_line(first, given, (0.5, 0.4, 0.3, 0.2, 0.1))
-
-
-def _on_the_line(
-    trial: _Trial, given: dict[str, Tensor], shares: Sequence[float]
-) -> Iterator[tuple[_Trial, str, dict[str, Tensor]]]:
-    """Yield states between the final one of a trial and the given one."""
-    _, final = trial.states[-1]
-    for share in shares:
-        mixed = {
-            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
-            for name, value in final.items()
-        }
-        yield trial, f"{share:.0%} of the way to the final state", mixed
-
-
-def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
-    difference = (before - after).double()
-    count = len(difference)
-    drop = float(difference.mean())
-    spread = float(difference.std(unbiased=True)) if count > 1 else 0.0
-    # With few samples and no observed change the plain error is 0: one sample's worth is the floor.
-    margin = _Z * max(spread / math.sqrt(count), 1 / count / 2)
-    return Guard(
-        before=float(before.mean()),
-        after=float(after.mean()),
-        drop=drop,
-        margin=margin,
-        bound=bound,
-        samples=count,
-        state=state,
-        violated=drop - margin > bound,
-    )
 
 
 def versions() -> dict[str, str]:

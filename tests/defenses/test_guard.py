@@ -299,7 +299,7 @@ def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, cl
 def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
     adapter, clean, monkeypatch
 ):
-    monkeypatch.setattr("mmdefense.defenses.base.torch.lerp", lambda given, final, share: final)
+    monkeypatch.setattr("mmdefense.defenses.guard.torch.lerp", lambda given, final, share: final)
     defense = Rated(lr=0.8, max_utility_drop=0.0, restarts=1)
     result = defense.purify(adapter, clean)
     assert (result.guard.state, result.guard.rate) == ("final", 0.5)

@@ -1,0 +1,165 @@
+"""The utility guard: which state of a purification is returned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Guard", "State", "Trial", "at", "choose"]
+
+State = dict[str, Tensor]
+"""A state dict."""
+
+_Z = 1.645  # one-sided 95 %
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The utility of the returned model on held-out clean data, before and after.
+
+    Attributes:
+        before: Task metric of the given model, in ``[0, 1]``.
+        after: Task metric of the returned state.
+        drop: ``before - after``.
+        margin: Half-width of the one-sided 95 % interval of the drop, from paired samples.
+        bound: The largest drop that was allowed.
+        samples: Size of the hold-out part.
+        state: Which state was returned: ``"final"`` or an earlier one.
+        violated: Whether even the best state drops by more than ``bound``, beyond chance.
+        rate: The share of the defense's learning rate at which that state was reached.
+    """
+
+    before: float
+    after: float
+    drop: float
+    margin: float
+    bound: float
+    samples: int
+    state: str
+    violated: bool
+    rate: float = 1.0
+
+    @property
+    def instead(self) -> str:
+        """What was returned in place of the final state at the full rate; empty where that was."""
+        if self.rate != 1:
+            return f"{self.state}, {at(self.rate)}"
+        return "" if self.state == "final" else self.state
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        change = (
+            f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
+            f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
+        )
+        rate = "" if self.rate == 1 else f" {at(self.rate)}"
+        if self.violated:
+            least = f"; least is lost{rate}" if rate else ""
+            return f"utility guard VIOLATED, no state keeps the bound{least}: {change}"
+        if self.state != "final":
+            return f"utility guard chose the earlier state {self.state!r}{rate}: {change}"
+        return f"utility guard passed{rate}: {change}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A defense that has run.
+
+    Attributes:
+        work: What it worked with.
+        rate: The share of the learning rate at which it ran.
+        states: What it may hand back, each with its label; the final one stands last.
+    """
+
+    work: Any
+    rate: float
+    states: list[tuple[str, State]]
+
+
+def at(rate: float) -> str:
+    """Return a share of the learning rate in words."""
+    return f"at {rate:g} times the learning rate"
+
+
+def choose(
+    trials: Iterable[Trial],
+    given: State,
+    before: Tensor,
+    score: Callable[[State], Tensor],
+    bound: float,
+) -> tuple[Guard, Trial, State]:
+    """Return the most purified state whose drop is within ``bound``, judged with its interval.
+
+    Tried in turn: the final state of a trial and states on the line from it to the given one, down
+    to 60 % of the way; then those of the next trial, at half of the rate; and in the end the states
+    that the first one kept on its way, latest first, and the rest of its line. A state is turned
+    down only where its drop exceeds the bound beyond the error of the hold-out part: the lower end
+    of the one-sided 95 % interval is above it. Where all are, the one with the smallest drop is
+    returned.
+
+    Args:
+        trials: At least one; the next is asked for where nothing near to the last one will do.
+        given: The state of the given model.
+        before: Each held-out sample's share of the task metric under it, shape ``(N,)``.
+        score: Returns the same of another state.
+        bound: The largest drop, in ``[0, 1]``.
+    """
+    best: tuple[Guard, Trial, State] | None = None
+    for trial, label, state in _candidates(trials, given):
+        guard = replace(_judge(before, score(state), bound, label), rate=trial.rate)
+        if best is None or guard.drop < best[0].drop or not guard.violated:
+            best = guard, trial, state
+        if not guard.violated:
+            break
+    assert best is not None
+    return best
+
+
+def _candidates(trials: Iterable[Trial], given: State) -> Iterator[tuple[Trial, str, State]]:
+    first = None
+    for trial in trials:
+        first = first or trial
+        yield trial, *trial.states[-1]
+        yield from _on_the_line(trial, given, (0.9, 0.8, 0.7, 0.6))
+    if first is not None:
+        for label, state in reversed(first.states[:-1]):
+            yield first, label, state
+        yield from _on_the_line(first, given, (0.5, 0.4, 0.3, 0.2, 0.1))
+
+
+def _on_the_line(
+    trial: Trial, given: State, shares: Sequence[float]
+) -> Iterator[tuple[Trial, str, State]]:
+    """Yield states between the final one of a trial and the given one."""
+    _, final = trial.states[-1]
+    for share in shares:
+        mixed = {
+            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+            for name, value in final.items()
+        }
+        yield trial, f"{share:.0%} of the way to the final state", mixed
+
+
+def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
+    difference = (before - after).double()
+    count = len(difference)
+    drop = float(difference.mean())
+    spread = float(difference.std(unbiased=True)) if count > 1 else 0.0
+    # With few samples and no observed change the plain error is 0: one sample's worth is the floor.
+    margin = _Z * max(spread / math.sqrt(count), 1 / count / 2)
+    return Guard(
+        before=float(before.mean()),
+        after=float(after.mean()),
+        drop=drop,
+        margin=margin,
+        bound=bound,
+        samples=count,
+        state=state,
+        violated=drop - margin > bound,
+    )
