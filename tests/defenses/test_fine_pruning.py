@@ -157,7 +157,7 @@ def test_the_guard_may_go_back_to_the_model_that_is_pruned_and_not_trained(learn
             return -super().per_sample_loss(batch)
 
     learnt.__class__ = Spoilt
-    defense = FinePruning(steps=40, lr=1.0, max_pruning_drop=0.0, holdout=0.5)
+    defense = FinePruning(steps=40, lr=1.0, max_pruning_drop=0.0, holdout=0.5, restarts=0)
     result = defense.purify(learnt, corners)
     assert result.guard.state == "pruned, not fine-tuned"
     given = copy_state(learnt.model)
