@@ -16,7 +16,7 @@ from mmdefense.errors import BadInputError, UnsupportedError
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
 TABLES = PROJECT["project"]["entry-points"]
 ROWS = [(group.removeprefix("mmdefense."), name) for group, rows in TABLES.items() for name in rows]
-SHARED = {"__init__", "base", "label_attack", "text_attack"}
+SHARED = {"__init__", "base", "guard", "label_attack", "text_attack"}
 FOLDERS = {"defenses": "mmdefense/defenses", "attacks": "mmdefense/attacks"}
 
 
@@ -30,12 +30,7 @@ def test_every_class_of_the_folder_is_registered(kind, base):
     registered = {registry.load(kind, name) for name in registry.names(kind)}
     assert all(issubclass(found, base) for found in registered)
     folder = Path(__file__).parents[1] / FOLDERS[kind]
-    papers = {path.stem for path in folder.glob("*.py")} - {
-        "__init__",
-        "base",
-        "label_attack",
-        "text_attack",
-    }
+    papers = {path.stem for path in folder.glob("*.py")} - SHARED
     assert papers == {found.__module__.rpartition(".")[2] for found in registered}
 
 
