@@ -66,7 +66,7 @@ class BaEraser(TrainingDefense):
         drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
         stop: Success of recovered triggers up to which the ascent on them pauses.
         steps: Updates of unlearning in a round; each takes as many triggered samples as clean ones.
-        restarts: None: the search for triggers would be run again.
+        restarts: None by default, since the search for triggers would be run again.
 
     References:
         Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM

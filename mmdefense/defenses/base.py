@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
-from mmdefense.defenses.guard import Guard, State, Trial, at, choose
+from mmdefense.defenses.guard import Guard, State, Trial, at_rate, choose
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
@@ -192,11 +192,11 @@ class Defense(ABC):
             guard, chosen, state = choose(trials, given, before, score, self.max_utility_drop)
             work.adapter.model.load_state_dict(rounded(state, work.types))
         if chosen.work is not work:
-            work.run.adopt(at(chosen.rate), chosen.work.run)
+            work.run.adopt(at_rate(chosen.rate), chosen.work.run)
             work.figures = chosen.work.figures
         return guard
 
-    def _trials(self, work: Purifying[Any], given: dict[str, Tensor]) -> Iterator[Trial]:
+    def _trials(self, work: Purifying[Any], given: State) -> Iterator[Trial]:
         """Run this defense, and then milder ones, each when it is asked for.
 
         Yields:
@@ -207,8 +207,8 @@ class Defense(ABC):
         while defense is not None and not work.stopped:
             if part is not work:
                 why = "the loss stopped being finite" if failure else "too much utility is lost"
-                note = f"{why}; beginning again {at(rate)}"
-                work.run.progress(Event(at(rate), 0, 1, note=note))
+                note = f"{why}; beginning again {at_rate(rate)}"
+                work.run.progress(Event(at_rate(rate), 0, 1, note=note))
                 work.adapter.model.load_state_dict(given)
             try:
                 defense._run(part)
@@ -223,7 +223,7 @@ class Defense(ABC):
                 states = [*part.run.states, (final, copy_state(work.adapter.model))]
                 yield Trial(part, rate, states)
             defense, rate = defense.milder(), rate / 2
-            part = replace(work, run=work.run.part(at(rate)), figures={})
+            part = replace(work, run=work.run.part(at_rate(rate)), figures={})
         if failure is not None and not ended:
             raise failure
 

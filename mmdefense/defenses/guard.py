@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Guard", "State", "Trial", "at", "choose"]
+__all__ = ["Guard", "State", "Trial", "at_rate", "choose"]
 
 State = dict[str, Tensor]
 """A state dict."""
@@ -48,7 +48,7 @@ class Guard:
     def instead(self) -> str:
         """What was returned in place of the final state at the full rate; empty where that was."""
         if self.rate != 1:
-            return f"{self.state}, {at(self.rate)}"
+            return f"{self.state}, {at_rate(self.rate)}"
         return "" if self.state == "final" else self.state
 
     @property
@@ -58,7 +58,7 @@ class Guard:
             f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
         )
-        rate = "" if self.rate == 1 else f" {at(self.rate)}"
+        rate = "" if self.rate == 1 else f" {at_rate(self.rate)}"
         if self.violated:
             least = f"; least is lost{rate}" if rate else ""
             return f"utility guard VIOLATED, no state keeps the bound{least}: {change}"
@@ -82,7 +82,7 @@ class Trial:
     states: list[tuple[str, State]]
 
 
-def at(rate: float) -> str:
+def at_rate(rate: float) -> str:
     """Return a share of the learning rate in words."""
     return f"at {rate:g} times the learning rate"
 
