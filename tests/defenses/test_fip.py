@@ -228,12 +228,14 @@ def parametrised(model, shifts, others, scale):
 
 
 @pytest.mark.parametrize("trace", ["empirical", "none"])
+@pytest.mark.parametrize("damping", [None, 0.3])
 @pytest.mark.parametrize("norms_and_biases", [True, False])
 def test_fast_fip_is_fip_under_an_explicit_parametrisation(
-    adapter, one, recorded, trace, norms_and_biases
+    adapter, one, recorded, trace, damping, norms_and_biases
 ):
     lr, eta_r, scale = 0.02, 3.0, 1.7
     steps = ONE_STEP | {"steps": 2, "lr": lr, "norms_and_biases": norms_and_biases}
+    steps["damping"] = damping
     defense = FastFIP(eta_f=ETA, eta_r=eta_r, trace=trace, scale=scale, **steps)
     found = defense.purify(adapter, one).model.state_dict()
     model = adapter.model
@@ -246,15 +248,17 @@ def test_fast_fip_is_fip_under_an_explicit_parametrisation(
     if norms_and_biases:
         shifts += [value.requires_grad_() for value in others.values()]
     start = reference.flat(shifts).detach()
+    fisher = reference.flat(recorded[0])
+    natural = 1.0 if damping is None else 1 / (fisher / fisher.mean() + damping)
     for rate in (lr, lr / 2):
         weights = parametrised(model, shifts, others, scale)
         logits = functional_call(model, weights, (one.inputs[:1],))
         loss = F.cross_entropy(logits, one.labels[:1])
         drift = reference.flat(shifts) - start
-        total = loss + eta_r / 2 * (reference.flat(recorded[0]) * drift.square()).sum()
+        total = loss + eta_r / 2 * (fisher * drift.square()).sum()
         if trace == "empirical":
             total = total + ETA * squared_gradient(loss, shifts)
-        move(shifts, -rate * reference.gradient_of(total, shifts))
+        move(shifts, -rate * natural * reference.gradient_of(total, shifts))
     for name, value in parametrised(model, shifts, others, scale).items():
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-6, atol=1e-9)
         moves = norms_and_biases or value.ndim > 1
@@ -303,7 +307,17 @@ def test_wrong_settings_are_refused(name, value):
             kind(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["step", "scale"])
+def test_adamw_keeps_its_own_factors(adapter, corners):
+    """It divides by the size of each gradient itself, so damping changes nothing."""
+    steps = {"steps": 3, "optimizer": "adamw", "max_utility_drop": 1.0}
+    with_it, without = (
+        weights_after(FastFIP(damping=value, **steps), adapter, corners) for value in (0.1, None)
+    )
+    assert torch.equal(with_it, without)
+    assert not torch.equal(with_it, reference.flat(adapter.model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["step", "scale", "damping"])
 def test_fast_fip_moves_nothing_without_a_step_or_a_scale(name):
     with pytest.raises(BadInputError, match=f"{name} must be positive, got 0"):
         FastFIP(**{name: 0.0})
