@@ -150,14 +150,7 @@ class _FisherPurification(TrainingDefense):
         training = self._bounded(self.training(adapter), trace)
         run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=training.lr)
         compute = self._gradients(work, space, start, importance, eta)
-        factors = self._factors(training, importance)
-
-        def natural(batch: Any, step: int) -> Tensor:
-            loss = compute(batch, step)
-            for tensor, factor in zip(space.tensors, factors, strict=True):
-                assert tensor.grad is not None
-                tensor.grad *= factor
-            return loss
+        compute = self._preconditioned(compute, space, importance, training)
 
         def after_step(step: int) -> None:
             space.write()
@@ -170,7 +163,7 @@ class _FisherPurification(TrainingDefense):
             training,
             run,
             stage="purify",
-            gradients=natural if factors else compute,
+            gradients=compute,
             parameters=space.tensors,
             after_step=after_step,
         )
@@ -194,9 +187,15 @@ class _FisherPurification(TrainingDefense):
         """Return the updates to take where Tr(F) of the given model is known."""
         return training
 
-    def _factors(self, training: Training, importance: Sequence[Tensor]) -> list[Tensor]:
-        """Return what each coordinate's gradient is multiplied by; nothing leaves it as it is."""
-        return []
+    def _preconditioned(
+        self,
+        compute: Gradients,
+        space: _Coordinates,
+        importance: Sequence[Tensor],
+        training: Training,
+    ) -> Gradients:
+        """Return the gradients to step along; plain ones here."""
+        return compute
 
     def _gradients(
         self,
@@ -372,10 +371,25 @@ class FastFIP(_FisherPurification):
             return training
         return replace(training, lr=min(training.lr, self.step / trace))
 
-    def _factors(self, training: Training, importance: Sequence[Tensor]) -> list[Tensor]:
+    def _preconditioned(
+        self,
+        compute: Gradients,
+        space: _Coordinates,
+        importance: Sequence[Tensor],
+        training: Training,
+    ) -> Gradients:
         if self.damping is None or training.optimizer == "adamw":  # it has factors of its own
-            return []
-        return natural_factors(importance, self.damping)
+            return compute
+        factors = natural_factors(importance, self.damping)
+
+        def natural(batch: Any, step: int) -> Tensor:
+            loss = compute(batch, step)
+            for tensor, factor in zip(space.tensors, factors, strict=True):
+                assert tensor.grad is not None
+                tensor.grad *= factor
+            return loss
+
+        return natural
 
     def _coordinates(self, model: nn.Module) -> _Coordinates:
         return _SingularValues(model, self.norms_and_biases, self.scale)
