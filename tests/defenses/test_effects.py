@@ -7,14 +7,17 @@ model      ASR                                 ACC
 =========  ==================================  ==================================
 victim     1.000, 1.000, 1.000, 1.000, 1.000   0.964, 0.978, 0.955, 0.961, 0.950
 FIP        0.037, 0.003, 0.012, 0.022, 0.022   0.958, 0.969, 0.961, 0.950, 0.981
+FastFIP    0.028, 0.006, 0.000, 0.006, 0.099   0.958, 0.969, 0.961, 0.955, 0.969
 TSBD       0.003, 0.003, 0.152, 0.003, 0.040   0.947, 0.964, 0.950, 0.953, 0.969
 BaEraser   0.000, 0.006, 0.028, 0.000, 0.037   0.961, 0.958, 0.961, 0.950, 0.967
 =========  ==================================  ==================================
 
+Without damping FastFIP leaves 0.056, 0.053, 0.003, 0.031, 0.195.
+
 The settings suit nets that are trained for seconds: fewer steps at higher rates, and for FIP a
-weaker anchor, since the default one holds enough of such a net to leave an ASR of about a half.
-What matters is written out, so that the table stays true where a default moves. No defense sees
-the test set.
+weaker anchor, since the default one holds enough of such a net to leave an ASR of about a half;
+FastFIP's are its defaults. What matters is written out, so that the table stays true where a default
+moves. No defense sees the test set.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.augment import random_shift, random_view
 from mmdefense.batches import split
 from mmdefense.defenses.baeraser import BaEraser
-from mmdefense.defenses.fip import FIP
+from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
@@ -42,6 +45,7 @@ VICTIM = Training(
 )
 DEFENSES = [
     FIP(steps=100, lr=0.1, strength=3.0, eta_r=1.0),
+    FastFIP(steps=200, lr=0.3, step=30.0, damping=0.1),
     TSBD(steps=60, lr=0.01, unlearn_lr=3e-3),
     BaEraser(steps=80, lr=0.04, rounds=1, levels=(0.8,), search_steps=60),
 ]
