@@ -16,8 +16,8 @@ Without damping FastFIP leaves 0.056, 0.053, 0.003, 0.031, 0.195.
 
 The settings suit nets that are trained for seconds: fewer steps at higher rates, and for FIP a
 weaker anchor, since the default one holds enough of such a net to leave an ASR of about a half;
-FastFIP's are its defaults. What matters is written out, so that the table stays true where a default
-moves. No defense sees the test set.
+FastFIP's are its defaults. What matters is written out, so that the table stays true where a
+default moves. No defense sees the test set.
 """
 
 from __future__ import annotations
