@@ -42,7 +42,8 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
-    "mmdefense grid -o out/grid --case ucf101_mini-badnets --case radhar-pcba": "hours",
+    "mmdefense grid -o out/grid --case ucf101_mini-badnets --case radhar-pcba "
+    "--case bccd-object-generation": "hours",
     "mmdefense grid -o out/grid --no-baselines --defense fip "
     "--case ucf101_mini-clean": "many minutes",
     "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
@@ -51,8 +52,7 @@ NOT_RUN = {
     "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
     "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
     "--case small-language-llama-clean --case surfaces-transformer-clean": "many minutes",
-    "mmdefense grid -o out/grid --seeds 1 --case bccd-object-generation "
-    "--case multi30k-rare-token": "hours",
+    "mmdefense grid -o out/grid --seeds 1 --case multi30k-rare-token": "hours",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
