@@ -318,6 +318,6 @@ def test_adamw_keeps_its_own_factors(adapter, corners):
 
 
 @pytest.mark.parametrize("name", ["step", "scale", "damping"])
-def test_fast_fip_moves_nothing_without_a_step_or_a_scale(name):
+def test_a_step_a_scale_or_a_damping_of_fast_fip_that_is_not_positive_is_refused(name):
     with pytest.raises(BadInputError, match=f"{name} must be positive, got 0"):
         FastFIP(**{name: 0.0})
