@@ -86,7 +86,8 @@ class TSBD(TrainingDefense):
             ``candidates`` whose zeroing takes the score a quarter of the way down to chance, before
             any fine-tuning (ours; the released code logs the test accuracy of every n and chooses
             none).
-        candidates: Neuron ratios to choose among, ascending; the released code's sweep.
+        candidates: Neuron ratios to choose among, ascending: the released code's sweep, and smaller
+            ones (ours), since a deep net may be at chance with the hundredth part zeroed.
         sub_ratio: The paper's sub-weight ratio m.
         fine_tuning: ``"activeness-aware"``, ``"vanilla"`` (alpha 0) or ``"none"``.
         unlearn_lr: Learning rate of the ascent; ten times the code's, which takes hundreds of
@@ -109,6 +110,9 @@ class TSBD(TrainingDefense):
 
     ratio: float | None = None
     candidates: tuple[float, ...] = (
+        0.001,
+        0.002,
+        0.005,
         0.01,
         0.02,
         0.05,
