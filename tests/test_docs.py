@@ -43,16 +43,17 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
     "mmdefense grid -o out/grid --case ucf101_mini-badnets --case radhar-pcba "
-    "--case bccd-object-generation": "hours",
+    "--case bccd-object-generation --case multi30k-rare-token": "hours",
     "mmdefense grid -o out/grid --no-baselines --defense fip "
-    "--case ucf101_mini-clean": "many minutes",
+    "--case ucf101_mini-clean --case bccd-clean": "many minutes",
     "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
     "--case small-language-clean --case digit-scenes-clean": "many minutes",
     "mmdefense grid -o out/grid --case moving-digits-videomae-badnets "
     "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
     "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
     "--case small-language-llama-clean --case surfaces-transformer-clean": "many minutes",
-    "mmdefense grid -o out/grid --seeds 1 --case multi30k-rare-token": "hours",
+    "mmdefense grid -o out/grid --seeds 1 --no-baselines --defense fip "
+    "--case multi30k-clean": "many minutes",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
