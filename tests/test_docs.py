@@ -51,7 +51,8 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case moving-digits-videomae-badnets "
     "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
     "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
-    "--case small-language-llama-clean --case surfaces-transformer-clean": "many minutes",
+    "--case small-language-llama-clean --case surfaces-transformer-clean "
+    "--case digit-scenes-rt-detr-clean": "many minutes",
     "mmdefense grid -o out/grid --seeds 1 --no-baselines --defense fip "
     "--case multi30k-clean": "many minutes",
     'make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
