@@ -188,10 +188,12 @@ class TSBD(TrainingDefense):
         before = mean_score(adapter, work.holdout)
         enough = before - (before - adapter.chance) / 4
         given = parameters_by_name(adapter.model)
-        ratio = 0.0
+        ratio, units = 0.0, 0
         for ratio in self.candidates if self.ratio is None else (self.ratio,):
+            if units == (units := int(ratio * len(order))):
+                continue  # a small net has no share as small as this, or the last one was as large
             restore(adapter.model, given)
-            chosen = order[: int(ratio * len(order))]
+            chosen = order[:units]
             zero(adapter.model, select_sub_weights(change, groups, chosen, self.sub_ratio))
             if self.ratio is None and mean_score(adapter, work.holdout) <= enough:
                 break

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmdefense.batches import LabelledSamples, split
 from mmdefense.defenses import tsbd
@@ -15,6 +16,7 @@ from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.units import parameters_by_name
 from mmdefense.kernels.unlearning import unlearn
+from mmdefense.registry import adapt
 
 UNLEARNING = {"unlearn_lr": 0.5, "unlearn_batch_size": 8, "unlearn_epochs": 60}
 QUICK = UNLEARNING | {"max_utility_drop": 1.0}
@@ -162,6 +164,32 @@ def test_where_no_ratio_is_enough_the_largest_is_taken(learnt, corners):
     defense = TSBD(candidates=(0.01, 0.02), fine_tuning="none", **QUICK)
     result = defense.purify(learnt, corners)
     assert next(e["ratio"] for e in result.history if e["stage"] == "reinitialise") == 0.02
+
+
+def test_the_defaults_reach_below_a_hundredth_of_the_units(corners, monkeypatch):
+    """A wide net in which three units of a thousand do all the work: to zero ten is too much."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.ReLU(), nn.Linear(1000, 3)).double()
+    means = torch.stack([corners.inputs[corners.labels == k].flatten(1).mean(0) for k in range(3)])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net[1].weight[:3] = means - means.mean(0)
+        net[3].weight[:, :3] = torch.eye(3)
+        net[3].bias[0] = -1e-3  # a sample that no unit sees is not of the first class
+    adapter = adapt(net, example=corners.inputs[:1])
+    assert mean_score(adapter, corners) == 1
+    change = {name: value.detach().abs() for name, value in net.named_parameters()}
+    monkeypatch.setattr(tsbd, "unlearning_change", lambda *_, **__: change)
+    result = TSBD(fine_tuning="none", sub_ratio=1.0, **QUICK).purify(adapter, corners)
+    assert int(result.figures["reset"].sum()) < 3
+    assert mean_score(result.adapter, corners) > 1 / 3
+
+
+def test_no_share_is_scored_twice(learnt, corners, monkeypatch):
+    scored = []
+    monkeypatch.setattr(tsbd, "mean_score", lambda *given: scored.append(1) or mean_score(*given))
+    TSBD(candidates=(0.01, 0.02, 0.15, 0.2), fine_tuning="none", **QUICK).purify(learnt, corners)
+    assert len(scored) == 2  # the given model, and one unit of seven
 
 
 ONE_STEP = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "batch_size": 24}
