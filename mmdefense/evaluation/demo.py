@@ -59,14 +59,14 @@ def run_demo(
         seed: Of the victim and of the defenses.
         force: Whether an earlier output at ``out`` is replaced.
         progress: Called with each sign of progress; stages are named after the defense.
-        task: The name of a task, whose first case is the victim.
+        task: The name of a task, whose case for the demo is the victim, or its first.
         case: Another victim in its place.
         defenses: Names of defenses; plain fine-tuning with the budget of the first is added.
 
     Raises:
         BadInputError: If the folder exists or cannot be written.
     """
-    case = case or registry.load("tasks", task)().cases()[0]
+    case = case or _demo_case(task)
     with new_folder(out, force=force) as folder:
         victim = train_victim(case, _run(seed, "victim", progress))
         rows, results = _purified(victim, defenses, seed, progress)
@@ -75,6 +75,11 @@ def run_demo(
         write_record(record, folder / "comparison.json")
         render_page(record, list(_figures(victim, results)), folder / "report.html")
     return record
+
+
+def _demo_case(task: str) -> Case:
+    cases: Sequence[Case] = registry.load("tasks", task)().cases()
+    return next((case for case in cases if case.demo), cases[0])
 
 
 def _named(name: str, progress: Progress | None) -> Progress | None:

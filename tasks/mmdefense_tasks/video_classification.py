@@ -48,6 +48,7 @@ _STAGED = {
 }
 
 _RESNET = "mmdefense_tasks.video_victims:SmallVideoResNet(classes={classes}, channels={channels})"
+_SMALL_RESNET = _RESNET.replace(")", ", width=8)")
 _VIDEOMAE = (
     "mmdefense_tasks.video_victims:videomae_classifier(classes={classes}, image_size={size}, "
     "frames={frames}, channels={channels}, tubelet=4)"
@@ -119,6 +120,7 @@ class VideoClassification:
         real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2, "seen": False}
         digits: dict[str, Any] = {"data": _EMBEDDED, "clean": 0.1}
         digits |= {"model": _RESNET, "training": _resnet_training(400)}
+        small = digits | {"model": _SMALL_RESNET, "demo": True}
         resnet = real | {"model": _RESNET, "training": _resnet_training(250, batch_size=32)}
         videomae = {"model": _VIDEOMAE, "training": _videomae_training(1200), "seen": False}
         victims: list[tuple[str, dict[str, Any], str | None, dict[str, Any]]] = [
@@ -127,6 +129,7 @@ class VideoClassification:
             ("moving-digits-temporal", digits, "temporal-patch", {}),
             ("moving-digits-universal", digits, "universal-trigger", {}),
             ("moving-digits-clean", digits, None, {}),
+            ("moving-digits-small-badnets", small, "clip-badnets", {}),
             ("moving-digits-videomae-badnets", digits | videomae, "clip-badnets", {}),
             ("moving-digits-videomae-clean", digits | videomae, None, {}),
             ("ucf101_mini-badnets", resnet, "clip-badnets", patch),

@@ -7,6 +7,7 @@ import torch
 from quick import CASE
 from safetensors.torch import load_file
 
+from mmdefense import registry
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import demo
 from mmdefense.report.record import read_record
@@ -41,6 +42,23 @@ def test_a_folder_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "note").touch()
     with pytest.raises(BadInputError, match="must be new"):
         demo.run_demo(tmp_path)
+
+
+def test_the_demo_takes_the_case_that_is_marked_for_it_or_the_first(tmp_path, monkeypatch):
+    taken = {}
+
+    def train(case, _):
+        taken[case.task] = case
+        raise BadInputError("enough")
+
+    monkeypatch.setattr(demo, "train_victim", train)
+    for name in registry.names("tasks"):
+        with pytest.raises(BadInputError, match="enough"):
+            demo.run_demo(tmp_path / name, task=name)
+    assert taken.pop("video-classification").name == "moving-digits-small-badnets"
+    assert len(taken) == 4
+    for name, case in taken.items():
+        assert case == registry.load("tasks", name)().cases()[0]
 
 
 def test_the_command_prints_the_table(quick, tmp_path, mmdefense, monkeypatch):
