@@ -34,6 +34,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 # Too long for a test, each with the reason; what they name is checked instead.
 NOT_RUN = {
     "make demo": "trains a victim and purifies it seven times",
+    "mmdefense demo --task video-classification -o out/video": "as `make demo`",
+    "mmdefense grid -o out/grid --case moving-digits-small-badnets": "many minutes",
     "make test": "would run this very test again",
     "make check": "runs beside the tests, in .ci/run",
     "make bench": "repeats each measurement",
