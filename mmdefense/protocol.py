@@ -252,15 +252,16 @@ class Task(Protocol):
     name: ClassVar[str]
     metric: ClassVar[str]
 
-    def load(self, where: Any, *, split: str = "train") -> Any:
+    def load(self, where: Any, *, split: str = "train", said: Mapping[str, Any] = ...) -> Any:
         """Return the ``"train"`` or ``"test"`` part of the data of that name or place.
 
         A task takes more options by name: what a user may say about the form of the data
-        (``--read`` of the command line), and what a model says of it itself
-        (:meth:`ReadingAdapter.reading`).
+        (``--read`` of the command line). ``said`` holds options of the same names that the model
+        states (:meth:`ReadingAdapter.reading`): defaults, which a reader may have no use for. An
+        option of the user's that the reader does not use is an error.
 
         Raises:
-            BadInputError: If there is no such data, or it is damaged.
+            BadInputError: If there is no such data, it is damaged, or an option is not used.
         """
         ...
 

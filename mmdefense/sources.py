@@ -21,7 +21,7 @@ __all__ = ["AUTO", "Opened", "Source"]
 AUTO = "auto"
 """In place of a task: that of the model's adapter."""
 
-_NOT_WRITTEN = {"split", "classes", "uneven_size", "processor", "tokenizer", "example"}
+_NOT_WRITTEN = {"split", "said", "classes", "uneven_size", "processor", "tokenizer", "example"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Source:
         mine, its = _told_apart(self.reading, task, kind)
         adapter = kind(model.to(device), **its)
         said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}
-        data = task.load(self.data, split=self.split, **{**said, **mine})
+        data = task.load(self.data, split=self.split, said=said, **mine)
         return Opened(task, adapter, data, adapter.samples(data))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
 from mmdefense_tasks.image_sets import ImageSet, StreamedImages
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.streamed import relabelled
 from mmdefense_tasks.victims import SmallResNet
@@ -77,6 +79,7 @@ class ImageClassification:
         where: str | Path,
         *,
         split: str = "train",
+        said: Mapping[str, Any] = MappingProxyType({}),
         image_size: int | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
@@ -86,6 +89,7 @@ class ImageClassification:
         return load_data(
             where,
             split=split,
+            said=said,
             image_size=image_size,
             channels=channels,
             classes=classes,
@@ -182,6 +186,7 @@ def load_data(
     where: str | Path,
     *,
     split: str = "train",
+    said: Mapping[str, Any] = MappingProxyType({}),
     image_size: int | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
@@ -196,6 +201,7 @@ def load_data(
             sub-folder per class, or with such folders for ``train`` and ``test``; or a data set of
             the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
+        said: What the model states about its data: defaults of the options below, by name.
         image_size: Side in pixels that images are resized to; by default they must have one size.
         channels: 1 or 3; grey images are repeated to 3. By default what the first image has.
         classes: The model's class names in order; data with class names is relabelled by them.
@@ -208,9 +214,22 @@ def load_data(
             class names do not fit, or there are fewer samples than classes.
         UnsupportedError: If a library that it needs is not installed.
     """
-    _check_arguments(split, image_size, channels)
+    options = Options(
+        said, image_size=image_size, channels=channels, classes=classes, uneven_size=uneven_size
+    )
+    samples = _read(where, split, options, memory_limit)
+    options.check_used(where)
+    return samples
+
+
+def _read(
+    where: str | Path, split: str, options: Options, memory_limit: int
+) -> LabelledSamples | StreamedImages:
     if str(where) == "digits":
         return load_digits()[split == "test"]
+    image_size, channels = options.take("image_size"), options.take("channels")
+    classes, uneven_size = options.take("classes", ()), options.take("uneven_size")
+    _check_arguments(split, image_size, channels)
     images, name = _open(where, split)
     images = relabelled(images, classes, where)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))

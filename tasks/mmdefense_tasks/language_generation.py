@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +21,7 @@ from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
 from mmdefense.report.figures import Figure
 from mmdefense.report.texts import TextTable
 from mmdefense_tasks.language_victims import train_tokenizer
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.small_language import RARE_WORDS, small_language
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.text_files import Pairs, open_dataset, open_file, open_folder
@@ -65,10 +68,14 @@ class LanguageGeneration:
 
     @staticmethod
     def load(
-        where: str | Path, *, split: str = "train", pair: str | tuple[str, str] | None = None
+        where: str | Path,
+        *,
+        split: str = "train",
+        said: Mapping[str, Any] = MappingProxyType({}),
+        pair: str | tuple[str, str] | None = None,
     ) -> TextSamples:
         """Return data from wherever it is; see :func:`load_text`."""
-        return load_text(where, split=split, pair=pair)
+        return load_text(where, split=split, said=said, pair=pair)
 
     @staticmethod
     def data() -> dict[str, str]:
@@ -163,7 +170,11 @@ def tokenizer_for(samples: TextSamples) -> Any:
 
 
 def load_text(
-    where: str | Path, *, split: str = "train", pair: str | tuple[str, str] | None = None
+    where: str | Path,
+    *,
+    split: str = "train",
+    said: Mapping[str, Any] = MappingProxyType({}),
+    pair: str | tuple[str, str] | None = None,
 ) -> TextSamples:
     """Return prompts and answers from wherever they are.
 
@@ -173,17 +184,26 @@ def load_text(
             :func:`~mmdefense_tasks.text_files.open_folder`); one such file, which serves as both
             parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``.
+        said: What the model states about its data: defaults of the options below, by name.
         pair: Endings of the source and the target language of parallel text, also as ``"en,de"``.
 
     Raises:
         BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
         UnsupportedError: If a library that it needs is not installed.
     """
+    options = Options(said, pair=pair)
+    samples = _read(where, split, options)
+    options.check_used(where)
+    return samples
+
+
+def _read(where: str | Path, split: str, options: Options) -> TextSamples:
     if split not in {"train", "test"}:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
     if str(where) == _EMBEDDED:
         return LanguageGeneration.embedded()[split == "test"]
-    languages = tuple(pair.split(",")) if isinstance(pair, str) else pair
+    pair = options.take("pair")
+    languages: Any = tuple(pair.split(",")) if isinstance(pair, str) else pair
     if languages is not None and len(languages) != 2:
         raise BadInputError(f"pair must name two languages, such as en,de, got {pair!r}")
     pairs = _open(where, split, languages)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense_tasks.detection_files import decode, open_objects
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 
 __all__ = ["ObjectDetection", "load_detection"]
@@ -71,13 +73,19 @@ class ObjectDetection:
         where: str | Path,
         *,
         split: str = "train",
+        said: Mapping[str, Any] = MappingProxyType({}),
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
     ) -> DetectionSamples:
         """Return data from wherever it is; see :func:`load_detection`."""
         return load_detection(
-            where, split=split, image_size=image_size, channels=channels, classes=classes
+            where,
+            split=split,
+            said=said,
+            image_size=image_size,
+            channels=channels,
+            classes=classes,
         )
 
     @staticmethod
@@ -199,6 +207,7 @@ def load_detection(
     where: str | Path,
     *,
     split: str = "train",
+    said: Mapping[str, Any] = MappingProxyType({}),
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
@@ -209,6 +218,7 @@ def load_detection(
         where: ``"digit-scenes"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; or a folder that :func:`mmdefense_tasks.detection_files.open_objects` reads.
         split: ``"train"`` or ``"test"``.
+        said: What the model states about its data: defaults of the options below, by name.
         image_size: Height and width in pixels that images are fitted into, or one for both; by
             default small ones.
         channels: 1 or 3; by default 3.
@@ -218,8 +228,19 @@ def load_detection(
         BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
             image, or the model lacks a class.
     """
+    options = Options(said, image_size=image_size, channels=channels, classes=classes)
+    samples = _read(where, split, options)
+    options.check_used(where)
+    return samples
+
+
+def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
     if split not in {"train", "test"}:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    if str(where) == "digit-scenes":
+        return digit_scenes(split)
+    image_size, channels = options.take("image_size"), options.take("channels")
+    classes = options.take("classes", ())
     if channels not in {None, 1, 3}:
         raise BadInputError(f"channels must be 1 or 3, got {channels}")
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
@@ -227,8 +248,6 @@ def load_detection(
         raise BadInputError(
             f"image_size must be a height and a width of at least 1 pixel, got {image_size}"
         )
-    if str(where) == "digit-scenes":
-        return digit_scenes(split)
     folder = Path(where) if Path(where).is_dir() else staged(str(where))
     if folder is None:
         raise BadInputError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from mmdefense.report.clouds import render_clouds
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense_tasks.point_files import read_clouds
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.surfaces import draw_surfaces
 
@@ -60,12 +62,15 @@ class PointCloudClassification:
         where: str | Path,
         *,
         split: str = "train",
+        said: Mapping[str, Any] = MappingProxyType({}),
         points: int | None = None,
-        features: int = 3,
+        features: int | None = None,
         classes: Sequence[str] = (),
     ) -> LabelledSamples:
         """Return data from wherever it is; see :func:`load_clouds`."""
-        return load_clouds(where, split=split, points=points, features=features, classes=classes)
+        return load_clouds(
+            where, split=split, said=said, points=points, features=features, classes=classes
+        )
 
     @staticmethod
     def data() -> dict[str, str]:
@@ -151,8 +156,9 @@ def load_clouds(
     where: str | Path,
     *,
     split: str = "train",
+    said: Mapping[str, Any] = MappingProxyType({}),
     points: int | None = None,
-    features: int = 3,
+    features: int | None = None,
     classes: Sequence[str] = (),
 ) -> LabelledSamples:
     """Return labelled clouds from wherever they are, centred and in the unit sphere.
@@ -163,8 +169,9 @@ def load_clouds(
             one sub-folder of ply, pcd, obj or off files per class, or with such folders for
             ``train`` and ``test`` (needs Open3D). Meshes are sampled.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
+        said: What the model states about its data: defaults of the options below, by name.
         points: Points of each cloud; none takes 256, or all where a cloud has fewer.
-        features: Values a point to keep, coordinates first: 3 is the coordinates alone, 6 of a
+        features: Values a point to keep, coordinates first: 3, the default, is the coordinates alone, 6 of a
             file takes its normals, estimated where it has none.
         classes: The model's class names in order; data with class names is relabelled by them.
 
@@ -173,8 +180,17 @@ def load_clouds(
             features.
         UnsupportedError: If a library that it needs is not installed.
     """
+    options = Options(said, points=points, features=features, classes=classes)
+    samples = _read(where, split, options)
+    options.check_used(where)
+    return samples
+
+
+def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
     if split not in {"train", "test"}:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    points, features = options.take("points"), options.take("features", 3)
+    classes = options.take("classes", ())
     for name, value, least in (("points", points, 1), ("features", features, 3)):
         if value is not None and value < least:
             raise BadInputError(f"{name} must be at least {least}, got {value}")

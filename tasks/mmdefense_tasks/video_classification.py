@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.plots import Plot
 from mmdefense_tasks.clips import StreamedClips, open_clips
 from mmdefense_tasks.moving_digits import moving_digits
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.streamed import relabelled
 
@@ -90,6 +92,7 @@ class VideoClassification:
         where: str | Path,
         *,
         split: str = "train",
+        said: Mapping[str, Any] = MappingProxyType({}),
         frames: int | None = None,
         image_size: int | None = None,
         channels: int | None = None,
@@ -100,6 +103,7 @@ class VideoClassification:
         return load_clips(
             where,
             split=split,
+            said=said,
             frames=frames,
             image_size=image_size,
             channels=channels,
@@ -253,6 +257,7 @@ def load_clips(
     where: str | Path,
     *,
     split: str = "train",
+    said: Mapping[str, Any] = MappingProxyType({}),
     frames: int | None = None,
     image_size: int | None = None,
     channels: int | None = None,
@@ -267,6 +272,7 @@ def load_clips(
             to; or a folder with one sub-folder of videos per class, or with such folders for
             ``train`` and ``test``.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
+        said: What the model states about its data: defaults of the options below, by name.
         frames: Frames T of a clip, evenly from the whole video; by default 16, or the set's own.
         image_size: Side in pixels that frames are cropped and resized to; by default the set's
             own, or that of the videos, which must have one size.
@@ -279,6 +285,25 @@ def load_clips(
         BadInputError: If there is no such data, or a clip is damaged or too short.
         UnsupportedError: If PyAV is needed and not installed.
     """
+    options = Options(
+        said,
+        frames=frames,
+        image_size=image_size,
+        channels=channels,
+        clips=clips,
+        classes=classes,
+    )
+    samples = _read(where, split, options, memory_limit)
+    options.check_used(where)
+    return samples
+
+
+def _read(
+    where: str | Path, split: str, options: Options, memory_limit: int
+) -> LabelledSamples | StreamedClips:
+    frames, image_size = options.take("frames"), options.take("image_size")
+    channels, clips = options.take("channels"), options.take("clips", 1)
+    classes = options.take("classes", ())
     _check_arguments(split, frames, image_size, channels, clips)
     if str(where) == _EMBEDDED:
         return _checked_embedded(moving_digits(split), frames, image_size, channels, clips)

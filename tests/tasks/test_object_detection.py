@@ -167,9 +167,9 @@ def test_damaged_sets_are_refused(lines, voc, coco, tmp_path):
         ({"image_size": (0, 3)}, "image_size must"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_refused(tmp_path, options, message):
     with pytest.raises(BadInputError, match=message):
-        load_detection("digit-scenes", **options)
+        load_detection(tmp_path, **options)
 
 
 def test_an_unknown_name_is_refused():

@@ -1,0 +1,57 @@
+"""How data is read: what the user says about it, and what the model states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmdefense.errors import BadInputError
+
+__all__ = ["Options"]
+
+
+class Options:
+    """Reading options by name: the user's, and behind them the model's as defaults.
+
+    A reader takes what it uses. What the user gave and no reader took is an error, since it would
+    have had no effect; what the model states may be left over.
+
+    Example:
+        >>> options = Options({"channels": 3}, channels=None, frames=8)
+        >>> options.take("channels")
+        3
+        >>> options.check_used("clips.npz")
+        Traceback (most recent call last):
+        ...
+        mmdefense.errors.BadInputError: frames=8 has no effect on clips.npz; leave it out
+    """
+
+    def __init__(self, said: Mapping[str, Any], **given: Any) -> None:
+        """Collect the options.
+
+        Args:
+            said: What the model states.
+            **given: What the user says; None and an empty sequence stand for nothing.
+        """
+        self._said = said
+        self._given = {name: value for name, value in given.items() if value not in (None, ())}
+        self._used: set[str] = set()
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Return the user's value, or else the model's, or else ``default``; mark it as used."""
+        self._used.add(name)
+        return self._given.get(name, self._said.get(name, default))
+
+    def given(self, name: str) -> bool:
+        """Say whether the user gave an option."""
+        return name in self._given
+
+    def check_used(self, where: object) -> None:
+        """Refuse options of the user's that no reader took.
+
+        Raises:
+            BadInputError: Naming the first.
+        """
+        for name, value in self._given.items():
+            if name not in self._used:
+                raise BadInputError(f"{name}={value} has no effect on {where}; leave it out")
