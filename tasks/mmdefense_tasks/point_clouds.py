@@ -19,8 +19,8 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report.clouds import render_clouds
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
-from mmdefense_tasks.point_files import read_clouds
 from mmdefense_tasks.options import Options
+from mmdefense_tasks.point_files import read_clouds
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.surfaces import draw_surfaces
 
@@ -171,8 +171,8 @@ def load_clouds(
         split: ``"train"`` or ``"test"``; what is not split serves for both.
         said: What the model states about its data: defaults of the options below, by name.
         points: Points of each cloud; none takes 256, or all where a cloud has fewer.
-        features: Values a point to keep, coordinates first: 3, the default, is the coordinates alone, 6 of a
-            file takes its normals, estimated where it has none.
+        features: Values a point to keep, coordinates first: 3, the default, is the coordinates
+            alone, 6 of a file takes its normals, estimated where it has none.
         classes: The model's class names in order; data with class names is relabelled by them.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from everyday.rows import Refused, Row
+
 from mmdefense_tasks.image_classification import load_data
 
 ROWS = [
