@@ -381,18 +381,29 @@ def grid(
     baselines: Annotated[
         bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
     ] = True,
+    views: Annotated[
+        str,
+        typer.Option(
+            help="How clean samples are augmented: standard, as the field does, or insertions, "
+            "which imitate triggers."
+        ),
+    ] = "insertions",
 ) -> None:
     """Measure victims x defenses x seeds beside plain fine-tuning; print a Markdown table."""
     from mmdefense.evaluation.demo import DEFENSES
-    from mmdefense.evaluation.grid import Grid, markdown
+    from mmdefense.evaluation.grid import VIEWS, Grid, markdown
     from mmdefense.evaluation.victims import named_cases
     from mmdefense.report.terminal import ProgressDisplay
 
+    how = next((known for known in VIEWS if known == views), None)
+    if how is None:
+        raise typer.BadParameter(f"--views must be one of {', '.join(VIEWS)}, got {views!r}")
     chosen = Grid(
         cases=named_cases(cases),
         defenses=defenses or list(DEFENSES),
         seeds=range(seeds),
         baselines=baselines,
+        views=how,
     )
     with ProgressDisplay() as progress:
         measured = chosen.run(out, progress)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from mmdefense import registry
 from mmdefense.checkpoints.runs import RunStore, write_atomically
@@ -19,7 +19,17 @@ from mmdefense.report.encoding import build, plain
 from mmdefense.report.formats import number
 from mmdefense.report.record import Rates, Row
 
-__all__ = ["Cell", "Grid", "markdown"]
+__all__ = ["VIEWS", "Cell", "Grid", "Views", "markdown"]
+
+Views = Literal["insertions", "standard"]
+"""How clean samples are augmented for a defense.
+
+``"standard"``: as those do who train such models, for images padding and cropping.
+``"insertions"``: by the project's own augmentation, which also inserts noise, points or words, and
+so imitates triggers of that kind.
+"""
+
+VIEWS: tuple[Views, ...] = ("insertions", "standard")
 
 _COLUMNS = (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("der", "DER"))
 
@@ -33,12 +43,14 @@ class Cell:
         row: What was measured; its ``victim`` is the name of the case.
         case: The description of the victim, as plain values.
         versions: Of what computed it.
+        views: How the clean samples were augmented.
     """
 
     seed: int
     row: Row
     case: Mapping[str, Any]
     versions: Mapping[str, str]
+    views: Views = "insertions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +63,21 @@ class Grid:
         seeds: One victim and one purification each.
         baselines: Whether each defense that trains gets plain fine-tuning with the same steps,
             learning rate and augmentation beside it.
+        views: How the clean samples are augmented.
     """
 
     cases: Sequence[Case]
     defenses: Sequence[str]
     seeds: Sequence[int] = (0, 1, 2)
     baselines: bool = True
+    views: Views = "insertions"
 
     def run(self, folder: str | Path, progress: Progress | None = None) -> list[Cell]:
         """Measure every cell that ``folder`` lacks, and return all.
 
-        A cell is kept as ``folder/case/defense-seed.json`` as soon as it is measured, and a victim
-        as ``folder/case/victim-seed/``. A kept cell of other settings or another case of the same
+        A cell is kept as ``folder/case/defense-seed.json`` as soon as it is measured, one with
+        standard views as ``folder/case/defense-standard-views-seed.json``, and a victim as
+        ``folder/case/victim-seed/``. A kept cell of other settings or another case of the same
         name is measured anew.
 
         Args:
@@ -84,12 +99,14 @@ class Grid:
     ) -> Iterator[Cell]:
         victim: Victim | None = None  # trained, or read from its store, only where it is needed
         for name, defense, baseline in self._lineup(seed):
-            path = folder / f"{name.replace(' ', '-')}-{seed}.json"
+            views = "" if self.views == "insertions" else f"-{self.views}-views"
+            path = folder / f"{name.replace(' ', '-')}{views}-{seed}.json"
             cell = _kept(path, case, defense)
             if cell is None:
                 show = _prefixed(f"{case.name}/{seed}: {name}", progress)
-                victim = victim or _victim(case, seed, folder / f"victim-{seed}", show)
+                victim = victim or _victim(case, seed, folder / f"victim-{seed}", self.views, show)
                 cell = _measure(case, victim, name, defense, baseline, show)
+                cell = replace(cell, views=self.views)
                 write_atomically(path, _writer(cell))
             yield cell
 
@@ -113,8 +130,11 @@ def _prefixed(name: str, progress: Progress | None) -> Progress:
     )
 
 
-def _victim(case: Case, seed: int, folder: Path, progress: Progress) -> Victim:
-    return train_victim(case, Run(seed, progress, RunStore(folder)))
+def _victim(case: Case, seed: int, folder: Path, views: Views, progress: Progress) -> Victim:
+    victim = train_victim(case, Run(seed, progress, RunStore(folder)))
+    if views == "insertions":
+        return victim
+    return replace(victim, clean=victim.task.for_training(victim.clean))
 
 
 def _measure(

@@ -9,6 +9,7 @@ import pytest
 from quick import CASE
 
 from mmdefense import registry
+from mmdefense.augment import random_shift
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
@@ -66,6 +67,25 @@ def test_clean_samples_are_among_those_of_the_attacker_where_a_case_says_so(monk
         for part in (given[0], victim.clean)
     )
     assert defenders.issubset(attackers) if seen else defenders.isdisjoint(attackers)
+
+
+def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own(
+    grid, measured, tmp_path, monkeypatch
+):
+    grid.run(tmp_path)
+    given = []
+    genuine = victims.purify
+
+    def purify(adapter, clean, *rest, **more):
+        given.append(clean.augmentation)
+        return genuine(adapter, clean, *rest, **more)
+
+    monkeypatch.setattr(victims, "purify", purify)
+    standard = dataclasses.replace(grid, views="standard").run(tmp_path)
+    assert given == [random_shift, random_shift]
+    assert [cell.views for cell in standard] == ["standard", "standard"]
+    assert [cell.views for cell in grid.run(tmp_path)] == ["insertions", "insertions"]
+    assert len(measured) == 4
 
 
 def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, tmp_path):
