@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmdefense.errors import BadInputError
 
@@ -48,6 +48,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin in {Union, types.UnionType}:  # the only unions of the records are `X | None`
         return None if value is None else build(inner[0], value, where)
+    if origin is Literal:
+        return _one_of(inner, value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if origin is tuple:
@@ -84,6 +86,14 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadInputError(f"{where} must be a number, got {value!r}")
     return float(value)
+
+
+def _one_of(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in choices:
+        raise BadInputError(
+            f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r:.60}"
+        )
+    return value
 
 
 def _check(kind: type, value: Any, where: str) -> Any:
