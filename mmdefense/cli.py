@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
+from mmdefense.notes import notes_written
 
 if TYPE_CHECKING:
     from mmdefense.attacks.base import Attack
@@ -86,7 +87,8 @@ Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
 def main() -> None:
     """Run the command line, with one clear line in place of a traceback."""
     try:
-        app()
+        with notes_written():
+            app()
     except UnsupportedError as error:
         _fail(error, 3)
     except (MMDefenseError, OSError) as error:
