@@ -1,8 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
 Exit codes: 0 ok; 1 the utility guard was violated, an evaluation found a working trigger, a scan
-found what --fail-on names, or a file is another than its record says; 2 bad input; 3 not supported;
-70 a fault of mmdefense itself; 130 interrupted.
+found what --fail-on names, or a file is another than its record says; 2 bad input; 3 not supported,
+or a library is missing; 70 a fault of mmdefense itself; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def main() -> None:
             app()
     except UnsupportedError as error:
         _fail(error, 3)
+    except ImportError as error:  # of an optional library that no reader has told of
+        from mmdefense.libraries import missing
+
+        _fail(missing("this command", error), 3)
     except (MMDefenseError, OSError) as error:
         _fail(error, 2)
     except Exception as error:  # a fault of ours: still one line, and the way to the rest

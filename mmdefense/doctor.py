@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import platform
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
@@ -18,27 +14,11 @@ import torch
 import mmdefense
 from mmdefense import registry
 from mmdefense.errors import UnsupportedError
+from mmdefense.libraries import how_to_install, optional_packages
 
-__all__ = ["KINDS", "Finding", "OptionalPackage", "examine", "known", "optional_packages"]
+__all__ = ["KINDS", "Finding", "examine", "known"]
 
 KINDS = ("defenses", "attacks", "adapters", "tasks", "data")
-_GROUPS = ("all", "dev")  # they gather others, so that they bring nothing of their own
-_REQUIREMENT = re.compile(r"""(?P<package>[\w.-]+).*extra\s*==\s*['"](?P<extra>[\w-]+)['"]""")
-
-
-@dataclass(frozen=True)
-class OptionalPackage:
-    """A package that some features need.
-
-    Attributes:
-        name: As on PyPI.
-        extras: The extras of mmdefense that bring it, the smallest first.
-        version: What is installed; none where it is missing.
-    """
-
-    name: str
-    extras: tuple[str, ...]
-    version: str | None
 
 
 @dataclass(frozen=True)
@@ -56,29 +36,6 @@ class Finding:
     remedy: str = ""
 
 
-def optional_packages() -> list[OptionalPackage]:
-    """Return the packages that the extras bring, as the installed metadata names them."""
-    extras: dict[str, list[str]] = {}
-    for line in requires("mmdefense") or []:
-        match = _REQUIREMENT.match(line)
-        if match and match["extra"] not in _GROUPS and match["package"] != "mmdefense":
-            extras.setdefault(match["package"], []).append(match["extra"])
-    brought = Counter(extra for by in extras.values() for extra in by)
-    return [
-        OptionalPackage(name, tuple(sorted(by, key=brought.__getitem__)), _installed(name))
-        for name, by in extras.items()
-    ]
-
-
-def _installed(name: str) -> str | None:
-    if importlib.util.find_spec(name.replace("-", "_")) is None:
-        return None
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def examine() -> Iterator[Finding]:
     """Yield what was found: versions, devices, optional packages, and the data folder."""
     yield Finding("mmdefense", mmdefense.__version__)
@@ -86,7 +43,7 @@ def examine() -> Iterator[Finding]:
     yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield Finding("devices", ", ".join(_devices()))
     for package in optional_packages():
-        remedy = "" if package.version else f"pip install 'mmdefense[{package.extras[0]}]'"
+        remedy = "" if package.version else how_to_install(package.name)
         yield Finding(package.name, package.version or "missing", remedy)
     yield _data_folder()
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.libraries import missing
 from mmdefense.protocol import TaskAdapter
 
 __all__ = ["adapt", "adapter_for", "installed", "load", "name_of", "names"]
@@ -54,10 +55,7 @@ def load(kind: Kind, name: str) -> Any:
     try:
         return table[name].load()
     except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"{kind.removesuffix('s')} {name!r} needs the package {error.name!r}, which is not "
-            "installed; pip install 'mmdefense[all]'"
-        ) from error
+        raise missing(f"{kind.removesuffix('s')} {name!r}", error) from error
 
 
 def installed(kind: Kind) -> Iterator[Any]:

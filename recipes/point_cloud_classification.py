@@ -8,8 +8,8 @@
 
 What it shows: a PointNet that is good on clean clouds and obeys sixteen points at a place that the
 attacker searched for (PCBA); and what is left of both after each defense, beside plain fine-tuning
-with the same steps and learning rate. Folders of ply, pcd, obj or off files need Open3D:
-pip install 'mmdefense[points]'.
+with the same steps and learning rate. Folders of ply, pcd, obj or off files need
+Open3D: pip install open3d-cpu.
 
 Measured: see the table in the README.
 """

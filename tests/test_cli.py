@@ -302,12 +302,15 @@ def test_list_shows_a_plug_in_whose_library_is_missing(mmdefense, plug):
 
 
 def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch):
-    monkeypatch.setattr("mmdefense.doctor._installed", lambda name: None)
+    monkeypatch.setattr("mmdefense.libraries._installed", lambda name: None)
+    monkeypatch.setattr("mmdefense.libraries._checkout", lambda: "")
+    monkeypatch.setattr("mmdefense.libraries._metadata", lambda name: "pip")
     monkeypatch.setenv("MMDEFENSE_DATA", "/nowhere")
     said = mmdefense("doctor").out
     assert "transformers" in said
-    assert "pip install 'mmdefense[huggingface]'" in said
-    assert "pip install 'mmdefense[vision]'" in said
+    assert "missing; pip install 'transformers>=5.0'" in said
+    assert "missing; pip install 'torchvision>=0.26'" in said
+    assert "mmdefense[" not in said  # that name on an index is nobody's
     assert "/nowhere is no folder" in said
     assert "torch" in said
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.errors import BadInputError
+from mmdefense.libraries import missing
 
 __all__ = ["build", "logits"]
 
@@ -48,11 +49,8 @@ def build(name: str, **settings: Any) -> nn.Module:
             warnings.simplefilter("ignore")
             imported = importlib.import_module(f"pytorchvideo.models.{module}")
             model: nn.Module = getattr(imported, builder)(**settings)
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"model {name!r} needs the package {error.name!r}, which is not installed; "
-            "pip install 'mmdefense[video]'"
-        ) from error
+    except ImportError as error:
+        raise missing(f"model {name!r}", error) from error
     return model
 
 

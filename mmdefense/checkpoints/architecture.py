@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.libraries import missing, optional_packages
 
 __all__ = ["build_architecture"]
 
 
 def build_architecture(arch: str) -> nn.Module:
-    """Return what ``"module:callable"`` or ``"module:callable(name=literal, ...)"`` builds.
+    """Return what ``"module:callable"`` or ``"path/file.py:callable(name=literal)"`` builds.
 
     The part after the colon is parsed, not evaluated: arguments are literals.
 
     Raises:
         BadInputError: If it cannot be parsed, imported or called, or gives no module.
+        UnsupportedError: If a library that it needs is not installed.
     """
-    module_name, _, call = arch.partition(":")
+    module_name, _, call = arch.rpartition(".py:") if ".py:" in arch else arch.partition(":")
+    file = Path(f"{module_name}.py") if ".py:" in arch else None
     path, args, named = _parse_call(arch, call)
     try:
-        with _current_directory_importable():
-            built: Any = importlib.import_module(module_name)
+        with _importable(Path.cwd() if file is None else file.absolute().parent):
+            built: Any = importlib.import_module(module_name) if file is None else _loaded(file)
             for name in path:
                 built = getattr(built, name)
             model = built(*args, **named)
+    except UnsupportedError:
+        raise
+    except ModuleNotFoundError as error:
+        raise _without_module(arch, module_name, error) from error
     except Exception as error:  # the user's own code may raise anything
         raise BadInputError(
             f"arch {arch!r} cannot be built: {type(error).__name__}: {one_line(error)}"
@@ -59,17 +69,53 @@ def _parse_call(arch: str, call: str) -> tuple[list[str], list[Any], dict[str, A
             raise ValueError(call)
     except (SyntaxError, ValueError) as error:
         raise BadInputError(
-            f"arch must be module:callable or module:callable(name=literal), got {arch!r}"
+            "arch must be module:callable or path/file.py:callable, each also with arguments, as "
+            f"in my_net:Net(width=8), got {arch!r}"
         ) from error
     return path, args, named
 
 
+def _loaded(file: Path) -> ModuleType:
+    """Return the module of a Python file, under a name of its own; the same file is loaded once.
+
+    Raises:
+        BadInputError: If there is no such file.
+    """
+    if not file.is_file():
+        raise BadInputError(f"arch file {file} does not exist")
+    content = hashlib.sha256(f"{file.absolute()}".encode() + file.read_bytes()).hexdigest()
+    name = f"{file.stem}_{content[:8]}"  # so that resnet.py is not another one's resnet
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their own module up
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _without_module(arch: str, module: str, error: ModuleNotFoundError) -> Exception:
+    """Return the error for a module that was not found: the user's own, or a library's."""
+    absent = (error.name or "").partition(".")[0]
+    libraries = {package.module for package in optional_packages()}
+    if module.partition(".")[0] != absent or absent in libraries:
+        return missing(f"arch {arch!r}", error)
+    return BadInputError(
+        f"arch {arch!r} names the module {module!r}, which is neither in the current directory "
+        "nor installed; a file elsewhere is given as path/file.py:Net"
+    )
+
+
 @contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(str(folder))

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, one_line
+from mmdefense.libraries import needed
 
 __all__ = ["HubTarget"]
 
@@ -25,12 +26,8 @@ class HubTarget:
         """
         if not _ID.fullmatch(repo):
             raise BadInputError(f"a hub repository must be OWNER/NAME, got {repo!r}")
-        try:
+        with needed("the hub"):
             from huggingface_hub import HfApi
-        except ModuleNotFoundError as error:
-            raise UnsupportedError(
-                f"the hub needs the package {error.name!r}; pip install 'mmdefense[huggingface]'"
-            ) from error
         self.repo = repo
         self._api: Any = HfApi()
         try:

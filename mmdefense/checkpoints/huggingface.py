@@ -25,6 +25,7 @@ from mmdefense.checkpoints.faults import check_folder
 from mmdefense.checkpoints.layout import rewrite
 from mmdefense.checkpoints.weights import check_keys, read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.libraries import missing, needed
 
 __all__ = [
     "base_folder",
@@ -81,10 +82,8 @@ def download(where: str | Path, patterns: list[str] | None = None) -> Path:
         raise BadInputError(
             f"model {str(where)!r} must be a file, a folder or a hub id; none found"
         )
-    try:
+    with needed("a Hugging Face model"):
         from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise _needs_library(error) from error
     try:
         return Path(snapshot_download(str(where), allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds: network, missing, gated
@@ -92,13 +91,6 @@ def download(where: str | Path, patterns: list[str] | None = None) -> Path:
             f"model {str(where)!r} is no file or folder here, and the hub did not give it: "
             f"{one_line(error)}"
         ) from error
-
-
-def _needs_library(error: ModuleNotFoundError) -> UnsupportedError:
-    return UnsupportedError(
-        f"a Hugging Face model needs the package {error.name!r}; "
-        "pip install 'mmdefense[huggingface,language]'"
-    )
 
 
 def load_folder(folder: Path, task: str | None = None) -> nn.Module:
@@ -148,8 +140,8 @@ def _told(folder: Path) -> Iterator[None]:
         yield
     except (BadInputError, UnsupportedError):
         raise
-    except ModuleNotFoundError as error:
-        raise _needs_library(error) from error
+    except ImportError as error:
+        raise missing(f"model {folder}", error) from error
     except pickle.UnpicklingError as error:
         raise refused(folder, error) from error
     except Exception as error:  # they raise many kinds: config, weights, shapes

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import DetectionBatch, Detections, Samples, batches
-from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.memory import in_parts
+from mmdefense.libraries import needed
 from mmdefense.protocol import TaskAdapter
 
 __all__ = [
@@ -132,7 +132,10 @@ def mean_average_precision(
     Raises:
         UnsupportedError: If pycocotools or torchvision is not installed.
     """
-    metric = _metric()
+    with needed("mean average precision", "pycocotools", "torchvision"):
+        from torchmetrics.detection import MeanAveragePrecision
+
+        metric: Any = MeanAveragePrecision()
     for detected, boxes, labels in detections(adapter, samples):
         one = {"boxes": detected.boxes, "labels": detected.labels, "scores": detected.scores}
         metric.update(
@@ -141,15 +144,3 @@ def mean_average_precision(
         )
     result = metric.compute()
     return {"map50": float(result["map_50"]), "map": float(result["map"])}
-
-
-def _metric() -> Any:
-    try:
-        from torchmetrics.detection import MeanAveragePrecision
-
-        return MeanAveragePrecision()
-    except ImportError as error:
-        raise UnsupportedError(
-            "mean average precision needs the packages pycocotools and torchvision; "
-            "pip install 'mmdefense[detection]'"
-        ) from error

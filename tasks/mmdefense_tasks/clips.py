@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmdefense.batches import Augmentation, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.libraries import needed
 from mmdefense_tasks.streamed import StreamedSamples
 
 __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_clips"]
@@ -184,12 +185,8 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
 
 
 def _import_av(file: Path) -> Any:
-    try:
+    with needed(f"decoding {file}"):
         import av
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"clip {file} needs the package 'av' to be decoded; pip install 'mmdefense[video]'"
-        ) from error
     return av
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmdefense.errors import UnsupportedError
+from mmdefense.libraries import needed
 from mmdefense_tasks.victims import SmallResNet
 
 __all__ = ["PyramidBackbone", "small_fcos", "small_rt_detr", "small_yolos"]
@@ -69,15 +69,11 @@ def small_fcos(
     Raises:
         UnsupportedError: If torchvision is not installed.
     """
-    try:
+    with needed("this detector", "torchvision", "pycocotools"):  # the latter measures it
         from torchvision.models.detection import FCOS
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead
         from torchvision.models.detection.fcos import FCOSRegressionHead as Regression
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this detector needs the package torchvision; pip install 'mmdefense[detection]'"
-        ) from error
     # Not BatchNorm: a head runs on every level, whose statistics differ.
     norm: Any = partial(nn.GroupNorm, 8)
     head = FCOSHead(32, 1, classes, num_convs=0)  # its own heads need 32 features; both replaced
@@ -124,12 +120,8 @@ def small_yolos(
     Raises:
         UnsupportedError: If transformers is not installed.
     """
-    try:
+    with needed("this detector"):
         from transformers import YolosConfig, YolosForObjectDetection
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this detector needs the package transformers; pip install 'mmdefense[huggingface]'"
-        ) from error
     config = YolosConfig(
         image_size=list(size),
         patch_size=patch,
@@ -175,12 +167,8 @@ def small_rt_detr(
     Raises:
         UnsupportedError: If transformers is not installed.
     """
-    try:
+    with needed("this detector"):
         from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this detector needs the package transformers; pip install 'mmdefense[huggingface]'"
-        ) from error
     widths = [width, 2 * width, 4 * width]
     backbone = RTDetrResNetConfig(
         num_channels=channels,

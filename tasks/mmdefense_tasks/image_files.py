@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, one_line
+from mmdefense.libraries import needed
 from mmdefense_tasks.image_sets import ImageSet
 
 __all__ = ["open_archive", "open_dataset", "open_folder"]
@@ -157,12 +158,8 @@ def open_dataset(where: str | Path, split: str) -> ImageSet:
 
 
 def _rows(where: str | Path, split: str) -> Any:
-    try:
+    with needed(f"data set {where}"):
         from datasets import DatasetDict, load_dataset, load_from_disk
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"data set {where} needs the package 'datasets'; pip install 'mmdefense[huggingface]'"
-        ) from error
     try:
         held = load_from_disk(str(where)) if Path(where).is_dir() else load_dataset(str(where))
     except Exception as error:  # the library raises many kinds: network, missing, damaged

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmdefense.errors import UnsupportedError
+from mmdefense.libraries import needed
 
 __all__ = ["causal", "seq2seq", "train_tokenizer"]
 
@@ -30,13 +30,9 @@ def train_tokenizer(texts: Sequence[str], size: int = 2000, words: Iterable[str]
     Raises:
         UnsupportedError: If a library that it needs is not installed.
     """
-    try:
+    with needed("a tokenizer"):
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            f"a tokenizer needs the package {error.name!r}; pip install 'mmdefense[language]'"
-        ) from error
     counts = Counter(word for text in texts for word in text.split())
     counts.update(set(words) - set(counts))
     few = len(counts) <= _WORD_LEVEL

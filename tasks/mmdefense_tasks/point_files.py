@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdefense.batches import LabelledSamples
 from mmdefense.clouds import check_clouds, random_cloud_view, to_unit_sphere
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.libraries import how_to_install
 
 __all__ = ["read_cloud", "read_clouds"]
 
@@ -191,10 +192,10 @@ def _opened(path: Path, points: int) -> Any:
 def _open3d(path: Path) -> Any:
     try:
         import open3d
-    except ImportError as error:  # not installed, or a system library of its is missing
+    except ImportError as error:  # not installed, or a system library that it needs is missing
         raise UnsupportedError(
-            f"reading {path.name} needs Open3D ({one_line(error)}); pip install "
-            "'mmdefense[points]', and on Linux the system packages libusb-1.0-0, libgl1 and "
-            "libgomp1; npz archives need neither"
+            f"reading {path.name} needs Open3D ({one_line(error)}); {how_to_install('open3d')}, "
+            "and on Linux the system packages libusb-1.0-0, libgl1 and libgomp1; npz archives "
+            "need neither"
         ) from error
     return open3d

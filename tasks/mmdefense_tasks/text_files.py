@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, one_line
+from mmdefense.libraries import needed
 
 __all__ = ["Pairs", "open_dataset", "open_file", "open_folder"]
 
@@ -150,12 +151,8 @@ def open_dataset(where: str | Path, split: str) -> Pairs:
         BadInputError: If it cannot be read, or holds no text.
         UnsupportedError: If the library is not installed.
     """
-    try:
+    with needed(f"data set {where}"):
         import datasets
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "this data set needs the package 'datasets'; pip install 'mmdefense[huggingface]'"
-        ) from error
     try:
         found = datasets.load_from_disk(str(where)) if Path(where).is_dir() else None
         found = datasets.load_dataset(str(where)) if found is None else found

@@ -176,11 +176,11 @@ class TestPytorchvideo:
         with pytest.raises(BadInputError, match="one of x3d, slow, slowfast, mvit, got 'i3d'"):
             pytorchvideo_models.build("i3d")
 
-    def test_without_the_package_the_extra_is_named(self, monkeypatch):
+    def test_without_the_package_what_brings_it_is_named(self, monkeypatch):
         for name in [name for name in sys.modules if name.startswith("pytorchvideo")]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "pytorchvideo", None)
-        with pytest.raises(UnsupportedError, match=r"pip install 'mmdefense\[video\]'"):
+        with pytest.raises(UnsupportedError, match="needs the package 'pytorchvideo'"):
             pytorchvideo_models.build("x3d")
 
 

@@ -242,9 +242,9 @@ class TestBadFolders:
     def test_bad_arguments(self, folder, options, message):
         assert message in refused(folder, **options)
 
-    def test_without_pyav_the_extra_is_named(self, folder, monkeypatch):
+    def test_without_pyav_what_brings_it_is_named(self, folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "av", None)
-        with pytest.raises(UnsupportedError, match=r"pip install 'mmdefense\[video\]'"):
+        with pytest.raises(UnsupportedError, match="needs the package 'av'"):
             load_clips(folder, frames=2)
 
 
