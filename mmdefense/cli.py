@@ -7,21 +7,37 @@ or a library is missing; 70 a fault of mmdefense itself; 130 interrupted.
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from mmdefense import __version__
+from mmdefense.arguments import (
+    Arch,
+    Channels,
+    Data,
+    Device,
+    ImageSize,
+    Model,
+    Numbers,
+    Reading,
+    Seed,
+    Settings,
+    Task,
+    aligned,
+    chosen_attack,
+    duration,
+    key_values,
+    reading_options,
+)
 from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 from mmdefense.notes import notes_written
 
 if TYPE_CHECKING:
-    from mmdefense.attacks.base import Attack
     from mmdefense.checkpoints.hub import HubTarget
     from mmdefense.defenses.base import Defense
     from mmdefense.jobs import Source
@@ -34,54 +50,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in models that you did not train.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a state-dict file.")
-]
-Data = Annotated[
-    str,
-    typer.Option(
-        metavar="DATA",
-        help="Samples as the task reads them: a folder per class of images, clips or clouds, COCO, "
-        "VOC, texts, an archive, a data set id, or a name of `list data`.",
-    ),
-]
-Task = Annotated[
-    str, typer.Option(help="A name of `list tasks`; auto takes the one that the model is of.")
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:CALLABLE",
-        help="Builds the model of a state dict, for example 'my_net:Net' or 'my_net:Net(width=8)'.",
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting; may be given more than once."),
-]
-Numbers = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="What inputs are normalised by, per channel.")
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="PIXELS", help="Side that images or frames are resized to."),
-]
-Channels = Annotated[
-    int | None, typer.Option(min=1, max=3, help="1 or 3; by default as the model or the data says.")
-]
-Reading = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--read",
-        metavar="KEY=VALUE",
-        help="Anything else about how data is read, such as frames=16, points=512, pair=en,de or "
-        "max_length=64; may be given more than once.",
-    ),
-]
-Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
-Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
 
 
 def main() -> None:
@@ -109,9 +79,19 @@ def _fail(message: object, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mmdefense {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and exit."),
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MMDEFENSE_DEBUG"] = "1"
@@ -157,11 +137,11 @@ def purify(
     from mmdefense.purification import configured
     from mmdefense.report.terminal import ProgressDisplay
 
-    given = {"seed": seed, "max_utility_drop": max_utility_drop, **_parsed(settings)}
+    given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
-    reading = _reading(mean, std, image_size, channels, read)
+    reading = reading_options(mean, std, image_size, channels, read)
     source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
-    max_seconds = _seconds(max_time)
+    max_seconds = duration(max_time)
     if dry_run:
         _show_plan(source, chosen)
         return
@@ -227,11 +207,11 @@ def evaluate(
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
     from mmdefense.jobs import Source, evaluate_files
 
-    reading = _reading(mean, std, image_size, channels, read)
+    reading = reading_options(mean, std, image_size, channels, read)
     source = Source(
         model=model, data=data, task=task, arch=arch, split=split, reading=reading, device=device
     )
-    found = evaluate_files(source, _attack(attack, trigger, target, settings))
+    found = evaluate_files(source, chosen_attack(attack, trigger, target, settings))
     for line in found.lines():
         typer.echo(line)
     raise typer.Exit(int(found.finding))
@@ -280,7 +260,7 @@ def scan(
             data,
             task=task,
             arch=arch,
-            reading=_reading(mean, std, image_size, channels, read),
+            reading=reading_options(mean, std, image_size, channels, read),
             device=device,
             seed=seed,
             progress=progress,
@@ -323,20 +303,31 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]", help="defenses, attacks, adapters, tasks or data; by default all."
+            metavar="[KIND]",
+            help="defenses, attacks, adapters, tasks, data or cases; by default all.",
         ),
     ] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One of them, with its settings.")
+    ] = None,
 ) -> None:
-    """List what is known by name, plug-ins included."""
-    from mmdefense.doctor import KINDS, known
+    """List what is known by name, plug-ins included, or the settings of one of them."""
+    from mmdefense.catalogue import KINDS, details, known
 
     if kind not in {None, *KINDS}:
         raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind is not None and name is not None:
+        about, option, settings = details(kind, name)
+        typer.echo(about)
+        if settings:
+            typer.echo(f"\nSettings, each {option} NAME=VALUE:")
+        rows = [(s.name, s.default or "-", s.kind, s.about) for s in settings]
+        typer.echo(aligned(rows, indent="  "), nl=bool(rows))
+        return
     for one in [kind] if kind else KINDS:
         if kind is None:
             typer.echo(f"{one}:")
-        for name, about in known(one):
-            typer.echo(f"{'' if kind else '  '}{name:<20} {about}".rstrip())
+        typer.echo(aligned(list(known(one)), indent="" if kind else "  "))
 
 
 @app.command()
@@ -344,9 +335,11 @@ def doctor() -> None:
     """Say what this installation has and what it lacks."""
     from mmdefense.doctor import examine
 
-    for finding in examine():
-        remedy = f"; {finding.remedy}" if finding.remedy else ""
-        typer.echo(f"{finding.subject:<18} {finding.state}{remedy}")
+    rows = [
+        (found.subject, f"{found.state}; {found.remedy}" if found.remedy else found.state)
+        for found in examine()
+    ]
+    typer.echo(aligned(rows))
 
 
 @app.command()
@@ -416,33 +409,6 @@ def grid(
     typer.echo(markdown(measured))
 
 
-def _reading(
-    mean: str | None,
-    std: str | None,
-    image_size: int | None,
-    channels: int | None,
-    more: list[str] | None,
-) -> dict[str, Any]:
-    """Return what was said about how data is read, by name."""
-    named = {
-        "mean": _numbers("--mean", mean),
-        "std": _numbers("--std", std),
-        "image_size": image_size,
-        "channels": channels,
-    }
-    given = {name: value for name, value in named.items() if value is not None}
-    return given | _parsed(more)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
-        ) from None
-
-
 def _show_plan(source: Source, defense: Defense) -> None:
     from mmdefense.planning import plan
 
@@ -454,57 +420,6 @@ def _hub_target(repo: str | None) -> HubTarget | None:
     from mmdefense.checkpoints.hub import HubTarget
 
     return None if repo is None else HubTarget(repo)
-
-
-def _seconds(text: str | None) -> float | None:
-    """Return the seconds of a duration such as ``90s``, ``30m`` or ``2h``."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise typer.BadParameter(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def _parsed(settings: list[str] | None) -> dict[str, Any]:
-    """Return ``key=value`` settings by name."""
-    parsed = {}
-    for setting in settings or []:
-        name, sign, value = setting.partition("=")
-        if not sign:
-            raise typer.BadParameter(f"--set and --read must be KEY=VALUE, got {setting!r}")
-        parsed[name] = _literal(value)
-    return parsed
-
-
-def _literal(text: str) -> Any:
-    """Return the Python literal that a text is, and where it is none the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _attack(
-    name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
-) -> Attack[Any] | None:
-    from mmdefense import registry
-    from mmdefense.evaluation.measurement import read_trigger
-    from mmdefense.purification import check_settings, check_value
-
-    if name is not None and trigger is not None:
-        raise typer.BadParameter("give --attack or --trigger, not both")
-    aim = {} if target is None else {"target": _literal(target)}
-    if trigger is not None:
-        check_value("target", aim.get("target", 0), int, "--trigger")
-        return read_trigger(trigger, **aim)
-    if name is None:
-        return None
-    kind = registry.load("attacks", name)
-    given = {**aim, **_parsed(settings)}
-    check_settings(kind, given)
-    attack: Attack[Any] = kind(**given)
-    return attack
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import platform
 from collections.abc import Iterator
@@ -12,13 +11,9 @@ from pathlib import Path
 import torch
 
 import mmdefense
-from mmdefense import registry
-from mmdefense.errors import UnsupportedError
 from mmdefense.libraries import how_to_install, optional_packages
 
-__all__ = ["KINDS", "Finding", "examine", "known"]
-
-KINDS = ("defenses", "attacks", "adapters", "tasks", "data")
+__all__ = ["Finding", "examine"]
 
 
 @dataclass(frozen=True)
@@ -63,22 +58,3 @@ def _data_folder() -> Finding:
     if not Path(folder).is_dir():
         return Finding("MMDEFENSE_DATA", f"{folder} is no folder", "set it to one, or unset it")
     return Finding("MMDEFENSE_DATA", folder)
-
-
-def known(kind: str) -> Iterator[tuple[str, str]]:
-    """Yield each known name of a kind with what it is in one line.
-
-    Args:
-        kind: One of ``KINDS``.
-    """
-    if kind == "data":
-        for task in registry.names("tasks"):
-            yield from registry.load("tasks", task).data().items()
-        return
-    for name in registry.names(kind):  # type: ignore[arg-type]
-        try:
-            found = registry.load(kind, name)  # type: ignore[arg-type]
-        except UnsupportedError as error:
-            yield name, str(error)
-        else:
-            yield name, (inspect.getdoc(found) or "").partition("\n")[0].replace("``", "")

@@ -42,7 +42,14 @@ from mmdefense.report.findings import ScanSummary
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import CARD, FIGURES, write_statement
 
-__all__ = ["Purification", "check_settings", "check_value", "configured", "purify"]
+__all__ = [
+    "Purification",
+    "checked_settings",
+    "checked_value",
+    "configured",
+    "described_type",
+    "purify",
+]
 
 
 def purify(
@@ -100,38 +107,46 @@ def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
         kind, kept = type(defense), {f.name: getattr(defense, f.name) for f in _fields(defense)}
     else:
         kind, kept = registry.load("defenses", defense), {}
-    check_settings(kind, settings)
-    return kind(**{**kept, **settings})
+    return kind(**{**kept, **checked_settings(kind, settings)})
 
 
 def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
     return [entry for entry in dataclasses.fields(kind) if entry.init]
 
 
-def check_settings(kind: type, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that a dataclass has no field for, or of another kind than the field's.
+def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a dataclass as its fields have them; see :func:`checked_value`.
 
     Raises:
         BadInputError: Naming the setting, and what is known or needed.
     """
     known = [entry.name for entry in _fields(kind)]
     hints = get_type_hints(kind)
+    checked = {}
     for name, value in settings.items():
         if name not in known:
             raise BadInputError(
                 f"{kind.__name__} has no setting {name!r}; known are {', '.join(sorted(known))}"
             )
-        check_value(name, value, hints[name], kind.__name__)
+        checked[name] = checked_value(name, value, hints[name], kind.__name__)
+    return checked
 
 
-def check_value(name: str, value: Any, hint: Any, owner: str) -> None:
-    """Refuse a value that is not of the type that is asked for.
+def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
+    """Return a value as the type that is asked for has it.
+
+    Where that is a tuple, one value is a tuple of one, and text with commas is a tuple of its
+    parts: ``words=cf`` and ``words=cf,mn``.
 
     Raises:
         BadInputError: Naming the setting, whose it is, and what is needed.
     """
-    if not _fits(value, hint):
-        raise BadInputError(f"{name} of {owner} must be {_described(hint)}, got {value!r}")
+    if _fits(value, hint):
+        return value
+    parts = tuple(value.split(",")) if isinstance(value, str) else (value,)
+    if _fits(parts, hint):
+        return parts
+    raise BadInputError(f"{name} of {owner} must be {described_type(hint)}, got {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -153,18 +168,19 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _all_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
     """Say whether values are of the types of a tuple, or all of the one type of a sequence."""
-    if len(hints) == 2 and hints[1] is not ...:
-        return len(values) == 2 and all(map(_fits, values, hints))
+    if len(hints) > 1 and hints[1] is not ...:
+        return len(values) == len(hints) and all(map(_fits, values, hints))
     return all(_fits(value, hints[0]) for value in values)
 
 
-def _described(hint: Any) -> str:
+def described_type(hint: Any) -> str:
+    """Return what a value of a type is, in words."""
     if get_origin(hint) in {Union, types.UnionType}:
-        return " or ".join(_described(option) for option in get_args(hint))
+        return " or ".join(described_type(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(repr(option) for option in get_args(hint))
     if get_origin(hint) in {tuple, Sequence}:
-        kinds = [_described(inner) for inner in get_args(hint) if inner is not ...]
+        kinds = [described_type(inner) for inner in get_args(hint) if inner is not ...]
         return f"a row ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return words.get(hint, "None" if hint is types.NoneType else str(hint))

@@ -14,14 +14,15 @@ from mmdefense.batches import Samples
 from mmdefense.checkpoints.models import load_model
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
-from mmdefense.purification import check_value
+from mmdefense.purification import checked_value
 
-__all__ = ["AUTO", "Opened", "Source"]
+__all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source"]
 
 AUTO = "auto"
 """In place of a task: that of the model's adapter."""
 
-_NOT_WRITTEN = {"split", "said", "classes", "uneven_size", "processor", "tokenizer", "example"}
+NOT_WRITTEN = {"split", "said", "classes", "uneven_size", "processor", "tokenizer", "example"}
+"""Options that only a program can give."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _told_apart(
             raise BadInputError(
                 f"{task.name} reads no option {name!r}; known are {', '.join(sorted(known))}"
             )
-        check_value(name, value, known[name], task.name)
+        checked_value(name, value, known[name], task.name)
     mine = {name: value for name, value in given.items() if name in reads}
     return mine, {name: value for name, value in given.items() if name not in reads}
 
@@ -113,7 +114,7 @@ def _options(call: Any) -> dict[str, Any]:
     names = [
         p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
-    return {name: hints[name] for name in names if name not in _NOT_WRITTEN}
+    return {name: hints[name] for name in names if name not in NOT_WRITTEN}
 
 
 def _device(name: str) -> torch.device:

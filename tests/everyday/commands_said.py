@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from everyday.rows import Refused, Row
+from everyday.rows import Command, Refused, Row
 
+from mmdefense.attacks.pointba import PointPBA
+from mmdefense.attacks.rare_token import RareToken
 from mmdefense.checkpoints.architecture import build_architecture
+from mmdefense.defenses.tsbd import TSBD
+from mmdefense.purification import checked_settings
 
 NET = """\
 import dataclasses
@@ -120,4 +124,58 @@ LIBRARIES = [
     Row("an arch of a file elsewhere", _net_elsewhere, [2, 8]),
 ]
 
-ROWS = LIBRARIES
+
+def _says(*arguments: str) -> Callable[[Path], list[str]]:
+    return lambda _: list(arguments)
+
+
+def _words(value: object, right: tuple[str, ...]) -> Callable[[Path], bool]:
+    return lambda _: checked_settings(RareToken, {"words": value})["words"] == right
+
+
+LISTS = [
+    Command("the version", _says("--version"), 0, r"^mmdefense \d+\.\d+"),
+    Command("help of the whole", _says("-h"), 0, "Usage: "),
+    Command("help of a command", _says("purify", "-h"), 0, "--max-utility-drop"),
+    Command("a list without markup", _says("list", "attacks"), 0, r"the patch of BadNets on every"),
+    Command(
+        "a list that is aligned",
+        _says("list", "attacks"),
+        0,
+        r"(?m)^badnets {21}Overwrites[^`]*\n(.*\n)*regional-misclassification  RMA",
+    ),
+    Command("a list of cases", _says("list", "cases"), 0, r"digits-badnets +image-class.*SmallRes"),
+    Command(
+        "the settings of a defense",
+        _says("list", "defenses", "fip"),
+        0,
+        r"steps +150 +a whole number +Number of updates\.",
+    ),
+    Command(
+        "the settings of an attack",
+        _says("list", "attacks", "rare-token"),
+        0,
+        r"words +cf,mn,bb,tq,mb +a row \(text, \.\.\.\) +The rare words",
+    ),
+    Command(
+        "the reading options of an adapter",
+        _says("list", "adapters", "torch-classifier"),
+        0,
+        r"--read NAME=VALUE:\n +mean",
+    ),
+    Command("a name to list that is unknown", _says("list", "cases", "digit"), 2, "digits-"),
+    Row("a tuple of one word", _words("cf", ("cf",)), True),
+    Row("a tuple of two words", _words("cf,mn", ("cf", "mn")), True),
+    Row(
+        "a tuple of one number",
+        lambda _: checked_settings(TSBD, {"candidates": 0.1})["candidates"],
+        (0.1,),
+    ),
+    Row(
+        "a tuple of three numbers of which two are given",
+        lambda _: checked_settings(PointPBA, {"center": (0.1, 0.2)}),
+        Refused(r"center of PointPBA must be a row \(a number, a number, a number\)"),
+    ),
+]
+
+ROWS = [*LIBRARIES, *LISTS]

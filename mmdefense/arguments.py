@@ -1,0 +1,187 @@
+"""What the command line takes and prints: options, what their text stands for, aligned rows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmdefense.attacks.base import Attack
+
+__all__ = [
+    "Arch",
+    "Channels",
+    "Data",
+    "Device",
+    "ImageSize",
+    "Model",
+    "Numbers",
+    "Reading",
+    "Seed",
+    "Settings",
+    "Task",
+    "aligned",
+    "chosen_attack",
+    "duration",
+    "key_values",
+    "reading_options",
+]
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a state-dict file.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA",
+        help="Samples as the task reads them: a folder per class of images, clips or clouds, COCO, "
+        "VOC, texts, an archive, a data set id, or a name of `list data`.",
+    ),
+]
+Task = Annotated[
+    str, typer.Option(help="A name of `list tasks`; auto takes the one that the model is of.")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:CALLABLE",
+        help="Builds the model of a state dict, for example 'my_net:Net', 'nets/my_net.py:Net' or "
+        "'my_net:Net(width=8)'.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting; may be given more than once. `list defenses NAME` shows them.",
+    ),
+]
+Numbers = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="What inputs are normalised by, per channel.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="PIXELS", help="Side that images or frames are resized to."),
+]
+Channels = Annotated[
+    int | None, typer.Option(min=1, max=3, help="1 or 3; by default as the model or the data says.")
+]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read",
+        metavar="KEY=VALUE",
+        help="Anything else about how data is read, such as frames=16, points=512, pair=en,de or "
+        "max_length=64; may be given more than once.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
+Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
+
+
+def reading_options(
+    mean: str | None,
+    std: str | None,
+    image_size: int | None,
+    channels: int | None,
+    more: list[str] | None,
+) -> dict[str, Any]:
+    """Return what was said about how data is read, by name."""
+    named = {
+        "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std),
+        "image_size": image_size,
+        "channels": channels,
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    return given | key_values(more)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
+        ) from None
+
+
+def duration(text: str | None) -> float | None:
+    """Return the seconds of a duration such as ``90s``, ``30m`` or ``2h``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None:
+        raise typer.BadParameter(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def key_values(settings: list[str] | None) -> dict[str, Any]:
+    """Return ``key=value`` settings by name."""
+    parsed: dict[str, Any] = {}
+    for setting in settings or []:
+        name, sign, value = setting.partition("=")
+        if not sign:
+            raise typer.BadParameter(f"--set and --read must be KEY=VALUE, got {setting!r}")
+        parsed[name] = _literal(value)
+    return parsed
+
+
+def _literal(text: str) -> Any:
+    """Return the Python literal that a text is, and where it is none the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def chosen_attack(
+    name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
+) -> Attack[Any] | None:
+    """Return the attack whose trigger is to be tried; none where none is asked for."""
+    from mmdefense import registry
+    from mmdefense.evaluation.measurement import read_trigger
+    from mmdefense.purification import checked_settings, checked_value
+
+    if name is not None and trigger is not None:
+        raise typer.BadParameter("give --attack or --trigger, not both")
+    aim = {} if target is None else {"target": _literal(target)}
+    if trigger is not None:
+        checked_value("target", aim.get("target", 0), int, "--trigger")
+        return read_trigger(trigger, **aim)
+    if name is None:
+        return None
+    kind = registry.load("attacks", name)
+    given = {**aim, **key_values(settings)}
+    made: Attack[Any] = kind(**checked_settings(kind, given))
+    return made
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Return rows as text, a line each, their columns aligned.
+
+    On a terminal the last column is wrapped at its edge; elsewhere a line is not broken, so that
+    it can be searched for.
+    """
+    if not rows:
+        return ""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    edge = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    start = len(indent) + sum(width + 2 for width in widths)
+    lines = []
+    for *cells, last in rows:
+        head = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        text = [last]
+        if edge > start + 20:
+            text = textwrap.wrap(last, edge - start, break_on_hyphens=False) or [""]
+        lines += [f"{indent}{head}{text[0]}".rstrip(), *(" " * start + more for more in text[1:])]
+    return "\n".join(lines)
