@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, and again only when the dependencies change.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench results-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PROCESSES ?= 2
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install mmdefense and its tools into .venv
 
@@ -52,6 +52,9 @@ check: $(READY)  ## lint, types, and the arrows between the packages
 
 bench: $(READY)  ## measure the kernels against plain versions, write out/bench
 	@$(BIN)/python recipes/bench.py -o out/bench $(ARGS)
+
+results-check: $(READY)  ## measure three random cells of the published tables again: minutes to hours
+	@$(BIN)/python recipes/results.py check $(ARGS)
 
 clean:  ## remove .venv and the tools' caches; out/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,48 @@
+"""The published figures: README's tables are those of the file, and a moved cell is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+recipe = runpy.run_path(str(ROOT / "recipes" / "results.py"))
+CELLS = recipe["read"]()
+
+
+def test_the_tables_of_the_readme_are_those_of_the_file():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count("<!-- results: ") == len(recipe["TABLES"])
+    assert recipe["with_tables"](text, CELLS) == text
+
+
+def test_the_file_is_written_as_it_was_read(tmp_path):
+    recipe["write"](CELLS, tmp_path / "copy.csv")
+    assert (tmp_path / "copy.csv").read_bytes() == recipe["PUBLISHED"].read_bytes()
+
+
+def test_each_cell_stands_once_and_says_of_which_commit_it_is():
+    assert len({cell.key for cell in CELLS}) == len(CELLS)
+    assert all(len(cell.commit) >= 7 for cell in CELLS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"asr": 7.9}, []),
+        ({"asr": 8.1}, ["asr moved by +6.1, more than 6.0"]),
+        ({"asr": 12.0, "asr_sd": 5.0}, []),
+        ({"metric": 91.9}, ["metric moved by -3.1, more than 2.0"]),
+        ({"ra": math.nan}, []),
+    ],
+)
+def test_a_cell_is_off_beyond_its_spread(changed, said):
+    cell = dataclasses.replace(
+        CELLS[0], metric=95.0, metric_sd=0.5, asr=2.0, asr_sd=3.0, ra=90.0, ra_sd=1.0
+    )
+    assert recipe["differences"](cell, dataclasses.replace(cell, **changed)) == said
