@@ -344,14 +344,16 @@ def _recorded(guard: Guard) -> records.Guard:
         before=guard.before,
         after=guard.after,
         drop=guard.drop,
-        drop_low=guard.drop - guard.margin,
-        drop_high=guard.drop + guard.margin,
+        drop_low=guard.low,
+        drop_high=guard.high,
         bound=guard.bound,
         state=guard.instead or guard.state,
         violated=guard.violated,
         samples=guard.samples,
         message=guard.message,
         confidence=0.9,  # each end is a one-sided 95 % bound
+        verdict=guard.verdict,
+        needed=guard.needed,
     )
 
 

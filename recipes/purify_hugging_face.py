@@ -92,6 +92,7 @@ def purify(name: str, defense: Defense, baseline: str = "") -> Row:
         seconds=purified.result.seconds,
         baseline=baseline,
         violated=purified.guard.violated,
+        undecided=purified.guard.undecided,
     )
 
 

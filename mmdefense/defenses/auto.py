@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdefense import registry
 from mmdefense.defenses.base import Defense, Purifying
-from mmdefense.defenses.guard import Guard
+from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
 from mmdefense.kernels.run import Run, copy_state
@@ -192,10 +192,10 @@ class _Trial:
             return f"not possible here ({self.failure})"
         verdict = "good enough" if self.is_good(tolerated) else "not good enough"
         ended = f"; the time was up in {self.stopped}" if self.stopped else ""
+        bound = "" if self.guard.verdict == KEPT else f" (bound {self.guard.verdict})"
         return (
             f"utility {self.guard.before:.3f} to {self.guard.after:.3f}"
-            f"{' (guard VIOLATED)' if self.guard.violated else ''}, known triggers succeed on up "
-            f"to {self.success:.0%}: {verdict}{ended}"
+            f"{bound}, known triggers succeed on up to {self.success:.0%}: {verdict}{ended}"
         )
 
 

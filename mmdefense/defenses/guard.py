@@ -5,15 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Guard", "State", "Trial", "at_rate", "choose"]
+__all__ = [
+    "KEPT",
+    "UNDECIDED",
+    "VIOLATED",
+    "Guard",
+    "State",
+    "Trial",
+    "at_rate",
+    "choose",
+    "not_decidable",
+]
 
 State = dict[str, Tensor]
 """A state dict."""
+
+KEPT: Literal["kept"] = "kept"
+VIOLATED: Literal["violated"] = "violated"
+UNDECIDED: Literal["not decidable"] = "not decidable"
+"""The three verdicts of the guard: the whole interval of the drop lies within the bound, all of it
+lies beyond, or the bound lies inside it."""
 
 _Z = 1.645  # one-sided 95 %
 
@@ -26,23 +42,68 @@ class Guard:
         before: Task metric of the given model, in ``[0, 1]``.
         after: Task metric of the returned state.
         drop: ``before - after``.
-        margin: Half-width of the one-sided 95 % interval of the drop, from paired samples.
+        spread: Standard deviation of the drop of single samples.
         bound: The largest drop that was allowed.
         samples: Size of the hold-out part.
         state: Which state was returned: ``"final"`` or an earlier one.
-        violated: Whether even the best state drops by more than ``bound``, beyond chance.
         rate: The share of the defense's learning rate at which that state was reached.
     """
 
     before: float
     after: float
     drop: float
-    margin: float
+    spread: float
     bound: float
     samples: int
     state: str
-    violated: bool
     rate: float = 1.0
+
+    @property
+    def margin(self) -> float:
+        """Half-width of the 90 % interval of the drop, each end of which is a 95 % bound.
+
+        With few samples and no observed change the plain error is 0: half a sample is the floor.
+        """
+        return _Z * max(self.spread / math.sqrt(self.samples), 1 / self.samples / 2)
+
+    @property
+    def low(self) -> float:
+        """Lower end of that interval; no drop is below -1."""
+        return max(-1.0, self.drop - self.margin)
+
+    @property
+    def high(self) -> float:
+        """Upper end of that interval; no drop is above 1."""
+        return min(1.0, self.drop + self.margin)
+
+    @property
+    def verdict(self) -> Literal["kept", "violated", "not decidable"]:
+        """Whether the bound is kept, violated, or neither is certain with so few samples."""
+        if self.low > self.bound:
+            return VIOLATED
+        return KEPT if self.high <= self.bound else UNDECIDED
+
+    @property
+    def violated(self) -> bool:
+        """Whether even the best state drops by more than ``bound``, beyond chance."""
+        return self.verdict == VIOLATED
+
+    @property
+    def needed(self) -> int | None:
+        """Number of held-out samples that would decide, if drop and spread stay as they are.
+
+        It is none where these decide already, or where the drop is so near to the bound that no
+        number that anyone has would.
+        """
+        gap = abs(self.bound - self.drop)
+        if self.verdict != UNDECIDED or gap < 1e-4:
+            return None
+        return math.ceil(max((_Z * self.spread / gap) ** 2, _Z / 2 / gap)) + 1
+
+    @property
+    def undecided(self) -> str:
+        """That the samples do not decide, and how many would; empty where they do."""
+        return not_decidable(self.samples, self.needed) if self.verdict == UNDECIDED else ""
 
     @property
     def instead(self) -> str:
@@ -58,13 +119,15 @@ class Guard:
             f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
         )
-        rate = "" if self.rate == 1 else f" {at_rate(self.rate)}"
-        if self.violated:
-            least = f"; least is lost{rate}" if rate else ""
-            return f"utility guard VIOLATED, no state keeps the bound{least}: {change}"
-        if self.state != "final":
-            return f"utility guard chose the earlier state {self.state!r}{rate}: {change}"
-        return f"utility guard passed{rate}: {change}"
+        taken = f"; taken is the state {self.instead!r}" if self.instead else ""
+        return f"utility guard: {self._words()}{taken}: {change}"
+
+    def _words(self) -> str:
+        if self.verdict == VIOLATED:
+            return "bound VIOLATED by every state, the smallest drop is returned"
+        if self.verdict == KEPT:
+            return "bound kept"
+        return f"bound {self.undecided}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +143,12 @@ class Trial:
     work: Any
     rate: float
     states: list[tuple[str, State]]
+
+
+def not_decidable(samples: int, needed: int | None) -> str:
+    """Return in words that a hold-out part does not decide, and how large one would."""
+    would = "" if needed is None else f" (about {needed:,} would decide)"
+    return f"not decidable with {samples:,} held-out samples{would}"
 
 
 def at_rate(rate: float) -> str:
@@ -149,17 +218,12 @@ def _on_the_line(
 def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
     difference = (before - after).double()
     count = len(difference)
-    drop = float(difference.mean())
-    spread = float(difference.std(unbiased=True)) if count > 1 else 0.0
-    # With few samples and no observed change the plain error is 0: one sample's worth is the floor.
-    margin = _Z * max(spread / math.sqrt(count), 1 / count / 2)
     return Guard(
         before=float(before.mean()),
         after=float(after.mean()),
-        drop=drop,
-        margin=margin,
+        drop=float(difference.mean()),
+        spread=float(difference.std(unbiased=True)) if count > 1 else 0.0,
         bound=bound,
         samples=count,
         state=state,
-        violated=drop - margin > bound,
     )

@@ -182,6 +182,7 @@ def markdown(cells: Iterable[Cell]) -> str:
             f"{what} in {count} of {len(rows)}"
             for what, count in (
                 ("guard violated", sum(row.violated for row in rows)),
+                ("guard not decidable", sum(bool(row.undecided) for row in rows)),
                 ("another state than the final one", sum(bool(row.instead) for row in rows)),
             )
             if count

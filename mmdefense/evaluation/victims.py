@@ -180,6 +180,7 @@ def purified_row(
         seconds=purified.result.seconds,
         baseline=baseline,
         violated=purified.guard.violated,
+        undecided=purified.guard.undecided,
         instead=purified.guard.instead,
         settings=purified.result.settings,
     )

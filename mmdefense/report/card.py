@@ -86,7 +86,7 @@ def _rows(record: PurificationRecord) -> list[str]:
         rates = f"{percent(choice.success_before)} | {percent(choice.success_after)}"
         rows.append(f"| largest success of a known trigger, found or random | {rates} |")
     bound = f"| largest drop allowed, in points | | {points(guard.bound)} |"
-    return [*rows, bound]
+    return [*rows, bound, f"| utility bound | | {guard.undecided or guard.verdict} |"]
 
 
 def _plain(text: str) -> str:

@@ -144,6 +144,7 @@ def _measured(record: PurificationRecord) -> dict[str, str]:
         f"Hold-out {guard.metric} after (higher is better)": percent(guard.after),
         "Drop in points (lower is better)": f"{points(guard.drop)} ({interval})",
         "Largest drop allowed": points(guard.bound),
+        "Utility bound": guard.undecided or guard.verdict,
         "State that was returned": guard.state,
     }
     if record.attack is not None:

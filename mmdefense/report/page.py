@@ -156,7 +156,8 @@ def _guard_plot(guard: Guard) -> Markup:
     value, low, high, bound = (
         100 * rate for rate in (guard.drop, guard.drop_low, guard.drop_high, guard.bound)
     )
-    return Interval(value, low, high, bound, label).markup("guard")
+    verdict = f"bound {guard.verdict}"
+    return Interval(value, low, high, bound, label, verdict=verdict).markup("guard")
 
 
 def figure_contexts(figures: Sequence[Figure]) -> list[dict[str, Any]]:

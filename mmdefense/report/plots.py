@@ -320,6 +320,7 @@ class Interval:
         bound: The line that should not be crossed.
         xlabel: Name and unit.
         title: Heading of this panel; may be empty.
+        verdict: What follows for the bound, written into the drawing; may be empty.
     """
 
     value: float
@@ -328,18 +329,20 @@ class Interval:
     bound: float
     xlabel: str
     title: str = ""
+    verdict: str = ""
 
     def describe(self) -> str:
-        """Return the numbers."""
+        """Return the numbers, and the verdict."""
+        said = f"; {self.verdict}" if self.verdict else ""
         return say(
             self.title,
             f"{self.xlabel}: {_show(self.value)}, interval {_show(self.low)} to "
-            f"{_show(self.high)}, bound {_show(self.bound)}.",
+            f"{_show(self.high)}, bound {_show(self.bound)}{said}.",
         )
 
     def markup(self, prefix: str) -> Markup:
         """Return the chart as SVG."""
-        return draw(self._paint, prefix=prefix, alt=self.describe(), size=(4.6, 0.95))
+        return draw(self._paint, prefix=prefix, alt=self.describe(), size=(4.6, 1.15))
 
     def _paint(self, axes: Axes) -> None:
         axes.plot([self.low, self.high], [0, 0], color=AFTER, linewidth=3, alpha=0.55)
@@ -356,6 +359,7 @@ class Interval:
             va="top",
             color=ATTACK,
         )
+        axes.set_title(self.verdict, fontsize="medium", color=MUTED)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylim(-1, 1.6)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from mmdefense.checkpoints.runs import write_atomically
+from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
 from mmdefense.errors import BadInputError
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.findings import ScanSummary
@@ -133,11 +134,13 @@ class Guard:
         drop_high: Upper end.
         bound: Largest drop allowed.
         state: Label of the state that was returned.
-        violated: Whether that state breaks the bound.
+        violated: Whether that state breaks the bound, beyond the error of the hold-out part.
         samples: Size of the hold-out part.
         message: The guard's own words.
         metric: Name of the task metric.
         confidence: Level of the interval.
+        verdict: ``"kept"``, ``"violated"`` or ``"not decidable"``; by default as the interval says.
+        needed: Held-out samples that would decide; none where these do, or no number would.
     """
 
     before: float
@@ -152,6 +155,20 @@ class Guard:
     message: str = ""
     metric: str = "accuracy"
     confidence: float = 0.95
+    verdict: str = ""
+    needed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.verdict:  # a record of before there were three
+            decided = KEPT if self.drop_high <= self.bound else UNDECIDED
+            object.__setattr__(self, "verdict", VIOLATED if self.violated else decided)
+        if self.verdict not in {KEPT, VIOLATED, UNDECIDED}:
+            raise BadInputError(f"the guard's verdict must be one of three, got {self.verdict!r}")
+
+    @property
+    def undecided(self) -> str:
+        """That the samples do not decide, and how many would; empty where they do."""
+        return not_decidable(self.samples, self.needed) if self.verdict == UNDECIDED else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +287,7 @@ class Row:
         victim: Name of the victim, where a table has several.
         baseline: Name of the row of the same victim that this one has to beat.
         violated: Whether the utility guard was violated.
+        undecided: Where the hold-out part was too small for the guard to decide, that in words.
         instead: What the guard returned in place of the final state at the full learning rate;
             empty where that was returned.
         settings: The defense's settings.
@@ -283,6 +301,7 @@ class Row:
     victim: str = ""
     baseline: str = ""
     violated: bool = False
+    undecided: str = ""
     instead: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -372,6 +391,7 @@ class PurificationRecord(_Json):
             after=after,
             seconds=self.seconds,
             violated=self.guard.violated,
+            undecided=self.guard.undecided,
         )
         return (row,)
 

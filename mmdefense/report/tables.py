@@ -116,7 +116,9 @@ def _tone(field: str, value: float | None) -> str:
 def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
     notes = [row.note] if row.note else []
     if row.violated:
-        notes.append("utility guard violated")
+        notes.append("utility bound violated")
+    if row.undecided:
+        notes.append(f"guard: {row.undecided}")
     if row.instead:
         notes.append(f"the guard took: {row.instead}")
     if beats_baseline(row, rows) is False:

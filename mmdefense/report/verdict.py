@@ -44,9 +44,13 @@ def verdict(record: Record) -> Verdict:
         *_scan_lines(record),
         *limits(record),
     )
-    if record.guard.violated:
-        return Verdict("fail", "Guard violated", f"Utility guard violated. {headline}", lines)
-    return Verdict(level, label, f"Utility guard passed. {headline}", lines)
+    guard = record.guard
+    headline = f"Utility bound {guard.undecided or guard.verdict}. {headline}"
+    if guard.violated:
+        return Verdict("fail", "Utility bound violated", headline, lines)
+    if guard.undecided and level == "pass":
+        return Verdict("open", f"{label}, utility bound not decidable", headline, lines)
+    return Verdict(level, label, headline, lines)
 
 
 def _backdoor(record: PurificationRecord) -> tuple[Level, str, str]:
@@ -168,10 +172,12 @@ def _row_lines(record: ComparisonRecord, measured: list[Row], good: list[Row]) -
     missed = [row for row in measured if row not in good]
     behind = [row for row in record.rows if beats_baseline(row, record.rows) is False]
     violated = [row for row in record.rows if row.violated]
+    undecided = [row for row in record.rows if row.undecided]
     clean = [row for row in record.rows if _is_clean(row)]
     said = (
         ("Aim not reached: {}.", missed),
-        ("Utility guard violated: {}.", violated),
+        ("Utility bound violated: {}.", violated),
+        ("Not decidable for the guard with its hold-out part: {}.", undecided),
         ("Not better than its baseline of the same budget, by DER: {}.", behind),
         ("Not counted, since the trigger did not work before: {}.", clean),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -101,7 +101,9 @@ def test_a_final_state_within_the_bound_is_returned(adapter, clean):
     assert (guard.before, guard.samples, guard.bound) == (1.0, HELD, 0.02)
     assert guard.after == pytest.approx(0.99)
     assert guard.drop == pytest.approx(0.01)
-    assert guard.message.startswith("utility guard passed: the task metric went from 1.000 to 0.99")
+    assert guard.verdict == "not decidable"  # 0.01 +- 0.0165 against 0.02
+    assert "bound not decidable with 100 held-out samples (about 272 would decide)" in guard.message
+    assert "the task metric went from 1.000 to 0.99" in guard.message
     assert guard.instead == ""
 
 
@@ -122,6 +124,42 @@ def test_a_better_model_passes(adapter, clean):
     guard, _ = purify(DialAdapter(Dial(0.5)), clean, 0.8)
     assert guard.drop == pytest.approx(-0.3)
     assert not guard.violated
+
+
+@pytest.mark.parametrize(
+    ("wrong", "bound", "verdict"),
+    [
+        (0, 0.02, "kept"),  # half a sample is the error: 0 to 0.0082
+        (1, 0.02, "not decidable"),
+        (2, 0.02, "not decidable"),
+        (2, 0.1, "kept"),
+        (15, 0.02, "violated"),
+        (100, 1.0, "kept"),
+    ],
+)
+def test_the_guard_has_three_verdicts(adapter, clean, wrong, bound, verdict):
+    guard, _ = purify(adapter, clean, 1 - wrong / 100, bound=bound)
+    if verdict != "violated":
+        assert (guard.state, guard.verdict) == ("final", verdict)
+        return
+    whole, _ = purify(adapter, clean, 1 - wrong / 100, bound=1.0)
+    assert replace(whole, bound=bound).verdict == "violated"
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 4])
+def test_as_many_samples_as_it_names_decide(adapter, clean, wrong):
+    guard, _ = purify(adapter, clean, 1 - wrong / 100)
+    assert guard.verdict == "not decidable"
+    fewer, enough = (replace(guard, samples=count) for count in (guard.needed - 2, guard.needed))
+    assert fewer.verdict == "not decidable"
+    assert enough.verdict == ("kept" if guard.drop < guard.bound else "violated")
+    assert (enough.needed, enough.undecided) == (None, "")
+
+
+def test_a_drop_at_the_bound_is_decided_by_no_number(adapter, clean):
+    guard, _ = purify(adapter, clean, 0.98)
+    assert (guard.verdict, guard.needed) == ("not decidable", None)
+    assert guard.undecided == "not decidable with 100 held-out samples"
 
 
 # Of 100 paired samples k turn wrong: the drop is k/100, its standard error that of k ones and
@@ -164,7 +202,7 @@ def test_the_latest_state_that_keeps_the_bound_comes_next(adapter, clean):
     guard, level = purify(adapter, clean, 0.99, 0.98, 0.4, 0.2)
     assert (guard.state, guard.violated) == ("at 0.98", False)
     assert level == pytest.approx(0.98)
-    assert "chose the earlier state 'at 0.98'" in guard.message
+    assert "taken is the state 'at 0.98'" in guard.message
 
 
 @pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 80, 0.2), (0.45, 50, 0.5)])
@@ -191,7 +229,7 @@ def test_where_all_states_are_as_bad_the_most_purified_is_returned_and_the_viola
     guard, level = purify(adapter, clean, -3.0, -20.0, bound=0.0)
     assert (guard.state, guard.violated, level) == ("final", True, -20.0)
     assert (guard.after, guard.drop) == (0.0, 1.0)
-    assert "VIOLATED, no state keeps the bound" in guard.message
+    assert "bound VIOLATED by every state" in guard.message
 
 
 def test_of_violating_states_the_least_harmful_is_returned(adapter, clean):
@@ -270,7 +308,7 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
     assert result.model.level.item() == pytest.approx(0.9)
     assert (result.guard.state, result.guard.rate) == ("final", 0.25)
     assert result.guard.instead == "final, at 0.25 times the learning rate"
-    assert result.guard.message.startswith("utility guard passed at 0.25 times the learning rate:")
+    assert "the state 'final, at 0.25 times the learning rate'" in result.guard.message
     assert result.figures == {"lr": 0.1}
     assert [event.note for event in events if event.note] == [
         "too much utility is lost; beginning again at 0.5 times the learning rate",
@@ -304,9 +342,8 @@ def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
     result = defense.purify(adapter, clean)
     assert (result.guard.state, result.guard.rate) == ("final", 0.5)
     assert result.guard.violated
-    assert "no state keeps the bound; least is lost at 0.5 times the learning rate:" in (
-        result.guard.message
-    )
+    assert "VIOLATED by every state" in result.guard.message
+    assert "at 0.5 times the learning rate" in result.guard.message
     assert result.model.level.item() == pytest.approx(0.6)
 
 

@@ -161,8 +161,8 @@ def test_a_comparison_shows_all_side_by_side():
     document = Document(comparison_page(two_records(), ["a", HOSTILE]))
     assert not document.all("script", "img")
     for text in (
-        "Utility guard passed",
-        "Utility guard violated",
+        "Utility bound kept",
+        "Utility bound violated",
         "97.0%",
         "50.0%",
         "stem",

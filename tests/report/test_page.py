@@ -107,10 +107,18 @@ def test_a_hostile_name_is_shown_and_not_run():
     assert not Document(page(comparison(hostile_row, title=HOSTILE))).all("script", "img")
 
 
+def test_headline_and_drawing_of_the_guard_agree():
+    shown = page(purification(guard={"drop": 0.15, "drop_high": 0.289, "needed": 41}))
+    assert "Utility bound not decidable with 36 held-out samples (about 41 would decide)." in shown
+    drawing = shown[shown.index("<svg") : shown.index("</svg>")]
+    assert drawing.count("bound not decidable") == 2  # drawn, and told to who cannot see it
+    assert "bound kept" not in shown
+
+
 def test_the_page_shows_verdict_figures_settings_and_provenance():
     text = Document(page(purification())).text
     for shown in (
-        "Utility guard passed",
+        "Utility bound kept",
         "Whether a backdoor was removed was not measured",
         "lower is better",
         "What was changed",

@@ -40,7 +40,7 @@ def test_removal_is_claimed_only_from_a_measured_fall_of_the_asr(before, after):
 def test_without_an_attack_nothing_is_claimed_about_a_backdoor():
     found = verdict(purification())
     assert found.level == "open"
-    assert "guard passed" in found.headline
+    assert "Utility bound kept" in found.headline
     assert "not measured" in found.headline
     assert "nothing here says that there was a backdoor" in found.lines[-1]
 
@@ -48,7 +48,21 @@ def test_without_an_attack_nothing_is_claimed_about_a_backdoor():
 def test_a_violated_guard_outweighs_a_low_asr():
     found = verdict(attacked(0.99, 0.0, guard={"violated": True}))
     assert found.level == "fail"
-    assert found.headline.startswith("Utility guard violated")
+    assert found.headline.startswith("Utility bound violated")
+
+
+UNDECIDED = {"drop": 0.15, "drop_low": 0.011, "drop_high": 0.289, "needed": 41}
+
+
+def test_what_the_samples_do_not_decide_is_no_pass():
+    found = verdict(purification(guard=UNDECIDED))
+    words = "Utility bound not decidable with 36 held-out samples (about 41 would decide). "
+    assert found.headline.startswith(words)
+    assert found.level == "open"
+    removed = verdict(attacked(0.99, 0.0, guard=UNDECIDED))
+    assert removed.level == "open"
+    assert "not decidable" in removed.label
+    assert verdict(attacked(0.99, 0.9, guard=UNDECIDED)).level == "fail"
 
 
 def test_a_choice_says_what_was_taken_and_what_the_known_triggers_reach():
@@ -80,14 +94,15 @@ def test_a_comparison_counts_those_that_reach_both_aims_and_names_the_others():
         row("fip", acc=0.95, asr=0.05, baseline="fine-tuning"),  # on both edges
         row("tsbd", acc=0.94, baseline="fine-tuning"),
         row("fine-pruning", asr=0.6, baseline="fine-tuning"),
-        row("baeraser", baseline="fine-tuning", violated=True),
+        row("baeraser", baseline="fine-tuning", violated=True, undecided="with 9"),
     )
     found = verdict(record)
     assert found.level == "open"
     assert found.headline.startswith("1 of 4")
     assert found.lines[0] == "Aim not reached: tsbd, fine-pruning, baeraser."
-    assert found.lines[1] == "Utility guard violated: baeraser."
-    assert found.lines[2].endswith("by DER: fine-pruning.")
+    assert found.lines[1] == "Utility bound violated: baeraser."
+    assert found.lines[2].endswith("its hold-out part: baeraser.")
+    assert found.lines[3].endswith("by DER: fine-pruning.")
 
 
 def test_a_clean_victim_is_not_counted_as_a_success():
