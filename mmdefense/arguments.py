@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Arch",
     "Channels",
+    "Classes",
     "Data",
     "Device",
     "ImageSize",
@@ -75,6 +76,13 @@ ImageSize = Annotated[
 Channels = Annotated[
     int | None, typer.Option(min=1, max=3, help="1 or 3; by default as the model or the data says.")
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The model's class names in order, where it names none itself: one a line, or JSON.",
+    ),
+]
 Reading = Annotated[
     list[str] | None,
     typer.Option(
@@ -93,14 +101,18 @@ def reading_options(
     std: str | None,
     image_size: int | None,
     channels: int | None,
+    classes: Path | None,
     more: list[str] | None,
 ) -> dict[str, Any]:
     """Return what was said about how data is read, by name."""
+    from mmdefense.class_names import read_class_names
+
     named = {
         "mean": _numbers("--mean", mean),
         "std": _numbers("--std", std),
         "image_size": image_size,
         "channels": channels,
+        "classes": None if classes is None else read_class_names(classes),
     }
     given = {name: value for name, value in named.items() if value is not None}
     return given | key_values(more)

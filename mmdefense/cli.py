@@ -19,6 +19,7 @@ from mmdefense import __version__
 from mmdefense.arguments import (
     Arch,
     Channels,
+    Classes,
     Data,
     Device,
     ImageSize,
@@ -120,6 +121,7 @@ def purify(
     std: Numbers = None,
     image_size: ImageSize = None,
     channels: Channels = None,
+    classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
@@ -139,7 +141,7 @@ def purify(
 
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
-    reading = reading_options(mean, std, image_size, channels, read)
+    reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
     max_seconds = duration(max_time)
     if dry_run:
@@ -201,13 +203,14 @@ def evaluate(
     std: Numbers = None,
     image_size: ImageSize = None,
     channels: Channels = None,
+    classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
     from mmdefense.jobs import Source, evaluate_files
 
-    reading = reading_options(mean, std, image_size, channels, read)
+    reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model, data=data, task=task, arch=arch, split=split, reading=reading, device=device
     )
@@ -237,6 +240,7 @@ def scan(
     std: Numbers = None,
     image_size: ImageSize = None,
     channels: Channels = None,
+    classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
 ) -> None:
@@ -260,7 +264,7 @@ def scan(
             data,
             task=task,
             arch=arch,
-            reading=reading_options(mean, std, image_size, channels, read),
+            reading=reading_options(mean, std, image_size, channels, classes, read),
             device=device,
             seed=seed,
             progress=progress,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.class_names import contradicted, few
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense_adapters.module_adapter import ModuleAdapter
@@ -71,6 +72,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     def samples(self, data: Any) -> Samples[LabelledBatch]:
         """Return ``data`` as labelled samples on the model's device, checked against the model."""
         samples = self._as_samples(data)
+        _check_names(samples, self)
         if len(samples) == 0:
             raise BadInputError(f"data must hold at least one sample ({self.inputs}), got none")
         samples = samples.to(self.device)
@@ -175,6 +177,7 @@ def _unlabelled(inputs: Tensor) -> LabelledBatch:
 
 
 def _check_labels(samples: Samples[LabelledBatch], classes: int) -> None:
+    _check_count(samples, classes)
     labels = samples.strata()
     assert labels is not None
     if len(labels) < classes:
@@ -186,4 +189,28 @@ def _check_labels(samples: Samples[LabelledBatch], classes: int) -> None:
         raise BadInputError(
             f"labels must lie in 0..{classes - 1}, the model's classes, got "
             f"{least if least < 0 else most}"
+        )
+
+
+def _check_count(samples: Samples[LabelledBatch], outputs: int) -> None:
+    """Refuse data that names fewer or more classes than the model has: which is which is open."""
+    names = getattr(samples, "classes", ())
+    if names and len(names) != outputs:
+        raise BadInputError(
+            f"data must name the model's {outputs} classes, got {len(names)} ({few(names)}), so "
+            "which of them is which output is not known; name all of the model's in order: "
+            "--classes FILE, in Python classes=[...] where the data is loaded"
+        )
+
+
+def _check_names(samples: Samples[LabelledBatch], adapter: Any) -> None:
+    """Refuse data whose names have other labels than in the model."""
+    said = adapter.reading() if hasattr(adapter, "reading") else {}
+    names, model = getattr(samples, "classes", ()), said.get("classes", ())
+    name = contradicted(names, model)
+    if name is not None:
+        raise BadInputError(
+            f"labels of the data must be the model's, got {name!r} as {names.index(name)} of "
+            f"{few(names)}, while the model's classes are {few(model)}; load the data with "
+            "classes=[...], the model's in order"
         )

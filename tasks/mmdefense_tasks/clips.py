@@ -21,6 +21,7 @@ from torch import Tensor
 from mmdefense.batches import Augmentation, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.libraries import needed
+from mmdefense_tasks.class_folders import class_files
 from mmdefense_tasks.streamed import StreamedSamples
 
 __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_clips"]
@@ -56,7 +57,7 @@ class ClipSet:
     Attributes:
         files: One a video.
         labels: Label of each clip, shape ``(N,)``, int64.
-        classes: The name of each label.
+        classes: The name of each label, where known.
         clips: Clips a video; the i-th clip is of video ``i // clips``.
         tiles: Frames along each side of a picture, where the files are pictures; 0 for videos.
     """
@@ -114,7 +115,7 @@ def open_clips(folder: Path, clips: int = 1, tiles: int = 0) -> ClipSet:
     """Open a folder with one sub-folder of videos per class.
 
     Args:
-        folder: Labels count its sub-folders in order of name.
+        folder: Labels count its sub-folders in text order.
         clips: Clips that are taken of a video.
         tiles: Frames along each side of a picture, where the files are pictures of frames, row by
             row; 0 where they are videos.
@@ -122,22 +123,9 @@ def open_clips(folder: Path, clips: int = 1, tiles: int = 0) -> ClipSet:
     Raises:
         BadInputError: If there is no class folder or no video.
     """
-    known = _PICTURES if tiles else _VIDEOS
-    names = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted(name.rglob("*"))
-        if path.suffix.lower() in known and not path.name.startswith(".")
-    ]
-    if not found:
-        raise BadInputError(
-            f"data folder {folder} must hold one folder of videos per class, got no video; known "
-            f"are {', '.join(sorted(known))}"
-        )
-    labels = torch.tensor([label for _, label in found]).repeat_interleave(clips)
-    files = tuple(path for path, _ in found)
-    return ClipSet(files, labels, tuple(path.name for path in names), clips, tiles)
+    held = class_files(folder, _PICTURES if tiles else _VIDEOS, "videos")
+    labels = held.labels.repeat_interleave(clips)
+    return ClipSet(held.files, labels, held.classes, clips, tiles)
 
 
 @contextmanager

@@ -16,17 +16,19 @@ from torch import nn
 
 from mmdefense.augment import random_shift, random_view
 from mmdefense.batches import LabelledBatch, LabelledSamples, split
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, MMDefenseError
 from mmdefense.evaluation.victims import Case
 from mmdefense.kernels.loop import Training, mean_score
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import figures
 from mmdefense.report.figures import Figure
-from mmdefense_tasks.image_files import open_archive, open_dataset, open_folder
+from mmdefense_tasks.class_labels import Order, under_the_models_labels
+from mmdefense_tasks.image_datasets import open_dataset
+from mmdefense_tasks.image_files import open_archive, open_folder
 from mmdefense_tasks.image_sets import ImageSet, StreamedImages
 from mmdefense_tasks.options import Options
+from mmdefense_tasks.parts import check_split, part_archive, part_folder
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
-from mmdefense_tasks.streamed import relabelled
 from mmdefense_tasks.victims import SmallResNet
 
 __all__ = ["ImageClassification", "load_data", "load_digits"]
@@ -37,8 +39,7 @@ _MIRRORED = (
     "cifar10",
     "tiny_imagenet",
 )  # left and right do not matter; in digits and signs they do
-_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")  # a few old ones have no owner
 
 
 _RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
@@ -83,6 +84,9 @@ class ImageClassification:
         image_size: int | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
+        order: Order | None = None,
+        image: str | None = None,
+        label: str | None = None,
         uneven_size: tuple[int, int] | None = None,
     ) -> LabelledSamples | StreamedImages:
         """Return data from wherever it is; see :func:`load_data`."""
@@ -93,6 +97,9 @@ class ImageClassification:
             image_size=image_size,
             channels=channels,
             classes=classes,
+            order=order,
+            image=image,
+            label=label,
             uneven_size=uneven_size,
         )
 
@@ -190,6 +197,9 @@ def load_data(
     image_size: int | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
+    order: Order | None = None,
+    image: str | None = None,
+    label: str | None = None,
     uneven_size: tuple[int, int] | None = None,
     memory_limit: int = 2 * 2**30,
 ) -> LabelledSamples | StreamedImages:
@@ -205,17 +215,31 @@ def load_data(
         image_size: Side in pixels that images are resized to; by default they must have one size.
         channels: 1 or 3; grey images are repeated to 3. By default what the first image has.
         classes: The model's class names in order; data with class names is relabelled by them.
+        order: How class folders are numbered: ``"number"`` takes their names as the labels,
+            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
+            matched to the class names; where there are none, names that are all whole numbers are
+            the labels, and others count as text.
+        image: The column of a data set of ``datasets`` that holds the images, where there are
+            several; label likewise.
+        label: The column that holds the labels.
         uneven_size: Height and width that images of several sizes are resized to, where no
             ``image_size`` is given; by default they are refused.
         memory_limit: Decoded size in bytes above which images are decoded batch by batch.
 
     Raises:
         BadInputError: If there is no such data, it is empty or damaged, its channels, sizes or
-            class names do not fit, or there are fewer samples than classes.
+            class names do not fit.
         UnsupportedError: If a library that it needs is not installed.
     """
     options = Options(
-        said, image_size=image_size, channels=channels, classes=classes, uneven_size=uneven_size
+        said,
+        image_size=image_size,
+        channels=channels,
+        classes=classes,
+        order=order,
+        image=image,
+        label=label,
+        uneven_size=uneven_size,
     )
     samples = _read(where, split, options, memory_limit)
     options.check_used(where)
@@ -225,64 +249,56 @@ def load_data(
 def _read(
     where: str | Path, split: str, options: Options, memory_limit: int
 ) -> LabelledSamples | StreamedImages:
+    check_split(split)
     if str(where) == "digits":
-        return load_digits()[split == "test"]
+        digits = load_digits()[split == "test"]
+        return under_the_models_labels(digits, options, where, counted=False)
     image_size, channels = options.take("image_size"), options.take("channels")
-    classes, uneven_size = options.take("classes", ()), options.take("uneven_size")
-    _check_arguments(split, image_size, channels)
-    images, name = _open(where, split)
-    images = relabelled(images, classes, where)
+    uneven_size = options.take("uneven_size")
+    _check_arguments(image_size, channels)
+    images, name = _open(where, split, options)
+    images = under_the_models_labels(images, options, where, counted=images.counted)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
     size = (image_size, image_size) if image_size else uneven_size
     if not image_size and size and images.is_even():
         size = None
     samples = StreamedImages.of(images, size, channels, augmentation)
-    _check_enough(samples, classes, where)
     return samples if samples.bytes > memory_limit else samples.in_memory()
 
 
-def _check_arguments(split: str, image_size: int | None, channels: int | None) -> None:
-    if split not in _SPLIT_NAMES:
-        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+def _check_arguments(image_size: int | None, channels: int | None) -> None:
     if image_size is not None and image_size < 1:
         raise BadInputError(f"image_size must be at least 1 pixel, got {image_size}")
     if channels not in {None, 1, 3}:
         raise BadInputError(f"channels must be 1 or 3, got {channels}")
 
 
-def _open(where: str | Path, split: str) -> tuple[ImageSet, str]:
+def _open(where: str | Path, split: str, options: Options) -> tuple[ImageSet, str]:
     """Return the opened set and its name."""
     path = Path(where)
     if not path.exists():
         path = staged(_ALIASES.get(str(where), str(where))) or path
     if path.is_file():
-        return open_archive(path), path.stem
+        return open_archive(path, split), path.stem
     if path.is_dir():
-        return _open_folder(path, split), path.name
-    if _HUB_ID.fullmatch(str(where)) and not path.parent.exists():
-        return open_dataset(where, split), str(where)
-    raise BadInputError(
+        return _open_folder(path, split, options), path.name
+    missing = (
         f"data {str(where)!r} must be a folder, an npz archive, a data set id or one of digits, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
     )
+    has_owner = "/" in str(where)
+    if not _HUB_ID.fullmatch(str(where)) or (has_owner and path.parent.exists()):
+        raise BadInputError(missing)
+    try:
+        return open_dataset(where, split, options), str(where)
+    except MMDefenseError as error:
+        if has_owner:
+            raise
+        raise type(error)(f"{missing} here, nor as a data set id: {error}") from error
 
 
-def _open_folder(folder: Path, split: str) -> ImageSet:
+def _open_folder(folder: Path, split: str, options: Options) -> ImageSet:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return open_dataset(folder, split)
-    names = _SPLIT_NAMES[split]
-    archive = next((p for n in names if (p := folder / f"{n}.npz").is_file()), None)
-    if archive is not None:
-        return open_archive(archive)
-    part = next((p for n in names if (p := folder / n).is_dir()), None)
-    if part is None and (folder / "train").is_dir():
-        raise BadInputError(f"data folder {folder} must hold a folder {split!r}; it has 'train'")
-    return open_folder(part or folder)
-
-
-def _check_enough(samples: StreamedImages, classes: Sequence[str], where: str | Path) -> None:
-    needed = len(classes or samples.classes)
-    if len(samples) < needed:
-        raise BadInputError(
-            f"data {where} must hold at least one sample per class ({needed}), got {len(samples)}"
-        )
+        return open_dataset(folder, split, options)
+    archive = part_archive(folder, split)
+    return open_folder(part_folder(folder, split)) if archive is None else open_archive(archive)

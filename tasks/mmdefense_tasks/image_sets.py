@@ -30,12 +30,14 @@ class ImageSet:
         name: Returns what to call that image in a message.
         labels: Shape ``(N,)``, int64.
         classes: The name of each label, where known.
+        counted: Whether labels do no more than count the names, as those of a folder per class.
     """
 
     open: Callable[[int], Image.Image]
     name: Callable[[int], str]
     labels: Tensor
     classes: tuple[str, ...] = ()
+    counted: bool = False
 
     def is_even(self) -> bool:
         """Return whether all images have one size; what cannot be opened is left to :meth:`read`.

@@ -42,6 +42,10 @@ class Options:
         self._used.add(name)
         return self._given.get(name, self._said.get(name, default))
 
+    def said(self, name: str) -> Any:
+        """Return what the model states, whatever the user says; none where it states nothing."""
+        return self._said.get(name)
+
     def given(self, name: str) -> bool:
         """Say whether the user gave an option."""
         return name in self._given

@@ -19,7 +19,9 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report.clouds import render_clouds
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.options import Options
+from mmdefense_tasks.parts import check_split
 from mmdefense_tasks.point_files import read_clouds
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.surfaces import draw_surfaces
@@ -66,10 +68,17 @@ class PointCloudClassification:
         points: int | None = None,
         features: int | None = None,
         classes: Sequence[str] = (),
+        order: Order | None = None,
     ) -> LabelledSamples:
         """Return data from wherever it is; see :func:`load_clouds`."""
         return load_clouds(
-            where, split=split, said=said, points=points, features=features, classes=classes
+            where,
+            split=split,
+            said=said,
+            points=points,
+            features=features,
+            classes=classes,
+            order=order,
         )
 
     @staticmethod
@@ -160,6 +169,7 @@ def load_clouds(
     points: int | None = None,
     features: int | None = None,
     classes: Sequence[str] = (),
+    order: Order | None = None,
 ) -> LabelledSamples:
     """Return labelled clouds from wherever they are, centred and in the unit sphere.
 
@@ -174,23 +184,25 @@ def load_clouds(
         features: Values a point to keep, coordinates first: 3, the default, is the coordinates
             alone, 6 of a file takes its normals, estimated where it has none.
         classes: The model's class names in order; data with class names is relabelled by them.
+        order: How class folders are numbered: ``"number"`` takes their names as the labels,
+            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
+            matched to the class names; where there are none, names that are all whole numbers are
+            the labels, and others count as text.
 
     Raises:
         BadInputError: If there is no such data, it is empty or damaged, or does not have that many
             features.
         UnsupportedError: If a library that it needs is not installed.
     """
-    options = Options(said, points=points, features=features, classes=classes)
+    options = Options(said, points=points, features=features, classes=classes, order=order)
     samples = _read(where, split, options)
     options.check_used(where)
     return samples
 
 
 def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
-    if split not in {"train", "test"}:
-        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+    check_split(split)
     points, features = options.take("points"), options.take("features", 3)
-    classes = options.take("classes", ())
     for name, value, least in (("points", points, 1), ("features", features, 3)):
         if value is not None and value < least:
             raise BadInputError(f"{name} must be at least {least}, got {value}")
@@ -198,10 +210,11 @@ def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
         if features != 3:
             raise BadInputError(f"surfaces have 3 values a point, got features={features}")
         is_test = split == "test"
+        counted = False
         samples = draw_surfaces(_TEST if is_test else _TRAIN, points or _POINTS, seed=int(is_test))
     else:
-        samples = read_clouds(_found(where), split, points or _POINTS, features)
-    return _relabelled(samples, classes, where)
+        samples, counted = read_clouds(_found(where), split, points or _POINTS, features)
+    return under_the_models_labels(samples, options, where, counted=counted)
 
 
 def _found(where: str | Path) -> Path:
@@ -214,18 +227,3 @@ def _found(where: str | Path) -> Path:
         f"data {str(where)!r} must be a folder, an npz archive or one of surfaces, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
     )
-
-
-def _relabelled(
-    samples: LabelledSamples, classes: Sequence[str], where: str | Path
-) -> LabelledSamples:
-    """Return the set under the model's labels, by class name."""
-    if not classes or not samples.classes:
-        return samples
-    place = {name.casefold(): label for label, name in enumerate(classes)}
-    if unknown := [name for name in samples.classes if name.casefold() not in place]:
-        raise BadInputError(
-            f"classes of {where} must be among the model's {len(classes)}, got {unknown[0]!r}"
-        )
-    labels = torch.tensor([place[name.casefold()] for name in samples.classes])[samples.labels]
-    return replace(samples, labels=labels, classes=tuple(classes))

@@ -7,24 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdefense.batches import LabelledSamples
 from mmdefense.clouds import check_clouds, random_cloud_view, to_unit_sphere
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.libraries import how_to_install
+from mmdefense_tasks.archives import Array, described, labels_of, read_archive
+from mmdefense_tasks.class_folders import class_files
+from mmdefense_tasks.parts import part_archive, part_folder
 
 __all__ = ["read_cloud", "read_clouds"]
 
 _SUFFIXES = frozenset({".ply", ".pcd", ".obj", ".off"})
 _MESHES = frozenset({".ply", ".obj", ".off"})  # a ply file may also be a mere cloud
 
-Array = NDArray[Any]
 
-
-def read_clouds(path: Path, split: str, points: int, features: int) -> LabelledSamples:
+def read_clouds(path: Path, split: str, points: int, features: int) -> tuple[LabelledSamples, bool]:
     """Return the clouds of an npz archive or a folder, in the unit sphere.
+
+    Beside them: whether their labels do no more than count the class names, as those of a folder
+    per class.
 
     Args:
         path: What there is.
@@ -36,19 +39,20 @@ def read_clouds(path: Path, split: str, points: int, features: int) -> LabelledS
         BadInputError: If it is empty or damaged, or does not have that many features.
         UnsupportedError: If Open3D is needed and cannot be used.
     """
-    if path.is_file():
-        clouds, labels, names = _read_archive(path)
-    elif (archive := path / f"{split}.npz").is_file():
-        clouds, labels, names = _read_archive(archive)
+    archive = path if path.is_file() else part_archive(path, split)
+    if archive is not None:
+        clouds, labels, names, counted = _read_archive(archive, split)
     else:
-        clouds, labels, names = _read_folder(_part(path, split), points, features)
+        held = class_files(part_folder(path, split), _SUFFIXES, "clouds")
+        clouds = torch.stack([read_cloud(p, points, normals=features > 3) for p in held.files])
+        labels, names, counted = held.labels, held.classes, True
     check_clouds(clouds, f"clouds of {path}")
     if clouds.shape[2] < features:
         raise BadInputError(
             f"clouds of {path} must have at least {features} values a point, got {clouds.shape[2]}"
         )
     clouds = to_unit_sphere(_sampled(clouds, points)[..., :features])
-    return LabelledSamples(clouds, labels, augmentation=random_cloud_view, classes=names)
+    return LabelledSamples(clouds, labels, random_cloud_view, names), counted
 
 
 def _sampled(clouds: Tensor, points: int) -> Tensor:
@@ -60,44 +64,24 @@ def _sampled(clouds: Tensor, points: int) -> Tensor:
     return clouds.gather(1, order)
 
 
-def _part(path: Path, split: str) -> Path:
-    part = path / split
-    if part.is_dir():
-        return part
-    if (path / "train").is_dir():
-        raise BadInputError(f"data folder {path} must hold a folder {split!r}; it has 'train'")
-    return path
-
-
-def _read_archive(path: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...], bool]:
     """Read ``points`` or ``points_int8`` ``(N, P, 3 + F)``, and ``labels`` ``(N,)``.
 
-    ``points_int8`` are 127ths. Class names stand in a ``classes.txt`` beside the archive, one a
-    line. Pickled arrays are refused.
+    ``points_int8`` are 127ths. Class names stand in a ``classes.txt`` or ``classes.json`` beside
+    the archive. Pickled arrays are refused.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # a damaged archive fails in many ways
-        raise BadInputError(f"data archive {path} cannot be read: {one_line(error)}") from error
-    labels, clouds = arrays.get("labels"), _points_of(arrays)
-    if labels is None or clouds is None or labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise BadInputError(
-            f"{path} must hold 'points' (N, P, 3 + F) and whole-number 'labels' (N,), got "
-            + ", ".join(f"{name} {array.dtype}{array.shape}" for name, array in arrays.items())
-        )
+    arrays = read_archive(path, split)
+    clouds = _points_of(arrays)
+    needed = "'points' (N, P, 3 + F) and whole-number 'labels' (N,)"
+    if clouds is None:
+        raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
+    labels, names, counted = labels_of(arrays, path, needed)
     if not len(labels) or len(labels) != len(clouds):
         raise BadInputError(
             f"{path} must hold a label per cloud and at least one, got {len(labels)} labels for "
             f"{len(clouds)} clouds"
         )
-    listed = path.parent / "classes.txt"
-    names = tuple(listed.read_text(encoding="utf-8").split("\n")) if listed.is_file() else ()
-    return (
-        torch.from_numpy(clouds),
-        torch.from_numpy(labels.astype(np.int64)),
-        tuple(name.strip() for name in names if name.strip()),
-    )
+    return torch.from_numpy(clouds), labels, names, counted
 
 
 def _points_of(arrays: dict[str, Array]) -> Array | None:
@@ -105,27 +89,6 @@ def _points_of(arrays: dict[str, Array]) -> Array | None:
         return arrays["points_int8"].astype(np.float32) / 127
     points = arrays.get("points")
     return None if points is None or points.dtype.kind not in "fiu" else points.astype(np.float32)
-
-
-def _read_folder(
-    folder: Path, points: int, features: int
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read one sub-folder of files per class; labels count the folders in order of name."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [
-        (path, label)
-        for label, place in enumerate(classes)
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not files:
-        raise BadInputError(
-            f"data folder {folder} must hold one folder of clouds per class, got none; known are "
-            f"{', '.join(sorted(_SUFFIXES))}"
-        )
-    clouds = [read_cloud(path, points, normals=features > 3) for path, _ in files]
-    labels = torch.tensor([label for _, label in files])
-    return torch.stack(clouds), labels, tuple(place.name for place in classes)
 
 
 def read_cloud(

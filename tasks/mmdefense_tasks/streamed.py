@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -16,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdefense.batches import Augmentation, LabelledBatch, LabelledSamples, Samples
-from mmdefense.errors import BadInputError
 
-__all__ = ["Source", "StreamedSamples", "relabelled"]
+__all__ = ["Source", "StreamedSamples"]
 
 _WORKERS = 4
 _BYTES_AT_ONCE = 2**26  # decoded at once when a whole set is read
@@ -135,35 +132,6 @@ class StreamedSamples(ABC, Generic[S]):
         with ThreadPoolExecutor(_WORKERS) as pool:
             arrays = list(pool.map(self._array, indices.tolist()))
         return torch.from_numpy(np.stack(arrays))
-
-
-def relabelled(source: S, classes: Sequence[str], where: str | Path) -> S:
-    """Return ``source``, a dataclass, under the model's labels, by class name.
-
-    Args:
-        source: Labels count its own classes.
-        classes: The model's class names in order; none leaves the labels as they are.
-        where: What the data is called in a message.
-
-    Raises:
-        BadInputError: If only some of the names are the model's.
-    """
-    place = {name.casefold(): label for label, name in enumerate(classes)}
-    own = [name.casefold() for name in source.classes]
-    unknown = [name for name in source.classes if name.casefold() not in place]
-    if not classes or not own or (len(unknown) == len(own) == len(classes)):
-        return source  # nothing to go by: labels count the names in order, as ImageFolder does
-    if unknown:
-        raise BadInputError(
-            f"classes of {where} must be among the model's {len(classes)} ({_few(classes)}), got "
-            f"{_few(unknown)}"
-        )
-    labels: Tensor = torch.tensor([place[name] for name in own])[source.labels]
-    return replace(source, labels=labels, classes=tuple(classes))  # type: ignore[type-var]
-
-
-def _few(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _protocol(samples: StreamedSamples[S]) -> Samples[LabelledBatch]:

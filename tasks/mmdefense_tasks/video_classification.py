@@ -22,16 +22,16 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense.report.plots import Plot
+from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.clips import StreamedClips, open_clips
 from mmdefense_tasks.moving_digits import moving_digits
 from mmdefense_tasks.options import Options
+from mmdefense_tasks.parts import check_split, part_folder
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
-from mmdefense_tasks.streamed import relabelled
 
 __all__ = ["VideoClassification", "load_clips", "top_accuracy"]
 
 _EMBEDDED = "moving-digits"
-_SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
 _SHOWN, _FRAMES_SHOWN = 3, 10  # clips on the page, and frames of each
 
 
@@ -98,6 +98,7 @@ class VideoClassification:
         channels: int | None = None,
         clips: int = 1,
         classes: Sequence[str] = (),
+        order: Order | None = None,
     ) -> LabelledSamples | StreamedClips:
         """Return clips from wherever they are; see :func:`load_clips`."""
         return load_clips(
@@ -109,6 +110,7 @@ class VideoClassification:
             channels=channels,
             clips=clips,
             classes=classes,
+            order=order,
         )
 
     @staticmethod
@@ -263,6 +265,7 @@ def load_clips(
     channels: int | None = None,
     clips: int = 1,
     classes: Sequence[str] = (),
+    order: Order | None = None,
     memory_limit: int = 2 * 2**30,
 ) -> LabelledSamples | StreamedClips:
     """Return labelled clips ``(C, T, H, W)`` from wherever they are, in ``[0, 1]``.
@@ -279,6 +282,10 @@ def load_clips(
         channels: 1 (grey) or 3, the default.
         clips: Clips of each video, which together give its score at video level.
         classes: The model's class names in order; class folders are relabelled by them.
+        order: How class folders are numbered: ``"number"`` takes their names as the labels,
+            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
+            matched to the class names; where there are none, names that are all whole numbers are
+            the labels, and others count as text.
         memory_limit: Decoded size in bytes above which clips are decoded batch by batch.
 
     Raises:
@@ -292,6 +299,7 @@ def load_clips(
         channels=channels,
         clips=clips,
         classes=classes,
+        order=order,
     )
     samples = _read(where, split, options, memory_limit)
     options.check_used(where)
@@ -303,15 +311,16 @@ def _read(
 ) -> LabelledSamples | StreamedClips:
     frames, image_size = options.take("frames"), options.take("image_size")
     channels, clips = options.take("channels"), options.take("clips", 1)
-    classes = options.take("classes", ())
-    _check_arguments(split, frames, image_size, channels, clips)
+    check_split(split)
+    _check_arguments(frames, image_size, channels, clips)
     if str(where) == _EMBEDDED:
-        return _checked_embedded(moving_digits(split), frames, image_size, channels, clips)
+        known = under_the_models_labels(moving_digits(split), options, where, counted=False)
+        return _checked_embedded(known, frames, image_size, channels, clips)
     folder = _folder(where)
     form = _STAGED.get(folder.name, _Form(0, 16, 0))
-    opened = open_clips(_part(folder, split), clips, form.tiles)
+    opened = open_clips(part_folder(folder, split), clips, form.tiles)
     samples = StreamedClips.of(
-        relabelled(opened, classes, where),
+        under_the_models_labels(opened, options, where, counted=True),
         frames=frames or form.frames,
         side=image_size or form.image_size or None,
         channels=channels or 3,
@@ -321,10 +330,8 @@ def _read(
 
 
 def _check_arguments(
-    split: str, frames: int | None, image_size: int | None, channels: int | None, clips: int
+    frames: int | None, image_size: int | None, channels: int | None, clips: int
 ) -> None:
-    if split not in _SPLIT_NAMES:
-        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
     for name, value in (("frames", frames), ("image_size", image_size), ("clips", clips)):
         if value is not None and value < 1:
             raise BadInputError(f"{name} must be at least 1, got {value}")
@@ -354,10 +361,3 @@ def _folder(where: str | Path) -> Path:
             f"the folder that {DATA_VARIABLE} points to); none found"
         )
     return path
-
-
-def _part(folder: Path, split: str) -> Path:
-    part = next((p for n in _SPLIT_NAMES[split] if (p := folder / n).is_dir()), None)
-    if part is None and (folder / "train").is_dir():
-        raise BadInputError(f"data folder {folder} must hold a folder {split!r}; it has 'train'")
-    return part or folder

@@ -1,0 +1,111 @@
+"""Npz archives of labelled data, by whatever names their arrays go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmdefense.class_names import read_class_names
+from mmdefense.errors import BadInputError, one_line
+from mmdefense_tasks.parts import PARTS, chosen_part
+
+__all__ = ["Array", "described", "labels_of", "names_beside", "read_archive"]
+
+Array = NDArray[Any]
+
+_NAMES = {
+    "images": ("image", "x", "data"),
+    "points": ("clouds", "pointclouds", "x", "data"),
+    "labels": ("label", "y", "targets"),
+}
+"""What others call our arrays: ``x`` and ``y`` those of Keras, for example."""
+
+
+def read_archive(path: Path, split: str) -> dict[str, Array]:
+    """Return the arrays of one part by our names, such as ``images`` and ``labels``.
+
+    An archive may hold several parts, as ``x_train`` or ``train_images``. Pickled arrays are
+    refused.
+
+    Raises:
+        BadInputError: If the archive is damaged, or holds the other part alone.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name.casefold(): archive[name] for name in archive.files}
+    except Exception as error:  # a damaged archive fails in many ways
+        raise BadInputError(f"data archive {path} cannot be read: {one_line(error)}") from error
+    splits = {name: _split(name) for name in arrays}
+    part = chosen_part({part for part, _ in splits.values() if part}, split, path)
+    if part is not None:
+        arrays = {splits[n][1]: array for n, array in arrays.items() if splits[n][0] == part}
+    for ours, theirs in _NAMES.items():
+        other = next((name for name in theirs if name in arrays), None)
+        if ours not in arrays and other is not None:
+            arrays[ours] = arrays[other]
+    return arrays
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Return the part that an array is of, if its name says so, and the name without it."""
+    for part in (part for names in PARTS.values() for part in names):
+        for rest in (name.removeprefix(f"{part}_"), name.removesuffix(f"_{part}")):
+            if rest != name:
+                return part, rest
+    return None, name
+
+
+def labels_of(
+    arrays: Mapping[str, Array], path: Path, needed: str
+) -> tuple[Tensor, tuple[str, ...], bool]:
+    """Return labels ``(N,)``, the name of each, and whether they do no more than count the names.
+
+    Whole numbers of shape ``(N,)`` or ``(N, 1)``, rows ``(N, K)`` with a single one, or names.
+
+    Args:
+        arrays: By name, as :func:`read_archive` gives them.
+        path: Of the archive.
+        needed: What it must hold, for a message.
+
+    Raises:
+        BadInputError: If there are no such labels.
+    """
+    labels = arrays.get("labels")
+    if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels is not None and labels.ndim == 1 and labels.dtype.kind == "U":
+        names, places = np.unique(labels, return_inverse=True)
+        return torch.from_numpy(places), tuple(map(str, names)), True
+    if labels is not None and labels.ndim == 2 and _is_one_hot(labels):
+        labels = labels.argmax(1)
+    if labels is not None and labels.dtype.kind == "f" and (labels == np.round(labels)).all():
+        labels = labels.astype(np.int64)
+    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
+    return torch.from_numpy(labels.astype(np.int64)), names_beside(path), False
+
+
+def _is_one_hot(labels: Array) -> bool:
+    return bool(((labels == 1).sum(1) == 1).all() and ((labels != 0).sum(1) == 1).all())
+
+
+def described(arrays: Mapping[str, Array]) -> str:
+    """Return name, type and shape of each array, for a message."""
+    return ", ".join(f"{name} {array.dtype}{array.shape}" for name, array in arrays.items())
+
+
+def names_beside(path: Path) -> tuple[str, ...]:
+    """Return the class names in ``classes.json`` or ``classes.txt`` beside an archive, if any.
+
+    Raises:
+        BadInputError: If the file does not hold names.
+    """
+    files = (path.with_name(name) for name in ("classes.json", "classes.txt"))
+    listed = next((file for file in files if file.is_file()), None)
+    return () if listed is None else read_class_names(listed)

@@ -1,0 +1,140 @@
+"""A folder with one sub-folder of files per class: which are classes, and what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmdefense.class_names import few
+from mmdefense.errors import BadInputError
+from mmdefense.notes import note
+from mmdefense_tasks.parts import PARTS
+
+__all__ = ["ClassFiles", "class_files"]
+
+# Folders and files that systems leave behind.
+_LITTER = frozenset({
+    "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "desktop.ini",
+    "system volume information", "thumbs.db",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClassFiles:
+    """The files of a folder per class.
+
+    Attributes:
+        files: Sorted, class by class.
+        labels: Of each file: which of ``classes`` it is in, shape ``(N,)``, int64.
+        classes: Names of the folders in text order, as torchvision's ``ImageFolder`` counts them.
+    """
+
+    files: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+
+def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFiles:
+    """Return the files of a folder with one sub-folder per class.
+
+    Hidden folders, those that systems leave behind (``__MACOSX``) and those without a file of the
+    kind are no classes.
+
+    Args:
+        folder: Files may lie at any depth of its sub-folders.
+        suffixes: Of the files that are read, in lower case.
+        kind: What they are, in the plural, such as ``"images"``.
+
+    Raises:
+        BadInputError: If it holds no such files, or not one folder per class.
+    """
+    skipped: Counter[str] = Counter()
+    folders = sorted(
+        (child for child in folder.iterdir() if child.is_dir() and not _is_litter(child.name)),
+        key=lambda child: child.name,
+    )
+    held = {child: _files(child, suffixes, skipped) for child in folders}
+    full = {child: files for child, files in held.items() if files}
+    loose = [path for path in folder.iterdir() if _is_sample(path, suffixes)]
+    if not full:
+        raise BadInputError(_nothing(folder, loose, kind, suffixes, skipped))
+    _check_levels(folder, full, kind)
+    empty = [child.name for child in held if child not in full]
+    if empty:
+        note(f"folders of {folder} without {kind} are no classes: {few(empty)}")
+    if loose:
+        note(f"{len(loose)} {kind} that lie directly in {folder} have no class and are left out")
+    if skipped:
+        note(f"files of {folder} that are no {kind} by their suffix are left out: {_told(skipped)}")
+    counts = torch.tensor([len(files) for files in full.values()])
+    return ClassFiles(
+        files=tuple(path for files in full.values() for path in files),
+        labels=torch.arange(len(full)).repeat_interleave(counts),
+        classes=tuple(child.name for child in full),
+    )
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in _LITTER
+
+
+def _is_sample(path: Path, suffixes: Collection[str]) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+
+
+def _files(folder: Path, suffixes: Collection[str], skipped: Counter[str]) -> list[Path]:
+    """Return the files of a class; count those of other suffixes."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if any(map(_is_litter, path.relative_to(folder).parts)) or not path.is_file():
+            continue
+        if path.suffix.lower() in suffixes:
+            found.append(path)
+        else:
+            skipped[path.suffix.lower() or "no suffix"] += 1
+    return found
+
+
+def _told(skipped: Counter[str]) -> str:
+    return few(f"{count} {suffix}" for suffix, count in skipped.most_common())
+
+
+def _nothing(
+    folder: Path, loose: list[Path], kind: str, suffixes: Collection[str], skipped: Counter[str]
+) -> str:
+    one = f"must hold one folder of {kind} per class"
+    if loose:
+        return (
+            f"data folder {folder} {one}, got {len(loose)} {kind} directly in it; their labels are "
+            "needed: sort them into a folder per class"
+        )
+    left_out = f" but {_told(skipped)}" if skipped else ""
+    known = ", ".join(sorted(suffixes))
+    return f"data folder {folder} {one}, got no {kind}{left_out}; known are {known}"
+
+
+def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None:
+    """Refuse what is a level too high: a folder of class folders, or parts that have no classes."""
+    names = {name for part in PARTS.values() for name in part}
+    if all(child.name.casefold() in names for child in full):
+        part = next(iter(full))
+        raise BadInputError(
+            f"data folder {part} must hold one folder of {kind} per class, got "
+            f"{len(full[part])} {kind} directly in it; their labels are needed: sort them into a "
+            "folder per class"
+        )
+    if len(full) > 1:
+        return
+    ((only, files),) = full.items()
+    below = sorted({path.relative_to(only).parts[0] for path in files})
+    if len(below) > 1 and not any((only / name).is_file() for name in below):
+        raise BadInputError(
+            f"data folder {folder} must hold one folder of {kind} per class, got the one folder "
+            f"{only.name!r} that holds the folders {few(below)}; if these are the classes, give "
+            f"{only} as the data; if {only.name!r} is one, put its {kind} directly into it"
+        )

@@ -1,0 +1,146 @@
+"""Puts labels of data under the numbers that the model has for its classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.class_names import UnknownNameError, contradicted, few, match
+from mmdefense.errors import BadInputError
+from mmdefense.notes import note
+from mmdefense_tasks.options import Options
+
+__all__ = ["Named", "Order", "under_the_models_labels"]
+
+Order = Literal["text", "number"]
+"""How class folders are numbered: as text, or by the numbers that they are named by."""
+
+_SYNSET = re.compile(r"n\d{8}")  # an id of WordNet, by which ImageNet names its folders
+
+
+class Named(Protocol):
+    """A dataclass with labels and the name of each."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Shape ``(N,)``, int64."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each label, where known."""
+        ...
+
+
+S = TypeVar("S", bound=Named)
+
+
+def under_the_models_labels(source: S, options: Options, where: object, *, counted: bool) -> S:
+    """Return data under the labels of the model.
+
+    Names are matched to the model's class names, of which some may be missing. Where the model has
+    none, or ``order="number"`` is given, names of folders that are whole numbers are the labels
+    themselves, and labels that stand in the data are left as they are; other folders count in text
+    order, as torchvision's ``ImageFolder`` counts all, which is also what ``order="text"`` does.
+
+    Args:
+        source: A dataclass; its labels count its own class names, where it has some.
+        options: ``classes``, the model's class names in order, and ``order``.
+        where: What the data is called in messages.
+        counted: Whether the labels do no more than count the names, as those of a folder per class;
+            otherwise they stand in the data.
+
+    Raises:
+        BadInputError: If a name is none of the model's, or labels do not fit the names.
+    """
+    said, own = tuple(options.said("classes") or ()), source.classes
+    if not own:
+        names = tuple(options.take("classes", ()))
+        return replace(source, classes=_checked(names, source.labels, where))  # type: ignore[type-var]
+    _checked(own, source.labels, where)
+    order = options.take("order")
+    if order is None:
+        labels, names = _placed(own, tuple(options.take("classes", ())), where, counted)
+    elif order == "text":
+        labels, names = [sorted(own).index(name) for name in own], tuple(sorted(own))
+    elif order == "number":
+        labels, names = _by_number(own, where, counted), said or (() if counted else own)
+    else:
+        raise BadInputError(f"order must be text or number, got {order!r}")
+    if said and names and len(names) != len(said):
+        raise BadInputError(
+            f"classes of {where} must be the model's {len(said)} ({few(said)}), got {len(names)} "
+            f"({few(names)})"
+        )
+    if said and contradicted(names, said):
+        names = ()  # what the user said counts: the names of the model are not shown with it
+    placed: Tensor = torch.tensor(labels)[source.labels]
+    return replace(source, labels=placed, classes=names)  # type: ignore[type-var]
+
+
+def _checked(names: tuple[str, ...], labels: Tensor, where: object) -> tuple[str, ...]:
+    """Return the names, of which there must be one a label."""
+    if names and len(labels) and int(labels.max()) >= len(names):
+        raise BadInputError(
+            f"labels of {where} must have a class name each, got {len(names)} names ({few(names)}) "
+            f"and a label {int(labels.max())}"
+        )
+    return names
+
+
+def _placed(
+    own: Sequence[str], model: tuple[str, ...], where: object, counted: bool
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the label of each name, and the name of each label."""
+    numbered = all(name.isdecimal() for name in own)
+    if not model:
+        if counted and numbered:
+            return _told(_numbers(own, where), own, where), ()
+        return list(range(len(own))), tuple(own)
+    try:
+        return match(own, model, where), model
+    except UnknownNameError as error:
+        if counted and numbered:
+            return _told(_numbers(own, where), own, where), model
+        if not counted and [*own] == [str(label) for label in range(len(own))]:
+            return list(range(len(own))), model  # names that say no more than the labels
+        if counted and len(own) == len(model) and all(map(_SYNSET.fullmatch, own)):
+            note(f"folders of {where} are named by ids of WordNet, and counted in their order")
+            return list(range(len(own))), model
+        remedy = "text to count them in text order" if counted else "number to keep the labels"
+        raise BadInputError(
+            f"{error}; name the model's classes in order as the data does: --classes FILE, or add "
+            f"--read order={remedy}"
+        ) from error
+
+
+def _by_number(own: Sequence[str], where: object, counted: bool) -> list[int]:
+    return _numbers(own, where) if counted else list(range(len(own)))
+
+
+def _numbers(own: Sequence[str], where: object) -> list[int]:
+    """Return the numbers that folders are named by."""
+    if wrong := [name for name in own if not name.isdecimal()]:
+        raise BadInputError(
+            f"for order=number class folders of {where} must be whole numbers, got {few(wrong)}"
+        )
+    numbers = [int(name) for name in own]
+    if twice := [name for name in own if numbers.count(int(name)) > 1]:
+        raise BadInputError(f"class folders of {where} must be different, got {few(twice)}")
+    return numbers
+
+
+def _told(numbers: list[int], own: Sequence[str], where: object) -> list[int]:
+    """Return the numbers; say so where torchvision counts the folders otherwise."""
+    if numbers != list(range(len(own))):
+        note(
+            f"class folders of {where} are named by numbers, which are taken as labels; for a "
+            f"model trained with torchvision's ImageFolder, which counts them as text "
+            f"({few(own)}), add --read order=text"
+        )
+    return numbers

@@ -1,0 +1,81 @@
+"""The parts of a data set, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from mmdefense.errors import BadInputError
+from mmdefense.notes import note
+
+__all__ = ["PARTS", "check_split", "chosen_part", "part_archive", "part_folder"]
+
+PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
+}
+"""For each split, the names of its part, the first that is there being taken."""
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that is neither ``"train"`` nor ``"test"``.
+
+    Raises:
+        BadInputError: Naming both.
+    """
+    if split not in PARTS:
+        raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
+
+
+def chosen_part(found: Collection[str], split: str, where: object) -> str | None:
+    """Return the part for a split; none where the data is not split.
+
+    Args:
+        found: Names of what may be parts.
+        split: ``"train"`` or ``"test"``.
+        where: What the data is called in messages.
+
+    Raises:
+        BadInputError: If there is the part for the other split alone.
+    """
+    names = {name.casefold(): name for name in found}
+    there = [names[name] for name in PARTS[split] if name in names]
+    if there:
+        if there[0] != split:
+            note(f"{where} has no part {split!r}; its part {there[0]!r} is taken")
+        return there[0]
+    others = [names[name] for part in PARTS.values() for name in part if name in names]
+    if others:
+        raise BadInputError(
+            f"data folder {where} must hold a folder {split!r}; it has {others[0]!r} alone; to "
+            "take that, name it as the data, or give --split"
+        )
+    return None
+
+
+def part_folder(folder: Path, split: str) -> Path:
+    """Return the folder of a part; the folder itself where it is not split.
+
+    Only a folder of folders is taken for a part: one of mere files may be a class named so.
+
+    Raises:
+        BadInputError: If there is the part for the other split alone.
+    """
+    folders = [child.name for child in folder.iterdir() if child.is_dir() and _is_parent(child)]
+    part = chosen_part(folders, split, folder)
+    return folder if part is None else folder / part
+
+
+def _is_parent(folder: Path) -> bool:
+    return any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir())
+
+
+def part_archive(folder: Path, split: str) -> Path | None:
+    """Return the npz archive of a part, such as ``train.npz``, where there are such archives.
+
+    Raises:
+        BadInputError: If there is the archive for the other split alone.
+    """
+    archives = {path.stem: path for path in folder.glob("*.npz")}
+    part = chosen_part(archives, split, folder)
+    return None if part is None else archives[part]
