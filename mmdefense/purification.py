@@ -23,6 +23,7 @@ from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
@@ -61,7 +62,7 @@ def purify(
     seed: int | None = None,
     progress: Progress | None = None,
     store: RunStore | None = None,
-    max_seconds: float | None = None,
+    max_seconds: float | Deadline | None = None,
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
@@ -76,7 +77,8 @@ def purify(
         seed: Makes the result reproducible; by default the defense's own.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
         store: Where to keep states, so that the same call goes on after a kill.
-        max_seconds: From when on to stop, with the best state so far.
+        max_seconds: Within how many seconds to be done, or by what deadline; what was reached by
+            then is judged and returned.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
@@ -89,11 +91,12 @@ def purify(
         >>> purified = mmd.purify(model, (images, labels), "tsbd")  # doctest: +SKIP
         >>> purified.save("out")  # doctest: +SKIP
     """
+    deadline = Deadline.after(max_seconds)
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
     victim = registry.adapt(model, adapter) if isinstance(model, nn.Module) else model
     wide = in_float32(victim)  # what the report measures; images in float32 need it
     samples = wide.samples(clean)
-    result = chosen.purify(victim, samples, progress=progress, store=store, max_seconds=max_seconds)
+    result = chosen.purify(victim, samples, progress=progress, store=store, max_seconds=deadline)
     return Purification(wide, result, samples, chosen)
 
 

@@ -15,7 +15,7 @@ from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
 
 __all__ = ["Auto"]
@@ -159,11 +159,14 @@ class Auto(Defense):
         success = _success(adapter, part.holdout, pools)
         if part.stopped or success > self.tolerated:
             return success
-        part.run.deadline = None  # it is whole: what is left is one search
-        new = [
-            (TriggerFamily(**row["family"]), row["target"], row["triggers"])
-            for row in self._found(part)
-        ]
+        try:
+            new = [
+                (TriggerFamily(**row["family"]), row["target"], row["triggers"])
+                for row in self._found(part)
+            ]
+        except OutOfTime as over:
+            part.stopped = f"the search for triggers in what it leaves ({over})"
+            return success
         return max(success, _success(adapter, part.holdout, new))
 
 

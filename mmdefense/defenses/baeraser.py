@@ -99,7 +99,8 @@ class BaEraser(TrainingDefense):
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of one round, as the loop takes them."""
         # A run is resumed where the weights of the penalty are new, and the triggers looked at.
-        return dataclasses.replace(super().training(adapter), check_every=_PERIOD)
+        training = super().training(adapter)
+        return dataclasses.replace(training, check_every=_PERIOD, resume_every=_PERIOD)
 
     def _run(self, work: Purifying[Any]) -> None:
         search = Search(

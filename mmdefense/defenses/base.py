@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
 from mmdefense.defenses.guard import Guard, State, Trial, at_rate, choose
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
+from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
 from mmdefense.kernels.memory import is_out_of_memory, roomy
@@ -118,7 +118,7 @@ class Defense(ABC):
         *,
         progress: Progress | None = None,
         store: RunStore | None = None,
-        max_seconds: float | None = None,
+        max_seconds: float | Deadline | None = None,
     ) -> Result:
         """Purify a copy of ``adapter.model``; the given model stays as it is, bit for bit.
 
@@ -130,8 +130,9 @@ class Defense(ABC):
             clean: Clean samples, in any form that ``adapter.samples`` reads.
             progress: Called with each :class:`~mmdefense.kernels.run.Event`.
             store: Where to keep states, so that the same call goes on after a kill.
-            max_seconds: From when on to stop, with the best state so far; looked at every few
-                updates, so that it takes a little longer.
+            max_seconds: Within how many seconds to be done, with the best state so far, or by what
+                deadline. It is looked at after each update; training ends early enough for the
+                utility guard.
 
         Raises:
             UnsupportedError: If the adapter lacks what this defense asks for.
@@ -143,15 +144,14 @@ class Defense(ABC):
                 f"{type(self).__name__} needs a {self.requires.__name__}; "
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"
             )
-        begin = time.perf_counter()
+        deadline = Deadline.after(max_seconds)
+        begin = deadline.clock()
         given = adapter.model
         check_finite(given.state_dict(), type(given).__name__)
         adapter = in_float32(adapter)
         samples = adapter.samples(clean)
         fit, held = split(samples, self.holdout, self.seed)
-        run = Run(seed=self.seed, store=store)
-        if max_seconds is not None:
-            run.deadline = time.monotonic() + max_seconds
+        run = Run(seed=self.seed, store=store, deadline=deadline)
         if progress is not None:
             run.progress = progress
         private = adapter.fork() if adapter.model is given else adapter
@@ -167,7 +167,7 @@ class Defense(ABC):
             guard=guard,
             history=run.history,
             figures=work.figures,
-            seconds=time.perf_counter() - begin,
+            seconds=deadline.clock() - begin,
             versions=versions(),
             data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
             stopped=work.stopped,
@@ -186,10 +186,13 @@ class Defense(ABC):
         again = getattr(self, "gradient_checkpointing", False)
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
+            deadline, begin = work.run.deadline, work.run.deadline.clock()
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
+            work.run.deadline = _before_the_guard(deadline, deadline.clock() - begin)
             trials = self._trials(work, given)
             score = partial(_scores, work)
-            guard, chosen, state = choose(trials, given, before, score, self.max_utility_drop)
+            bound = self.max_utility_drop
+            guard, chosen, state = choose(trials, given, before, score, bound, deadline)
             work.adapter.model.load_state_dict(rounded(state, work.types))
         if chosen.work is not work:
             work.run.adopt(at_rate(chosen.rate), chosen.work.run)
@@ -308,6 +311,16 @@ def _scores(work: Purifying[Any], state: State) -> Tensor:
     """Return each held-out sample's share of the task metric under a state, as it is rounded."""
     work.adapter.model.load_state_dict(rounded(state, work.types))
     return scores(work.adapter, work.holdout)
+
+
+def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:
+    """Return when training must end so that the guard can judge, as the first evaluation tells.
+
+    Kept is a tenth of the time that is left, but at least one evaluation and at most six: those of
+    the final state and of five nearer to the given one.
+    """
+    tenth = deadline.left / 10
+    return deadline.earlier(max(evaluation, min(tenth, 6 * evaluation)))
 
 
 @contextmanager

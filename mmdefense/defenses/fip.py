@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -170,11 +171,15 @@ class _FisherPurification(TrainingDefense):
 
     def _importance(self, work: Purifying[Any], space: _Coordinates) -> dict[str, Any]:
         generator = work.run.generator("fisher", space.weights[0].device)
-        return {
-            "diagonal": fisher_diagonal(
-                work.adapter, work.fit, space.weights, generator, pull_back=space.pull_back
-            )
-        }
+        diagonal = fisher_diagonal(
+            work.adapter,
+            work.fit,
+            space.weights,
+            generator,
+            pull_back=space.pull_back,
+            each=partial(work.run.report, "fisher"),
+        )
+        return {"diagonal": diagonal}
 
     def _eta(self, trace: float, factor: float) -> float:
         if self.trace == "none":

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmdefense.kernels.deadline import Deadline
+
 __all__ = [
     "KEPT",
     "UNDECIDED",
@@ -162,6 +164,7 @@ def choose(
     before: Tensor,
     score: Callable[[State], Tensor],
     bound: float,
+    deadline: Deadline | None = None,
 ) -> tuple[Guard, Trial, State]:
     """Return the most purified state whose drop is within ``bound``, judged with its interval.
 
@@ -178,9 +181,12 @@ def choose(
         before: Each held-out sample's share of the task metric under it, shape ``(N,)``.
         score: Returns the same of another state.
         bound: The largest drop, in ``[0, 1]``.
+        deadline: Once it has passed only the first state is judged, and no other is tried.
     """
     best: tuple[Guard, Trial, State] | None = None
     for trial, label, state in _candidates(trials, given):
+        if best is not None and deadline is not None and deadline.passed:
+            break
         guard = replace(_judge(before, score(state), bound, label), rate=trial.rate)
         if best is None or guard.drop < best[0].drop or not guard.violated:
             best = guard, trial, state

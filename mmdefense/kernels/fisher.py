@@ -170,6 +170,7 @@ def fisher_diagonal(
     form: Form = "true",
     batch_size: int = 32,
     pull_back: PullBack = list,
+    each: Callable[[int, int], object] | None = None,
 ) -> list[Tensor]:
     """Return diag(F), the mean over samples of squared per-sample gradients, in eval mode.
 
@@ -185,6 +186,7 @@ def fisher_diagonal(
         form: ``"true"`` or ``"empirical"``.
         batch_size: Samples per backward pass; smaller is less noisy and slower.
         pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
+        each: Called before each batch with the number of batches that are done, and of all.
 
     Returns:
         One tensor a coordinate, of its shape.
@@ -201,7 +203,9 @@ def fisher_diagonal(
         return summed
 
     with mode(model, train=False):
-        for batch in batches(samples, batch_size):
+        for number, batch in enumerate(batches(samples, batch_size)):
+            if each is not None:
+                each(number, -(-len(samples) // batch_size))
             gradient = fitted(
                 partial(gradient_of, batch),
                 len(batch),  # type: ignore[arg-type]

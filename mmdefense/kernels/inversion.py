@@ -298,6 +298,7 @@ def _starts(
 
     found = []
     for some in torch.split(random, _TRIED):
+        run.check_time(name, 0, generators.search.steps)
         parts = each_fitted(partial(likely, some), len(some), _SEARCHING, adapter.model)
         found.append(torch.cat(parts, 1))
     return random[torch.cat(found, 1).argmax(1)[place]]
@@ -312,6 +313,7 @@ def _fit(
     optimizer = torch.optim.Adam(parameters, lr=search.lr, betas=(0.5, 0.999), foreach=True)
     picks, noise = run.generator(f"{name}/order"), run.generator(f"{name}/noise", device)
     for step in range(search.steps):
+        run.check_time(name, step, search.steps)
         batch = samples.take(torch.randint(len(samples), (search.batch_size,), generator=picks))
 
         def compute(rows: Sequence[slice], batch: B = batch) -> Tensor:

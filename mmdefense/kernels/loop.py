@@ -19,7 +19,7 @@ from mmdefense.batches import Samples, batches, part
 from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
 from mmdefense.kernels.memory import fitted, gradient_in_parts, in_parts
-from mmdefense.kernels.run import OutOfTime, Run, copy_state
+from mmdefense.kernels.run import Event, OutOfTime, Run, copy_state
 from mmdefense.protocol import TaskAdapter
 
 __all__ = [
@@ -61,6 +61,8 @@ class Training:
         average: Share of the updates, the last ones, over whose states the mean is taken; the
             model ends in that mean (Izmailov et al. 2018, arXiv:1803.05407). 0 takes the last one.
         check_every: Steps between two looks at the loss (one host synchronisation each).
+        resume_every: Steps between two states that a run can go on from; more than 1 where the
+            gradients depend on what was measured some steps before.
     """
 
     steps: int
@@ -75,9 +77,10 @@ class Training:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     average: float = 0.0
     check_every: int = 20
+    resume_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "check_every"):
+        for name in ("steps", "batch_size", "check_every", "resume_every"):
             if getattr(self, name) < (0 if name == "steps" else 1):
                 raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.lr >= 0:
@@ -130,8 +133,9 @@ def train(
 
     Raises:
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
-        OutOfTime: If the run's deadline has passed; the state of that moment is in the model, and
-            what is needed to go on from it in the store.
+        OutOfTime: If the run's deadline has passed after an update, of which there is at least
+            one; the state of that moment is in the model, and what is needed to go on from it (or
+            from the last multiple of ``resume_every`` that was looked at) in the store.
     """
     chosen = _trainable(adapter.model) if parameters is None else list(parameters)
     if not chosen:
@@ -140,15 +144,14 @@ def train(
     device = chosen[0].device
     noise = torch.Generator(device)
     compute = gradients or _loss_gradients(adapter)
-    average = _Average(training)
-    start, mean = _resume(adapter, chosen, optimizer, average, run, stage)
-    total, seen, good = torch.zeros((), device=device), 0, (start, copy_state(adapter.model))
-    saved = start
+    course = _Course(adapter.model, chosen, optimizer, training, run, stage)
+    start = course.resume()
+    run.progress(Event(stage, start, training.steps))
     with (
         mode(adapter.model, train=True, batch_norm=training.batch_norm == "train"),
         channels_last(adapter.model),
         _own_rng(device),
-        _tidied(adapter.model, optimizer, average),
+        _tidied(adapter.model, optimizer, course.average),
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
@@ -159,36 +162,128 @@ def train(
             if training.augment:
                 batch = samples.augment(batch, noise.manual_seed(seed))
             optimizer.zero_grad(set_to_none=True)
-            total += compute(batch, step).detach()
-            seen += 1
+            course.add(compute(batch, step).detach())
             if training.max_norm is not None:
                 nn.utils.clip_grad_norm_(chosen, training.max_norm, foreach=True)
             optimizer.step()
-            done = step + 1
-            last = bool(after_step and after_step(done)) or done == training.steps
-            average.take(adapter.model, done, last=last)
-            if last or done % training.check_every == 0:
-                mean = _finite_mean(adapter, total, seen, chosen, good, stage)
-                total, seen = torch.zeros((), device=device), 0
-                good = (done, copy_state(adapter.model))
-                over = _announce(run, stage, done, training.steps, mean)
-                if last or over or done - saved >= run.checkpoint_every:
-                    saved = done
-                    _save(
-                        adapter,
-                        chosen,
-                        optimizer,
-                        average,
-                        run,
-                        stage,
-                        training.steps if last else done,
-                        mean,
-                    )
-                if over and not last:
-                    raise over
+            last = bool(after_step and after_step(step + 1)) or step + 1 == training.steps
+            course.after(step + 1, last=last)
             if last:
                 break
-    return mean
+    return course.mean
+
+
+class _Course:
+    """Where a training stands: its losses, its last good state, and what is kept to go on from.
+
+    Losses are summed on the device, and looked at every ``check_every`` steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        training: Training,
+        run: Run,
+        stage: str,
+    ) -> None:
+        self.model, self.parameters, self.optimizer = model, parameters, optimizer
+        self.training, self.run, self.stage = training, run, stage
+        self.average = _Average(training)
+        self.total, self.seen = torch.zeros((), device=parameters[0].device), 0
+        self.mean = math.nan
+        self.saved, self.good = 0, (0, copy_state(model))
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of one step."""
+        self.total += loss
+        self.seen += 1
+
+    def after(self, done: int, *, last: bool) -> None:
+        """Look at the loss, keep the state and look at the time, each where it is due.
+
+        Raises:
+            DivergenceError: If the loss or a weight is not finite; the last good state is restored.
+            OutOfTime: If the time is up before the last step.
+        """
+        self.average.take(self.model, done, last=last)
+        look = last or done % self.training.check_every == 0
+        if look:
+            self.mean = self._finite_mean()
+            self.total, self.seen = torch.zeros_like(self.total), 0
+            self.good = (done, copy_state(self.model))
+            steps = self.training.steps
+            self.run.record(self.stage, done, steps, ended=last, loss=self.mean)
+            if last or done - self.saved >= self.run.checkpoint_every:
+                self._save(steps if last else done)
+        if not last:
+            self._look_at_the_time(done)
+
+    def _look_at_the_time(self, done: int) -> None:
+        try:
+            self.run.check_time(self.stage, done, self.training.steps)
+        except OutOfTime:
+            if self.seen:
+                self._finite_mean()  # or what is not finite would be kept
+            if done != self.saved and done % self.training.resume_every == 0:
+                self._save(done)
+            raise
+
+    def _finite_mean(self) -> float:
+        """Return the mean loss, or restore the last good state and raise."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
+        mean, norm = torch.stack([self.total / self.seen, norms.sum()]).tolist()
+        if math.isfinite(mean) and math.isfinite(norm):
+            return float(mean)
+        step, state = self.good
+        self.model.load_state_dict(state)
+        raise DivergenceError(
+            f"the loss of stage {self.stage!r} stopped being finite after step {step}; the state "
+            "of that step was kept; try a smaller learning rate",
+            state,
+        )
+
+    def _save(self, step: int) -> None:
+        self.saved = step
+        state = {
+            "step": step,
+            "mean": self.mean,
+            "losses": (self.total, self.seen),
+            "model": self.model.state_dict(),
+            # They need not be the model's own; those that are share its storage in the file too.
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.mean,
+        }
+        self.run.keep(f"{self.stage}.progress", state)
+
+    def resume(self) -> int:
+        """Restore a kept state of the stage, if there is one; return its step.
+
+        Raises:
+            BadInputError: If it is of another model or other settings.
+        """
+        kept = self.run.recall(f"{self.stage}.progress")
+        if kept is None:
+            return 0
+        try:
+            self.model.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept["parameters"], strict=True):
+                    parameter.copy_(value)
+            self.average.mean = kept["average"]
+            total, self.seen = kept["losses"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadInputError(
+                f"the checkpoint of stage {self.stage!r} is of another model or other settings "
+                f"({one_line(error)}); remove it to restart"
+            ) from error
+        self.total, self.mean = total.to(self.total), float(kept["mean"])
+        self.saved = int(kept["step"])
+        self.good = (self.saved, copy_state(self.model))
+        return self.saved
 
 
 class _Average:
@@ -213,15 +308,6 @@ class _Average:
     def finish(self, model: nn.Module) -> None:
         """Put the mean of what was taken in into its place, if anything was."""
         model.load_state_dict(self.mean, strict=False)
-
-
-def _announce(run: Run, stage: str, done: int, steps: int, mean: float) -> OutOfTime | None:
-    """Report a look at the loss; return what the run says if its time is up."""
-    try:
-        run.report(stage, done, steps, loss=mean)
-    except OutOfTime as over:
-        return over
-    return None
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:
@@ -329,76 +415,6 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-def _finite_mean(
-    adapter: TaskAdapter[Any],
-    total: Tensor,
-    seen: int,
-    parameters: Sequence[Tensor],
-    good: tuple[int, dict[str, Tensor]],
-    stage: str,
-) -> float:
-    """Return the mean loss, or restore the last good state and raise."""
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
-    mean, norm = torch.stack([total / seen, norms.sum()]).tolist()
-    if math.isfinite(mean) and math.isfinite(norm):
-        return float(mean)
-    adapter.model.load_state_dict(good[1])
-    raise DivergenceError(
-        f"the loss of stage {stage!r} stopped being finite after step {good[0]}; the state of that "
-        "step was kept; try a smaller learning rate",
-        good[1],
-    )
-
-
-def _save(
-    adapter: TaskAdapter[Any],
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    average: _Average,
-    run: Run,
-    stage: str,
-    step: int,
-    mean: float,
-) -> None:
-    state = {
-        "step": step,
-        "mean": mean,
-        "model": adapter.model.state_dict(),
-        # They need not be the model's own; those that are share its storage in the file too.
-        "parameters": [parameter.detach() for parameter in parameters],
-        "optimizer": optimizer.state_dict(),
-        "average": average.mean,
-    }
-    run.keep(f"{stage}.progress", state)
-
-
-def _resume(
-    adapter: TaskAdapter[Any],
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    average: _Average,
-    run: Run,
-    stage: str,
-) -> tuple[int, float]:
-    """Restore a kept state of the stage, if there is one; return its step and mean loss."""
-    kept = run.recall(f"{stage}.progress")
-    if kept is None:
-        return 0, math.nan
-    try:
-        adapter.model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept["parameters"], strict=True):
-                parameter.copy_(value)
-        average.mean = kept["average"]
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise BadInputError(
-            f"the checkpoint of stage {stage!r} is of another model or other settings "
-            f"({one_line(error)}); remove it to restart"
-        ) from error
-    return int(kept["step"]), float(kept["mean"])
 
 
 def scores(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:

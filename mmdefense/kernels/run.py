@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.memory import Room
 
 __all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state"]
@@ -29,6 +29,7 @@ class Event:
         total: Steps planned; a stage may stop before them.
         figures: Measurements by name.
         note: A sentence for the user, where there is something to be told; nothing was done then.
+        ended: Whether the stage is over, with or without all of its steps.
     """
 
     stage: str
@@ -36,6 +37,7 @@ class Event:
     total: int
     figures: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    ended: bool = False
 
 
 Progress = Callable[[Event], None]
@@ -67,7 +69,7 @@ class Run:
         history: All figures, in order of time.
         states: Candidate states for the utility guard, oldest first, each with its label.
         checkpoint_every: Steps between two saves inside a stage.
-        deadline: When to stop, by ``time.monotonic()``, in seconds; looked at in :meth:`report`.
+        deadline: When to stop; looked at in :meth:`report` and after each update of a training.
         room: How many samples fit into memory at once; kept with the states, so that a resumed run
             goes on with the same parts.
     """
@@ -78,7 +80,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
     checkpoint_every: int = 100
-    deadline: float | None = None
+    deadline: Deadline = field(default_factory=Deadline)
     room: Room = field(default_factory=Room)
 
     def __post_init__(self) -> None:
@@ -99,11 +101,27 @@ class Run:
         Raises:
             OutOfTime: If the deadline has passed, and the stage is not done.
         """
-        figures = {name: float(value) for name, value in figures.items()}  # plain, to be stored
-        if figures:
-            self.history.append({"stage": stage, "step": step, **figures})
-        self.progress(Event(stage, step, total, figures))
-        if self.deadline is not None and step < total and time.monotonic() > self.deadline:
+        self.record(stage, step, total, ended=False, **figures)
+        if step < total:
+            self.check_time(stage, step, total)
+
+    def record(
+        self, stage: str, step: int, total: int, *, ended: bool = False, **figures: float
+    ) -> None:
+        """Announce progress, and keep the figures in the history, whatever the time."""
+        plain = {name: float(value) for name, value in figures.items()}  # as it is stored
+        if plain:
+            self.history.append({"stage": stage, "step": step, **plain})
+        self.progress(Event(stage, step, total, plain, ended=ended))
+
+    def check_time(self, stage: str, step: int, total: int) -> None:
+        """End the run if its deadline has passed.
+
+        Raises:
+            OutOfTime: If so; says where.
+        """
+        if self.deadline.passed:
+            self.progress(Event(stage, step, total, ended=True))
             raise OutOfTime(f"{stage}, step {step} of {total}")
 
     def part(self, name: str) -> Run:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import Clock
 from torch import nn
 
 from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.defenses import base
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
+from mmdefense.kernels.deadline import Deadline
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 HELD = 100
@@ -118,6 +121,37 @@ def test_a_state_of_when_the_time_was_up_is_judged_and_named(adapter, clean):
     assert result.model.level.item() == pytest.approx(0.99)
     in_time = Scripted(script=script).purify(adapter, clean, max_seconds=1000)
     assert (in_time.stopped, in_time.guard.state) == ("", "final")
+
+
+def test_training_ends_early_enough_for_the_guard(adapter, clean, monkeypatch):
+    clock = Clock()
+
+    def slow(work, state):
+        clock.now += 5
+        return scores(work, state)
+
+    scores = base.scores
+    monkeypatch.setattr(base, "scores", slow)
+
+    def script(work):
+        for step in range(1, 1000):
+            clock.now += 1
+            work.run.report("purify", step, 1000)
+
+    result = Scripted(script=script).purify(adapter, clean, max_seconds=Deadline(60, clock))
+    # 55 s are left after the first evaluation, of which a tenth is kept.
+    assert result.stopped == "purify, step 50 of 1000"
+    assert result.seconds == clock.now == 60
+
+
+def test_no_other_state_is_judged_when_the_time_is_up(adapter, clean):
+    def script(work):
+        levels(0.9, 0.5)(work)
+        work.run.report("purify", 20, 100)
+
+    result = Scripted(script=script).purify(adapter, clean, max_seconds=0)
+    assert result.guard.violated
+    assert result.model.level.item() == pytest.approx(0.5)
 
 
 def test_a_better_model_passes(adapter, clean):
@@ -351,7 +385,7 @@ def test_a_milder_run_that_is_cut_off_is_not_taken(adapter, clean):
     class Slow(Rated):
         def _run(self, work):
             if self.lr < 0.8:  # the model is still the given one, which would keep any bound
-                work.run.deadline = 0.0
+                work.run.deadline = Deadline(0.0)
                 work.run.report("purify", 1, 2)
             super()._run(work)
 

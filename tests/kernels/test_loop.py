@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from clocks import LATE, looks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,15 +130,44 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, s
 def test_a_run_whose_time_is_up_goes_on_to_the_same_bits(noisy, tmp_path, average):
     plan = replace(PLAN, average=average)
     adapter, samples = noisy()
-    train(adapter, samples, plan, Run(seed=3))
-    for _ in range(plan.steps // plan.check_every):
+    whole = Run(seed=3)
+    train(adapter, samples, plan, whole)
+    for _ in range(plan.steps - 1):  # each makes one update
         twin, samples = noisy()
         with pytest.raises(OutOfTime, match="train, step"):
-            train(twin, samples, plan, Run(seed=3, store=RunStore(tmp_path), deadline=-math.inf))
+            train(twin, samples, plan, Run(seed=3, store=RunStore(tmp_path), deadline=LATE))
     assert any((a != b).any() for a, b in zip(*map(parameters_of, (twin, adapter)), strict=True))
-    run = Run(seed=3, store=RunStore(tmp_path), deadline=-math.inf)
+    run = Run(seed=3, store=RunStore(tmp_path), deadline=LATE)
     twin, samples = noisy()
     train(twin, samples, plan, run)  # one step is left, and its end is not cut off
+    assert run.history == whole.history
+    assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
+
+
+def test_what_depends_on_earlier_steps_goes_on_from_where_it_began(noisy, tmp_path):
+    plan = replace(PLAN, check_every=4, resume_every=4)
+
+    def gradients(adapter):
+        measured = []
+
+        def compute(batch, step):
+            if step % 4 == 0:
+                measured[:] = [1 + step / 10]
+            loss = adapter.per_sample_loss(batch).mean()
+            (loss * measured[0]).backward()
+            return loss
+
+        return compute
+
+    adapter, samples = noisy()
+    train(adapter, samples, plan, Run(seed=3), gradients=gradients(adapter))
+    for _ in range(2):
+        twin, samples = noisy()
+        run = Run(seed=3, store=RunStore(tmp_path), checkpoint_every=1, deadline=looks(6))
+        with pytest.raises(OutOfTime):
+            train(twin, samples, plan, run, gradients=gradients(twin))
+    twin, samples = noisy()
+    train(twin, samples, plan, Run(seed=3, store=RunStore(tmp_path)), gradients=gradients(twin))
     assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
 
 
@@ -153,10 +183,10 @@ def test_the_mean_so_far_is_what_is_left_when_the_time_is_up(build, draw):
             adapter,
             draw(10),
             plan,
-            Run(deadline=-math.inf),
+            Run(deadline=looks(3)),
             after_step=lambda _: states.append(copy_state(adapter.model)["0.weight"]),
         )
-    assert len(states) == plan.check_every
+    assert len(states) == 3
     torch.testing.assert_close(copy_state(adapter.model)["0.weight"], sum(states) / len(states))
 
 

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from clocks import LATE
 from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.run import OutOfTime, Run, copy_state
 
 
@@ -110,8 +111,8 @@ def test_reports_reach_the_listener_and_the_history():
 
 
 def test_only_a_stage_that_is_not_done_runs_out_of_time():
-    Run(deadline=math.inf).report("a", 1, 3)
-    late = Run(deadline=-math.inf)
+    Run(deadline=Deadline()).report("a", 1, 3)
+    late = Run(deadline=LATE)
     late.report("a", 3, 3)
     with pytest.raises(OutOfTime, match="a, step 2 of 3"):
         late.report("a", 2, 3, loss=0.5)

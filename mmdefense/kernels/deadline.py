@@ -1,0 +1,48 @@
+"""When a command must be done, by a clock that a test can replace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+__all__ = ["Deadline"]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When everything must be done. The default never comes.
+
+    Attributes:
+        at: The moment, by ``clock``, in seconds.
+        clock: Returns the time in seconds; never goes back.
+    """
+
+    at: float = math.inf
+    clock: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def after(cls, seconds: float | Deadline | None) -> Deadline:
+        """Return the deadline that many seconds from now; one that already runs stays as it is."""
+        if isinstance(seconds, Deadline):
+            return seconds
+        return cls() if seconds is None else cls(time.monotonic() + seconds)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; negative once it has passed."""
+        return self.at - self.clock()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return self.left <= 0
+
+    def earlier(self, seconds: float) -> Deadline:
+        """Return a deadline that comes ``seconds`` before this one, to keep time for the rest."""
+        return replace(self, at=self.at - seconds)
+
+    def within(self, seconds: float) -> Deadline:
+        """Return this deadline, or the one ``seconds`` from now, whichever comes first."""
+        return replace(self, at=min(self.at, self.clock() + seconds))
