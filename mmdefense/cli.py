@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -115,7 +116,7 @@ def purify(
     ] = 0.02,
     max_time: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Stop with the best state so far, such as 90s, 30m, 2h."),
+        typer.Option(metavar="TIME", help="End by then with the best state so far: 90s, 30m, 2h."),
     ] = None,
     mean: Numbers = None,
     std: Numbers = None,
@@ -135,7 +136,9 @@ def purify(
     ] = None,
 ) -> None:
     """Purify a model with a little clean data; write it with its evidence to a new folder."""
+    begun = time.monotonic()
     from mmdefense.jobs import Source, partial_folder, purify_files
+    from mmdefense.kernels.deadline import Deadline
     from mmdefense.purification import configured
     from mmdefense.report.terminal import ProgressDisplay
 
@@ -143,7 +146,7 @@ def purify(
     chosen = configured(defense, given)
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
-    max_seconds = duration(max_time)
+    limit = duration(max_time)
     if dry_run:
         _show_plan(source, chosen)
         return
@@ -158,7 +161,7 @@ def purify(
                 resume=resume,
                 force=force,
                 progress=progress,
-                max_seconds=max_seconds,
+                max_seconds=None if limit is None else Deadline(begun + limit),
                 command=command,
             )
     except KeyboardInterrupt:

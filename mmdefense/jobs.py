@@ -18,7 +18,8 @@ from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError
 from mmdefense.evaluation.measurement import Evaluation, evaluate
-from mmdefense.kernels.run import Progress
+from mmdefense.kernels.deadline import Deadline
+from mmdefense.kernels.run import Event, Progress
 from mmdefense.purification import Purification, purify
 from mmdefense.report.encoding import plain
 from mmdefense.scanning import scan_loaded
@@ -28,6 +29,8 @@ from mmdefense.sources import AUTO, Opened, Source
 __all__ = ["AUTO", "Opened", "Source", "evaluate_files", "partial_folder", "purify_files"]
 
 _IDENTITY = "job"
+_FOR_THE_PAGE, _PASSES = 1.0, 6
+"""Kept for writing: seconds, and passes over the model, each as long as hashing what is given."""
 
 
 def partial_folder(out: str | Path) -> Path:
@@ -44,7 +47,7 @@ def purify_files(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    max_seconds: float | None = None,
+    max_seconds: float | Deadline | None = None,
     command: str = "",
 ) -> Purification:
     """Purify the model of ``source`` into the folder ``out``.
@@ -62,7 +65,8 @@ def purify_files(
         resume: Whether an unfinished run of the same call goes on.
         force: Whether an earlier output at ``out`` is replaced.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
-        max_seconds: From when on to stop, with the best state so far.
+        max_seconds: Within how many seconds to be done with all of it, reading and writing
+            included, or by what deadline; the best state so far is written.
         command: For the record, the command line.
 
     Raises:
@@ -70,13 +74,21 @@ def purify_files(
         UnsupportedError: If the defense cannot serve this model.
         DivergenceError: If a loss stopped being finite; the last good weights are kept.
     """
+    deadline = Deadline.after(max_seconds)
     clear_stale(out)
     check_replaceable(out, force)
     store = RunStore(partial_folder(out))
     _check_resumable(store, resume)
+    tell = progress or (lambda _: None)
+    tell(Event("reading", 0, 1))
     opened = source.open()
+    tell(Event("reading", 1, 1))
+    tell(Event("scan", 0, 1))
     scanned = summary(scan_loaded(source.model, opened.adapter.model))
+    tell(Event("scan", 1, 1))
+    begin = deadline.clock()
     _claim(store, _identity(opened, defense))
+    writing = _FOR_THE_PAGE + _PASSES * (deadline.clock() - begin)
     try:
         purified = purify(
             opened.adapter,
@@ -84,11 +96,13 @@ def purify_files(
             defense,
             progress=progress,
             store=store,
-            max_seconds=max_seconds,
+            max_seconds=deadline.earlier(writing),
         )
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names, scan=scanned)
+        tell(Event("writing", 0, 1))
         purified.save(out, source.model, force=force)
+        tell(Event("writing", 1, 1))
     except DivergenceError as error:
         raise _with_kept_state(error, store) from error
     except (MMDefenseError, OSError) as error:

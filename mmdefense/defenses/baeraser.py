@@ -66,7 +66,7 @@ class BaEraser(TrainingDefense):
         drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
         stop: Success of recovered triggers up to which the ascent on them pauses.
         steps: Updates of unlearning in a round; each takes as many triggered samples as clean ones.
-        restarts: None by default, since the search for triggers would be run again.
+        restarts: None by default; the first search for triggers is not repeated in them.
 
     References:
         Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM
@@ -137,6 +137,7 @@ class BaEraser(TrainingDefense):
                     for record in recover(_triggered(work), work.fit, search, work.run, stage=stage)
                 ]
             },
+            at_any_rate=turn == 0,  # a later one searches what the unlearning has left
         )
         return [
             Recovered(**{**record, "family": TriggerFamily(**record["family"])})

@@ -187,7 +187,9 @@ class Defense(ABC):
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
             deadline, begin = work.run.deadline, work.run.deadline.clock()
+            work.run.progress(Event("guard", 0, 0))
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
+            work.run.progress(Event("guard", 1, 0))
             work.run.deadline = _before_the_guard(deadline, deadline.clock() - begin)
             trials = self._trials(work, given)
             score = partial(_scores, work)
@@ -226,7 +228,7 @@ class Defense(ABC):
                 states = [*part.run.states, (final, copy_state(work.adapter.model))]
                 yield Trial(part, rate, states)
             defense, rate = defense.milder(), rate / 2
-            part = replace(work, run=work.run.part(at_rate(rate)), figures={})
+            part = replace(work, run=work.run.milder(at_rate(rate)), figures={})
         if failure is not None and not ended:
             raise failure
 
@@ -310,7 +312,10 @@ class TrainingDefense(Defense):
 def _scores(work: Purifying[Any], state: State) -> Tensor:
     """Return each held-out sample's share of the task metric under a state, as it is rounded."""
     work.adapter.model.load_state_dict(rounded(state, work.types))
-    return scores(work.adapter, work.holdout)
+    work.run.progress(Event("guard", 0, 0))
+    found = scores(work.adapter, work.holdout)
+    work.run.progress(Event("guard", 1, 0))
+    return found
 
 
 def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:

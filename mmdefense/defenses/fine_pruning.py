@@ -166,6 +166,7 @@ class FinePruning(Pruning, TrainingDefense):
         kept = work.run.once(
             "prune",
             lambda: {"masks": self._prune(work), "curve": work.figures["pruning_curve"]},
+            at_any_rate=True,
         )
         work.figures["pruning_curve"] = tuple(kept["curve"])
         parameters = dict(work.adapter.model.named_parameters(remove_duplicate=False))

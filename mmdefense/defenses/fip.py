@@ -142,7 +142,9 @@ class _FisherPurification(TrainingDefense):
         if self.trace in ("true", "empirical"):
             check_second_derivative(adapter, work.fit, space.weights)
         start = [tensor.detach().clone() for tensor in space.tensors]
-        importance = run.once("fisher", lambda: self._importance(work, space))["diagonal"]
+        importance = run.once("fisher", lambda: self._importance(work, space), at_any_rate=True)[
+            "diagonal"
+        ]
         importance = [
             value.to(tensor.device) for value, tensor in zip(importance, start, strict=True)
         ]

@@ -62,7 +62,8 @@ def unlearning_change(
         return {name: (after[name] - value).abs() for name, value in before.items()}
 
     device = next(adapter.model.parameters()).device
-    return {name: value.to(device) for name, value in run.once("change", compute).items()}
+    change = run.once("change", compute, at_any_rate=True)
+    return {name: value.to(device) for name, value in change.items()}
 
 
 def _chance(adapter: TaskAdapter[Any], samples: Any) -> float:
@@ -162,7 +163,15 @@ class TSBD(TrainingDefense):
         scores = weight_change(change, groups)
         order = rank(scores, descending=True)
         active = self._activeness(work, groups)
-        ratio = self._reinitialise(work, groups, change, order)
+        ratio = self.ratio
+        if ratio is None:
+            chosen = work.run.once(
+                "ratio",
+                lambda: {"ratio": self._ratio(work, groups, change, order)},
+                at_any_rate=True,
+            )
+            ratio = float(chosen["ratio"])
+        self._reinitialise(adapter, groups, change, order[: int(ratio * len(order))])
         work.run.report("reinitialise", 1, 1, ratio=ratio)
         if self.fine_tuning != "none":
             gradients = self._gradients(adapter) if self.fine_tuning != "vanilla" else None
@@ -176,28 +185,42 @@ class TSBD(TrainingDefense):
             "activeness": (active, self._activeness(work, groups)),
         }
 
-    def _reinitialise(
+    def _ratio(
         self,
         work: Purifying[Any],
         groups: Sequence[UnitGroup],
         change: Mapping[str, Tensor],
         order: Sequence[Unit],
     ) -> float:
-        """Zero the sub-weights of the most changed units, and return their share n."""
+        """Return the share n of units to reinitialise; the model is left as it is."""
         adapter = work.adapter
         before = mean_score(adapter, work.holdout)
         enough = before - (before - adapter.chance) / 4
         given = parameters_by_name(adapter.model)
         ratio, units = 0.0, 0
-        for ratio in self.candidates if self.ratio is None else (self.ratio,):
-            if units == (units := int(ratio * len(order))):
-                continue  # a small net has no share as small as this, or the last one was as large
+        try:
+            for number, ratio in enumerate(self.candidates):
+                work.run.report("choose a ratio", number, len(self.candidates))
+                if units == (units := int(ratio * len(order))):
+                    continue  # a small net has no share as small, or the last one was as large
+                restore(adapter.model, given)
+                self._reinitialise(adapter, groups, change, order[:units])
+                if mean_score(adapter, work.holdout) <= enough:
+                    break
+        finally:
             restore(adapter.model, given)
-            chosen = order[:units]
-            zero(adapter.model, select_sub_weights(change, groups, chosen, self.sub_ratio))
-            if self.ratio is None and mean_score(adapter, work.holdout) <= enough:
-                break
         return ratio
+
+    def _reinitialise(
+        self,
+        adapter: TaskAdapter[Any],
+        groups: Sequence[UnitGroup],
+        change: Mapping[str, Tensor],
+        units: Sequence[Unit],
+    ) -> None:
+        """Zero the sub-weights of units."""
+        if units:
+            zero(adapter.model, select_sub_weights(change, groups, units, self.sub_ratio))
 
     def _gradients(self, adapter: TaskAdapter[Any]) -> Gradients:
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]

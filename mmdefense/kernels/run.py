@@ -26,7 +26,7 @@ class Event:
     Attributes:
         stage: What is being done.
         step: Steps done.
-        total: Steps planned; a stage may stop before them.
+        total: Steps planned; a stage may stop before them. 0 where that is not known.
         figures: Measurements by name.
         note: A sentence for the user, where there is something to be told; nothing was done then.
         ended: Whether the stage is over, with or without all of its steps.
@@ -72,6 +72,7 @@ class Run:
         deadline: When to stop; looked at in :meth:`report` and after each update of a training.
         room: How many samples fit into memory at once; kept with the states, so that a resumed run
             goes on with the same parts.
+        shared: What :meth:`once` has computed for a run and its milder ones, by stage.
     """
 
     seed: int = 0
@@ -82,6 +83,7 @@ class Run:
     checkpoint_every: int = 100
     deadline: Deadline = field(default_factory=Deadline)
     room: Room = field(default_factory=Room)
+    shared: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.room.tell = lambda words: self.progress(Event("memory", 0, 1, note=words))
@@ -139,6 +141,15 @@ class Run:
         part.room = self.room
         return part
 
+    def milder(self, name: str) -> Run:
+        """Return a part that does the same again at a smaller learning rate.
+
+        What does not depend on the rate is not computed again; see :meth:`once`.
+        """
+        part = self.part(name)
+        part.shared = self.shared
+        return part
+
     def adopt(self, name: str, part: Run) -> None:
         """Take the history of a part into that of the whole, its stages named."""
         self.history += [{**entry, "stage": f"{name}: {entry['stage']}"} for entry in part.history]
@@ -147,15 +158,27 @@ class Run:
         """Keep the present state as a candidate that the utility guard may return."""
         self.states.append((label, copy_state(model)))
 
-    def once(self, stage: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once(
+        self, stage: str, compute: Callable[[], dict[str, Any]], *, at_any_rate: bool = False
+    ) -> dict[str, Any]:
         """Return what ``compute`` gives, computed once: a resumed run reads it from the store.
 
         Tensors that were read from the store lie on the CPU.
+
+        Args:
+            stage: A name that is unique in the run.
+            compute: Computes it.
+            at_any_rate: Whether it is the same at any learning rate, so that milder runs take it
+                from the first one.
         """
+        if at_any_rate and stage in self.shared:
+            return self.shared[stage]
         kept = self.recall(stage)
         if kept is None:
             kept = compute()
             self.keep(stage, kept)
+        if at_any_rate:
+            self.shared[stage] = kept
         return kept
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:

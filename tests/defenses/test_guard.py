@@ -395,6 +395,25 @@ def test_a_milder_run_that_is_cut_off_is_not_taken(adapter, clean):
     assert result.stopped == "purify, step 1 of 2"
 
 
+def test_what_does_not_depend_on_the_rate_is_computed_once(adapter, clean, tmp_path):
+    computed = []
+
+    class Measured(Rated):
+        def _run(self, work):
+            kept = work.run.once("measure", lambda: self.measured(work), at_any_rate=True)
+            assert kept["of"] == 0.8
+            super()._run(work)
+
+        def measured(self, work):
+            computed.append(self.lr)
+            return {"of": self.lr}
+
+    defense = Measured(lr=0.8, max_utility_drop=0.0, restarts=2)
+    defense.purify(adapter, clean, store=RunStore(tmp_path))
+    defense.purify(adapter, clean, store=RunStore(tmp_path))  # reads it from the store
+    assert computed == [0.8]
+
+
 @pytest.mark.parametrize("settings", [{"restarts": 0}, {"steps": 0}])
 def test_without_restarts_it_is_run_once(adapter, clean, settings):
     defense = Rated(lr=0.8, max_utility_drop=0.0, **settings)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdefense.batches import LabelledSamples, split
-from mmdefense.defenses import tsbd
+from mmdefense.defenses import base, tsbd
+from mmdefense.defenses.guard import choose as choose_of
 from mmdefense.defenses.tsbd import TSBD, unlearning_change
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
@@ -152,6 +153,26 @@ def test_a_chosen_ratio_leaves_what_a_given_one_does(learnt, corners, monkeypatc
     assert next(e["ratio"] for e in chosen.history if e["stage"] == "reinitialise") == 0.9
     for name, value in copy_state(given.model).items():
         assert torch.equal(value, chosen.model.state_dict()[name]), name
+
+
+def test_milder_runs_unlearn_no_more(learnt, corners, monkeypatch):
+    unlearnt, chosen = [], []
+
+    def counted(*arguments, **settings):
+        unlearnt.append(1)
+        return unlearn(*arguments, **settings)
+
+    def choose(*arguments):
+        chosen.append(1)
+        return ratio(*arguments)
+
+    ratio = TSBD._ratio
+    monkeypatch.setattr(tsbd, "unlearn", counted)
+    monkeypatch.setattr(TSBD, "_ratio", choose)
+    monkeypatch.setattr(base, "choose", lambda trials, *rest: choose_of(list(trials), *rest))
+    with pytest.warns(RuntimeWarning, match="beginning again at 0.25 times"):
+        TSBD(steps=3, restarts=2, **QUICK).purify(learnt, corners)
+    assert (len(unlearnt), len(chosen)) == (1, 1)
 
 
 def test_a_given_ratio_is_not_chosen(learnt, corners):
