@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import re
 import subprocess
 import sys
 import time
@@ -316,7 +317,10 @@ def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch)
 
 
 def test_progress_is_a_line_per_stage_where_there_is_no_terminal(place, mmdefense):
-    assert mmdefense(*place.purify()).err.splitlines() == ["fine-tune ..."]
+    said = mmdefense(*place.purify()).err.splitlines()
+    stages = [line.partition(":")[0] for line in said]
+    assert stages == ["reading", "scan", "guard", "fine-tune", "guard", "writing"]
+    assert re.fullmatch(r"fine-tune: 4 of 4 in \S+ s, loss \S+", said[3])
 
 
 def test_progress_is_a_bar_on_a_terminal():

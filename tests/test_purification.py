@@ -122,8 +122,12 @@ def test_progress_is_reported(net, clean):
     events = []
     mmd.purify(net, clean, Shrink(), progress=events.append)
     assert [(event.stage, event.step, event.total) for event in events] == [
+        ("guard", 0, 0),
+        ("guard", 1, 0),
         ("shrink", 1, 2),
         ("shrink", 2, 2),
+        ("guard", 0, 0),
+        ("guard", 1, 0),
     ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -10,34 +13,76 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from mmdefense.kernels.run import Event
 
 __all__ = ["ProgressDisplay"]
 
+_LONG = 10.0
+"""Seconds after which a stage that still runs is announced where there is no terminal."""
+
+
+@dataclass
+class _Stage:
+    """A stage that has been heard of."""
+
+    begun: float
+    step: int = 0
+    total: int = 0
+    bar: TaskID | None = None
+    announced: bool = False
+    ended: bool = False
+
+
+class _Steps(MofNCompleteColumn):
+    """Steps done, of all; of a stage that ended before them, that it stopped."""
+
+    def render(self, task: Task) -> Text:
+        shown = super().render(task)
+        return Text("stopped at ") + shown if task.fields.get("stopped") else shown
+
+
+class _Remaining(TimeRemainingColumn):
+    """The time that is left; nothing of a stage that has ended."""
+
+    def render(self, task: Task) -> Text:
+        if task.stop_time is not None or task.finished or task.total is None:
+            return Text("")
+        return Text("left ", style="progress.remaining") + super().render(task)
+
 
 class ProgressDisplay:
     """A callback for progress; what it shows goes to standard error.
 
-    Use it as a context manager, so that the terminal is left in order.
+    A stage ends when it says so, when all its steps are done, or when another one begins. Use it
+    as a context manager, so that the terminal is left in order.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Show progress on ``console``; by default on standard error."""
         self.console = console or Console(stderr=True)
+        self.clock = clock
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            _Steps(),
             TimeElapsedColumn(),
+            _Remaining(),
             TextColumn("{task.fields[figures]}", style="dim"),
             console=self.console,
+            get_time=clock,
         )
-        self._stages: dict[str, TaskID] = {}
+        self._stages: dict[str, _Stage] = {}
+        self._running = ""
         self.title = ""
 
     def __call__(self, event: Event) -> None:
@@ -46,17 +91,58 @@ class ProgressDisplay:
             self.console.print(event.note, markup=False, highlight=False)
             return
         name = f"{self.title}: {event.stage}" if self.title else event.stage
-        if not self.console.is_terminal:
-            if name not in self._stages:
-                self._stages[name] = TaskID(len(self._stages))
-                self.console.print(f"{name} ...", markup=False, highlight=False)
-            return
-        if name not in self._stages:
-            self._stages[name] = self._bars.add_task(name, total=event.total, figures="")
+        if self._running != name:
+            self._end()
+        stage = self._stages.get(name)
+        if stage is None or stage.ended:
+            stage = self._begin(name, stage)
+        self._running = name
+        stage.step, stage.total = event.step, event.total
         figures = "  ".join(f"{key} {value:.3g}" for key, value in event.figures.items())
-        self._bars.update(
-            self._stages[name], completed=event.step, total=event.total, figures=figures
-        )
+        if stage.bar is not None:
+            self._bars.update(
+                stage.bar, completed=event.step, total=event.total or None, figures=figures
+            )
+        if event.ended or 0 < event.total <= event.step:
+            self._end(figures)
+        elif stage.bar is None and not stage.announced and self.clock() - stage.begun > _LONG:
+            stage.announced = True
+            self._print(f"{name}: {event.step} of {event.total or '?'} after {self._took(stage)}")
+
+    def _begin(self, name: str, before: _Stage | None) -> _Stage:
+        """Return a stage that begins now, or again."""
+        stage = self._stages[name] = _Stage(self.clock())
+        if self.console.is_terminal:
+            if before is not None and before.bar is not None:
+                self._bars.remove_task(before.bar)  # the one of now stands at the end
+            stage.bar = self._bars.add_task(name, total=None, figures="", stopped=False)
+        return stage
+
+    def _end(self, figures: str = "") -> None:
+        """End the stage that runs, if one does: stop its clock, or print its line."""
+        stage = self._stages.get(self._running)
+        if stage is None or stage.ended:
+            return
+        stage.ended = True
+        if stage.bar is None:
+            tail = f", {figures}" if figures else ""
+            self._print(f"{self._running}: {self._reached(stage)} in {self._took(stage)}{tail}")
+            return
+        stopped = stage.step < stage.total
+        self._bars.update(stage.bar, total=stage.total or max(stage.step, 1), stopped=stopped)
+        self._bars.stop_task(stage.bar)
+
+    def _took(self, stage: _Stage) -> str:
+        return f"{self.clock() - stage.begun:.3g} s"
+
+    @staticmethod
+    def _reached(stage: _Stage) -> str:
+        if stage.step < stage.total:
+            return f"stopped at {stage.step} of {stage.total}"
+        return "done" if stage.total <= 1 else f"{stage.total} of {stage.total}"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -69,5 +155,6 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
         if self.console.is_terminal:
             self._bars.stop()
