@@ -89,6 +89,8 @@ class ProgressDisplay:
         """Show one sign of progress, or a note as a line of its own."""
         if event.note:
             self.console.print(event.note, markup=False, highlight=False)
+            if self.console.is_terminal:
+                self._bars.refresh()  # below it, as they are now
             return
         name = f"{self.title}: {event.stage}" if self.title else event.stage
         if self._running != name:
