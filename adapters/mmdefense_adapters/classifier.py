@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,24 +11,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
 from mmdefense.class_names import contradicted, few
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
-from mmdefense_adapters.module_adapter import ModuleAdapter
+from mmdefense.notes import note
+from mmdefense_adapters.given import check_values
+from mmdefense_adapters.module_adapter import ModuleAdapter, usable
+from mmdefense_adapters.outputs import (
+    Form,
+    as_logits,
+    check_problem,
+    form_of_values,
+    found_form,
+    main_output,
+)
 
 __all__ = ["Classifier"]
+
+_TRIED = 8  # samples that are run to see what the model returns; ours
 
 
 class Classifier(ModuleAdapter[LabelledBatch]):
     """Wraps a module that maps inputs ``(N, ...)`` to logits ``(N, K)``.
 
     A subclass says what the inputs are. Those with channels come in ``[0, 1]``; ``mean`` and
-    ``std`` are applied inside, so that triggers live in the space of the data.
+    ``std`` are applied inside, so that triggers live in the space of the data. A model may also
+    return probabilities or sigmoid outputs, and further outputs beside them; the first data that
+    :meth:`samples` sees decides, see :mod:`mmdefense_adapters.outputs`.
     """
 
     inputs: ClassVar[str] = "inputs"
     """What the inputs are called in messages."""
+
+    bounded: ClassVar[bool] = False
+    """Whether all values of images or clips lie in ``[0, 1]``; vectors may be any."""
 
     def __init__(
         self,
@@ -49,10 +66,12 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         """
         if (mean is None) != (std is None):
             raise BadInputError("mean and std must be given together, got one of them")
-        self.model = model
+        check_problem(model)
+        self.model = usable(model)
         self.mean, self.std = mean, std
         self.example = None if example is None else _unlabelled(example)
         self._scaling: Tensor | None = None
+        self._forms: Mapping[bool, Form] = {}  # in eval mode and in train mode, once they are known
 
     @property
     def chance(self) -> float:
@@ -76,18 +95,29 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         if len(samples) == 0:
             raise BadInputError(f"data must hold at least one sample ({self.inputs}), got none")
         samples = samples.to(self.device)
-        first = samples.take(torch.zeros(1, dtype=torch.int64)).inputs
-        self._check(samples, first)
+        places = torch.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).long()
+        some = samples.take(places).inputs
+        values = samples.inputs if isinstance(samples, LabelledSamples) else some
+        check_values(values, self.inputs, bounded=self.bounded and values.ndim >= 4)
+        classes = self._check(samples, some)
+        if not self._forms:
+            self._forms = self._found_forms(some, classes)
         if self.example is None:
-            self.example = _unlabelled(first)
+            self.example = _unlabelled(some[:1])
         return samples
 
     @abstractmethod
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         """Return what the user gave as samples, with the default augmentation of the domain."""
 
-    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
-        shape = tuple(first.shape[1:])
+    def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
+        """Refuse samples that do not fit the model; return the number of classes K.
+
+        Args:
+            samples: All that were given.
+            some: A few of their inputs, ``(n, ...)``.
+        """
+        shape = tuple(some.shape[1:])
         if self.mean is not None and len(self.mean) != shape[0]:
             raise BadInputError(
                 f"{self.inputs} must have {len(self.mean)} channels, as mean and std have, got "
@@ -95,19 +125,50 @@ class Classifier(ModuleAdapter[LabelledBatch]):
             )
         try:
             with torch.no_grad(), mode(self.model, train=False):
-                answer = self.logits(first)
+                answer = self._run(some)
         except Exception as error:  # the model is the user's own and may raise anything
             raise BadInputError(
                 f"the model cannot read {self.inputs} of shape {shape}: {one_line(error)}; have "
-                "them read as it takes them: --channels, --image-size or --read"
+                f"them read as it takes them: --channels, --image-size or --read{_layout(shape)}"
             ) from error
-        if not isinstance(answer, Tensor) or answer.ndim != 2:
-            found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        logits = main_output(answer, check=True)
+        if logits.ndim != 2 or logits.shape[1] < 2:
             raise UnsupportedError(
-                f"a classifier must answer with logits (N, K), got {found} for {self.inputs} of "
-                f"shape {shape}"
+                "a classifier must return logits (N, K) of at least 2 classes, got "
+                f"{tuple(logits.shape)} for {self.inputs} of shape {shape}"
             )
-        _check_labels(samples, answer.shape[1])
+        _check_labels(samples, logits.shape[1])
+        return logits.shape[1]
+
+    def _found_forms(self, some: Tensor, classes: int) -> dict[bool, Form]:
+        """Return what the model returns in eval and in train mode, from a few inputs ``(n, ...)``.
+
+        A copy is run: in train mode a model updates statistics.
+
+        Raises:
+            UnsupportedError: If it fails in train mode, or returns rows of another width there.
+        """
+        twin = self.fork()
+        if len(some) == 1:
+            some = torch.cat([some, some])  # BatchNorm1d takes no single sample in train mode
+        cuda = [self.device] if self.device.type == "cuda" else []
+        forms = {}
+        for train in (False, True):
+            with mode(twin.model, train=train), torch.random.fork_rng(cuda), torch.enable_grad():
+                forms[train] = found_form(twin.model, lambda: twin._tried(some), classes)
+        if said := next((form.said for form in forms.values() if form.said), ""):
+            note(said)
+        return forms
+
+    def _tried(self, inputs: Tensor) -> Any:
+        try:
+            return self._run(inputs)
+        except Exception as error:  # the model is the user's own and may raise anything
+            when = "train" if self.model.training else "eval"
+            raise UnsupportedError(
+                f"the model cannot be run on {len(inputs)} {self.inputs} in {when} mode, as "
+                f"defenses do: {one_line(error)}"
+            ) from error
 
     def answer(self, batch: LabelledBatch) -> Tensor:
         """Return the logits of a batch, shape ``(N, K)``."""
@@ -115,6 +176,16 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the logits of inputs as they come in the data, shape ``(N, K)``."""
+        form = self._forms.get(self.model.training)
+        if form is None:  # no data was seen yet
+            outputs = main_output(self._run(inputs))
+            return as_logits(outputs, Form(form_of_values(outputs)))
+        with form.passed_by(self.model):
+            return as_logits(main_output(self._run(inputs)), form)
+
+    def _run(self, inputs: Tensor) -> Any:
+        """Return whatever the model returns to inputs as they come in the data."""
+        inputs = inputs.to(next(self.model.parameters()).dtype)
         if self.mean is not None:
             mean, std = self._scaling_like(inputs)
             inputs = (inputs - mean) / std
@@ -128,13 +199,28 @@ class Classifier(ModuleAdapter[LabelledBatch]):
             self._scaling = kept
         return kept.view(2, 1, -1, *(1,) * (inputs.ndim - 2))
 
-    def _call(self, inputs: Tensor) -> Tensor:
-        """Run the model on normalised inputs."""
-        return self.model(inputs)  # type: ignore[no-any-return]
+    def _call(self, inputs: Tensor) -> Any:
+        """Run the model on normalised inputs; return what it returns."""
+        return self.model(inputs)
+
+    @property
+    def _each_class_alone(self) -> bool:
+        """Whether a sigmoid stands at the end: each class is a yes or a no for itself."""
+        return any(form.kind == "sigmoid" for form in self._forms.values())
 
     def per_sample_loss(self, batch: LabelledBatch) -> Tensor:
-        """Return the cross-entropy of each sample in nats, shape ``(N,)``."""
-        return F.cross_entropy(self.logits(batch.inputs), batch.labels, reduction="none")
+        """Return the cross-entropy of each sample in nats, shape ``(N,)``.
+
+        Of a model that ends in a sigmoid it is the sum of the binary ones of all classes, so that
+        its outputs keep their thresholds.
+        """
+        return self._loss(self.logits(batch.inputs), batch.labels)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not self._each_class_alone:
+            return F.cross_entropy(logits, labels, reduction="none")
+        truth = F.one_hot(labels, logits.shape[1]).to(logits)
+        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1)
 
     def sampled_loss(
         self, batch: LabelledBatch, generator: torch.Generator
@@ -143,12 +229,17 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
         The score of a sample is ``2 sum_c xi_c sqrt(p_c)`` with random signs ``xi``. Its gradient,
         ``sum_c xi_c sqrt(p_c) grad log p_c``, has covariance F_n, needs no label draw, and can be
-        differentiated again to the whole gradient of Tr(F), p's own share included.
+        differentiated again to the whole gradient of Tr(F), p's own share included. Where each
+        class is a yes or a no for itself, its share is ``xi_c sqrt(p_c (1 - p_c)) grad z_c``.
         """
-        log_p = self.logits(batch.inputs).log_softmax(1)
-        loss = F.nll_loss(log_p, batch.labels, reduction="none")
-        signs = torch.randint(0, 2, log_p.shape, generator=generator, device=log_p.device) * 2 - 1
-        return loss, (signs * 2 * log_p.div(2).exp()).sum(1)
+        logits = self.logits(batch.inputs)
+        loss = self._loss(logits, batch.labels)
+        if self._each_class_alone:  # the derivative of 2 atan(exp(z / 2)) is sqrt(p (1 - p))
+            parts = 2 * (logits.clamp(-60, 60) / 2).exp().atan()
+        else:
+            parts = 2 * logits.log_softmax(1).div(2).exp()
+        signs = torch.randint(0, 2, parts.shape, generator=generator, device=parts.device) * 2 - 1
+        return loss, (signs * parts).sum(1)
 
     def score(self, batch: LabelledBatch) -> Tensor:
         """Return 1 where the top class is the label, else 0, shape ``(N,)``."""
@@ -170,6 +261,13 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     def not_target(self, batch: LabelledBatch, targets: Tensor) -> Tensor:
         """Return whether each label differs from its target."""
         return batch.labels != targets
+
+
+def _layout(shape: Sequence[int]) -> str:
+    """Return a hint where the channels of inputs seem to come last."""
+    if len(shape) < 3 or shape[-1] not in {1, 3, 4} or shape[0] in {1, 3, 4}:
+        return ""
+    return "; the channels seem to come last, and must come first: (N, C, H, W)"
 
 
 def _unlabelled(inputs: Tensor) -> LabelledBatch:

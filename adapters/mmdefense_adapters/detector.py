@@ -17,7 +17,7 @@ from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.detection import average_precisions
 from mmdefense.protocol import UnitGroup
-from mmdefense_adapters.module_adapter import ModuleAdapter
+from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.object_triggers import ObjectTriggers
 
 __all__ = ["Detector"]
@@ -49,7 +49,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
             example: One image batch, shape ``(1, C, H, W)``, to trace the model with; by default
                 the first that the adapter sees.
         """
-        self.model = model
+        self.model = usable(model)
         self.example = None if example is None else _without_objects(example)
 
     @property

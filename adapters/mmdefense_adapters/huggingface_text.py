@@ -16,7 +16,7 @@ from mmdefense.batches import IGNORED, Samples, TextSamples, TokenBatch, TokenSa
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import UnitGroup
-from mmdefense_adapters.module_adapter import ModuleAdapter
+from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.text_triggers import TextTriggers, soft_tokens
 
 __all__ = ["HFText"]
@@ -58,7 +58,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
                 own separator where it has one, else a line break.
             example: One sample, to trace the model with; by default the first that is seen.
         """
-        self.model = model
+        self.model = usable(model)
         self.tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         if self.tokenizer.pad_token_id is None:
             raise BadInputError(

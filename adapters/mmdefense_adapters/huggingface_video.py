@@ -39,17 +39,17 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
     def _frames(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "num_frames", None)
 
-    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
+    def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         needed = self._frames()
-        if needed and first.ndim == 5 and first.shape[2] != needed:
+        if needed and some.ndim == 5 and some.shape[2] != needed:
             raise BadInputError(
-                f"clips must have {needed} frames, as the model reads, got {first.shape[2]}; "
+                f"clips must have {needed} frames, as the model reads, got {some.shape[2]}; "
                 f"load them with frames={needed}"
             )
-        super()._check(samples, first)
+        return super()._check(samples, some)
 
-    def _call(self, inputs: Tensor) -> Tensor:
+    def _call(self, inputs: Tensor) -> Any:
         frames = inputs.transpose(1, 2)  # (N, T, C, H, W)
         flat = self._resized(frames.flatten(0, 1))
         resized = flat.view(*frames.shape[:2], *flat.shape[1:])
-        return self.model(pixel_values=resized).logits  # type: ignore[no-any-return]
+        return self.model(pixel_values=resized)

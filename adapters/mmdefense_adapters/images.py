@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmdefense.augment import random_view
 from mmdefense.batches import Augmentation, LabelledBatch, LabelledSamples, Samples
-from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
+from mmdefense_adapters.given import labelled_tensors
 
 __all__ = ["ImageTriggers", "as_image_samples", "as_labelled_samples"]
 
@@ -26,29 +25,17 @@ def as_labelled_samples(
     """Return what a user gave as labelled samples.
 
     Args:
-        data: Samples, a pair of tensors, batches, or a dataset of pairs.
+        data: Samples; or a pair of tensors or arrays, batches, or a data set, see
+            :func:`~mmdefense_adapters.given.labelled_tensors`.
         augmentation: Of what does not come as samples.
         axes: Number of axes of one input: 3 for an image, 4 for a clip.
     """
     if hasattr(data, "take") and hasattr(data, "strata"):
         samples: Samples[LabelledBatch] = data
         return samples
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
-        return LabelledSamples(data[0], data[1].long(), augmentation=augmentation)
-    pairs = [_pair(item) for item in data]
-    if not pairs:
-        raise BadInputError("clean data must hold at least one sample, got none")
-    stack = torch.cat if pairs[0][0].ndim > axes else torch.stack
-    inputs, labels = stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
-    return LabelledSamples(inputs, labels.long(), augmentation=augmentation)
-
-
-def _pair(item: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(item, LabelledBatch):
-        return item.inputs, item.labels
-    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Tensor):
-        return item[0], torch.as_tensor(item[1])
-    raise BadInputError(f"clean data must give pairs (tensor, label), got {type(item).__name__}")
+    name = "images" if axes == 3 else "clips"
+    inputs, labels = labelled_tensors(data, name, axes)
+    return LabelledSamples(inputs, labels, augmentation=augmentation)
 
 
 _LARGEST_CHANGE = 0.2  # of an additive trigger, per pixel; Blended at its usual 0.2 is at most this

@@ -18,9 +18,34 @@ from mmdefense.kernels.hooks import capture, watch_modules
 from mmdefense.protocol import UnitGroup
 from mmdefense_adapters.units import capture_heads, find_units
 
-__all__ = ["ModuleAdapter"]
+__all__ = ["ModuleAdapter", "usable"]
 
 B = TypeVar("B")
+
+
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def usable(model: nn.Module) -> nn.Module:
+    """Return ``model``, whose weights can be read and trained.
+
+    Raises:
+        UnsupportedError: If it is scripted or quantised, or has no weights.
+    """
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"a {kind} (TorchScript) cannot be purified: its layers cannot be watched or copied; "
+            "give the module that it was scripted or traced from, with the same weights"
+        )
+    if any(type(module).__module__.startswith(_QUANTISED) for module in model.modules()):
+        raise UnsupportedError(
+            f"the model {kind} is quantised, and its integer weights cannot be trained; give the "
+            "model in floating point, and quantise the result"
+        )
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UnsupportedError(f"the model {kind} has no weights in floating point")
+    return model
 
 
 class ModuleAdapter(ABC, Generic[B]):

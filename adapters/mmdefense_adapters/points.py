@@ -15,6 +15,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
 from mmdefense.report.clouds import render_clouds
 from mmdefense_adapters.classifier import Classifier
+from mmdefense_adapters.given import labelled_tensors
 
 __all__ = ["PointClassifier"]
 
@@ -57,26 +58,25 @@ class PointClassifier(Classifier):
         """Say whether a model announces that it reads points; others where the task is named."""
         return getattr(model, "reads", None) == "points"
 
-    def _call(self, inputs: Tensor) -> Tensor:
-        answer = self.model(inputs.mT if self.channels_first else inputs)
-        return answer[0] if isinstance(answer, tuple) else answer  # type: ignore[no-any-return]
+    def _call(self, inputs: Tensor) -> Any:
+        return self.model(inputs.mT if self.channels_first else inputs)
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         if hasattr(data, "take") and hasattr(data, "strata"):
             samples: Samples[LabelledBatch] = data
             return samples
-        clouds, labels = _tensors(data)
-        return LabelledSamples(clouds, labels.long(), augmentation=random_cloud_view)
+        clouds, labels = labelled_tensors(data, "clouds", 2)
+        return LabelledSamples(clouds, labels, augmentation=random_cloud_view)
 
-    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
-        check_clouds(samples.inputs if isinstance(samples, LabelledSamples) else first)
-        seen = first if self.example is None else self.example.inputs
-        if seen.shape[2] != first.shape[2]:
+    def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
+        check_clouds(samples.inputs if isinstance(samples, LabelledSamples) else some)
+        seen = some if self.example is None else self.example.inputs
+        if seen.shape[2] != some.shape[2]:
             raise BadInputError(
                 f"clouds must have {seen.shape[2]} values a point, as those seen before, got "
-                f"{first.shape[2]}"
+                f"{some.shape[2]}"
             )
-        super()._check(samples, first)
+        return super()._check(samples, some)
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return clusters of points at a free place, and rigid rotations.
@@ -122,32 +122,6 @@ class PointClassifier(Classifier):
             new = turned(shown, _angles(trigger.float()))
         cloud = 0.6 * torch.cat([shown, new])  # so that the farthest cluster is in the picture
         return render_clouds(cloud[None], torch.arange(len(cloud))[None] >= len(shown))[0]
-
-
-def _tensors(data: Any) -> tuple[Tensor, Tensor]:
-    """Return clouds and labels of a pair of tensors, of batches, or of a dataset of pairs."""
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(x, Tensor) for x in data):
-        return data[0], data[1]
-    pairs = [_pair(item) for item in data]
-    if not pairs:
-        raise BadInputError("clean data must hold at least one cloud, got none")
-    if len(shapes := {tuple(x.shape[-2:]) for x, _ in pairs}) > 1:
-        raise BadInputError(
-            "clouds must have one number of points and of features, got "
-            f"{', '.join(map(str, sorted(shapes)))}; sample as many points from each"
-        )
-    stack = torch.cat if pairs[0][0].ndim == 3 else torch.stack
-    return stack([x for x, _ in pairs]), torch.cat([y.reshape(-1) for _, y in pairs])
-
-
-def _pair(item: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(item, LabelledBatch):
-        return item.inputs, item.labels
-    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Tensor):
-        return item[0], torch.as_tensor(item[1])
-    raise BadInputError(
-        f"clean data must give pairs (cloud tensor, label), got {type(item).__name__}"
-    )
 
 
 def _cluster(raw: Tensor) -> Tensor:

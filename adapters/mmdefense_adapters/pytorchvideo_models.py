@@ -4,7 +4,6 @@ The package is unmaintained (0.1.5, 2022). What its models need from us:
 
 - They are imported module by module: ``pytorchvideo.transforms`` fails with today's torchvision.
 - SlowFast reads a list of pathways, of which the slow one has every alpha-th frame.
-- X3D answers with probabilities, in training too.
 - Its building blocks run through ``torch.jit.script``, which warns that it is deprecated.
 """
 
@@ -14,13 +13,12 @@ import importlib
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmdefense.errors import BadInputError
 from mmdefense.libraries import missing
 
-__all__ = ["build", "logits"]
+__all__ = ["answer", "build"]
 
 _BUILDERS = {
     "x3d": ("x3d", "create_x3d"),
@@ -54,19 +52,13 @@ def build(name: str, **settings: Any) -> nn.Module:
     return model
 
 
-def logits(model: nn.Module, clips: Tensor) -> Tensor:
-    """Return the logits of any model of clips ``(N, C, T, H, W)``, shape ``(N, K)``.
-
-    A model that answers with probabilities gives their logarithm, whose softmax they are.
-    """
+def answer(model: nn.Module, clips: Tensor) -> Any:
+    """Return what any model of clips ``(N, C, T, H, W)`` returns."""
     blocks = getattr(model, "blocks", None)
     if not type(model).__module__.startswith("pytorchvideo.") or blocks is None:
-        return model(clips)  # type: ignore[no-any-return]
+        return model(clips)
     stride = _slow_stride(blocks[0])
-    answer: Tensor = model(clips if stride is None else [clips[:, :, ::stride], clips])
-    if isinstance(getattr(blocks[-1], "activation", None), nn.Softmax):
-        return answer.clamp(min=torch.finfo(answer.dtype).tiny).log()
-    return answer
+    return model(clips if stride is None else [clips[:, :, ::stride], clips])
 
 
 def _slow_stride(block: nn.Module) -> int | None:

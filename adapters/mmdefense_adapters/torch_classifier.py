@@ -24,6 +24,7 @@ class TorchClassifier(ImageTriggers, Classifier):
 
     task: ClassVar[str] = "image-classification"
     inputs: ClassVar[str] = "images"
+    bounded: ClassVar[bool] = True
     generic: ClassVar[bool] = True
 
     @classmethod

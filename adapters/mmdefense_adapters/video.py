@@ -29,6 +29,7 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
 
     task: ClassVar[str] = "video-classification"
     inputs: ClassVar[str] = "clips"
+    bounded: ClassVar[bool] = True
     generic: ClassVar[bool] = True
     priority: ClassVar[int] = 5
 
@@ -40,15 +41,15 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         return as_labelled_samples(data, random_clip_view, axes=4)
 
-    def _check(self, samples: Samples[LabelledBatch], first: Tensor) -> None:
-        if first.ndim != 5:
+    def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
+        if some.ndim != 5:
             raise BadInputError(
-                f"clips must have shape (N, C, T, H, W), got {('N', *first.shape[1:])}"
+                f"clips must have shape (N, C, T, H, W), got {('N', *some.shape[1:])}"
             )
-        super()._check(samples, first)
+        return super()._check(samples, some)
 
-    def _call(self, inputs: Tensor) -> Tensor:
-        return pytorchvideo_models.logits(self.model, inputs)
+    def _call(self, inputs: Tensor) -> Any:
+        return pytorchvideo_models.answer(self.model, inputs)
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return patches at any place and additive patterns, the same in every frame."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.batches import part
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import BadInputError, UnsupportedError
 
 __all__ = [
     "RandomState",
@@ -47,6 +47,9 @@ _SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
 )
+
+
+_ONE_VALUE = "more than 1 value per channel"  # what PyTorch's BatchNorm says of one sample
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -147,6 +150,7 @@ def fitted(
 
     Raises:
         UnsupportedError: If one sample is too much.
+        BadInputError: If BatchNorm would have to normalise by one sample.
     """
     room = _ROOM.get() or _ROOMS.setdefault(model, Room())
     first = size = min(count, room.sizes.get(what, count))
@@ -154,6 +158,13 @@ def fitted(
         before = RandomState(model, generator)
         try:
             result = compute(_rows(count, size))
+        except ValueError as error:
+            if _ONE_VALUE not in str(error):
+                raise
+            raise BadInputError(
+                "BatchNorm in train mode needs at least 2 samples at a time to normalise by, got "
+                f"{size} of {count}; take larger batches (--set batch_size=32)"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -276,9 +276,9 @@ def test_other_features_than_before_are_refused_of_any_model():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "at least one cloud"),
+        ([], "at least one sample .clouds., got none"),
         ([3], "pairs"),
-        ([(torch.randn(5, 3), 0), (torch.randn(6, 3), 1)], "one number of points"),
+        ([(torch.randn(5, 3), 0), (torch.randn(6, 3), 1)], "must have one shape"),
         ((torch.randn(8, P, 3), torch.full((8,), CLASSES)), "labels must lie in 0..3"),
     ],
 )

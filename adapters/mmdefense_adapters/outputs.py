@@ -1,0 +1,203 @@
+"""What a classifier returns: logits, probabilities or sigmoid outputs, bare or among others.
+
+Everything downstream takes logits. Here is decided, once for each mode of a model, how they are got
+from what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.hooks import watch_modules
+
+__all__ = ["Form", "as_logits", "check_problem", "form_of_values", "found_form", "main_output"]
+
+_NAMES = ("logits", "out", "output", "outputs")  # of the main output among others
+_ACTIVATIONS = (nn.Softmax, nn.Sigmoid)
+_FLOOR = 1e-18
+"""Smallest probability whose logarithm is taken: the second derivative of the logarithm, 1 / p^2,
+must fit into float32. A class below it has no gradient."""
+_CLOSE = 1e-3  # how far from one the sum of probabilities may be, which float16 rounds
+
+Kind = Literal["logits", "probabilities", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the rows of a classifier's outputs are.
+
+    Attributes:
+        kind: ``"logits"``, log-probabilities among them; ``"probabilities"``, which sum to one; or
+            ``"sigmoid"``, one probability a class, each for itself.
+        activation: Name of the softmax or sigmoid layer that comes last: what it reads are the
+            logits. Empty where there is none, such as after a function in ``forward``.
+    """
+
+    kind: Kind = "logits"
+    activation: str = ""
+
+    @property
+    def said(self) -> str:
+        """What a user must know of it; nothing of logits."""
+        if self.kind == "logits":
+            return ""
+        if self.kind == "probabilities":
+            found, taken = "probabilities (its rows sum to one)", "their logarithm is"
+        else:
+            found, taken = "a sigmoid for each class", "its inverse is"
+        if self.activation:
+            taken = f"what its last layer {self.activation!r} reads is"
+        loss = ", with a binary loss for each class" if self.kind == "sigmoid" else ""
+        return f"the model returns {found}: {taken} taken as its logits{loss}"
+
+    def passed_by(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the activation at the end of ``model`` is the identity."""
+        if not self.activation:
+            return nullcontext()
+        layer = model.get_submodule(self.activation)
+        return watch_modules([layer], lambda _, given, __: given[0])
+
+
+def main_output(answer: Any, *, check: bool = False) -> Tensor:
+    """Return the tensor that counts of what a classifier returns.
+
+    That is the tensor itself, the field ``logits`` (or ``out``) of a named tuple or dictionary, or
+    else the first entry of a tuple: others are auxiliary outputs, such as those of GoogLeNet in
+    train mode or the transforms of PointNet.
+
+    Args:
+        answer: What it returns to N samples.
+        check: Whether a tuple of rows of several widths is refused, such as features beside
+            logits; not to be asked for every batch, whose size may be that of a matrix by chance.
+
+    Raises:
+        UnsupportedError: If it is none of these.
+    """
+    found = _named(answer)
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    main = next(iter(parts), None)
+    if isinstance(main, Tensor) and not (check and _is_unclear(parts, main)):
+        return main
+    raise UnsupportedError(
+        f"a classifier must return logits (N, K), got {_told(answer)}; wrap it in a module that "
+        "returns the logits alone"
+    )
+
+
+def _is_unclear(parts: Sequence[Any], main: Tensor) -> bool:
+    rows = [part for part in parts if isinstance(part, Tensor) and part.ndim == main.ndim == 2]
+    return any(len(part) == len(main) and part.shape[1] != main.shape[1] for part in rows)
+
+
+def _named(answer: Any) -> Any:
+    """Return the field of ``answer`` that is named as a main output, or ``answer`` itself."""
+    for name in _NAMES:
+        if isinstance(answer, Mapping) and isinstance(answer.get(name), Tensor):
+            return answer[name]
+        if isinstance(answer, tuple) and isinstance(getattr(answer, name, None), Tensor):
+            return getattr(answer, name)
+    values: Iterable[Any] = answer.values() if isinstance(answer, Mapping) else ()
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else answer
+
+
+def _told(answer: Any) -> str:
+    """Return what came, in a few words."""
+    if isinstance(answer, Tensor):
+        return str(tuple(answer.shape))
+    kind = type(answer).__name__
+    if isinstance(answer, Mapping):
+        parts = [f"{name} {_told(value)}" for name, value in answer.items()]
+    elif isinstance(answer, (tuple, list)):
+        parts = [_told(value) for value in answer]
+    else:
+        return kind
+    return f"a {kind} of {', '.join(parts) or 'nothing'}"
+
+
+def found_form(model: nn.Module, forward: Callable[[], Any], classes: int) -> Form:
+    """Return the form of what ``model`` returns in its present mode.
+
+    Args:
+        model: The classifier.
+        forward: Runs it on a few samples, with grad, and returns what it returns.
+        classes: Number of classes K.
+
+    Raises:
+        UnsupportedError: If that holds no rows of K logits, or several classes for most samples.
+    """
+    seen: list[tuple[nn.Module, Any]] = []
+    named = model.named_modules()
+    layers: dict[nn.Module, str] = {m: name for name, m in named if isinstance(m, _ACTIVATIONS)}
+    with watch_modules(list(layers), lambda layer, _, output: seen.append((layer, output))):
+        outputs = main_output(forward(), check=True)
+    if outputs.ndim != 2 or outputs.shape[1] != classes:
+        raise UnsupportedError(
+            f"the model must return logits (N, {classes}) in both modes, got {_told(outputs)} in "
+            f"{'train' if model.training else 'eval'} mode"
+        )
+    last = [layers[layer] for layer, output in seen if output is outputs]
+    runs = [layers[layer] for layer, _ in seen]
+    activation = last[0] if last and runs.count(last[0]) == 1 else ""
+    kind = form_of_values(outputs)
+    if kind == "logits" and _is_sigmoid(outputs):
+        _check_one_class(outputs)
+        kind = "sigmoid"
+    return Form(kind, activation if kind != "logits" else "")
+
+
+def form_of_values(outputs: Tensor) -> Kind:
+    """Return ``"probabilities"`` where all rows ``(N, K)`` are, else ``"logits"``."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or not len(outputs):
+        return "logits"
+    values = outputs.detach()
+    sums = values.float().sum(1)
+    are = (values >= 0).all() & ((sums - 1).abs() <= _CLOSE).all()
+    return "probabilities" if bool(are) else "logits"
+
+
+def _is_sigmoid(outputs: Tensor) -> bool:
+    """Say whether a sigmoid was the last operation; values in [0, 1] alone do not tell."""
+    return outputs.grad_fn is not None and outputs.grad_fn.name() == "SigmoidBackward0"
+
+
+def _check_one_class(outputs: Tensor) -> None:
+    several = (outputs > 0.5).sum(1) > 1
+    if int(several.sum()) * 2 > len(outputs):
+        raise UnsupportedError(
+            f"the model ends in a sigmoid and gives several classes to {int(several.sum())} of "
+            f"{len(outputs)} samples: a multi-label model, but the data has one label a sample; "
+            "multi-label models are not supported"
+        )
+
+
+def as_logits(outputs: Tensor, form: Form) -> Tensor:
+    """Return outputs ``(N, K)`` of a form as logits; the softmax of a logarithm is the identity."""
+    if form.kind == "logits" or form.activation:
+        return outputs
+    if form.kind == "probabilities":
+        return outputs.clamp(min=_FLOOR).log()
+    return torch.logit(outputs, eps=1e-6)
+
+
+def check_problem(model: nn.Module) -> None:
+    """Refuse a model of ``transformers`` whose config says that it does not choose one class.
+
+    Raises:
+        UnsupportedError: Naming ``problem_type``, or that there is one output only.
+    """
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem in {"multi_label_classification", "regression"}:
+        what = "several labels" if problem.startswith("multi") else "numbers"
+        raise UnsupportedError(
+            f"the model's config says problem_type {problem!r}: it predicts {what} for each "
+            "sample; only classifiers of one class a sample are supported"
+        )
