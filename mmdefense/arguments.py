@@ -29,6 +29,7 @@ __all__ = [
     "Seed",
     "Settings",
     "Task",
+    "Weights",
     "aligned",
     "chosen_attack",
     "duration",
@@ -56,6 +57,14 @@ Arch = Annotated[
         metavar="MODULE:CALLABLE",
         help="Builds the model of a state dict, for example 'my_net:Net', 'nets/my_net.py:Net' or "
         "'my_net:Net(width=8)'.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Where in a training checkpoint the weights are, such as state_dict_ema; needed where "
+        "more than one set of them fits.",
     ),
 ]
 Settings = Annotated[

@@ -30,6 +30,7 @@ from mmdefense.arguments import (
     Seed,
     Settings,
     Task,
+    Weights,
     aligned,
     chosen_attack,
     duration,
@@ -109,6 +110,7 @@ def purify(
     ] = "fip",
     task: Task = "auto",
     arch: Arch = None,
+    weights: Weights = None,
     settings: Settings = None,
     seed: Seed = 0,
     max_utility_drop: Annotated[
@@ -145,7 +147,15 @@ def purify(
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
     reading = reading_options(mean, std, image_size, channels, classes, read)
-    source = Source(model=model, data=data, task=task, arch=arch, reading=reading, device=device)
+    source = Source(
+        model=model,
+        data=data,
+        task=task,
+        arch=arch,
+        weights=weights,
+        reading=reading,
+        device=device,
+    )
     limit = duration(max_time)
     if dry_run:
         _show_plan(source, chosen)
@@ -191,6 +201,7 @@ def evaluate(
     data: Data,
     task: Task = "auto",
     arch: Arch = None,
+    weights: Weights = None,
     split: Annotated[str, typer.Option(help="train or test, where the data is split.")] = "test",
     attack: Annotated[str | None, typer.Option(help="A name of `list attacks`.")] = None,
     trigger: Annotated[
@@ -215,7 +226,14 @@ def evaluate(
 
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
-        model=model, data=data, task=task, arch=arch, split=split, reading=reading, device=device
+        model=model,
+        data=data,
+        task=task,
+        arch=arch,
+        weights=weights,
+        split=split,
+        reading=reading,
+        device=device,
     )
     found = evaluate_files(source, chosen_attack(attack, trigger, target, settings))
     for line in found.lines():
@@ -234,6 +252,7 @@ def scan(
     ] = None,
     task: Task = "auto",
     arch: Arch = None,
+    weights: Weights = None,
     format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
     fail_on: Annotated[
         str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")
@@ -267,6 +286,7 @@ def scan(
             data,
             task=task,
             arch=arch,
+            weights=weights,
             reading=reading_options(mean, std, image_size, channels, classes, read),
             device=device,
             seed=seed,

@@ -101,7 +101,7 @@ def purify_files(
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names, scan=scanned)
         tell(Event("writing", 0, 1))
-        purified.save(out, source.model, force=force)
+        purified.save(out, source.model, weights=source.weights, force=force)
         tell(Event("writing", 1, 1))
     except DivergenceError as error:
         raise _with_kept_state(error, store) from error

@@ -260,7 +260,12 @@ class Purification:
         return [*defense_figures(self.result), *(figure for figure in own if figure is not None)]
 
     def save(
-        self, out: str | Path, source: str | Path | None = None, *, force: bool = False
+        self,
+        out: str | Path,
+        source: str | Path | None = None,
+        *,
+        weights: str | None = None,
+        force: bool = False,
     ) -> None:
         """Write the model to a new folder, with its evidence.
 
@@ -271,13 +276,15 @@ class Purification:
             out: The folder to make.
             source: Where the model was loaded from; the written weights have its keys, shapes and
                 dtypes, and for a Hugging Face model its other files stand beside them.
+            weights: Where in a checkpoint they were; see
+                :func:`mmdefense.checkpoints.models.load_model`.
             force: Whether an earlier output at ``out`` is replaced.
 
         Raises:
             BadInputError: If the folder exists or cannot be written.
         """
         with new_folder(out, force=force) as folder:
-            write_model(self.model, folder, source)
+            write_model(self.model, folder, source, weights=weights)
             record = self.record()
             written = [hash_files(path) for path in sorted(folder.glob("*.safetensors"))]
             files = dataclasses.replace(

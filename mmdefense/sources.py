@@ -51,6 +51,8 @@ class Source:
         data: A folder, a file, or a name that the task knows.
         task: The name of a task, or :data:`AUTO` for that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
+        weights: Where in a checkpoint the weights are; see
+            :func:`mmdefense.checkpoints.models.load_model`.
         split: ``"train"`` or ``"test"``, where the data is split.
         reading: How data is read, by name: options of the task's ``load``, such as ``image_size``,
             ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. What
@@ -62,6 +64,7 @@ class Source:
     data: str
     task: str = AUTO
     arch: str | None = None
+    weights: str | None = None
     split: str = "train"
     reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -78,7 +81,7 @@ class Source:
         asked = None if self.task == AUTO else self.task
         if asked is not None:
             registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
-        model = load_model(self.model, arch=self.arch, task=asked)
+        model = load_model(self.model, arch=self.arch, task=asked, weights=self.weights)
         kind = registry.adapter_for(model, asked)
         task = registry.load("tasks", asked or kind.task)()
         mine, its = _told_apart(self.reading, task, kind)

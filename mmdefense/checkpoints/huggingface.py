@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mmdefense import registry
 from mmdefense.checkpoints.faults import check_folder
 from mmdefense.checkpoints.layout import rewrite
-from mmdefense.checkpoints.weights import check_keys, read_state, refused
+from mmdefense.checkpoints.states import check_keys
+from mmdefense.checkpoints.weights import read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.libraries import missing, needed
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.architecture import build_architecture
+from mmdefense.checkpoints.backdoorbench import result_in
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.huggingface import (
     base_folder,
@@ -23,14 +24,10 @@ from mmdefense.checkpoints.huggingface import (
     weight_files,
     write_folder,
 )
-from mmdefense.checkpoints.weights import (
-    check_finite,
-    check_keys,
-    read_state,
-    strip_prefix,
-    write_state,
-)
+from mmdefense.checkpoints.states import that_fit
+from mmdefense.checkpoints.weights import check_finite, read_checkpoint, write_state
 from mmdefense.errors import BadInputError
+from mmdefense.notes import note
 
 __all__ = ["hash_files", "hash_inputs", "load_model", "save_model", "write_model"]
 
@@ -38,23 +35,35 @@ WEIGHTS = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def load_model(where: str | Path, *, arch: str | None = None, task: str | None = None) -> nn.Module:
+def load_model(
+    where: str | Path,
+    *,
+    arch: str | None = None,
+    task: str | None = None,
+    weights: str | None = None,
+) -> nn.Module:
     """Return an untrusted model on the CPU, in float32 and eval mode.
 
     Args:
         where: A Hugging Face folder or hub id, whole or PEFT; or a state dict (safetensors, or a
-            PyTorch file).
+            PyTorch file), alone or in a training checkpoint.
         arch: For a state dict, ``"module:callable"`` or ``"module:callable(classes=10)"``, which
-            returns the model that the weights belong to; the current directory is importable.
+            returns the model that the weights belong to; the current directory is importable. A
+            result of BackdoorBench names its own.
         task: The name of a task, which decides where a Hugging Face config names no architecture.
+        weights: Where in a checkpoint the weights are, where more than one set of them fits: the
+            keys that lead to them, joined by dots, such as ``"state_dict_ema"``.
 
     Raises:
         BadInputError: If there is no model, it cannot be read, loading it would execute something,
             its keys or shapes do not match, or a weight is not finite.
-        UnsupportedError: If a library that it needs is not installed.
+        UnsupportedError: If a library that it needs is not installed, or the file is a program,
+            such as TorchScript.
     """
     if _is_state_file(where):
-        model = _load_state_model(Path(where), arch)
+        model = _load_state_model(Path(where), arch, weights)
+    elif weights is not None:
+        raise BadInputError(f"weights {weights!r} has no effect on {where}, which is no file")
     else:
         model = load_folder(local_folder(where), task)
     check_finite(model.state_dict(), where)
@@ -65,37 +74,32 @@ def _is_state_file(where: str | Path) -> bool:
     return Path(where).is_file() or Path(where).suffix in _WEIGHT_SUFFIXES
 
 
-def _load_state_model(path: Path, arch: str | None) -> nn.Module:
+def _load_state_model(path: Path, arch: str | None, weights: str | None) -> nn.Module:
     if not path.is_file():
         raise BadInputError(f"model file {path} does not exist")
+    held = read_checkpoint(path)
+    result = result_in(held)
+    if result is not None:
+        note(f"{path} is {result.said}")
+    arch = arch or (result.arch if result else None)
     if arch is None:
+        about = f"says that it is {result.said}" if result else "holds weights only"
         raise BadInputError(
-            f"{path} holds weights only; name the class that they belong to: --arch module:callable"
+            f"{path} {about}; name the class that its weights belong to: --arch module:callable"
         )
-    state, prefix = strip_prefix(read_state(path))
     model = build_architecture(arch)
-    expected = model.state_dict()
-    given = {value.data_ptr() for key, value in expected.items() if key in state}
-    missing = [
-        key
-        for key, value in expected.items()
-        if key not in state
-        and not key.endswith("num_batches_tracked")
-        and value.data_ptr() not in given  # a shared tensor, stored once
-    ]
-    unexpected = [prefix + k for k in state if k not in expected]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} but must be {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    check_keys(missing, unexpected, shapes, f"{path} do not fit {arch}")
-    model.load_state_dict(state, strict=False)
+    found = that_fit(held, model.state_dict(), str(path), arch, weights)
+    model.load_state_dict(found.tensors, strict=False)
     return model.float()
 
 
 def save_model(
-    model: nn.Module, folder: str | Path, source: str | Path | None = None, *, force: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    source: str | Path | None = None,
+    *,
+    weights: str | None = None,
+    force: bool = False,
 ) -> None:
     """Write ``model`` to a new folder as safetensors, whole or not at all.
 
@@ -103,17 +107,25 @@ def save_model(
         model: What to write.
         folder: The folder to make.
         source: Where the model was loaded from; the written weights have its keys, shapes and
-            dtypes, and for a Hugging Face model its other files stand beside them.
+            dtypes, and for a Hugging Face model its other files stand beside them. Of a training
+            checkpoint, the state dict alone is written.
+        weights: As it was loaded; see :func:`load_model`.
         force: Whether an earlier output at ``folder`` is replaced.
 
     Raises:
         BadInputError: If the folder exists, or cannot be written, for example on a full disk.
     """
     with new_folder(folder, force=force) as temporary:
-        write_model(model, temporary, source)
+        write_model(model, temporary, source, weights=weights)
 
 
-def write_model(model: nn.Module, folder: Path, source: str | Path | None = None) -> None:
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    source: str | Path | None = None,
+    *,
+    weights: str | None = None,
+) -> None:
     """Write the files of ``model`` into a folder that exists; see :func:`save_model`.
 
     Raises:
@@ -124,14 +136,23 @@ def write_model(model: nn.Module, folder: Path, source: str | Path | None = None
         return
     state = model.state_dict()
     if source is not None:
-        state = _as_stored(state, read_state(Path(source)))
+        state = _as_stored(state, Path(source), weights)
     write_state(state, folder / WEIGHTS)
 
 
-def _as_stored(state: Mapping[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` under the keys and in the dtypes of the ``stored`` one."""
-    original, prefix = strip_prefix(stored)
-    return {prefix + name: state[name].to(value.dtype) for name, value in original.items()}
+def _as_stored(state: Mapping[str, Tensor], source: Path, weights: str | None) -> dict[str, Tensor]:
+    """Return ``state`` under the keys and in the dtypes of the set of weights that it came from.
+
+    What stands beside it in the same set is kept as it is.
+    """
+    found = that_fit(read_checkpoint(source), state, str(source), "the model", weights)
+    if found.name:
+        note(
+            f"the state dict {found.name} of {source} is written as {WEIGHTS}, with its keys; what "
+            "else that checkpoint holds is not written"
+        )
+    own = {found.prefix + name: state[name].to(old.dtype) for name, old in found.tensors.items()}
+    return {**(found.others or {}), **own}
 
 
 def hash_files(where: str | Path) -> dict[str, str]:

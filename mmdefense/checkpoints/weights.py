@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,50 +14,62 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.faults import check_file
+from mmdefense.checkpoints.pickled import Object, read_pickled
+from mmdefense.checkpoints.states import main_weights, sets_of_weights
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.notes import note
 
 __all__ = [
     "check_finite",
-    "check_keys",
     "hash_weights",
+    "read_checkpoint",
     "read_state",
     "refused",
-    "strip_prefix",
     "write_state",
 ]
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 
+def read_checkpoint(path: Path) -> Any:
+    """Return what a file holds, as data: nested mappings, lists, numbers, texts and tensors.
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file, out of the wrappers that training scripts put round it.
+    Objects of other classes are passed by, with a note.
 
     Raises:
-        BadInputError: If the file is damaged, holds no state dict, or would run code.
+        BadInputError: If the file is damaged, or names what can do harm.
+        UnsupportedError: If it is a program and no checkpoint.
     """
     check_file(path)
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it then refuses; the refusal is one line
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise refused(path, error) from error
-    except Exception as error:  # a damaged file fails in many ways
-        if "weights_only" in str(error):  # an older format, which cannot be read as tensors alone
-            raise refused(path, error) from error
-        raise BadInputError(f"model file {path} cannot be read: {one_line(error)}") from error
-    for name in _WRAPPERS:
-        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
-            held = held[name]
-    if not isinstance(held, Mapping) or not all(isinstance(v, Tensor) for v in held.values()):
+        except Exception as error:  # a damaged file fails in many ways
+            raise BadInputError(f"model file {path} cannot be read: {one_line(error)}") from error
+    held, passed_by = read_pickled(path)
+    if isinstance(held, Object):
         raise BadInputError(
-            f"model file {path} must hold a state dict (names to tensors), got a "
-            f"{type(held).__name__}; save model.state_dict()"
+            f"model file {path} must hold a state dict (names to tensors), got an object of "
+            f"{held.name}, whose code is not run here; save model.state_dict()"
         )
-    return dict(held)
+    if passed_by:
+        more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
+        note(f"in {path}, objects of {', '.join(passed_by[:3])}{more} were not read, and not run")
+    return held
+
+
+def read_state(path: Path, weights: str | None = None) -> dict[str, Tensor]:
+    """Return the main state dict of a file, out of what training scripts put round it.
+
+    Args:
+        path: The file.
+        weights: Where in it the state dict is, where there is more than one.
+
+    Raises:
+        BadInputError: If the file is damaged, holds no state dict, or names what can do harm.
+        UnsupportedError: If it is a program and no checkpoint.
+    """
+    held = read_checkpoint(path)
+    found = main_weights(sets_of_weights(held), f"model file {path}", weights)
+    return {found.prefix + name: value for name, value in found.tensors.items()}
 
 
 def refused(path: Path, error: BaseException) -> BadInputError:
@@ -69,41 +80,6 @@ def refused(path: Path, error: BaseException) -> BadInputError:
         f"model {path} was refused and nothing in it executed: {reason}; it must hold tensors "
         "only, as safetensors or torch.save(model.state_dict(), ...) write them"
     )
-
-
-def strip_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Return the state without the prefix that a wrapper module gave all keys, and that prefix."""
-    prefix = ""
-    while added := next((p for p in _PREFIXES if state and _all_start(state, prefix + p)), None):
-        prefix += added
-    return {key.removeprefix(prefix): value for key, value in state.items()}, prefix
-
-
-def _all_start(state: Mapping[str, Tensor], prefix: str) -> bool:
-    return all(key.startswith(prefix) for key in state)
-
-
-def check_keys(missing: list[str], unexpected: list[str], shapes: list[str], subject: str) -> None:
-    """Refuse weights that do not fit, naming the first few of each kind.
-
-    Args:
-        missing: Keys that the model has and the weights have not.
-        unexpected: Keys that the weights have and the model has not.
-        shapes: Descriptions of keys of another shape.
-        subject: Whose weights fit what; a phrase for the message.
-
-    Raises:
-        BadInputError: If there is any.
-    """
-    kinds = (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
-    parts = [f"{label}: {_some(names)}" for label, names in kinds if names]
-    if parts:
-        raise BadInputError(f"the weights of {subject}; {'; '.join(parts)}")
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:

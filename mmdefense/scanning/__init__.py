@@ -14,7 +14,7 @@ from mmdefense.batches import Samples
 from mmdefense.checkpoints.huggingface import download, local_folder
 from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.weights import read_state
-from mmdefense.errors import BadInputError, MMDefenseError, one_line
+from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
@@ -36,6 +36,7 @@ def scan(
     *,
     task: str = AUTO,
     arch: str | None = None,
+    weights: str | None = None,
     reading: Mapping[str, Any] | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -53,6 +54,8 @@ def scan(
             :func:`mmdefense.purify` takes them.
         task: The name of a task; by default that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
+        weights: Where in a checkpoint the weights are; see
+            :func:`mmdefense.checkpoints.models.load_model`.
         reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         seed: Makes the findings reproducible.
@@ -72,13 +75,13 @@ def scan(
         model = _at_hand(model)
         files, findings = hash_all(model), scan_files(model)
     parts = ["files"] if files else []
-    weights = _weights(model, arch, findings)
-    if weights:
-        ordered = isinstance(weights, nn.Module) or not _is_sorted(weights)
-        findings = [*findings, *scan_weights(weights, ordered=ordered)]
+    looked_at = _weights(model, arch, weights, findings)
+    if looked_at:
+        ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
+        findings = [*findings, *scan_weights(looked_at, ordered=ordered)]
         parts.append("weights")
     if data is not None:
-        source = {"task": task, "arch": arch, "device": device}
+        source = {"task": task, "arch": arch, "weights": weights, "device": device}
         opened = _opened(model, data, findings, {**source, "reading": dict(reading or {})})
         if isinstance(opened, Finding):
             findings = [*findings, opened]
@@ -122,7 +125,10 @@ def _at_hand(where: str | Path) -> Path:
 
 
 def _weights(
-    model: Path | nn.Module | TaskAdapter[Any], arch: str | None, findings: list[Finding]
+    model: Path | nn.Module | TaskAdapter[Any],
+    arch: str | None,
+    weights: str | None,
+    findings: list[Finding],
 ) -> nn.Module | Mapping[str, Tensor] | None:
     """Return a model, or the tensors of files that do not tell which one they belong to.
 
@@ -133,18 +139,18 @@ def _weights(
     if worst_level(findings) == "high":
         return None
     try:
-        return load_model(model, arch=arch)
+        return load_model(model, arch=arch, weights=weights)
     except MMDefenseError:
-        return _tensors(model)  # what speaks against the file is among the findings
+        return _tensors(model, weights)  # what speaks against the file is among the findings
 
 
-def _tensors(model: Path) -> Mapping[str, Tensor] | None:
+def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | None:
     files = sorted(model.glob("*")) if model.is_dir() else [model]
     stored = [path for path in files if path.suffix in _WEIGHTS]
     chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
     try:
-        return {name: value for path in chosen for name, value in read_state(path).items()}
-    except BadInputError:
+        return {name: value for path in chosen for name, value in read_state(path, weights).items()}
+    except MMDefenseError:
         return None
 
 
@@ -182,7 +188,8 @@ def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[st
         return opened.adapter, opened.samples
     task = None if source["task"] == AUTO else source["task"]
     if isinstance(model, Path):
-        model = load_model(model, arch=source["arch"], task=task).to(source["device"])
+        model = load_model(model, arch=source["arch"], task=task, weights=source["weights"])
+        model = model.to(source["device"])
     adapter = registry.adapt(model, task=task) if isinstance(model, nn.Module) else model
     if isinstance(data, str | Path):
         named = task or str(getattr(adapter, "task", ""))

@@ -33,7 +33,13 @@ from mmdefense.checkpoints.faults import (
 )
 from mmdefense.errors import one_line
 from mmdefense.scanning.findings import Finding, Rule
-from mmdefense.scanning.pickles import MAX_DEPTH, follow, is_dangerous, scan_pickles
+from mmdefense.scanning.pickles import (
+    IMPORT,
+    MAX_DEPTH,
+    calls_dangerous,
+    follow,
+    scan_pickles,
+)
 
 __all__ = ["PICKLE_SUFFIXES", "scan_content"]
 
@@ -106,7 +112,10 @@ PICKLE_SUFFIXES = {
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".p", ".pk", ".sav", ".th"),
     *(".dat", ".data", ".model", ".dill", ".tar", ".pdparams", ".pdopt"),
 }
-_CONTAINERS = {".zip", ".npz", ".npy", ".mar", ".nemo", ".keras", ".ptl", ".gz", ".bz2", ".xz"}
+_CONTAINERS = {
+    *(".zip", ".npz", ".npy", ".mar", ".nemo", ".keras", ".gz", ".bz2", ".xz"),
+    *(".ptl", ".pt2", ".torchscript"),
+}
 _LOOSE = {".dat", ".data", ".model", ".tar"}
 """Of those suffixes, the ones that other kinds of file bear as often."""
 
@@ -121,7 +130,7 @@ _OPAQUE: Mapping[bytes, tuple[str, bool]] = {
 # Behind these suffixes a pickle is still looked for.
 _OPAQUE_SUFFIXES = {
     *(".onnx", ".tflite", ".pb", ".mlmodel", ".engine", ".plan", ".msgpack", ".ot", ".keras"),
-    *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn"),
+    *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn", ".pt2"),
 }
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!/")
 _PACKED: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
@@ -132,6 +141,7 @@ _PACKED: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
 _ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 _HEAD = 1 << 16
 _IN_MEMORY, _MAX_UNPACKED = 1 << 26, 1 << 32
+_SCRIPTED = re.compile(r"torch\.jit\._pickle\.\w+|__torch__\..+")
 _OBJECT = re.compile(rb"""['"][|=<>]?(O\d*|object)['"]""")
 
 
@@ -199,7 +209,7 @@ def _is_pickle(head: bytes, suffix: str) -> bool:
     if _declared(suffix) or (head[:1] == b"\x80" and head[1:2] <= b"\x05"):
         return True
     followed = follow(io.BytesIO(head))
-    return is_dangerous(followed) or (bool(followed.imports) and not followed.error)
+    return calls_dangerous(followed) or (bool(followed.imports) and not followed.error)
 
 
 def _scan_zip(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
@@ -212,12 +222,26 @@ def _scan_zip(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
 
     try:
         with RelaxedZipFile(file) as archive:
+            is_script = _is_torchscript(archive.namelist())
             for entry in archive.infolist():
-                yield from _scan_entry(archive, entry, f"{subject}!{entry.filename}", depth)
-            if any("/code/" in name and name.endswith(".py") for name in archive.namelist()):
+                for found in _scan_entry(archive, entry, f"{subject}!{entry.filename}", depth):
+                    if not (is_script and _of_torchscript(found)):
+                        yield found
+            if is_script:
                 yield TORCHSCRIPT.found(subject, "a program beside the tensors")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
         return  # its faults are reported above
+
+
+def _is_torchscript(names: list[str]) -> bool:
+    return any("/code/" in name and name.endswith(".py") for name in names)
+
+
+def _of_torchscript(found: Finding) -> bool:
+    """Whether a finding is what every TorchScript archive holds: its own classes and line maps."""
+    if found.id == IMPORT.id:
+        return bool(_SCRIPTED.fullmatch(str(found.value)))
+    return found.id == MISMATCH.id and found.subject.endswith(".debug_pkl")
 
 
 def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[Finding]:

@@ -5,9 +5,9 @@ out of sight (from the memo, from under a popped decoy) is the name that the unp
 up. A name that cannot be followed is reported as such, and so is a stream that cannot be read to
 its end: whatever stands there, an unpickler that reads more forgivingly may run it.
 
-How bad a name is says picklescan's list of known gadgets, completed by a rule that needs no list:
-what PyTorch's weights-only unpickler would refuse is at least ``medium``, and what comes from the
-standard library and is no plain data type is ``high``.
+How bad a name is: plain data types of Python and NumPy are ``info``, what
+:func:`mmdefense.checkpoints.names.is_dangerous` calls so is ``high``, and any other name that
+PyTorch's weights-only unpickler would refuse is ``medium``.
 
 References:
     pickletools in the Python standard library, for the opcodes; picklescan's issues 14 and 22 for
@@ -20,18 +20,17 @@ import _compat_pickle
 import base64
 import binascii
 import io
-import logging
 import pickletools
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any, cast
 
+from mmdefense.checkpoints.names import DATA, is_dangerous
 from mmdefense.scanning.findings import Finding, Level, Rule
 
-__all__ = ["MAX_DEPTH", "Followed", "follow", "is_dangerous", "level_of", "scan_pickles"]
+__all__ = ["MAX_DEPTH", "Followed", "calls_dangerous", "follow", "level_of", "scan_pickles"]
 
 IMPORT = Rule(
     id="pickle-import",
@@ -40,6 +39,14 @@ IMPORT = Rule(
     reference="names that PyTorch's weights-only unpickler allows",
     meaning="Unpickling it looks this name up and can call it with arguments from the file.",
     blind_spot="what the named thing does; a class of an installed library may be harmless.",
+)
+PLAIN = Rule(
+    id="pickle-data",
+    level="info",
+    measured="names that the pickle imports",
+    reference="plain data types of Python and NumPy",
+    meaning="Numbers, texts, paths and containers beside the tensors. They are read as data here.",
+    blind_spot="nothing that these types can do; other imports are reported apart.",
 )
 HIDDEN = Rule(
     id="pickle-hidden-import",
@@ -77,7 +84,6 @@ _STRINGS = {
 }
 _CALLS = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 _BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_DUNDER = re.compile(r"__\w+__")
 _NAME = re.compile(r"[\w.]+", re.ASCII)
 _SPELLED = re.compile(
     rb"[ci]([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n"
@@ -222,7 +228,7 @@ def scan_pickles(
         start = stream.tell()
         followed = follow(bounded)
         is_first = declared and count == 0
-        if followed.error and not is_first and not is_dangerous(followed):
+        if followed.error and not is_first and not calls_dangerous(followed):
             break
         hides = is_first or (followed.calls and followed.sound)
         names.update(name for name in followed.imports if name or hides)
@@ -249,7 +255,7 @@ def _spelled_out(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
             yield module, name
 
 
-def is_dangerous(followed: Followed) -> bool:
+def calls_dangerous(followed: Followed) -> bool:
     """Whether bytes, which may be a broken pickle or none, import what is of high level and call.
 
     Text can read like an import; one of a proper name, which is called as well, is none by chance.
@@ -283,11 +289,12 @@ def _more(stream: IO[bytes]) -> bool:
 
 
 def _judged(names: set[tuple[str, str] | None], subject: str) -> Iterator[Finding]:
-    for found in sorted(names - {None}, key=str):
-        assert found is not None
-        level = level_of(*found)
-        if level:
-            yield IMPORT.found(subject, ".".join(found), level=level)
+    levels = {".".join(name): level_of(*name) for name in names if name}
+    for name, level in sorted(levels.items()):
+        if level not in {None, "info"}:
+            yield IMPORT.found(subject, name, level=level)
+    if plain := sorted(name for name, level in levels.items() if level == "info"):
+        yield PLAIN.found(subject, ", ".join(plain))
     if None in names:
         yield HIDDEN.found(subject, "a name that is made while unpickling")
 
@@ -296,7 +303,7 @@ def _scan_constant(constant: str | bytes, subject: str, depth: int) -> Iterator[
     """Yield what a string or bytes of a pickle hold, if they are a pickle themselves."""
     for data in _readings(constant):
         inner = follow(io.BytesIO(data))
-        if is_dangerous(inner) or (not inner.error and (inner.imports or inner.constants)):
+        if calls_dangerous(inner) or (not inner.error and (inner.imports or inner.constants)):
             yield from scan_pickles(io.BytesIO(data), f"{subject}!nested pickle", depth=depth + 1)
 
 
@@ -313,51 +320,14 @@ def _readings(constant: str | bytes) -> Iterator[bytes]:
             return
 
 
-# The standard library's plain data types: made by a pickle, they compute nothing.
-_DATA_TYPES = {
-    *(f"builtins.{name}" for name in ("object", "int", "float", "bool", "complex", "str", "bytes")),
-    *(f"builtins.{name}" for name in ("bytearray", "tuple", "list", "dict", "set", "frozenset")),
-    *(f"builtins.{name}" for name in ("slice", "range", "NoneType", "Ellipsis")),
-    *(f"collections.{name}" for name in ("OrderedDict", "Counter", "defaultdict", "deque")),
-    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
-    *("pathlib.PureWindowsPath", "pathlib.PurePath", "argparse.Namespace", "decimal.Decimal"),
-    *("types.SimpleNamespace", "fractions.Fraction", "uuid.UUID", "copyreg._reconstructor"),
-    *("_codecs.encode", "copyreg.__newobj__", "enum.Enum", "enum.auto"),
-}
-# Functions of PyTorch and its neighbours that read files, run code or start processes; classes of
-# torch.nn and other libraries stay medium.
-_DANGEROUS = re.compile(
-    r"torch\.(load|save|compile|hub|jit|ops|classes|library|serialization|package|utils|_C|cuda|"
-    r"multiprocessing|distributed|_inductor|_dynamo|_functorch|testing|fx|onnx|export|_lobpcg|"
-    r"storage\._load_from_bytes|_load_global_deps|from_file|_weights_only_unpickler)\b"
-    r"|numpy\.(load|loadtxt|genfromtxt|fromfile|memmap|save|ctypeslib|distutils|f2py|testing|lib|"
-    r"DataSource|_core\.memmap|compat)\b(?!\.stride_tricks)"
-    r"|pandas\.(read_\w+|eval|io|compat|core\.(computation|eval)\w*)\b"
-    r"|(joblib\.(load|dump|memory|parallel|externals)|dill|cloudpickle|mlflow|pip|setuptools|"
-    r"pkg_resources|IPython|tensorflow\.(io|saved_model|keras\.models)|keras\.models|transformers\."
-    r"(pipeline|pipelines|dynamic_module_utils|trainer)|huggingface_hub|jinja2|yaml|requests|httpx|"
-    r"aiohttp|urllib3|paramiko|fabric|sh|pexpect|numba|cffi|numexpr)\b"
-)
-
-
 def level_of(module: str, name: str) -> Level | None:
     """Return how strongly an import speaks against a pickle; none for what only makes tensors."""
     full = f"{module}.{name}"
     if full in _allowed_by_torch():
         return None
-    if full in _DATA_TYPES:
-        return "medium"
-    is_standard = module.partition(".")[0] in sys.stdlib_module_names
-    if is_standard or _walks(name) or _DANGEROUS.match(full) or _known_gadget(module, name):
-        return "high"
-    return "medium"
-
-
-def _walks(name: str) -> bool:
-    """Whether an attribute leads through a module to another, as ``serialization.os.system``."""
-    parts = name.split(".")
-    return any(part in sys.stdlib_module_names or _DUNDER.fullmatch(part) for part in parts)
+    if full in DATA:
+        return "info"
+    return "high" if is_dangerous(module, name) else "medium"
 
 
 @cache
@@ -366,21 +336,3 @@ def _allowed_by_torch() -> frozenset[str]:
     from torch import _weights_only_unpickler
 
     return frozenset(_weights_only_unpickler._get_allowed_globals())
-
-
-@cache
-def _known_gadget(module: str, name: str) -> bool:
-    """Whether picklescan calls a name dangerous: the one place that knows this library.
-
-    It gets a pickle of nothing but this name, for its own following of opcodes can be misled.
-    """
-    from picklescan.scanner import SafetyLevel, scan_pickle_bytes
-
-    data = f"c{module}\n{name}\n.".encode("utf-8", "surrogatepass")
-    log = logging.getLogger("picklescan")
-    level, log.disabled = log.disabled, True
-    try:
-        found = scan_pickle_bytes(io.BytesIO(data), "name").globals
-    finally:
-        log.disabled = level
-    return any(one.safety is SafetyLevel.Dangerous for one in found)

@@ -140,7 +140,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "does not exist" in refused(tmp_path / "none.pt", arch=ARCH)
     assert "none found" in refused(tmp_path / "none")
     assert "config.json" in refused(tmp_path)
-    (tmp_path / "a.pt").write_bytes(b"x")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
     assert "--arch" in refused(tmp_path / "a.pt")
 
 
