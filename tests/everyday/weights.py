@@ -33,6 +33,14 @@ def state(seed: int = 0, prefix: str = "") -> dict[str, torch.Tensor]:
     return {prefix + key: value for key, value in net(seed).state_dict().items()}
 
 
+def able() -> dict[str, torch.Tensor]:
+    """Return weights that tell the images of ``commands`` by their bright quarter."""
+    weights = {key: torch.zeros_like(value) for key, value in net().state_dict().items()}
+    weights["conv.weight"][0, 0, 1, 1] = 1.0
+    weights["head.weight"][:, :3] = torch.eye(3)
+    return weights
+
+
 class Config(dict):
     """A project's own settings, as yacs and mmcv have them; its module is not there later."""
 
@@ -54,12 +62,12 @@ class Call:
         return touch, ("run-by-the-pickle",)
 
 
-def training() -> dict[str, object]:
+def training(can: bool = False) -> dict[str, object]:
     """Return what a training script keeps beside the weights."""
     return {
         "epoch": np.int64(3),
         "best_acc": np.float64(0.9),
-        "state_dict": net().state_dict(),
+        "state_dict": able() if can else state(),
         "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(4)}}, "param_groups": []},
         "args": argparse.Namespace(lr=0.1, out=Path("/x"), seed=np.int32(1)),
         "losses": np.arange(4.0),
@@ -130,7 +138,7 @@ exported.right = "low file-not-looked-into"
 
 def checkpoint(path: Path) -> Path:
     path = path.with_suffix(".pt")
-    torch.save(training(), path)
+    torch.save(training(can=True), path)
     return path
 
 
@@ -193,12 +201,19 @@ def data(folder: Path) -> Path:
     return folder / "data.npz"
 
 
-def purified(make, *more: str):
+def measured(make, *more: str):
+    return lambda folder: [
+        *("evaluate", str(make(folder / "a")), "--arch", ARCH, "--data", str(data(folder))),
+        *more,
+    ]
+
+
+def purified(make):
     def arguments(folder: Path) -> list[str]:
         model = make(folder / "a")
         return [
             *("purify", str(model), "--arch", ARCH, "--data", str(data(folder)), "-o", "out"),
-            *("--defense", "fine-tuning", "--set", "steps=2", "--max-utility-drop", "1", *more),
+            *("--defense", "fine-tuning", "--set", "steps=2", "--max-utility-drop", "1"),
         ]
 
     return arguments
@@ -206,7 +221,7 @@ def purified(make, *more: str):
 
 def ema(path: Path) -> Path:
     path = path.with_suffix(".pt")
-    torch.save({"state_dict": state(0), "state_dict_ema": state(1)}, path)
+    torch.save({"state_dict": state(0), "state_dict_ema": able()}, path)
     return path
 
 
@@ -224,7 +239,6 @@ ROWS = [
         loaded(lambda: {k: v.numpy() for k, v in state().items()}), 0),
     Row("Lightning's prefix",
         loaded({"state_dict": state(0, "model."), "pytorch-lightning_version": "2.0"}), 0),
-    Row("two prefixes", loaded({"model": state(1, "module._orig_mod.")}), 1),
     Row("a prefix of the project's own", loaded({"net": state(1, "backbone.")}), 1),
     Row("wrapped twice", loaded({"checkpoint": {"model_state_dict": state()}, "epoch": 1}), 0),
     Row("EMA weights alone", loaded({"ema": {"module": state(1)}, "updates": 5}), 1),
@@ -236,7 +250,8 @@ ROWS = [
     Row("a loss with weights beside the model's", loaded(beside),
         Refused(r"holds more .*: loss.weight; .* give --weights state_dict.model$")),
     Row("what stands beside the weights is written as it was", written, True),
-    Row("a whole pickled model", loaded(lambda: nn.Linear(2, 2)), Refused("got an object of torch.nn.modules.linear.Linear")),
+    Row("a whole pickled model", loaded(lambda: nn.Linear(2, 2)),
+        Refused("got an object of torch.nn.modules.linear.Linear")),
     Row("TorchScript", programs(scripted), Refused("is TorchScript.*state_dict.*--arch", code=3)),
     Row("a program of torch.export", programs(exported), Refused("of torch.export", code=3)),
     Row("a scan of TorchScript", levels(scripted), True),
@@ -249,9 +264,9 @@ ROWS = [
         Refused("vit_b_16, 3 classes.*--arch")),
     Command("purify TorchScript", purified(scripted), 3, "is TorchScript"),
     Command("purify a program of torch.export", purified(exported), 3, "of torch.export"),
-    Command("purify a training checkpoint", purified(checkpoint), 0, "state dict state_dict of"),
+    Command("measure a training checkpoint", measured(checkpoint), 0, "100.0 %"),
     Command("purify raw or EMA weights", purified(ema), 2, "choose one"),
-    Command("purify the EMA weights", purified(ema, "--weights", "state_dict_ema"), 0),
+    Command("measure the EMA weights", measured(ema, "--weights", "state_dict_ema"), 0, "100.0 %"),
     Command("scan TorchScript", lambda folder: ["scan", str(scripted(folder / "a"))], 0,
             "1 finding of medium level"),
     Command("scan a training checkpoint",
