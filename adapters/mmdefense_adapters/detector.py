@@ -57,6 +57,15 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     def classes(self) -> int:
         """Number of classes K."""
 
+    @property
+    def numbers(self) -> range:
+        """The model's own numbers of its classes, in order."""
+        return range(self.classes)
+
+    def reading(self) -> dict[str, Any]:
+        """Return the numbers of the classes."""
+        return {"numbers": self.numbers}
+
     @abstractmethod
     def per_sample_loss(self, batch: DetectionBatch) -> Tensor:
         """Return the sum of the library's loss terms for each image alone, shape ``(N,)``."""
@@ -98,6 +107,12 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         return samples
 
     def _check_labels(self, samples: DetectionSamples) -> None:
+        if samples.classes and len(samples.classes) != self.classes:
+            raise BadInputError(
+                f"data must name the model's {self.classes} classes, got {len(samples.classes)}: "
+                f"{', '.join(samples.classes[:6])}; load it with classes= (the model's, in order) "
+                "or with said=adapter.reading()"
+            )
         for index, labels in enumerate(samples.labels):
             wrong = labels[(labels < 0) | (labels >= self.classes)]
             if len(wrong):

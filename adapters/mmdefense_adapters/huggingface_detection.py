@@ -74,7 +74,8 @@ class HFDetector(Detector):
     def reading(self) -> dict[str, Any]:
         """Return names of classes, channels, and the height and width that images are fitted to."""
         size = side_lengths(self._settings)
-        return said_by(self.model) | ({"image_size": size} if size else {})
+        said = super().reading() | said_by(self.model)
+        return said | ({"image_size": size} if size else {})
 
     @property
     def classes(self) -> int:

@@ -52,8 +52,11 @@ class TorchvisionDetector(Detector):
     parameters, so a silenced filter before one still gives its constant.
 
     Labels count from 0 without a background. The models' own numbering starts at ``offset``: 1 for
-    SSD and Faster R-CNN, whose class 0 is the background, and 0 for the others. (Checkpoints
-    trained on COCO number its categories from 1 in every family: ``offset=1``.)
+    SSD and Faster R-CNN, whose class 0 is the background, and 0 for the others. torchvision's own
+    checkpoints have 91 outputs in every family, and number by COCO category ids: 1 to 90, with
+    gaps. Label L is the model's number L + ``offset``, so that their labels are category ids less
+    ``offset``, not the 80 categories counted: COCO json is read so, see ``labels`` of
+    ``load_detection``.
     """
 
     priority: ClassVar[int] = 10
@@ -96,6 +99,11 @@ class TorchvisionDetector(Detector):
     def classes(self) -> int:
         """Number of classes K, the background and what is before ``offset`` left out."""
         return self._outputs - self.offset
+
+    @property
+    def numbers(self) -> range:
+        """The model's own numbers of its classes, in order."""
+        return range(self.offset, self._outputs)
 
     @property
     def _parts(self) -> Any:

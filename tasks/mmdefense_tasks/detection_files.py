@@ -1,26 +1,27 @@
-"""Opens detection sets: VOC folders, COCO json, and json lines; decodes and resizes them."""
+"""Opens detection sets: VOC folders, COCO json, and json lines."""
 
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from mmdefense.batches import DetectionSamples
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.notes import note
+from mmdefense_tasks.reading import lines_of, read_json, read_text
 
-__all__ = ["ObjectFile", "decode", "open_objects"]
+__all__ = ["ObjectFile", "ObjectSet", "open_objects"]
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-_LISTS = {"train": ("trainval", "train"), "test": ("test", "val", "validation")}
+_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_TESTS = ("test", "val", "valid", "validation")
+_NAMES = ("train", "trainval", *_TESTS)
+_ROBOFLOW = "_annotations.coco.json"
+_DRIVE = re.compile(r"[A-Za-z]:")
+_FLAGGED = re.compile(r"\s+(-1|0|1)$")  # VOC's lists of a class say in which images it is
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,51 @@ class ObjectFile:
 
     Attributes:
         path: Of the image.
-        boxes: Corners x1, y1, x2, y2 in pixels of the file.
-        names: The class of each box.
+        boxes: Corners x1, y1, x2, y2 in pixels of the image as it was annotated.
+        kinds: The class of each box, as its place in the names of the set.
+        size: Width and height of the image as it was annotated, where that is said.
     """
 
     path: Path
-    boxes: list[list[float]]
-    names: list[str]
+    boxes: list[list[float]] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    size: tuple[int, int] | None = None
 
 
-def open_objects(folder: Path, split: str) -> tuple[list[ObjectFile], tuple[str, ...]]:
-    """Return the files of a set and its class names, by what the folder holds.
+@dataclass(frozen=True)
+class ObjectSet:
+    """What a folder holds.
+
+    Attributes:
+        files: Images and their objects.
+        names: Of the classes.
+        ids: The number of each class in COCO json; empty elsewhere.
+    """
+
+    files: list[ObjectFile]
+    names: tuple[str, ...]
+    ids: tuple[int, ...] = ()
+
+
+def open_objects(folder: Path, split: str) -> ObjectSet:
+    """Return the images and objects of a set, by what the folder holds.
 
     Json lines ``train.jsonl`` / ``test.jsonl`` (``file``, ``boxes``, ``labels``) with a
     ``classes.json``; a VOC folder (``Annotations/*.xml``, ``JPEGImages``, ``ImageSets/Main``); or
-    COCO json (``annotations/*train*.json``, or ``train.json``).
+    COCO json: ``annotations/instances_train2017.json`` and its like, ``train.json``, or Roboflow's
+    ``train/_annotations.coco.json``. The test part is also found as ``val``, ``valid`` or
+    ``validation``. Regions that are annotated as crowds are left out, as in training.
 
     Raises:
-        BadInputError: If it holds none of them, or one that is damaged.
+        BadInputError: If it holds none of them, several for one part, or one that is damaged.
     """
-    if (lines := _first(folder, split, "{}.jsonl")) is not None:
-        return _json_lines(lines)
+    exact = (folder / f"{name}.jsonl" for name in _NAMES)
+    if lines := _named((path for path in exact if path.is_file()), split):
+        return _json_lines(lines[0])
     if (folder / "Annotations").is_dir():
         return _voc(folder, split)
-    coco = _first(folder, split, "{}.json") or _first(folder, split, "annotations/*{}*.json")
-    if coco is not None:
-        return _coco(coco, folder)
+    if (coco := _coco_file(folder, split)) is not None:
+        return _coco(coco, folder, split)
     raise BadInputError(
         f"data folder {folder} must hold {split}.jsonl, a VOC folder Annotations, or COCO json for "
         f"{split!r}; it has {', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}"
@@ -62,177 +82,260 @@ def open_objects(folder: Path, split: str) -> tuple[list[ObjectFile], tuple[str,
     )
 
 
-def _first(folder: Path, split: str, pattern: str) -> Path | None:
-    """Return the first file whose name fits one of the names of a split."""
-    found = (path for name in _LISTS[split] for path in sorted(folder.glob(pattern.format(name))))
-    return next(found, None)
+def _named(paths: Iterable[Path], split: str) -> list[Path]:
+    """Return the files or folders that bear the first of the names of a split that is there.
+
+    ``trainval`` is the training part only beside a ``test`` part; else ``val`` would be in both.
+    """
+    there = sorted(paths)
+    held = {name: [path for path in there if _bears(path, name)] for name in _NAMES}
+    trains = ("trainval", "train") if held["test"] else ("train", "trainval")
+    for name in trains if split == "train" else _TESTS:
+        if held[name]:
+            return [path for path in held[name] if path.stem == name] or held[name]
+    return []
 
 
-def _json_lines(path: Path) -> tuple[list[ObjectFile], tuple[str, ...]]:
-    classes = tuple(str(name) for name in _json(path.parent / "classes.json"))
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+def _bears(path: Path, name: str) -> bool:
+    return re.search(rf"(?<![a-z]){name}(?![a-z])", path.stem.casefold()) is not None
+
+
+# --- json lines
+
+
+def _json_lines(path: Path) -> ObjectSet:
+    names = _class_list(path.parent / "classes.json")
+    files, crowds = [], 0
+    for number, line in enumerate(lines_of(read_text(path)), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            names = [classes[label] for label in row["labels"]]
-            rows.append(ObjectFile(path.parent / row["file"], row["boxes"], names))
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            crowded = [bool(flag) for flag in row.get("iscrowd") or [False] * len(row["boxes"])]
+            objects = zip(row["boxes"], row["labels"], crowded, strict=True)
+            kept = [(box, label) for box, label, crowd in objects if not crowd]
+            if wrong := [label for _, label in kept if label not in range(len(names))]:
+                raise ValueError(f"label {wrong[0]}")
+            boxes = [[float(value) for value in box] for box, _ in kept]
+            size = _stated(row.get("width"), row.get("height"))
+            entry = ObjectFile(path.parent / row["file"], boxes, [n for _, n in kept], size)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInputError(
-                f"line {number + 1} of {path} must hold file, boxes and labels of the "
-                f"{len(classes)} classes: {type(error).__name__} {one_line(error)}"
+                f"line {number} of {path} must hold file, boxes and labels of the {len(names)} "
+                f"classes: {type(error).__name__} {one_line(error)}"
             ) from error
-    return rows, classes
+        crowds += sum(crowded)
+        files.append(entry)
+    _say_crowds(crowds, path)
+    return ObjectSet(files, names)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path} cannot be read: {one_line(error)}") from error
+def _class_list(path: Path) -> tuple[str, ...]:
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise BadInputError(f"{path} must be a list of the names of the classes, got {names!r:.60}")
+    return tuple(names)
 
 
-def _coco(path: Path, folder: Path) -> tuple[list[ObjectFile], tuple[str, ...]]:
-    """Read COCO json: boxes are x, y, width, height; crowds are left out, as in training."""
-    held = _json(path)
-    try:
-        names = {entry["id"]: str(entry["name"]) for entry in held["categories"]}
-        files = {entry["id"]: entry["file_name"] for entry in held["images"]}
-        objects: dict[Any, ObjectFile] = {
-            key: ObjectFile(_image_path(folder, name), [], []) for key, name in files.items()
-        }
-        for entry in held["annotations"]:
-            if entry.get("iscrowd"):
-                continue
-            x, y, width, height = entry["bbox"]
-            objects[entry["image_id"]].boxes.append([x, y, x + width, y + height])
-            objects[entry["image_id"]].names.append(names[entry["category_id"]])
-    except (KeyError, TypeError, ValueError) as error:
+def _say_crowds(count: int, path: Path) -> None:
+    if count:
+        note(f"{count} crowd regions of {path.name} are left out")
+
+
+def _stated(width: Any, height: Any) -> tuple[int, int] | None:
+    """Return a size that a file states; none where it is missing or 0, as some tools write."""
+    sides = int(width or 0), int(height or 0)
+    return sides if min(sides) > 0 else None
+
+
+# --- COCO
+
+
+def _coco_file(folder: Path, split: str) -> Path | None:
+    """Return the COCO json of a part: of several the one that holds instances."""
+    if (own := folder / _ROBOFLOW).is_file():
+        return own
+    parts = _named((path.parent for path in folder.glob(f"*/{_ROBOFLOW}")), split)
+    if parts:
+        return parts[0] / _ROBOFLOW
+    found = _named(folder.glob("*.json"), split) or _named(folder.glob("annotations/*.json"), split)
+    named = [path for path in found if path.name.startswith("instances")]
+    kept = named or found
+    if len(kept) > 1:
+        boxed = {path: _boxes_in(read_json(path)) for path in kept}
+        kept = [path for path in kept if boxed[path] and boxed[path] == max(boxed.values())] or kept
+    if len(kept) > 1:
         raise BadInputError(
-            f"{path} must be COCO json with images, annotations and categories that refer to one "
-            f"another: {type(error).__name__} {one_line(error)}"
+            f"data folder {folder} must hold one file of boxes for {split!r}, got "
+            f"{' and '.join(path.name for path in kept[:3])}; move away what is not meant"
+        )
+    return kept[0] if kept else None
+
+
+def _boxes_in(held: Any) -> int:
+    """Say whether a COCO json has no boxes (0), those of keypoints (1), or those of objects (2)."""
+    try:
+        boxed = {"bbox", "category_id"} <= set(held["annotations"][0])
+        keypoints = any("keypoints" in category for category in held["categories"])
+    except (KeyError, TypeError, IndexError):
+        return 0
+    return (1 if keypoints else 2) if boxed else 0
+
+
+def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
+    """Read COCO json: boxes are x, y, width, height."""
+    held = read_json(path)
+    images = _Images([path.parent, folder / "images", folder], split)
+    try:
+        names = {int(entry["id"]): str(entry["name"]) for entry in held["categories"]}
+        if (unused := _roboflow_dummy(held)) is not None:
+            del names[unused]
+        place = {key: index for index, key in enumerate(sorted(names))}
+        files = {
+            entry["id"]: ObjectFile(
+                images.find(entry["file_name"]),
+                size=_stated(entry.get("width"), entry.get("height")),
+            )
+            for entry in held["images"]
+        }
+        things = [entry for entry in held["annotations"] if not entry.get("iscrowd")]
+        for entry in things:
+            x, y, width, height = (float(value) for value in entry["bbox"])
+            files[entry["image_id"]].boxes.append([x, y, x + width, y + height])
+            files[entry["image_id"]].kinds.append(place[entry["category_id"]])
+    except BadInputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInputError(
+            f"{path} must be COCO json with images, annotations (bbox, image_id, category_id) and "
+            f"categories that refer to one another: {type(error).__name__} {one_line(error)}"
         ) from error
-    ordered = tuple(names[key] for key in sorted(names))
-    return list(objects.values()), ordered
+    _say_crowds(len(held["annotations"]) - len(things), path)
+    ids = tuple(sorted(names))
+    return ObjectSet(list(files.values()), tuple(names[key] for key in ids), ids)
 
 
-def _image_path(folder: Path, name: str) -> Path:
-    places = (folder / "images" / name, folder / name, *folder.glob(f"*/{name}"))
-    return next((path for path in places if path.is_file()), folder / name)
+def _roboflow_dummy(held: Mapping[str, Any]) -> int | None:
+    """Return the id of the category that Roboflow puts above the others, if it has no object."""
+    top = next((c for c in held["categories"] if c["id"] == 0), None)
+    others = [c for c in held["categories"] if c["id"] != 0]
+    if top is None or not others or any(c.get("supercategory") != top["name"] for c in others):
+        return None
+    used = any(entry["category_id"] == 0 for entry in held["annotations"])
+    return None if used or top.get("supercategory") != "none" else 0
 
 
-def _voc(folder: Path, split: str) -> tuple[list[ObjectFile], tuple[str, ...]]:
-    """Read VOC XML: corners count from 1 and are part of the box, hence the shift by one."""
-    files = [_voc_file(folder, name) for name in _voc_names(folder, split)]
-    names = {name for path in (folder / "Annotations").glob("*.xml") for name in _voc_classes(path)}
-    return files, tuple(sorted(names))
+class _Images:
+    """Finds images by the names that annotations give them."""
+
+    def __init__(self, places: Sequence[Path], split: str) -> None:
+        self._split = split
+        self._places = list(dict.fromkeys(places))
+        self._below = [d for place in self._places[1:] for d in _folders(place)]
+        self._listed: dict[Path, dict[str, Path]] = {}
+
+    def find(self, name: str) -> Path:
+        """Return the file of that name; where there is none, where it should be.
+
+        Names may be absolute paths of another machine, and differ in upper and lower case.
+
+        Raises:
+            BadInputError: If several folders hold a file of that name.
+        """
+        wanted = PurePosixPath(name.strip().replace("\\", "/"))
+        elsewhere = wanted.is_absolute() or _DRIVE.match(str(wanted))
+        short = wanted.name if elsewhere else str(wanted)
+        found = next(filter(None, (self._in(place / short) for place in self._places)), None)
+        if found is not None:
+            return found
+        below = {place: path for place in self._below if (path := self._in(place / short))}
+        if len(below) > 1:  # such as train/1.jpg and val/1.jpg
+            below = {place: below[place] for place in _named(below, self._split)} or below
+        if len(below) > 1:
+            first, second, *_ = below.values()
+            raise BadInputError(f"image {name} must be in one folder, got {first} and {second}")
+        return next(iter(below.values()), self._places[-1] / short)
+
+    def of_stem(self, stem: str) -> Path | None:
+        """Return the first image that is named so, whatever its suffix."""
+        names = [f"{stem}{suffix}" for suffix in _SUFFIXES]
+        paths = (self._in(place / name) for place in self._places for name in names)
+        return next(filter(None, paths), None)
+
+    def _in(self, path: Path) -> Path | None:
+        if path.parent not in self._listed:
+            there = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+            self._listed[path.parent] = {p.name.casefold(): p for p in there if p.is_file()}
+        return path if path.is_file() else self._listed[path.parent].get(path.name.casefold())
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+
+
+# --- VOC
+
+
+def _voc(folder: Path, split: str) -> ObjectSet:
+    roots = {name: _voc_root(folder, name) for name in _voc_names(folder, split)}
+    every = [
+        roots[path.stem] if path.stem in roots else _voc_root(folder, path.stem)
+        for path in sorted((folder / "Annotations").glob("*.xml"))
+    ]
+    names = tuple(sorted({name for root in every for name in _voc_classes(root)}))
+    images = _Images([folder / "JPEGImages", folder / "images", folder], split)
+    place = {name: index for index, name in enumerate(names)}
+    return ObjectSet([_voc_file(name, root, images, place) for name, root in roots.items()], names)
 
 
 def _voc_names(folder: Path, split: str) -> list[str]:
-    listed = _first(folder, split, "ImageSets/Main/{}.txt")
-    if listed is not None:
-        return [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    if listed := _named(folder.glob("ImageSets/Main/*.txt"), split):
+        lines = (line.strip() for line in lines_of(read_text(listed[0])))
+        return [_voc_name(folder, line) for line in lines if line]
     if (folder / "ImageSets").is_dir():
         raise BadInputError(f"{folder}/ImageSets/Main must hold a list for {split!r}, got none")
     return sorted(path.stem for path in (folder / "Annotations").glob("*.xml"))
 
 
-def _voc_root(path: Path) -> ET.Element:
+def _voc_name(folder: Path, line: str) -> str:
+    """Return the name in a line, which may hold white space, or end in a flag."""
+    whole = (folder / "Annotations" / f"{line}.xml").is_file()
+    return line if whole else _FLAGGED.sub("", line)
+
+
+def _voc_root(folder: Path, name: str) -> ET.Element:
+    path = folder / "Annotations" / f"{name}.xml"
     try:
-        return ET.parse(path).getroot()  # expat in the library refuses entity bombs
+        root = ET.parse(path).getroot()  # expat in the library refuses entity bombs
     except (OSError, ET.ParseError) as error:
         raise BadInputError(f"annotation {path} cannot be read: {one_line(error)}") from error
+    if not all(_voc_classes(root)):
+        raise BadInputError(f"annotation {path} must give each object a name, got none for one")
+    return root
 
 
-def _voc_classes(path: Path) -> Iterator[str]:
-    yield from (entry.findtext("name", "") for entry in _voc_root(path).iter("object"))
+def _voc_classes(root: ET.Element) -> Iterator[str]:
+    yield from (" ".join(entry.findtext("name", "").split()) for entry in root.iter("object"))
 
 
-def _voc_file(folder: Path, name: str) -> ObjectFile:
-    annotation = folder / "Annotations" / f"{name}.xml"
-    boxes, names = [], []
-    for entry in _voc_root(annotation).iter("object"):
+def _voc_file(name: str, root: ET.Element, images: _Images, place: Mapping[str, int]) -> ObjectFile:
+    """Read VOC XML: corners count from 1 and are part of the box, hence the shift by one."""
+    boxes = []
+    for entry in root.iter("object"):
         corners = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            values = [float(corner) for corner in corners]  # type: ignore[arg-type]
+            left, top, right, bottom = (float(corner) for corner in corners)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise BadInputError(
-                f"annotation {annotation} must give each box xmin, ymin, xmax and ymax, got "
-                f"{corners}"
+                f"annotation {name}.xml must give each box xmin, ymin, xmax and ymax, got {corners}"
             ) from error
-        boxes.append([max(0.0, values[0] - 1), max(0.0, values[1] - 1), values[2], values[3]])
-        names.append(entry.findtext("name", ""))
-    images = (folder / "JPEGImages" / f"{name}{suffix}" for suffix in _SUFFIXES)
-    path = next((path for path in images if path.is_file()), None)
-    if path is None:
-        raise BadInputError(f"image {name} of {annotation} is not in {folder / 'JPEGImages'}")
-    return ObjectFile(path, boxes, names)
-
-
-def decode(
-    files: Sequence[ObjectFile],
-    classes: Sequence[str],
-    size: tuple[int, int],
-    channels: int,
-) -> DetectionSamples:
-    """Return the images in memory, in ``size``, and their objects moved along.
-
-    An image keeps its proportions: it fills one side, and what is left of the other is black.
-
-    Args:
-        files: Images and objects.
-        classes: The model's class names, in order.
-        size: Height and width in pixels.
-        channels: 1 or 3.
-
-    Raises:
-        BadInputError: If an image is damaged, a box is not a box in its image, or a class is not
-            one of ``classes``.
-    """
-    place = {name: label for label, name in enumerate(classes)}
-    images = torch.zeros(len(files), channels, *size, dtype=torch.uint8)
-    boxes, labels = [], []
-    for index, entry in enumerate(files):
-        if unknown := [name for name in entry.names if name not in place]:
-            raise BadInputError(
-                f"classes must be among the model's {len(classes)} ({', '.join(classes[:6])}), got "
-                f"{unknown[0]!r} in {entry.path.name}"
-            )
-        pixels, whole, scale = _pixels(entry.path, size, channels)
-        images[index, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        boxes.append(_scaled(entry, whole, scale))
-        labels.append(torch.tensor([place[name] for name in entry.names], dtype=torch.int64))
-    return DetectionSamples(images, tuple(boxes), tuple(labels), classes=tuple(classes))
-
-
-def _pixels(
-    path: Path, size: tuple[int, int], channels: int
-) -> tuple[Tensor, tuple[int, int], tuple[float, float]]:
-    """Return an image as uint8 ``(C, h, w)``, its own width and height, and the scales of both."""
+        corner = [max(value - 1, min(value, 0.0)) for value in (left, top)]  # some count from 0
+        boxes.append([*corner, right, bottom])
+    path = images.of_stem(name) or images.find(root.findtext("filename", "").strip() or name)
+    if not path.is_file():
+        raise BadInputError(f"image {name} of Annotations/{name}.xml is not in {path.parent}")
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # decoders raise many kinds, for damage of many kinds
-        raise BadInputError(f"image {path} cannot be decoded: {one_line(error)}") from error
-    scale = min(size[1] / image.width, size[0] / image.height)
-    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    array = np.array(image.resize(sides, Image.Resampling.BILINEAR), dtype=np.uint8)
-    pixels = torch.from_numpy(array)
-    pixels = pixels[None] if channels == 1 else pixels.movedim(-1, 0)
-    return pixels, image.size, (sides[0] / image.width, sides[1] / image.height)
-
-
-def _scaled(entry: ObjectFile, whole: tuple[int, int], scale: tuple[float, float]) -> Tensor:
-    """Return boxes in pixels of the resized image, checked in pixels of the file."""
-    boxes = torch.tensor(entry.boxes, dtype=torch.float32).reshape(-1, 4)
-    limits = torch.tensor([*whole, *whole])
-    empty = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
-    outside = ((boxes < 0) | (boxes > limits + 0.5)).any(1)  # files round to the pixel beyond
-    for wrong, what in ((empty, "empty or reversed"), (outside, "outside the image")):
-        if wrong.any():
-            raise BadInputError(
-                f"a box of {entry.path.name} is {what} ({whole[0]}x{whole[1]} pixels), got "
-                f"{boxes[wrong][0].tolist()} as x1, y1, x2, y2"
-            )
-    sides = [round(side * factor) for side, factor in zip(whole, scale, strict=True)]
-    # The product may round to a little beyond the side.
-    return (boxes * torch.tensor([*scale, *scale])).minimum(torch.tensor([*sides, *sides]))
+        size = _stated(root.findtext("size/width"), root.findtext("size/height"))
+    except ValueError:
+        size = None
+    return ObjectFile(path, boxes, [place[kind] for kind in _voc_classes(root)], size)

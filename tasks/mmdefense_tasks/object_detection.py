@@ -22,7 +22,9 @@ from mmdefense.metrics.detection import Detecting, mean_average_precision
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
-from mmdefense_tasks.detection_files import decode, open_objects
+from mmdefense_tasks.detection_files import open_objects
+from mmdefense_tasks.detection_images import decode
+from mmdefense_tasks.detection_labels import numbered
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
 from mmdefense_tasks.options import Options
@@ -77,6 +79,7 @@ class ObjectDetection:
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
+        labels: str | None = None,
     ) -> DetectionSamples:
         """Return data from wherever it is; see :func:`load_detection`."""
         return load_detection(
@@ -86,6 +89,7 @@ class ObjectDetection:
             image_size=image_size,
             channels=channels,
             classes=classes,
+            labels=labels,
         )
 
     @staticmethod
@@ -211,6 +215,7 @@ def load_detection(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
+    labels: str | None = None,
 ) -> DetectionSamples:
     """Return images of one size with their objects, in memory.
 
@@ -223,12 +228,17 @@ def load_detection(
             default small ones.
         channels: 1 or 3; by default 3.
         classes: The model's class names, in order; by default those of the set.
+        labels: How classes are numbered where the model does not name its own: ``"ids"`` takes
+            COCO category ids as the model's numbers (gaps included, as the checkpoints of
+            torchvision do), ``"dense"`` counts the classes of the set. By default what fits the
+            model, which ``said`` must describe: ``said=adapter.reading()``.
 
     Raises:
         BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
-            image, or the model lacks a class.
+            image, the model lacks a class, or it cannot be told how the model numbers them.
     """
-    options = Options(said, image_size=image_size, channels=channels, classes=classes)
+    options = Options(said, image_size=image_size, channels=channels, classes=classes,
+                      labels=labels)  # fmt: skip
     samples = _read(where, split, options)
     options.check_used(where)
     return samples
@@ -240,7 +250,6 @@ def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
     if str(where) == "digit-scenes":
         return digit_scenes(split)
     image_size, channels = options.take("image_size"), options.take("channels")
-    classes = options.take("classes", ())
     if channels not in {None, 1, 3}:
         raise BadInputError(f"channels must be 1 or 3, got {channels}")
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
@@ -254,10 +263,11 @@ def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
             f"data {str(where)!r} must be a folder or one of digit-scenes, {', '.join(_SIZES)} (in "
             f"the folder that {DATA_VARIABLE} points to); none found"
         )
-    files, own = open_objects(folder, split)
-    if not files:
+    found = open_objects(folder, split)
+    if not found.files:
         raise BadInputError(f"data {folder} must hold at least one image for {split!r}, got none")
-    samples = decode(files, classes or own, size or _SIZES.get(folder.name, (128, 128)),
-                     channels or 3)  # fmt: skip
+    numbers, names = numbered(found, options, where)
+    size = size or _SIZES.get(folder.name, (128, 128))
+    samples = decode(found.files, numbers, names, size, channels or 3)
     flip = folder.name in _SIZES  # left and right do not matter in these
     return replace(samples, augmentation=partial(random_boxed_view, flip=flip))

@@ -1,0 +1,160 @@
+"""Decodes the images of a detection set and moves their boxes along."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mmdefense.batches import DetectionSamples
+from mmdefense.errors import BadInputError, one_line
+from mmdefense.notes import note
+from mmdefense_tasks.detection_files import ObjectFile
+
+__all__ = ["decode"]
+
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap the sides
+_SLACK = (2.0, 0.02)  # ours; pixels, or share of a side, that a box may reach over the edge
+_SAID = {
+    "empty": "{} boxes without area are dropped",
+    "clipped": "{} boxes that reach over the edge of their image are clipped",
+    "turned": "{} images are turned as their EXIF data says, as their boxes are",
+    "scaled": "the boxes of {} images are scaled to the files, which are scaled copies of what was "
+    "annotated",
+    "unclear": "{} images have an orientation in their EXIF data, and nothing says whether their "
+    "boxes follow it; they are read as they are stored",
+}
+
+
+def decode(
+    files: Sequence[ObjectFile],
+    labels: Sequence[int],
+    classes: Sequence[str],
+    size: tuple[int, int],
+    channels: int,
+) -> DetectionSamples:
+    """Return the images in memory, in ``size``, and their objects moved along.
+
+    An image keeps its proportions: it fills one side, and what is left of the other is black. An
+    image that was annotated in another size or orientation than that of its file is brought into
+    line. Boxes a little over the edge are clipped, those without area dropped; a note says how
+    many.
+
+    Args:
+        files: Images and objects.
+        labels: The label of each kind of object.
+        classes: The name of each label, where known.
+        size: Height and width in pixels.
+        channels: 1 or 3.
+
+    Raises:
+        BadInputError: If an image is damaged, its size is not the annotated one, or a box is
+            reversed or outside of its image.
+    """
+    counts: Counter[str] = Counter()
+    images = torch.zeros(len(files), channels, *size, dtype=torch.uint8)
+    every, numbers = [], []
+    for index, entry in enumerate(files):
+        image, stretch = _opened(entry, channels, counts)
+        boxes = torch.tensor(entry.boxes, dtype=torch.float32).reshape(-1, 4)
+        boxes, kept = _inside(boxes * stretch.repeat(2), image.size, entry.path.name, counts)
+        pixels = _resized(image, size)
+        images[index, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        sides = torch.tensor([pixels.shape[2], pixels.shape[1]])
+        scale = sides / torch.tensor(image.size)
+        # The product may round to a little beyond the side.
+        every.append((boxes[kept] * scale.repeat(2)).minimum(sides.repeat(2)))
+        kinds = torch.tensor(entry.kinds, dtype=torch.int64)[kept].tolist()
+        numbers.append(torch.tensor([labels[kind] for kind in kinds], dtype=torch.int64))
+    for kind, text in _SAID.items():
+        if counts[kind]:
+            note(text.format(counts[kind]))
+    return DetectionSamples(images, tuple(every), tuple(numbers), classes=tuple(classes))
+
+
+def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Image.Image, Tensor]:
+    """Return an image as it was annotated, and what its boxes are multiplied by in x and y."""
+    try:
+        with Image.open(entry.path) as opened:
+            orientation = opened.getexif().get(_ORIENTATION, 1)
+            upright = ImageOps.exif_transpose(opened)
+            turn, stretch = _matched(entry, opened.size, upright.size, orientation, counts)
+            image = (upright if turn else opened).convert("L" if channels == 1 else "RGB")
+    except BadInputError:
+        raise
+    except Exception as error:  # decoders raise many kinds, for damage of many kinds
+        raise BadInputError(f"image {entry.path} cannot be decoded: {one_line(error)}") from error
+    return image, stretch
+
+
+def _matched(
+    entry: ObjectFile,
+    stored: tuple[int, int],
+    upright: tuple[int, int],
+    orientation: int,
+    counts: Counter[str],
+) -> tuple[bool, Tensor]:
+    """Return whether an image was annotated upright, and what its boxes are multiplied by."""
+    size = entry.size or stored
+    forms = [(False, stored)] + [(True, upright)] * (orientation in range(2, 9))
+    fitting = [form for form in forms if form[1] == size]
+    counts["unclear"] += len(fitting) > 1
+    scaled = [form for form in forms if _is_copy(size, form[1])]
+    if not (fitting or scaled):
+        raise BadInputError(
+            f"image {entry.path.name} has {stored[0]}x{stored[1]} pixels, but was annotated with "
+            f"{size[0]}x{size[1]}, which is neither its orientation nor a scaled copy; is it the "
+            "annotated file?"
+        )
+    turn, own = (fitting or scaled)[0]
+    counts["turned"] += turn
+    counts["scaled"] += not fitting
+    return turn, torch.tensor(own) / torch.tensor(size)
+
+
+def _is_copy(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Say whether two sizes have the same proportions, up to rounding to a pixel."""
+    factor = max(other) / max(size)
+    return all(abs(a * factor - b) <= max(1.0, factor) for a, b in zip(size, other, strict=True))
+
+
+def _inside(
+    boxes: Tensor, size: tuple[int, int], name: str, counts: Counter[str]
+) -> tuple[Tensor, Tensor]:
+    """Return boxes ``(M, 4)`` clipped to an image, and which of them have an area, bool ``(M,)``.
+
+    Args:
+        boxes: In pixels of the image.
+        size: Its width and height.
+        name: Of its file.
+        counts: Of what was changed.
+    """
+    limits = torch.tensor([*size, *size], dtype=torch.float32)
+    over = torch.maximum(-boxes, boxes - limits)
+    reversed_ = ~(boxes[:, 2:] >= boxes[:, :2]).all(1)
+    outside = ~(over <= (limits * _SLACK[1]).clamp(min=_SLACK[0])).all(1)
+    for wrong, what in ((reversed_, "reversed"), (outside, "outside the image")):
+        if wrong.any():
+            raise BadInputError(
+                f"a box of {name} is {what} ({size[0]}x{size[1]} pixels), got "
+                f"{boxes[wrong][0].tolist()} as x1, y1, x2, y2; correct the annotation, or remove "
+                "it"
+            )
+    clipped = boxes.clamp(min=0).minimum(limits)
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    counts["empty"] += int((~kept).sum())
+    counts["clipped"] += int(((over > 0.5).any(1) & kept).sum())  # files round to half a pixel
+    return clipped, kept
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Return an image as uint8 ``(C, h, w)`` that fits into height and width."""
+    scale = min(size[1] / image.width, size[0] / image.height)
+    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    array = np.array(image.resize(sides, Image.Resampling.BILINEAR), dtype=np.uint8)
+    pixels = torch.from_numpy(array)
+    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
