@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError, UnsupportedError
+    from mmdefense.evaluating import evaluate
     from mmdefense.purification import Purification, purify
     from mmdefense.registry import adapt
     from mmdefense.scanning import scan
@@ -21,6 +22,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "adapt",
+    "evaluate",
     "purify",
     "scan",
 ]
@@ -32,6 +34,7 @@ _HOMES = {
     "Purification": "purification",
     "UnsupportedError": "errors",
     "adapt": "registry",
+    "evaluate": "evaluating",
     "purify": "purification",
     "scan": "scanning",
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mmdefense.attacks.base import Attack
+    from mmdefense.evaluating import AttackChoice
 
 __all__ = [
     "Arch",
@@ -167,24 +167,13 @@ def _literal(text: str) -> Any:
 
 def chosen_attack(
     name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
-) -> Attack[Any] | None:
+) -> AttackChoice | None:
     """Return the attack whose trigger is to be tried; none where none is asked for."""
-    from mmdefense import registry
-    from mmdefense.evaluation.measurement import read_trigger
-    from mmdefense.purification import checked_settings, checked_value
+    from mmdefense.evaluating import AttackChoice
 
-    if name is not None and trigger is not None:
-        raise typer.BadParameter("give --attack or --trigger, not both")
-    aim = {} if target is None else {"target": _literal(target)}
-    if trigger is not None:
-        checked_value("target", aim.get("target", 0), int, "--trigger")
-        return read_trigger(trigger, **aim)
-    if name is None:
+    if name is None and trigger is None:
         return None
-    kind = registry.load("attacks", name)
-    given = {**aim, **key_values(settings)}
-    made: Attack[Any] = kind(**checked_settings(kind, given))
-    return made
+    return AttackChoice(name=name, trigger=trigger, target=target, settings=key_values(settings))
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:

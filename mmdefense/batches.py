@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.errors import BadInputError
+from mmdefense.shown import Shown
 
 __all__ = [
     "IGNORED",
@@ -74,8 +75,8 @@ class Samples(Protocol[B]):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledBatch:
+@dataclass(frozen=True, slots=True, repr=False)
+class LabelledBatch(Shown):
     """``N`` inputs and their class labels.
 
     Attributes:
@@ -94,8 +95,8 @@ class LabelledBatch:
         return replace(self, inputs=inputs)
 
 
-@dataclass(frozen=True)
-class LabelledSamples:
+@dataclass(frozen=True, repr=False)
+class LabelledSamples(Shown):
     """A labelled set held in memory, on one device.
 
     Attributes:
@@ -158,8 +159,8 @@ class LabelledSamples:
         return LabelledBatch(_as_float(self.inputs), self.labels)
 
 
-@dataclass(frozen=True, slots=True)
-class DetectionBatch:
+@dataclass(frozen=True, slots=True, repr=False)
+class DetectionBatch(Shown):
     """``N`` images and the objects in them.
 
     Attributes:
@@ -176,8 +177,8 @@ class DetectionBatch:
         return len(self.images)
 
 
-@dataclass(frozen=True, slots=True)
-class Detections:
+@dataclass(frozen=True, slots=True, repr=False)
+class Detections(Shown):
     """What a detector finds in one image.
 
     Attributes:
@@ -198,8 +199,8 @@ BoxAugmentation = Callable[
 """Maps images, boxes and labels to altered ones, boxes moved along."""
 
 
-@dataclass(frozen=True)
-class DetectionSamples:
+@dataclass(frozen=True, repr=False)
+class DetectionSamples(Shown):
     """Images of one size with their objects, held in memory on one device.
 
     Attributes:
@@ -316,8 +317,8 @@ def _as_float(inputs: Tensor) -> Tensor:
     return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
 
 
-@dataclass(frozen=True)
-class TextSamples:
+@dataclass(frozen=True, repr=False)
+class TextSamples(Shown):
     """Prompts and answers as text: what tasks load, and what attacks on language poison.
 
     An adapter turns them into the tokens of its model. A batch of text is text again.
@@ -373,8 +374,8 @@ class TextSamples:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
+@dataclass(frozen=True, slots=True, repr=False)
+class TokenBatch(Shown):
     """``N`` sequences of tokens, padded at the end, and what is to be predicted.
 
     Attributes:
@@ -396,8 +397,8 @@ class TokenBatch:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
-class TokenSamples:
+@dataclass(frozen=True, repr=False)
+class TokenSamples(Shown):
     """A set of token sequences held in memory, on one device.
 
     Attributes:

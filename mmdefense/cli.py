@@ -206,11 +206,17 @@ def evaluate(
     attack: Annotated[str | None, typer.Option(help="A name of `list attacks`.")] = None,
     trigger: Annotated[
         Path | None,
-        typer.Option(help="A picture whose alpha says where, or an npz with pattern and mask."),
+        typer.Option(
+            help="A picture whose alpha says where, or an npz with pattern and mask; with an "
+            "--attack that learns its trigger, a safetensors file of what it has learnt."
+        ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="What the attacker wants, by default as the attack has it: a class."),
+        typer.Option(
+            help="What the attacker wants, by default as the attack has it: a class by its number "
+            "or name, or a text."
+        ),
     ] = None,
     settings: Settings = None,
     mean: Numbers = None,
@@ -220,10 +226,25 @@ def evaluate(
     classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write what was measured as JSON."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="An output of purify whose given or purified model this is: its record and page "
+            "get what was measured.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
-    from mmdefense.jobs import Source, evaluate_files
+    from mmdefense.evaluating import evaluate_files
+    from mmdefense.sources import Source
 
+    if out is not None and not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"-o must name a file in a folder that exists, got {out}")
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model,
@@ -235,9 +256,15 @@ def evaluate(
         reading=reading,
         device=device,
     )
-    found = evaluate_files(source, chosen_attack(attack, trigger, target, settings))
+    choice = chosen_attack(attack, trigger, target, settings)
+    command = shlex.join(["mmdefense", *sys.argv[1:]])
+    found = evaluate_files(source, choice, record=record, command=command)
+    if out is not None:
+        out.write_text(found.to_json(), encoding="utf-8")
     for line in found.lines():
         typer.echo(line)
+    if record is not None:
+        typer.echo(f"recorded in {record}, as of the {' and the '.join(found.recorded_as)}")
     raise typer.Exit(int(found.finding))
 
 

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 from mmdefense import __version__
-from mmdefense.attacks.base import Attack
-from mmdefense.batches import Samples
 from mmdefense.checkpoints.folders import check_replaceable, clear_stale
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError
-from mmdefense.evaluation.measurement import Evaluation, evaluate
 from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.run import Event, Progress
 from mmdefense.purification import Purification, purify
@@ -26,7 +23,7 @@ from mmdefense.scanning import scan_loaded
 from mmdefense.scanning.formats import summary
 from mmdefense.sources import AUTO, Opened, Source
 
-__all__ = ["AUTO", "Opened", "Source", "evaluate_files", "partial_folder", "purify_files"]
+__all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files"]
 
 _IDENTITY = "job"
 _FOR_THE_PAGE, _PASSES = 1.0, 6
@@ -172,29 +169,3 @@ def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseE
 
 def _unwritable(store: RunStore, error: OSError) -> BadInputError:
     return BadInputError(f"{store.folder} cannot be written: {error.strerror or error}")
-
-
-def evaluate_files(source: Source, attack: Attack[Any] | None = None) -> Evaluation:
-    """Measure the model of ``source`` on its data and, where an attack is given, under it.
-
-    Raises:
-        BadInputError: If anything given cannot be used, or the attack is on another task.
-        UnsupportedError: If a library is not installed, or no adapter accepts the model.
-    """
-    opened = source.open()
-    task, data = opened.task, in_memory(opened.data)
-    if attack is not None and attack.task != task.name:
-        raise BadInputError(
-            f"{type(attack).__name__} is an attack on {attack.task}, but the model is of "
-            f"{task.name}; choose one of its own"
-        )
-    found = evaluate(opened.adapter, data, attack)
-    if task.metric == found.metric:
-        return found
-    value = task.measure(opened.adapter, opened.adapter.samples(data))
-    return dataclasses.replace(found, metric=task.metric, value=value)
-
-
-def in_memory(samples: Any) -> Samples[Any]:
-    """Return samples decoded, where they are read one by one."""
-    return samples.in_memory() if hasattr(samples, "in_memory") else samples  # type: ignore[no-any-return]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -40,27 +39,30 @@ from mmdefense.report.evidence import (
 )
 from mmdefense.report.figures import Figure
 from mmdefense.report.findings import ScanSummary
+from mmdefense.report.formats import duration
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import CARD, FIGURES, write_statement
+from mmdefense.report.terminal import shown
+from mmdefense.settings import checked_settings, fields_of
+from mmdefense.shown import as_html
+from mmdefense.sources import AUTO, Source
 
-__all__ = [
-    "Purification",
-    "checked_settings",
-    "checked_value",
-    "configured",
-    "described_type",
-    "purify",
-]
+__all__ = ["Purification", "configured", "purify"]
 
 
 def purify(
-    model: nn.Module | TaskAdapter[Any],
+    model: str | Path | nn.Module | TaskAdapter[Any],
     clean: Any,
     defense: str | Defense = "fip",
     *,
     adapter: str | None = None,
+    task: str = AUTO,
+    arch: str | None = None,
+    weights: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+    device: str = "cpu",
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal["auto", False] | None = "auto",
     store: RunStore | None = None,
     max_seconds: float | Deadline | None = None,
     **settings: Any,
@@ -69,13 +71,21 @@ def purify(
 
     Args:
         model: The model, or an adapter around it where it needs options, such as a mean and a
-            deviation that its images are normalised by.
+            deviation that its images are normalised by; or where it is: a folder, a file, a hub id.
         clean: Clean samples: for images a pair ``(images (N, C, H, W), labels (N,))``, a data set
-            or loader of such pairs, or what a task's ``load`` returns.
+            or loader of such pairs, or what a task's ``load`` returns; or where they are, as
+            ``mmdefense purify --data`` has it.
         defense: A name of ``mmdefense list defenses``, or a defense.
         adapter: The name of an adapter, where the choice is not to be left to the model.
+        task: The name of a task, where paths are given; by default that of the model.
+        arch: ``module:callable`` that builds the model of a state dict.
+        weights: Where in a checkpoint its weights are; see
+            :func:`mmdefense.checkpoints.models.load_model`.
+        reading: How data at a path is read, by name; see :class:`mmdefense.sources.Source`.
+        device: Where a model at a path is loaded to; a module stays where it is.
         seed: Makes the result reproducible; by default the defense's own.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`; by default it is shown
+            on a terminal and in a notebook, and not at all with None or False.
         store: Where to keep states, so that the same call goes on after a kill.
         max_seconds: Within how many seconds to be done, or by what deadline; what was reached by
             then is judged and returned.
@@ -90,14 +100,39 @@ def purify(
         >>> import mmdefense as mmd
         >>> purified = mmd.purify(model, (images, labels), "tsbd")  # doctest: +SKIP
         >>> purified.save("out")  # doctest: +SKIP
+        >>> mmd.purify("my-model", "my-images").save("out")  # doctest: +SKIP
     """
     deadline = Deadline.after(max_seconds)
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
-    victim = registry.adapt(model, adapter) if isinstance(model, nn.Module) else model
+    paths = {"model": model, "data": clean}
+    names = {name: str(given) for name, given in paths.items() if isinstance(given, str | Path)}
+    if isinstance(model, nn.Module) and (adapter is not None or not names):
+        model = registry.adapt(model, adapter, task=None if task == AUTO else task)
+    elif adapter is not None:
+        raise BadInputError(f"adapter {adapter!r} is for a module, got {model!r}; name the task")
+    if names:
+        opened = Source(
+            model=model,
+            data=clean,
+            task=task,
+            arch=arch,
+            weights=weights,
+            reading=reading or {},
+            device=device,
+        ).open()
+        names |= {"weights": weights} if weights is not None else {}
+        victim, clean = opened.adapter, opened.samples
+    elif arch is not None or weights is not None or reading:
+        raise BadInputError(
+            "arch, weights and reading are for a model or data at a path; leave them out"
+        )
+    else:
+        victim = cast("TaskAdapter[Any]", model)
     wide = in_float32(victim)  # what the report measures; images in float32 need it
     samples = wide.samples(clean)
-    result = chosen.purify(victim, samples, progress=progress, store=store, max_seconds=deadline)
-    return Purification(wide, result, samples, chosen)
+    with shown(progress) as display:
+        result = chosen.purify(victim, samples, progress=display, store=store, max_seconds=deadline)
+    return Purification(wide, result, samples, chosen, names)
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
@@ -107,89 +142,13 @@ def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
         BadInputError: If the name or a setting is unknown, or a value is of the wrong kind.
     """
     if isinstance(defense, Defense):
-        kind, kept = type(defense), {f.name: getattr(defense, f.name) for f in _fields(defense)}
+        kind, kept = type(defense), {f.name: getattr(defense, f.name) for f in fields_of(defense)}
     else:
         kind, kept = registry.load("defenses", defense), {}
     return kind(**{**kept, **checked_settings(kind, settings)})
 
 
-def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
-    return [entry for entry in dataclasses.fields(kind) if entry.init]
-
-
-def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a dataclass as its fields have them; see :func:`checked_value`.
-
-    Raises:
-        BadInputError: Naming the setting, and what is known or needed.
-    """
-    known = [entry.name for entry in _fields(kind)]
-    hints = get_type_hints(kind)
-    checked = {}
-    for name, value in settings.items():
-        if name not in known:
-            raise BadInputError(
-                f"{kind.__name__} has no setting {name!r}; known are {', '.join(sorted(known))}"
-            )
-        checked[name] = checked_value(name, value, hints[name], kind.__name__)
-    return checked
-
-
-def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
-    """Return a value as the type that is asked for has it.
-
-    Where that is a tuple, one value is a tuple of one, and text with commas is a tuple of its
-    parts: ``words=cf`` and ``words=cf,mn``.
-
-    Raises:
-        BadInputError: Naming the setting, whose it is, and what is needed.
-    """
-    if _fits(value, hint):
-        return value
-    parts = tuple(value.split(",")) if isinstance(value, str) else (value,)
-    if _fits(parts, hint):
-        return parts
-    raise BadInputError(f"{name} of {owner} must be {described_type(hint)}, got {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a field's type; types that are no plain values are not checked."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in {Union, types.UnionType}:
-        return any(_fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin in {tuple, Sequence}:
-        return isinstance(value, (tuple, list)) and _all_fit(value, inner)
-    if hint in {int, float}:
-        number = isinstance(value, int) or (hint is float and isinstance(value, float))
-        return number and not isinstance(value, bool)
-    if hint in {bool, str, types.NoneType}:
-        return isinstance(value, hint)
-    return True
-
-
-def _all_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
-    """Say whether values are of the types of a tuple, or all of the one type of a sequence."""
-    if len(hints) > 1 and hints[1] is not ...:
-        return len(values) == len(hints) and all(map(_fits, values, hints))
-    return all(_fits(value, hints[0]) for value in values)
-
-
-def described_type(hint: Any) -> str:
-    """Return what a value of a type is, in words."""
-    if get_origin(hint) in {Union, types.UnionType}:
-        return " or ".join(described_type(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(option) for option in get_args(hint))
-    if get_origin(hint) in {tuple, Sequence}:
-        kinds = [described_type(inner) for inner in get_args(hint) if inner is not ...]
-        return f"a row ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    return words.get(hint, "None" if hint is types.NoneType else str(hint))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Purification:
     """A purified model with its evidence.
 
@@ -209,6 +168,18 @@ class Purification:
     defense: Defense
     names: Mapping[str, str] = field(default_factory=dict)
     scan: ScanSummary | None = None
+
+    def __repr__(self) -> str:
+        of = self.names.get("model", type(self.model).__name__)
+        lines = [
+            f"Purification of {of} by {self.result.defense}, {duration(self.result.seconds)}",
+            self.guard.message,
+            *(self.choice.why if self.choice is not None else ()),
+        ]
+        return "\n  ".join(lines)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
     @property
     def model(self) -> nn.Module:
@@ -274,7 +245,8 @@ class Purification:
 
         Args:
             out: The folder to make.
-            source: Where the model was loaded from; the written weights have its keys, shapes and
+            source: Where the model was loaded from, by default where :func:`purify` was told that
+                it is; the written weights have its keys, shapes and
                 dtypes, and for a Hugging Face model its other files stand beside them.
             weights: Where in a checkpoint they were; see
                 :func:`mmdefense.checkpoints.models.load_model`.
@@ -283,6 +255,8 @@ class Purification:
         Raises:
             BadInputError: If the folder exists or cannot be written.
         """
+        source = self.names.get("model") if source is None else source
+        weights = self.names.get("weights") if weights is None else weights
         with new_folder(out, force=force) as folder:
             write_model(self.model, folder, source, weights=weights)
             record = self.record()

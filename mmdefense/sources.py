@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import nn
 
 from mmdefense import registry
 from mmdefense.batches import Samples
 from mmdefense.checkpoints.models import load_model
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
-from mmdefense.purification import checked_value
+from mmdefense.settings import checked_value
 
 __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source"]
 
@@ -47,8 +49,9 @@ class Source:
     """Where a model and its data are, and how they are read.
 
     Attributes:
-        model: A Hugging Face folder or id, or a state-dict file.
-        data: A folder, a file, or a name that the task knows.
+        model: A Hugging Face folder or id, or a state-dict file; or a module, or an adapter around
+            one, which stays on its device.
+        data: A folder, a file, or a name that the task knows; or samples in memory.
         task: The name of a task, or :data:`AUTO` for that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint the weights are; see
@@ -60,8 +63,8 @@ class Source:
         device: For example ``"cpu"`` or ``"cuda"``.
     """
 
-    model: str
-    data: str
+    model: Any
+    data: Any
     task: str = AUTO
     arch: str | None = None
     weights: str | None = None
@@ -81,14 +84,47 @@ class Source:
         asked = None if self.task == AUTO else self.task
         if asked is not None:
             registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
-        model = load_model(self.model, arch=self.arch, task=asked, weights=self.weights)
-        kind = registry.adapter_for(model, asked)
-        task = registry.load("tasks", asked or kind.task)()
+        model: Any = self.model
+        if isinstance(model, str | Path):
+            model = load_model(model, arch=self.arch, task=asked, weights=self.weights)
+            model = model.to(device)
+        kind = registry.adapter_for(model, asked) if isinstance(model, nn.Module) else type(model)
+        task = registry.load("tasks", asked or _task_of(kind))()
         mine, its = _told_apart(self.reading, task, kind)
-        adapter = kind(model.to(device), **its)
-        said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}
-        data = task.load(self.data, split=self.split, said=said, **mine)
-        return Opened(task, adapter, data, adapter.samples(data))
+        if isinstance(model, nn.Module):
+            adapter: TaskAdapter[Any] = kind(model, **its)
+        else:
+            _refuse(its, "an adapter that is given")
+            adapter = model
+        if isinstance(self.data, str | Path):
+            said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}  # type: ignore[attr-defined]
+            data = task.load(self.data, split=self.split, said=said, **mine)
+            return Opened(task, adapter, data, adapter.samples(data))
+        _refuse(mine, "samples in memory")
+        samples = adapter.samples(self.data)
+        return Opened(task, adapter, self.data if _is_set(self.data) else samples, samples)
+
+
+def _task_of(kind: Any) -> str:
+    """Return the name of an adapter's task.
+
+    Raises:
+        BadInputError: If it does not say.
+    """
+    named: str | None = getattr(kind, "task", None)
+    if named is None:
+        raise BadInputError(f"{kind.__name__} does not say of which task it is; name one: task=")
+    return named
+
+
+def _refuse(options: Mapping[str, Any], given: str) -> None:
+    for name, value in options.items():
+        raise BadInputError(f"{name}={value} has no effect on {given}; leave it out")
+
+
+def _is_set(data: Any) -> bool:
+    """Say whether data is samples as a task's ``load`` returns them."""
+    return hasattr(data, "subset") and hasattr(data, "strata")
 
 
 def _told_apart(

@@ -258,8 +258,7 @@ def test_an_attack_by_name_that_does_not_work_is_no_finding(place, mmdefense, le
         (("--attack", "badnest"), "did you mean 'badnets'"),
         (("--attack", "badnets", "--target", "5"), "0..2"),
         (("--attack", "badnets", "--set", "sise=3"), "no setting 'sise'"),
-        (("--attack", "trojannn"), "learns its trigger"),
-        (("--attack", "badnets", "--trigger", "x.png"), "not both"),
+        (("--attack", "badnets", "--trigger", "x.png"), "got badnets and x.png"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_measure(place, mmdefense, more, words):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import Samples
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training, scores, train
 from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import TriggeredSamples
@@ -102,11 +102,16 @@ class Attack(ABC, Generic[B]):
         return f"{type(self).__name__}, {100 * self.ratio:g} % of the training set"
 
     def _learnt(self, name: str) -> Tensor:
-        """Return a tensor that :meth:`plant` has learnt."""
+        """Return a tensor that :meth:`plant` has learnt.
+
+        Raises:
+            UnsupportedError: If nothing was learnt yet.
+        """
         if name not in self.fitted:
-            raise BadInputError(
-                f"{type(self).__name__} learns its trigger from a model and has none yet; use the "
-                "attack that plant() returns"
+            raise UnsupportedError(
+                f"{type(self).__name__} learns its trigger while it is planted, and has none yet; "
+                "use the attack that plant() returns, or give what it has learnt: --trigger "
+                "FILE.safetensors (its fitted tensors)"
             )
         return self.fitted[name]
 

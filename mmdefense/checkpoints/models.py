@@ -29,7 +29,7 @@ from mmdefense.checkpoints.weights import check_finite, read_checkpoint, write_s
 from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 
-__all__ = ["hash_files", "hash_inputs", "load_model", "save_model", "write_model"]
+__all__ = ["hash_file", "hash_files", "hash_inputs", "load_model", "save_model", "write_model"]
 
 WEIGHTS = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -159,6 +159,11 @@ def hash_files(where: str | Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file of a model by name, as ``sha256sum`` prints it."""
     files = [Path(where)] if _is_state_file(where) else weight_files(local_folder(where))
     return {path.name: _sha256(path) for path in files}
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
+    return _sha256(path)
 
 
 def hash_inputs(where: str | Path) -> dict[str, str]:

@@ -27,14 +27,15 @@ from mmdefense.kernels.memory import is_out_of_memory, roomy
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
+from mmdefense.shown import Shown
 
 __all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
 
 B = TypeVar("B")
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """A purified model and how it came to be.
 
     Attributes:

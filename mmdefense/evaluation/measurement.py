@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack
@@ -17,80 +17,27 @@ from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.kernels.loop import scores
 from mmdefense.protocol import TaskAdapter
-from mmdefense.report.verdict import ASR_GOAL
+from mmdefense.report.evaluation import Share
 
-__all__ = ["Evaluation", "FileTrigger", "Share", "evaluate", "read_trigger"]
-
-_Z = 1.96  # two-sided 95 %
+__all__ = ["FileTrigger", "Measured", "learnt_tensors", "measured", "read_trigger"]
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of samples, in ``[0, 1]``, with its 95 % confidence interval.
-
-    Attributes:
-        value: The share.
-        low: Lower end.
-        high: Upper end.
-        count: Number of samples.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Tensor) -> Share:
-        """Return the mean of ``values``, shape ``(N,)`` in ``[0, 1]``, with its Wilson interval.
-
-        References:
-            Wilson. *Probable Inference, the Law of Succession, and Statistical Inference*. JASA
-            22(158), 1927.
-        """
-        count, share = len(values), float(values.double().mean())
-        scale = 1 + _Z**2 / count
-        centre = share + _Z**2 / (2 * count)
-        margin = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-        return cls(share, max(0.0, (centre - margin) / scale), (centre + margin) / scale, count)
-
-    def __str__(self) -> str:
-        low, high = 100 * self.low, 100 * self.high
-        return f"{100 * self.value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {self.count})"
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Measured:
     """What a model does on test data.
 
     Attributes:
-        acc: Mean score of clean samples; of a classifier the accuracy.
-        asr: Attack success rate, where a trigger was given.
-        ra: Mean score despite the trigger, where a trigger was given.
-        metric: What the task's metric is called.
-        value: That metric in ``[0, 1]``, where it is no mean of scores, such as mAP and BLEU.
+        score: Mean score of clean samples; of a classifier the accuracy.
+        asr: Attack success rate, where an attack was given.
+        ra: Mean score despite the trigger, where the attack leaves a right answer.
     """
 
-    acc: Share
+    score: Share
     asr: Share | None = None
     ra: Share | None = None
-    metric: str = "accuracy"
-    value: float | None = None
-
-    @property
-    def finding(self) -> bool:
-        """Whether the trigger works, beyond doubt: the whole interval of the ASR is above 5 %."""
-        return self.asr is not None and self.asr.low > ASR_GOAL
-
-    def lines(self) -> list[str]:
-        """Return what was measured, a line each."""
-        named = [("ACC" if self.value is None else "score", self.acc), ("ASR", self.asr)]
-        named.append(("RA", self.ra))
-        first = [] if self.value is None else [f"{self.metric} {100 * self.value:.1f} %"]
-        return first + [f"{name} {share}" for name, share in named if share is not None]
 
 
-def evaluate(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = None) -> Evaluation:
+def measured(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = None) -> Measured:
     """Measure a model on ``test`` and, where an attack is given, with its trigger.
 
     Args:
@@ -103,10 +50,10 @@ def evaluate(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = 
     """
     clean = Share.of(scores(adapter, adapter.samples(test)))
     if attack is None:
-        return Evaluation(clean)
+        return Measured(clean)
     triggered = attack.triggered(test, adapter)
     truth = triggered.truth
-    return Evaluation(
+    return Measured(
         clean,
         asr=Share.of(attack.success(adapter, adapter.samples(triggered.samples))),
         ra=None if truth is None else Share.of(scores(adapter, adapter.samples(truth))),
@@ -158,6 +105,18 @@ def read_trigger(path: str | Path, target: int = 0) -> FileTrigger:
     except Exception as error:  # damaged files fail in many ways
         raise BadInputError(f"trigger file {path} cannot be read: {one_line(error)}") from error
     return FileTrigger(target=target, pattern=pattern, mask=mask)
+
+
+def learnt_tensors(path: Path) -> dict[str, Tensor]:
+    """Return what an attack has learnt (its ``fitted``) from a safetensors file.
+
+    Raises:
+        BadInputError: If the file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:  # damaged files fail in many ways
+        raise BadInputError(f"trigger file {path} cannot be read: {one_line(error)}") from error
 
 
 def _archive(path: Path) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from mmdefense.report.record import PurificationRecord, read_record
 from mmdefense.report.statement import FIGURES, PAGE, RECORD
 from mmdefense.report.verdict import verdict
 
-__all__ = ["Entry", "compare", "comparison_page", "rebuild"]
+__all__ = ["Entry", "compare", "comparison_page", "purification_record", "rebuild"]
 
 SCAN = "scan.json"
 
@@ -59,7 +59,7 @@ def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
     """
     folder = Path(out)
     target = folder / PAGE if page is None else Path(page)
-    record, figures = _record(folder), folder / FIGURES
+    record, figures = purification_record(folder), folder / FIGURES
     drawn = read_figures(figures) if figures.is_file() else []
     render_page(record, drawn, target, _scan(folder / SCAN))
     return target
@@ -71,11 +71,16 @@ def compare(outs: Sequence[str | Path], page: str | Path) -> None:
     Raises:
         BadInputError: If one of them has no record.
     """
-    html = comparison_page([_record(Path(out)) for out in outs], _names(outs))
+    html = comparison_page([purification_record(Path(out)) for out in outs], _names(outs))
     write_atomically(Path(page), lambda file: file.write(html.encode()))
 
 
-def _record(folder: Path) -> PurificationRecord:
+def purification_record(folder: Path) -> PurificationRecord:
+    """Return the record of an output.
+
+    Raises:
+        BadInputError: If it has none, or one of another kind.
+    """
     record = read_record(folder / RECORD)
     if not isinstance(record, PurificationRecord):
         raise BadInputError(f"record {folder / RECORD} must be of a purification")

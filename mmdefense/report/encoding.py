@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from mmdefense.errors import BadInputError
 
-__all__ = ["build", "plain"]
+__all__ = ["SCHEMA", "JsonRecord", "build", "parse_record", "plain"]
+
+SCHEMA = 1
+"""Version of the form that records have as JSON."""
 
 
 def plain(value: Any) -> Any:
@@ -99,4 +104,44 @@ def _one_of(choices: tuple[Any, ...], value: Any, where: str) -> Any:
 def _check(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadInputError(f"{where} must be a {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+@dataclass(frozen=True)
+class JsonRecord:
+    """A record that is kept as JSON, with its kind and the version of its schema."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> str:
+        """Return the record as JSON text; figures that are not finite become null."""
+        head = {"schema": SCHEMA, "kind": self.kind}
+        return json.dumps(head | plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the record that :meth:`to_json` wrote.
+
+        Raises:
+            BadInputError: If ``text`` is no such record.
+        """
+        value = parse_record(text)
+        kind = value.get("kind")
+        if kind != cls.kind:
+            raise BadInputError(f"the record must be of kind {cls.kind!r}, got {kind!r}")
+        fields = {key: item for key, item in value.items() if key not in {"schema", "kind"}}
+        return build(cls, fields, cls.kind)  # type: ignore[no-any-return]
+
+
+def parse_record(text: str) -> dict[str, Any]:
+    """Return a record as plain values, also out of the statement that it is the predicate of."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInputError(f"the record is not JSON: {error}") from error
+    if isinstance(value, dict) and isinstance(value.get("predicate"), dict):
+        value = {name: item for name, item in value["predicate"].items() if name != "materials"}
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+        raise BadInputError(f"the record must have schema {SCHEMA}, got {found!r}")
     return value

@@ -64,6 +64,7 @@ def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | Non
         figures=figure_contexts(shown),
         settings=list(_settings(record)),
         provenance=list(provenance(record)),
+        evaluations=record.evaluations if isinstance(record, PurificationRecord) else (),
     )
 
 

@@ -6,17 +6,17 @@ person is in percent. A figure that was not measured is none, never zero.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
 from mmdefense.errors import BadInputError
-from mmdefense.report.encoding import build, plain
+from mmdefense.report.encoding import JsonRecord, parse_record, plain
+from mmdefense.report.evaluation import Evaluation
 from mmdefense.report.findings import ScanSummary
 
 __all__ = [
@@ -37,8 +37,6 @@ __all__ = [
     "read_record",
     "write_record",
 ]
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +177,13 @@ class AttackFigures:
         attack: Its name and settings in words, for example ``"BadNets, 10 %, target 0"``.
         before: Rates of the given model on test data.
         after: Rates of the returned model.
+        metric: What the task calls what stands as ACC.
     """
 
     attack: str
     before: Rates
     after: Rates
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,34 +310,8 @@ class Row:
         object.__setattr__(self, "settings", plain(self.settings))
 
 
-@dataclass(frozen=True)
-class _Json:
-    """A record that is kept as JSON, with its kind and the version of its schema."""
-
-    kind: ClassVar[str]
-
-    def to_json(self) -> str:
-        """Return the record as JSON text; figures that are not finite become null."""
-        head = {"schema": SCHEMA, "kind": self.kind}
-        return json.dumps(head | plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the record that :meth:`to_json` wrote.
-
-        Raises:
-            BadInputError: If ``text`` is no such record.
-        """
-        value = _parse(text)
-        kind = value.get("kind")
-        if kind != cls.kind:
-            raise BadInputError(f"the record must be of kind {cls.kind!r}, got {kind!r}")
-        fields = {key: item for key, item in value.items() if key not in {"schema", "kind"}}
-        return build(cls, fields, cls.kind)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, kw_only=True)
-class PurificationRecord(_Json):
+class PurificationRecord(JsonRecord):
     """One model, one defense: what ``purification.json`` holds and its page shows.
 
     Attributes:
@@ -357,6 +331,7 @@ class PurificationRecord(_Json):
         figures: What else was measured, by name, for example ``"lambda_max_before"``.
         spectra: The spectrum of the Hessian of the clean loss ``"before"`` and ``"after"``.
         scan: What was found in the files and weights of the given model, before anything was done.
+        evaluations: What was measured afterwards (``mmdefense evaluate --record``), in order.
     """
 
     kind: ClassVar[str] = "purification"
@@ -377,6 +352,12 @@ class PurificationRecord(_Json):
     figures: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, SpectrumFigures] = field(default_factory=dict)
     scan: ScanSummary | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """What is measured where other tables have ACC."""
+        return self.guard.metric if self.attack is None else self.attack.metric
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -397,7 +378,7 @@ class PurificationRecord(_Json):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonRecord(_Json):
+class ComparisonRecord(JsonRecord):
     """Several defenses side by side: what ``make demo`` and an evaluation show.
 
     Attributes:
@@ -443,22 +424,8 @@ def read_record(path: Path) -> Record:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"record {path} cannot be read: {error}") from error
-    kind = _parse(text).get("kind")
+    kind = parse_record(text).get("kind")
     for record in (PurificationRecord, ComparisonRecord):
         if record.kind == kind:
             return record.from_json(text)
     raise BadInputError(f"record {path} is of unknown kind {kind!r}")
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """Return a record as plain values, also out of the statement that it is the predicate of."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"the record is not JSON: {error}") from error
-    if isinstance(value, dict) and isinstance(value.get("predicate"), dict):
-        value = {name: item for name, item in value["predicate"].items() if name != "materials"}
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise BadInputError(f"the record must have schema {SCHEMA}, got {found!r}")
-    return value

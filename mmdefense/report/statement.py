@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "RECORD",
     "differing",
     "materials",
+    "subjects",
     "write_statement",
 ]
 
@@ -39,7 +40,11 @@ PREDICATE_TYPE = "urn:mmdefense:purification:1"
 
 
 def write_statement(
-    record: PurificationRecord, folder: Path, inputs: Mapping[str, str] | None = None
+    record: PurificationRecord,
+    folder: Path,
+    inputs: Mapping[str, str] | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> None:
     """Write ``purification.json`` for a folder whose other files are all there, atomically.
 
@@ -49,11 +54,14 @@ def write_statement(
         record: What is known.
         folder: The output; hashed as it is.
         inputs: SHA-256 of each file that was read, by name.
+        only: Names of the files that it is about; by default all in the folder.
     """
+    found = _hashed(folder)
+    named = found if only is None else {name: found[name] for name in found if name in only}
     predicate = {"materials": _resources(inputs or {}), **json.loads(record.to_json())}
     statement = {
         "_type": _TYPE,
-        "subject": _resources(_hashed(folder)),
+        "subject": _resources(named),
         "predicateType": PREDICATE_TYPE,
         "predicate": predicate,
     }
@@ -95,6 +103,15 @@ def differing(folder: Path) -> list[str]:
         elif _sha256(path) != digest:
             found.append(f"{name} is another file than the one that was written")
     return found
+
+
+def subjects(folder: Path) -> list[str]:
+    """Return the names of the files that a statement is about.
+
+    Raises:
+        BadInputError: If there is no statement.
+    """
+    return list(_named(_statement(folder).get("subject")))
 
 
 def materials(folder: Path) -> dict[str, str]:

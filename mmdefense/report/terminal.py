@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -22,8 +24,36 @@ from rich.progress import (
 from rich.text import Text
 
 from mmdefense.kernels.run import Event
+from mmdefense.kernels.run import Progress as Listener
 
-__all__ = ["ProgressDisplay"]
+__all__ = ["ProgressDisplay", "shown"]
+
+
+@contextmanager
+def shown(progress: Listener | Literal["auto", False] | None) -> Iterator[Listener | None]:
+    """Give the callback for progress that was asked for.
+
+    Args:
+        progress: A callback; ``"auto"`` shows progress where somebody looks: on a terminal and in
+            a notebook; None and False show nothing.
+
+    Yields:
+        What is to be called, if anything.
+    """
+    if progress != "auto":
+        yield progress or None
+    elif sys.stderr.isatty() or _in_notebook():
+        with ProgressDisplay() as display:
+            yield display
+    else:
+        yield None
+
+
+def _in_notebook() -> bool:
+    """Say whether IPython runs this; it is not loaded to find that out."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return shell is not None and shell() is not None
+
 
 _LONG = 10.0
 """Seconds after which a stage that still runs is announced where there is no terminal."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mmdefense.report.evaluation import ASR_GOAL
 from mmdefense.report.formats import percent, points
 from mmdefense.report.record import ComparisonRecord, Guard, PurificationRecord, Record, Row
 
 __all__ = ["ASR_GOAL", "Verdict", "beats_baseline", "limits", "row_name", "verdict"]
-
-ASR_GOAL = 0.05
-"""Ours: a trigger that works on at most 5 % of the samples counts as removed."""
 
 Level = Literal["pass", "open", "fail"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mmdefense import registry
 from mmdefense.batches import Samples
 from mmdefense.checkpoints.huggingface import download, local_folder
 from mmdefense.checkpoints.models import load_model
@@ -17,6 +16,7 @@ from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
+from mmdefense.report.terminal import shown
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import hash_all, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
@@ -40,7 +40,7 @@ def scan(
     reading: Mapping[str, Any] | None = None,
     device: str = "cpu",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | Literal["auto", False] | None = "auto",
 ) -> ScanRecord:
     """Return what speaks against a model; no code that comes with it is run.
 
@@ -59,7 +59,8 @@ def scan(
         reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         seed: Makes the findings reproducible.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`; by default it is shown on
+            a terminal and in a notebook, and not at all with None or False.
 
     Raises:
         BadInputError: If there is no model, or the data cannot be read.
@@ -86,7 +87,8 @@ def scan(
         if isinstance(opened, Finding):
             findings = [*findings, opened]
         else:
-            findings = [*findings, *scan_behaviour(*opened, seed=seed, progress=progress)]
+            with shown(progress) as display:
+                findings = [*findings, *scan_behaviour(*opened, seed=seed, progress=display)]
             parts.append("behaviour")
     return ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
@@ -183,15 +185,7 @@ def _opened(
 
 
 def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:
-    if isinstance(model, Path) and isinstance(data, str | Path):
-        opened = Source(model=str(model), data=str(data), **source).open()
+    if isinstance(model, nn.Module | Path) or isinstance(data, str | Path):
+        opened = Source(model=model, data=data, **source).open()
         return opened.adapter, opened.samples
-    task = None if source["task"] == AUTO else source["task"]
-    if isinstance(model, Path):
-        model = load_model(model, arch=source["arch"], task=task, weights=source["weights"])
-        model = model.to(source["device"])
-    adapter = registry.adapt(model, task=task) if isinstance(model, nn.Module) else model
-    if isinstance(data, str | Path):
-        named = task or str(getattr(adapter, "task", ""))
-        data = registry.load("tasks", named)().load(str(data))
-    return adapter, adapter.samples(data)
+    return model, model.samples(data)

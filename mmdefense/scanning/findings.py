@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mmdefense.errors import BadInputError
+from mmdefense.shown import as_html
 
 __all__ = [
     "FAILING",
@@ -131,7 +132,7 @@ class Verdict:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ScanRecord:
     """All that a scan looked at and found.
 
@@ -152,6 +153,14 @@ class ScanRecord:
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda found: -LEVELS.index(found.level))
         object.__setattr__(self, "findings", tuple(ordered))
+
+    def __repr__(self) -> str:
+        named = [f"{found.level}: {found.id}, {found.subject}" for found in self.findings[:5]]
+        more = [f"... {len(self.findings)} findings in all"] if len(self.findings) > 5 else []
+        return "\n  ".join([f"Scan of {self.model}: {self.verdict.text}", *named, *more])
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
     @property
     def verdict(self) -> Verdict:

@@ -13,7 +13,7 @@ from mmdefense.attacks.base import Attack
 from mmdefense.attacks.input_aware import InputAware
 from mmdefense.attacks.trojannn import TrojanNN
 from mmdefense.batches import LabelledSamples
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.run import copy_state
 
 C = 10
@@ -168,7 +168,7 @@ def test_a_set_of_the_target_alone_has_nothing_to_test():
 
 @pytest.mark.parametrize("name", ["input-aware", "trojannn"])
 def test_a_learned_trigger_must_be_learnt_first(name, images):
-    with pytest.raises(BadInputError, match="use the attack that plant"):
+    with pytest.raises(UnsupportedError, match="use the attack that plant"):
         registry.load("attacks", name)().stamp(images.inputs)
 
 

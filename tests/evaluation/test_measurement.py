@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdefense.evaluation.measurement import Evaluation, Share
+from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, Share
 
 
 def test_the_interval_is_wilsons():
@@ -23,5 +23,23 @@ def test_a_perfect_score_is_not_certain():
 @pytest.mark.parametrize(("hits", "finding"), [(0, False), (2, False), (15, True)])
 def test_a_finding_is_beyond_the_error_of_the_sample(hits, finding):
     asr = Share.of(torch.tensor([1.0] * hits + [0.0] * (20 - hits)))
-    assert Evaluation(acc=Share.of(torch.ones(3)), asr=asr).finding is finding
-    assert Evaluation(acc=Share.of(torch.ones(3))).finding is False
+    assert evaluation(asr).finding is finding
+    assert evaluation(None).finding is False
+
+
+def evaluation(asr):
+    return Evaluation(
+        model=EvaluatedModel(name="net", architecture="Net", parameters=1, sha256="aa"),
+        data=EvaluatedData(name="images", split="test", samples=3, fingerprint="bb"),
+        task="image-classification",
+        metric="accuracy",
+        value=1.0,
+        score=Share.of(torch.ones(3)),
+        score_name="accuracy",
+        asr=asr,
+    )
+
+
+def test_an_evaluation_comes_back_out_of_its_json():
+    written = evaluation(Share.of(torch.ones(4)))
+    assert Evaluation.from_json(written.to_json()) == written

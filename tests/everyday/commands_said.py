@@ -14,7 +14,7 @@ from mmdefense.attacks.pointba import PointPBA
 from mmdefense.attacks.rare_token import RareToken
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.defenses.tsbd import TSBD
-from mmdefense.purification import checked_settings
+from mmdefense.settings import checked_settings
 
 NET = """\
 import dataclasses

@@ -1,0 +1,273 @@
+"""``mmdefense evaluate``: a model, data and an attack in, what was measured out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from mmdefense import registry
+from mmdefense.attacks.base import Attack
+from mmdefense.checkpoints.models import hash_file, hash_files
+from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.defenses.base import versions
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.measurement import learnt_tensors, measured, read_trigger
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
+from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
+from mmdefense.report.recorded import add_evaluation, check_recordable
+from mmdefense.settings import checked_settings
+from mmdefense.sources import AUTO, Opened, Source
+
+__all__ = ["AttackChoice", "evaluate", "evaluate_files"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackChoice:
+    """An attack as a user names it, before model and data are read.
+
+    Attributes:
+        name: A name of ``mmdefense list attacks``; none takes the trigger of the file.
+        trigger: A picture with alpha or an npz archive; or with a name that of an attack which
+            learns its trigger, the safetensors file of what it has learnt.
+        target: What the attacker wants: a class by its number or name, or a text.
+        settings: Further fields of the attack.
+    """
+
+    name: str | None = None
+    trigger: Path | None = None
+    target: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        learnt = self.trigger is not None and self.trigger.suffix == ".safetensors"
+        if self.trigger is not None and learnt != (self.name is not None):
+            raise BadInputError(
+                "give an attack by name, or a trigger as a picture or npz; both together only "
+                "where the file is a .safetensors with what that attack has learnt, got "
+                f"{self.name or 'no attack'} and {self.trigger}"
+            )
+        if self.name is not None:
+            kind = registry.load("attacks", self.name)  # a misspelt name is told at once
+            checked_settings(kind, self.settings)
+
+    def build(self, classes: tuple[str, ...]) -> Attack[Any]:
+        """Return the attack on a model with these names of classes.
+
+        Raises:
+            BadInputError: If the target is no class, or a setting is wrong.
+        """
+        if self.name is None:
+            assert self.trigger is not None
+            target = 0 if self.target is None else _class_number(self.target, classes)
+            return read_trigger(self.trigger, target)
+        kind = registry.load("attacks", self.name)
+        given = dict(self.settings)
+        if self.target is not None:
+            is_class = get_type_hints(kind).get("target") is int
+            given["target"] = _class_number(self.target, classes) if is_class else self.target
+        if self.trigger is not None:
+            given["fitted"] = learnt_tensors(self.trigger)
+        attack: Attack[Any] = kind(**checked_settings(kind, given))
+        return attack
+
+
+def _class_number(target: Any, classes: tuple[str, ...]) -> int:
+    """Return the number of the class that a user means.
+
+    Raises:
+        BadInputError: If it is neither a name of a class nor a number.
+    """
+    if str(target) in classes:
+        return classes.index(str(target))
+    try:
+        return int(target)
+    except (TypeError, ValueError):
+        known = ", ".join(classes) if classes else "the model and the data name none"
+        raise BadInputError(
+            f"target must be a class by its number or name, got {target!r}; classes: {known}"
+        ) from None
+
+
+def evaluate(
+    model: str | Path | nn.Module | TaskAdapter[Any],
+    data: Any,
+    *,
+    attack: str | Attack[Any] | None = None,
+    target: Any = None,
+    trigger: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    task: str = AUTO,
+    arch: str | None = None,
+    weights: str | None = None,
+    split: str = "test",
+    reading: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    record: str | Path | None = None,
+) -> Evaluation:
+    """Measure a model on test data and, where an attack or a trigger is given, under it.
+
+    Args:
+        model: A folder, a file or a hub id; or a module, or an adapter around one.
+        data: Clean samples that the model was not trained on: where they are, as ``mmdefense
+            evaluate --data`` has it, or samples, as :func:`mmdefense.purify` takes them.
+        attack: A name of ``mmdefense list attacks``, or an attack, as ``plant`` returns it.
+        target: What the attacker wants: a class by its number or name, or a text.
+        trigger: A picture with alpha, or an npz archive; see :class:`AttackChoice`.
+        settings: Further fields of an attack that is given by name.
+        task: The name of a task; by default that of the model.
+        arch: ``module:callable`` that builds the model of a state dict.
+        weights: Where in a checkpoint its weights are.
+        split: ``"train"`` or ``"test"``, where the data is split.
+        reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
+        device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        record: The output of a purification, whose record and page get what was measured.
+
+    Raises:
+        BadInputError: If anything given cannot be used, or ``record`` is of other models.
+        UnsupportedError: If a library is not installed, or no adapter accepts the model.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> mmd.evaluate("folder", "images", attack="badnets", target="cat")  # doctest: +SKIP
+    """
+    choice: Attack[Any] | AttackChoice | None
+    if isinstance(attack, Attack):
+        choice = attack
+    elif attack is None and trigger is None:
+        choice = None
+    else:
+        path = None if trigger is None else Path(trigger)
+        choice = AttackChoice(name=attack, trigger=path, target=target, settings=settings or {})
+    source = Source(
+        model=model,
+        data=data,
+        task=task,
+        arch=arch,
+        weights=weights,
+        split=split,
+        reading=reading or {},
+        device=device,
+    )
+    return evaluate_files(source, choice, record=record)
+
+
+def evaluate_files(
+    source: Source,
+    attack: Attack[Any] | AttackChoice | None = None,
+    *,
+    record: str | Path | None = None,
+    command: str = "",
+) -> Evaluation:
+    """Measure the model of ``source`` on its data and, where an attack is given, under it.
+
+    Args:
+        source: Model and data.
+        attack: What is tried.
+        record: The output of a purification, whose record and page get what was measured.
+        command: For the record, the command line.
+
+    Raises:
+        BadInputError: If anything given cannot be used, the attack is on another task, or
+            ``record`` is of other models.
+        UnsupportedError: If a library is not installed, or no adapter accepts the model.
+    """
+    opened = source.open()
+    model = _model_info(source, opened)
+    if record is not None:
+        check_recordable(Path(record), model)
+    task, data = opened.task, _in_memory(opened.data)
+    classes = _classes(opened)
+    tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
+    if tried is not None and tried.task != task.name:
+        raise BadInputError(
+            f"{type(tried).__name__} is an attack on {tried.task}, but the model is of "
+            f"{task.name}; choose one of its own"
+        )
+    found = measured(opened.adapter, data, tried)
+    score_name = getattr(opened.adapter, "score_name", "accuracy")
+    samples = opened.adapter.samples(data)
+    own = task.metric == score_name
+    evaluation = Evaluation(
+        model=model,
+        data=EvaluatedData(
+            name=_named(source.data, "samples"),
+            split=source.split,
+            samples=len(samples),
+            fingerprint=samples.fingerprint(),
+        ),
+        task=task.name,
+        metric=task.metric,
+        value=found.score.value if own else task.measure(opened.adapter, samples),
+        score=found.score,
+        score_name=score_name,
+        also=_also(task, opened.adapter, samples),
+        attack=None if tried is None else _tried(attack, tried, classes),
+        asr=found.asr,
+        ra=found.ra,
+        versions=versions(),
+        device=str(next(opened.adapter.model.parameters()).device),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+    )
+    return evaluation if record is None else add_evaluation(Path(record), evaluation)
+
+
+def _model_info(source: Source, opened: Opened) -> EvaluatedModel:
+    model = opened.adapter.model
+    files = hash_files(source.model) if isinstance(source.model, (str, Path)) else {}
+    return EvaluatedModel(
+        name=_named(source.model, type(model).__name__),
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        sha256=hash_weights(model),
+        files=files,
+    )
+
+
+def _named(given: Any, otherwise: str) -> str:
+    return str(given) if isinstance(given, (str, Path)) else otherwise
+
+
+def _classes(opened: Opened) -> tuple[str, ...]:
+    """Return the names of the classes: those of the data, which are in the order of its labels."""
+    named = getattr(opened.data, "classes", ())
+    if not named and not lacking(opened.adapter, ReadingAdapter):
+        named = opened.adapter.reading().get("classes", ())  # type: ignore[attr-defined]
+    return tuple(map(str, named or ()))
+
+
+def _also(task: Task, adapter: TaskAdapter[Any], samples: Any) -> dict[str, float]:
+    measure = getattr(task, "also", None)
+    return dict(measure(adapter, samples)) if measure is not None else {}
+
+
+def _tried(
+    asked: Attack[Any] | AttackChoice | None, attack: Attack[Any], classes: tuple[str, ...]
+) -> TriedAttack:
+    shown = {
+        entry.name: getattr(attack, entry.name)
+        for entry in dataclasses.fields(attack)
+        if entry.repr and entry.name != "ratio"  # nothing is poisoned here
+    }
+    target = shown.pop("target", None)
+    is_class = isinstance(target, int) and target < len(classes)
+    file = asked.trigger if isinstance(asked, AttackChoice) else None
+    name = registry.name_of("attacks", type(attack))
+    return TriedAttack(
+        name="file" if isinstance(asked, AttackChoice) and asked.name is None else name,
+        settings=shown,
+        target=target,
+        target_name=classes[target] if is_class else "",
+        files={} if file is None else {file.name: hash_file(file)},
+    )
+
+
+def _in_memory(samples: Any) -> Any:
+    """Return samples decoded, where they are read one by one."""
+    return samples.in_memory() if hasattr(samples, "in_memory") else samples
