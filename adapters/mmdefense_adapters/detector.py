@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,14 @@ from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.detection import average_precisions
 from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.given import (
+    INPUT_NAMES,
+    check_values,
+    is_array,
+    names_of,
+    tensor_of,
+    told,
+)
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.object_triggers import ObjectTriggers
 
@@ -82,8 +90,10 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         """Return ``data`` on the model's device, checked against the model.
 
         Args:
-            data: Detection samples, or pairs of an image ``(C, H, W)`` in ``[0, 1]`` and a mapping
-                with ``boxes`` ``(M, 4)`` (x1, y1, x2, y2 in pixels) and ``labels`` ``(M,)``.
+            data: Detection samples; or pairs of an image ``(C, H, W)`` in ``[0, 1]`` and a mapping
+                with ``boxes`` ``(M, 4)`` (x1, y1, x2, y2 in pixels) and ``labels`` ``(M,)``; or
+                batches of such, as loaders give them, or as processors of Transformers do
+                (``pixel_values``, and ``labels`` with ``class_labels`` and centred ``boxes``).
 
         Raises:
             BadInputError: If a box is not a box in its image, or the model lacks a label.
@@ -91,6 +101,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         samples = _as_samples(data)
         if len(samples) == 0:
             raise BadInputError("data must hold at least one image, got none")
+        check_values(samples.images, "images", bounded=True)
         samples = samples.to(self.device)
         self._check_labels(samples)
         first = samples.take(torch.zeros(1, dtype=torch.int64))
@@ -103,8 +114,26 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
                 f"{one_line(error)}; have them read as it takes them: --channels or --image-size"
             ) from error
         if self.example is None:
+            self._check_training(samples)
             self.example = _without_objects(first.images)
         return samples
+
+    def _check_training(self, samples: DetectionSamples) -> None:
+        """Refuse a model whose loss cannot be computed in train mode, tried on a copy."""
+        twin = self.fork()
+        cuda = [self.device] if self.device.type == "cuda" else []
+        try:
+            with mode(twin.model, train=True), torch.random.fork_rng(cuda), torch.no_grad():
+                twin.per_sample_loss(samples.take(torch.tensor([0, len(samples) - 1])))
+        except Exception as error:  # the model is the user's own and may raise anything
+            raise UnsupportedError(
+                "the model's loss cannot be computed on 2 images in train mode, as defenses do: "
+                f"{one_line(error)}"
+            ) from error
+
+    def _typed(self, images: Tensor) -> Tensor:
+        """Return images in the model's floating-point type."""
+        return images.to(next(self.model.parameters()).dtype)
 
     def _check_labels(self, samples: DetectionSamples) -> None:
         if samples.classes and len(samples.classes) != self.classes:
@@ -163,7 +192,7 @@ def _without_objects(images: Tensor) -> DetectionBatch:
 def _as_samples(data: Any) -> DetectionSamples:
     if isinstance(data, DetectionSamples):
         return data
-    pairs = [_pair(item) for item in _items(data)]
+    pairs = [pair for item in _items(data) for pair in _pairs(item)]
     if not pairs:
         raise BadInputError("clean data must hold at least one image, got none")
     shapes = {tuple(image.shape) for image, _, _ in pairs}
@@ -183,13 +212,38 @@ def _items(data: Any) -> Iterable[Any]:
     return data  # type: ignore[no-any-return]
 
 
-def _pair(item: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping):
-        image, objects = item
-        if isinstance(image, Tensor) and {"boxes", "labels"} <= objects.keys():
-            boxes = torch.as_tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
-            return image, boxes, torch.as_tensor(objects["labels"], dtype=torch.int64)
-    raise BadInputError(
+def _pairs(item: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield image, boxes and labels of a sample, or of each sample of a batch."""
+    found = names_of(item, INPUT_NAMES, ("labels", "objects", "targets", "target"))
+    given = found or (item if isinstance(item, (tuple, list)) else ())
+    if len(given) != 2:
+        raise _no_pair(item)
+    images, objects = given
+    if isinstance(objects, Mapping):
+        images, objects = [images], [objects]
+    if not isinstance(objects, (tuple, list)) or len(images) != len(objects):
+        raise _no_pair(item)
+    for image, one in zip(images, objects, strict=True):
+        if not is_array(image) or not isinstance(one, Mapping):
+            raise _no_pair(item)
+        yield _sample(tensor_of(image), one, item)
+
+
+def _sample(image: Tensor, objects: Mapping[str, Any], item: Any) -> tuple[Tensor, Tensor, Tensor]:
+    labels = objects.get("labels", objects.get("class_labels"))
+    if "boxes" not in objects or labels is None:
+        raise _no_pair(item)
+    boxes = torch.as_tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
+    if "class_labels" in objects:  # of a processor: centre and size, as shares of the image
+        height, width = image.shape[-2:]
+        centre, half = boxes[:, :2], boxes[:, 2:] / 2
+        corners = torch.cat([centre - half, centre + half], 1).clamp(0, 1)
+        boxes = corners * boxes.new_tensor([width, height, width, height])
+    return image, boxes, torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _no_pair(item: Any) -> BadInputError:
+    return BadInputError(
         "clean data must give pairs (image tensor, {'boxes': (M, 4), 'labels': (M,)}), got "
-        f"{type(item).__name__}"
+        f"{told(item)}"
     )

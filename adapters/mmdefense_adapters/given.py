@@ -12,7 +12,15 @@ from torch import Tensor
 from mmdefense.batches import LabelledBatch
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["INPUT_NAMES", "check_values", "labelled_tensors", "names_of", "tensor_of", "told"]
+__all__ = [
+    "INPUT_NAMES",
+    "check_values",
+    "is_array",
+    "labelled_tensors",
+    "names_of",
+    "tensor_of",
+    "told",
+]
 
 INPUT_NAMES = ("pixel_values", "image", "images", "img", "video", "points", "inputs", "x")
 """Names under which a dictionary may hold inputs, in order of preference."""
@@ -62,7 +70,7 @@ def _pair(item: Any, name: str) -> tuple[Tensor, Tensor]:
         return item.inputs, item.labels
     found = names_of(item, INPUT_NAMES, _LABEL_NAMES)
     inputs, labels = item if _is_pair(item) else found or (None, None)
-    if _is_array(inputs):
+    if is_array(inputs):
         inputs = tensor_of(inputs)
         if name == "clips" and found and "pixel_values" in item:
             inputs = inputs.transpose(-4, -3)  # processors put the frames before the channels
@@ -82,7 +90,7 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, (tuple, list)) and len(item) == 2
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     """Say whether a value is a tensor, an array, or a picture of Pillow."""
     return isinstance(value, (Tensor, np.ndarray)) or hasattr(value, "getbands")
 

@@ -19,6 +19,7 @@ from mmdefense_adapters.huggingface_processor import (
     settings_of,
     side_lengths,
 )
+from mmdefense_adapters.peft_models import base_of
 
 __all__ = ["HFDetector"]
 
@@ -84,6 +85,7 @@ class HFDetector(Detector):
         return int(config.num_labels)
 
     def _run(self, images: Tensor, labels: list[dict[str, Tensor]] | None = None) -> Any:
+        images = self._typed(images)
         if self.mean is not None:
             images = images - images.new_tensor(self.mean)[:, None, None]
         if self.std is not None:
@@ -102,7 +104,7 @@ class HFDetector(Detector):
             {"class_labels": labels, "boxes": _centred(boxes.to(sides) / sides)}
             for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
         ]
-        with _loss_by_image(self.model):
+        with _loss_by_image(base_of(self.model)):
             return self._run(batch.images, targets).loss  # type: ignore[no-any-return]
 
     def detect(self, batch: DetectionBatch) -> list[Detections]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdefense.errors import BadInputError, one_line
 from mmdefense_adapters.classifier import Classifier
+from mmdefense_adapters.peft_models import base_of
 
 __all__ = [
     "Processed",
@@ -76,10 +77,13 @@ class Processed(Classifier):
 
 
 def is_of(model: nn.Module, ending: str) -> bool:
-    """Say whether a model is of ``transformers`` and its class so named; nothing is imported."""
+    """Say whether a model, or what ``peft`` wraps, is of ``transformers`` and its class so named.
+
+    Nothing is imported.
+    """
     return any(
         kind.__module__.startswith("transformers.") and kind.__name__.endswith(ending)
-        for kind in type(model).__mro__
+        for kind in type(base_of(model)).__mro__
     )
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mmdefense.batches import IGNORED, TokenBatch
-from mmdefense_adapters.huggingface_text import HFText, base_of
+from mmdefense_adapters.huggingface_text import HFText
+from mmdefense_adapters.peft_models import base_of
 
 __all__ = ["HFSeq2SeqLM"]
 

@@ -16,7 +16,9 @@ from mmdefense.batches import IGNORED, Samples, TextSamples, TokenBatch, TokenSa
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.given import told
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
+from mmdefense_adapters.peft_models import base_of
 from mmdefense_adapters.text_triggers import TextTriggers, soft_tokens
 
 __all__ = ["HFText"]
@@ -305,23 +307,6 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             )
         return norms[called[-1]]
 
-    def unit_groups(self) -> Sequence[UnitGroup]:
-        """Return neurons and heads, input side first; of a LoRA model the ranks of its updates."""
-        if not self._wrapped:
-            return super().unit_groups()
-        ranks = _lora_ranks(self.model)
-        if not ranks:
-            raise UnsupportedError(
-                "a peft model has units where it has low-rank updates (LoRA) of linear layers, and "
-                "this one has none; use a defense that prunes nothing, such as fip"
-            )
-        return ranks
-
-    @property
-    def _wrapped(self) -> bool:
-        """Whether ``peft`` has put trainable updates around a frozen base."""
-        return base_of(self.model) is not self.model
-
     def _pool_at(self, layer: str, values: Tensor, batch: TokenBatch) -> Tensor:
         """Average ``(N, L, U)`` over the tokens that a layer reads and that are not padding."""
         mask = self._mask_of(layer, batch)
@@ -370,19 +355,14 @@ def as_text(data: Any) -> TextSamples:
     if all(isinstance(item, str) for item in items):
         items = [("", item) for item in items]
     for index, item in enumerate(items):
-        fits = isinstance(item, (tuple, list)) and [type(part) for part in item] == [str, str]
-        if not fits:
+        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
+        if not is_pair or not all(isinstance(part, str) for part in item):
             raise BadInputError(
-                f"clean data must give texts, or pairs (prompt, answer) of text, got "
-                f"{type(item).__name__} at {index}"
+                f"clean data must give texts, or pairs (prompt, answer) of text, got {told(item)} "
+                f"at {index}"
             )
     prompts, answers = zip(*items, strict=True) if items else ((), ())
     return TextSamples(tuple(prompts), tuple(answers), random_words)
-
-
-def base_of(model: nn.Module) -> Any:
-    """Return the model of ``transformers`` that a ``peft`` model wraps, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _tokenizer_of(model: nn.Module) -> Any:
@@ -435,18 +415,3 @@ def _share_right(right: Tensor, known: Tensor) -> Tensor:
         total += good.sum(1) / grams.sum(1).clamp(min=1)
         orders += grams.any(1)
     return total / orders
-
-
-def _lora_ranks(model: nn.Module) -> list[UnitGroup]:
-    """Return the ranks of each low-rank update ``B A`` as units: rows of A with columns of B."""
-    groups = []
-    for name, module in model.named_modules():
-        down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if not isinstance(down, nn.ModuleDict) or not isinstance(up, nn.ModuleDict):
-            continue
-        for key, layer in down.items():
-            if isinstance(layer, nn.Linear):
-                lower, upper = f"{name}.lora_A.{key}", f"{name}.lora_B.{key}"
-                axes = {f"{upper}.weight": 1, f"{lower}.weight": 0}
-                groups.append(UnitGroup(lower, layer.out_features, axes, kind="neuron"))
-    return groups

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, watch_modules
 from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.peft_models import base_of, is_update, rank_groups
 from mmdefense_adapters.units import capture_heads, find_units
 
 __all__ = ["ModuleAdapter", "usable"]
@@ -96,8 +97,19 @@ class ModuleAdapter(ABC, Generic[B]):
         return twin
 
     def unit_groups(self) -> Sequence[UnitGroup]:
-        """Return filters, linear rows and attention heads, input side first; not the outputs."""
-        return self._units[0]
+        """Return filters, linear rows and attention heads, input side first; not the outputs.
+
+        Of a LoRA model, the ranks of its updates.
+
+        Raises:
+            UnsupportedError: If that is a ``peft`` model without such updates.
+        """
+        return rank_groups(self.model) if self._wrapped else self._units[0]
+
+    @property
+    def _wrapped(self) -> bool:
+        """Whether ``peft`` has put trainable updates around a frozen base."""
+        return base_of(self.model) is not self.model
 
     @property
     def head(self) -> str | None:
@@ -106,11 +118,22 @@ class ModuleAdapter(ABC, Generic[B]):
 
     @cached_property
     def _units(self) -> tuple[list[UnitGroup], str | None]:
-        return find_units(self.model, lambda: self.answer(self._example()))
+        groups, head = find_units(self.model, lambda: self.answer(self._example()))
+        return groups, None if head is not None and is_update(head) else head
 
     def head_group(self) -> UnitGroup:
-        """Return the inputs of the output layer as units on the input axis of its weight."""
+        """Return the inputs of the output layer as units on the input axis of its weight.
+
+        Raises:
+            UnsupportedError: If the model does not end in a linear layer, or that is part of a base
+                that must stay as it is.
+        """
         weight, _ = self.head_weights()
+        if self._wrapped and not weight.requires_grad:
+            raise UnsupportedError(
+                "the last layer of this peft model is part of its base, which is not touched; "
+                "prune the updates instead: --set layers=all"
+            )
         return UnitGroup(
             self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron"
         )

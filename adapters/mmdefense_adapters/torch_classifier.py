@@ -11,6 +11,7 @@ from mmdefense.batches import LabelledBatch, Samples
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.images import ImageTriggers, as_image_samples
+from mmdefense_adapters.peft_models import base_of
 
 __all__ = ["TorchClassifier"]
 
@@ -33,7 +34,7 @@ class TorchClassifier(ImageTriggers, Classifier):
 
         These answer with objects, and have adapters of their own where they are served.
         """
-        return isinstance(model, nn.Module) and not type(model).__module__.startswith(
+        return isinstance(model, nn.Module) and not type(base_of(model)).__module__.startswith(
             "transformers."
         )
 

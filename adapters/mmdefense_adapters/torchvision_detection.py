@@ -119,11 +119,12 @@ class TorchvisionDetector(Detector):
 
     def _see(self, batch: DetectionBatch) -> _Seen:
         """Run transform and backbone."""
+        given = self._typed(batch.images)
         targets = [
-            {"boxes": boxes.to(batch.images), "labels": labels + self.offset}
+            {"boxes": boxes.to(given), "labels": labels + self.offset}
             for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
         ]
-        images, targets = self._transformed(batch.images, targets)
+        images, targets = self._transformed(given, targets)
         features = self._parts.backbone(images.tensors)
         if isinstance(features, Tensor):
             features = {"0": features}
@@ -251,7 +252,7 @@ class TorchvisionDetector(Detector):
     def detect(self, batch: DetectionBatch) -> list[Detections]:
         """Return what the model finds in each image, at any confidence."""
         with torch.no_grad(), mode(self.model, train=False):
-            found = self.model(list(batch.images))
+            found = self.model(list(self._typed(batch.images)))
         results = []
         for one in found:
             own = one["labels"] >= self.offset

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ _TEXTS = ("*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 _TOKENIZERS = ("*.jinja", "*.model", "*.spm", "*.tiktoken", "*.vocab", "*.bpe")
 _SIDE_FILES = (*_TEXTS, *_TOKENIZERS, "additional_chat_templates/*.jinja")
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
+_READERS = ("tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -94,12 +96,33 @@ def download(where: str | Path, patterns: list[str] | None = None) -> Path:
         ) from error
 
 
-def load_folder(folder: Path, task: str | None = None) -> nn.Module:
+@dataclass(frozen=True)
+class _Update:
+    """What a PEFT folder says about the model that it was trained on.
+
+    Attributes:
+        kind: Name of its class; empty where the folder does not say.
+        saved: Names of the modules that were trained in full, whose weights the folder holds.
+        labels: Number of classes by these; none where they have none.
+    """
+
+    kind: str = ""
+    saved: tuple[str, ...] = ()
+    labels: int | None = None
+
+    def holds(self, name: str) -> bool:
+        """Say whether the folder has the weight of that name."""
+        return any(f".{part}." in f".{name}" for part in self.saved)
+
+
+def load_folder(folder: Path, task: str | None = None, update: _Update | None = None) -> nn.Module:
     """Return the model of a folder on the CPU, in float32.
 
     Args:
         folder: As :func:`local_folder` returns it.
         task: The name of a task, which decides where the config names no architecture.
+        update: Of a PEFT folder on top: its class is taken, and weights that it holds may be
+            missing or of another shape.
 
     Raises:
         BadInputError: If it cannot be read, loading it would execute something, or its keys or
@@ -111,6 +134,10 @@ def load_folder(folder: Path, task: str | None = None) -> nn.Module:
         return _load_peft(folder, task)
     with _told(folder), _quiet():
         kind, config = _kind_and_config(folder, task)
+        own = kind
+        if update is not None:
+            kind = _kind_named(update.kind) or kind
+            config.num_labels = update.labels or config.num_labels
         model, info = kind.from_pretrained(
             str(folder),
             config=config,
@@ -121,12 +148,14 @@ def load_folder(folder: Path, task: str | None = None) -> nn.Module:
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
+    held = update or _Update()
     check_keys(
-        sorted(info["missing_keys"]),
-        sorted(info["unexpected_keys"]),
+        sorted(name for name in info["missing_keys"] if not held.holds(name)),
+        sorted(info["unexpected_keys"] if kind is own else ()),  # else of the other class's head
         [
             f"{name} is {tuple(found)} but must be {tuple(wanted)}"
             for name, found, wanted in sorted(info["mismatched_keys"])
+            if not held.holds(name)
         ],
         f"{folder} do not fit its config.json",
     )
@@ -173,10 +202,18 @@ def _kind_and_config(folder: Path, task: str | None) -> tuple[Any, Any]:
         str(folder), trust_remote_code=False, local_files_only=True
     )
     for name in getattr(config, "architectures", None) or ():
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        if kind := _kind_named(name):
             return kind, config
     return _kind_by_task(config, folder, task), config
+
+
+def _kind_named(name: str) -> Any:
+    """Return the model class of ``transformers`` of that name, or none."""
+    import transformers
+
+    kind = getattr(transformers, name, None) if name else None
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_model else None
 
 
 def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
@@ -207,9 +244,9 @@ def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
 
 def _load_peft(folder: Path, task: str | None) -> nn.Module:
     """Return a PEFT model, its updates trainable, around the frozen base that it names."""
-    base: Any = load_folder(base_folder(folder), task)
-    if (folder / "tokenizer_config.json").is_file():
-        base.name_or_path = str(folder)  # its own tokenizer is the one that it was trained with
+    base: Any = load_folder(base_folder(folder), task, _update_of(folder))
+    if any((folder / name).is_file() for name in _READERS):
+        base.name_or_path = str(folder)  # its own is the one that it was trained with
     with _told(folder), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing keys are refused below, by name
         from peft import PeftModel, get_peft_model_state_dict
@@ -225,6 +262,21 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
         f"{folder} do not fit its {_PEFT_CONFIG}",
     )
     return model
+
+
+def _update_of(folder: Path) -> _Update:
+    """Return what a PEFT folder, whose config is JSON, says about its base."""
+    said = json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8"))
+    kind = (said.get("auto_mapping") or {}).get("base_model_class") or ""
+    update = _Update(kind, tuple(said.get("modules_to_save") or ()))
+    if "Classification" not in kind:
+        return update
+    heads = [
+        value
+        for name, value in _stored(folder).items()
+        if name.endswith("weight") and value.ndim == 2 and update.holds(name)
+    ]
+    return replace(update, labels=len(heads[-1])) if len(heads) == 1 else update
 
 
 def base_folder(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from mmdefense.checkpoints.huggingface import download, local_folder
 from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError, one_line
+from mmdefense.kernels.precision import in_float32
 from mmdefense.kernels.run import Progress
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.terminal import shown
@@ -187,5 +188,6 @@ def _opened(
 def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:
     if isinstance(model, nn.Module | Path) or isinstance(data, str | Path):
         opened = Source(model=model, data=data, **source).open()
-        return opened.adapter, opened.samples
-    return model, model.samples(data)
+        return in_float32(opened.adapter), opened.samples
+    wide = in_float32(model)
+    return wide, wide.samples(data)

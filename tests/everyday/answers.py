@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from commands import small_images
 from everyday.rows import Refused, Row
+from safetensors.torch import load_file
 from torch import nn
 
 import mmdefense as mmd
 from mmdefense.batches import LabelledSamples
+from mmdefense.checkpoints.models import load_model, save_model
 
 Heads = namedtuple("Heads", ["logits", "aux_logits"])
 
@@ -89,9 +92,11 @@ DATA = {"images": IMAGES, "clips": CLIPS, "clouds": CLOUDS}
 ADAPTERS = {"images": "torch-classifier", "clips": "torch-video", "clouds": "points"}
 
 
-def losses(model: Any, kind: str = "images", *, train: bool = False) -> list[float]:
-    """Return the losses of all samples as an adapter gives them."""
-    adapter: Any = mmd.adapt(model, adapter=ADAPTERS[kind])
+def losses(
+    model: Any, kind: str = "images", *, train: bool = False, adapter: str | None = ""
+) -> list[float]:
+    """Return the losses of all samples as an adapter gives them; none is chosen by the model."""
+    adapter: Any = mmd.adapt(model, adapter=ADAPTERS[kind] if adapter == "" else adapter)
     samples = adapter.samples((DATA[kind], LABELS))
     adapter.model.train(train)
     return adapter.per_sample_loss(samples.take(torch.arange(12))).tolist()
@@ -99,7 +104,7 @@ def losses(model: Any, kind: str = "images", *, train: bool = False) -> list[flo
 
 def by_hand(model: Any, kind: str = "images", *, train: bool = False) -> list[float]:
     """Return the cross-entropy of a net that returns logits."""
-    logits = model.train(train)(DATA[kind])
+    logits = (model.train(train) if isinstance(model, nn.Module) else model)(DATA[kind])
     return F.cross_entropy(logits, LABELS, reduction="none").tolist()
 
 
@@ -204,8 +209,76 @@ def damaged(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+@seeded
+def detector() -> Any:
+    from mmdefense_tasks.detection_victims import small_fcos
+
+    return small_fcos(2, 3, (32, 32), width=8).eval()
+
+
+def objects(count: int = 4) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Return images with one object each."""
+    images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    one = {"boxes": torch.tensor([[4.0, 4, 20, 28]]), "labels": torch.tensor([1])}
+    return images, [one] * count
+
+
+def found_objects(data: Any) -> list[float]:
+    """Return the first box and label as a detector's samples have them; their loss is finite."""
+    adapter: Any = mmd.adapt(detector())
+    batch = adapter.samples(data).take(torch.arange(4))
+    assert adapter.per_sample_loss(batch).isfinite().all()
+    return [*batch.boxes[3][0].tolist(), *batch.labels[3].tolist()]
+
+
+def changed(images: Any) -> Any:
+    """Return pairs of an image that was changed and its objects."""
+    given, truth = objects()
+    return list(zip(images(given), truth, strict=True))
+
+
+def processed() -> Any:
+    """Return a batch as a processor of Transformers gives it."""
+    images, truth = objects()
+    own = {"boxes": torch.tensor([[12, 16, 16, 24]]) / 32, "class_labels": torch.tensor([1])}
+    return [{"pixel_values": images, "labels": [own] * len(truth)}]
+
+
+@seeded
+def lora(folder: Path, labels: int) -> Any:
+    """Write a LoRA folder of an image model of 3 classes, its base one of others; return it."""
+    from peft import LoraConfig, get_peft_model
+
+    vit(num_labels=labels).save_pretrained(folder / "base")
+    base = type(vit()).from_pretrained(folder / "base", num_labels=3, ignore_mismatched_sizes=True)
+    updates = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    model = get_peft_model(base, updates).eval()
+    model.save_pretrained(folder / "lora")
+    return model
+
+
+def purified_lora(folder: Path, labels: int) -> Any:
+    """Return how far the losses of a LoRA folder are from the right ones, and two answers.
+
+    These are whether its updates and its head alone change, and whether all keys come out.
+    """
+    right = by_hand(lambda images: lora(folder, labels)(images).logits)
+    loaded: Any = load_model(folder / "lora")
+    apart = max(abs(a - b) for a, b in zip(losses(loaded, adapter=None), right, strict=True))
+    found = mmd.purify(loaded, (IMAGES, LABELS), "fine-tuning", steps=1, batch_size=4).model
+    save_model(found, folder / "out", folder / "lora")
+    given = dict(loaded.named_parameters())
+    moved = [n for n, p in found.named_parameters() if not torch.equal(p, given[n])]
+    before, after = (
+        load_file(folder / part / "adapter_model.safetensors").keys() for part in ("lora", "out")
+    )
+    return [apart, all("lora" in n or "classifier" in n for n in moved), before == after]
+
+
 NORMALISED = "images must lie in .0, 1., got -2 to .*mmd.adapt.model, mean=, std=.*--mean"
 HUNDREDS = "must lie in .0, 1., got .* divide them by 255"
+
+BOX = [4, 4, 20, 28, 1]
 
 ROWS = [
     Row("a softmax at the end", *ended("images", nn.Softmax(1))),
@@ -384,5 +457,39 @@ ROWS = [
         "labels in words",
         lambda _: adapted([(IMAGES[0], "cat")]),
         Refused("labels must be whole numbers, got str"),
+    ),
+    Row("detection: pairs of NumPy", lambda _: found_objects(changed(lambda x: x.numpy())), BOX),
+    Row("detection: batches of a loader", lambda _: found_objects([objects()]), BOX),
+    Row("detection: batches of a processor", lambda _: found_objects(processed()), BOX),
+    Row("detection: float64 images", lambda _: found_objects(changed(lambda x: x.double())), BOX),
+    Row(
+        "detection: normalised images",
+        lambda _: found_objects(changed(lambda x: 4 * x - 2)),
+        Refused(NORMALISED),
+    ),
+    Row(
+        "detection: floats up to 255",
+        lambda _: found_objects(changed(lambda x: 255 * x)),
+        Refused(HUNDREDS),
+    ),
+    Row(
+        "detection: NaN in an image",
+        lambda _: found_objects(changed(lambda x: x / (x > 0.5))),
+        Refused("NaN or infinity in 4 of 4, first in number 0"),
+    ),
+    Row(
+        "detection: batches of five",
+        lambda _: found_objects([(*objects(), 1, 2, 3)]),
+        Refused("got tuple of 5 .0: Tensor .4, 3, 32, 32., 1: list, 2: 1"),
+    ),
+    Row(
+        "a LoRA folder of an image model",
+        lambda folder: purified_lora(folder, 3),
+        [0, True, True],
+    ),
+    Row(
+        "a LoRA folder whose base has other classes",
+        lambda folder: purified_lora(folder, 7),
+        [0, True, True],
     ),
 ]
