@@ -120,6 +120,14 @@ def purify(
         str | None,
         typer.Option(metavar="TIME", help="End by then with the best state so far: 90s, 30m, 2h."),
     ] = None,
+    evidence: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="none; fast, at most 15 % of the purification's time; or full. What is left out "
+            "is said.",
+        ),
+    ] = "fast",
     mean: Numbers = None,
     std: Numbers = None,
     image_size: ImageSize = None,
@@ -142,6 +150,7 @@ def purify(
     from mmdefense.jobs import Source, partial_folder, purify_files
     from mmdefense.kernels.deadline import Deadline
     from mmdefense.purification import configured
+    from mmdefense.report.gather import check_level
     from mmdefense.report.terminal import ProgressDisplay
 
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
@@ -156,7 +165,7 @@ def purify(
         reading=reading,
         device=device,
     )
-    limit = duration(max_time)
+    limit, level = duration(max_time), check_level(evidence)
     if dry_run:
         _show_plan(source, chosen)
         return
@@ -172,6 +181,7 @@ def purify(
                 force=force,
                 progress=progress,
                 max_seconds=None if limit is None else Deadline(begun + limit),
+                evidence=level,
                 command=command,
             )
     except KeyboardInterrupt:

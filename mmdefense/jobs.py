@@ -19,6 +19,7 @@ from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.run import Event, Progress
 from mmdefense.purification import Purification, purify
 from mmdefense.report.encoding import plain
+from mmdefense.report.gather import Level
 from mmdefense.scanning import scan_loaded
 from mmdefense.scanning.formats import summary
 from mmdefense.sources import AUTO, Opened, Source
@@ -45,6 +46,7 @@ def purify_files(
     force: bool = False,
     progress: Progress | None = None,
     max_seconds: float | Deadline | None = None,
+    evidence: Level = "fast",
     command: str = "",
 ) -> Purification:
     """Purify the model of ``source`` into the folder ``out``.
@@ -64,6 +66,8 @@ def purify_files(
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
         max_seconds: Within how many seconds to be done with all of it, reading and writing
             included, or by what deadline; the best state so far is written.
+        evidence: How much is measured beyond the verdict; see
+            :func:`~mmdefense.purification.purify`.
         command: For the record, the command line.
 
     Raises:
@@ -94,6 +98,7 @@ def purify_files(
             progress=progress,
             store=store,
             max_seconds=deadline.earlier(writing),
+            evidence=evidence,
         )
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names, scan=scanned)

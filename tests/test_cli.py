@@ -25,7 +25,7 @@ def weights(folder: Path) -> dict[str, list[float]]:
 
 
 def test_purify_writes_a_drop_in_model_with_its_evidence(place, mmdefense):
-    outcome = mmdefense(*place.purify("--seed", "4"))
+    outcome = mmdefense(*place.purify("--seed", "4", "--evidence", "full"))
     assert outcome.code == 0
     assert "utility guard: bound not decidable with 6 held-out samples" in outcome.out
     assert place.files() == ["out"]

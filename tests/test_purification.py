@@ -120,7 +120,7 @@ def test_modes_and_optional_settings_are_checked(net, clean):
 
 def test_progress_is_reported(net, clean):
     events = []
-    mmd.purify(net, clean, Shrink(), progress=events.append)
+    mmd.purify(net, clean, Shrink(), progress=events.append, evidence="none")
     assert [(event.stage, event.step, event.total) for event in events] == [
         ("guard", 0, 0),
         ("guard", 1, 0),
@@ -132,7 +132,7 @@ def test_progress_is_reported(net, clean):
 
 
 def test_the_record_says_what_was_done(net, clean):
-    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0, seed=3))
+    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0, seed=3), evidence="full")
     record = purified.record()
     assert record.task == "image-classification"
     assert record.model.sha256_before == hash_weights(net)
@@ -157,7 +157,7 @@ def test_a_registered_defense_is_recorded_by_its_name(net, clean):
 
 
 def test_save_writes_model_record_and_page(net, clean, tmp_path):
-    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0))
+    purified = mmd.purify(net, clean, Shrink(max_utility_drop=1.0), evidence="full")
     purified.save(tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: value.tolist() for name, value in written.items()} == {
@@ -216,10 +216,38 @@ class Once(Net):
 
 
 def test_a_model_without_a_hessian_has_a_page_all_the_same(clean, tmp_path):
-    purified = mmd.purify(Once(), clean, Shrink(max_utility_drop=1.0))
+    purified = mmd.purify(Once(), clean, Shrink(max_utility_drop=1.0), evidence="full")
     purified.save(tmp_path / "out")
     assert purified.record().figures == {}
-    assert "Loss smoothness" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Loss smoothness" not in page
+    assert "The curvature was not measured: the model must be differentiated twice" in page
+
+
+def test_without_evidence_the_page_says_so_and_has_no_empty_parts(net, clean, tmp_path):
+    purified = mmd.purify(net, clean, "fine-tuning", steps=1, evidence="none")
+    purified.save(tmp_path / "out")
+    record = purified.record()
+    assert (record.layers, record.figures, record.spectra) == ((), {}, {})
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Nothing beyond the verdict was measured" in page
+    assert "What was changed" not in page
+
+
+def test_the_record_only_reads_what_was_measured(net, clean, monkeypatch):
+    purified = mmd.purify(net, clean, Shrink(), evidence="full")
+
+    def fail(*_):
+        raise AssertionError("a model was run")
+
+    monkeypatch.setattr(Net, "forward", fail)
+    assert purified.record().evidence.level == "full"
+    assert purified.figures()
+
+
+def test_a_level_of_evidence_that_is_none_is_refused_before_anything_is_done(net, clean):
+    with pytest.raises(mmd.BadInputError, match="evidence must be one of none, fast, full, got 'x"):
+        mmd.purify(net, clean, Shrink(), evidence="x")
 
 
 def test_a_model_that_no_layer_ends_has_no_embedding(clean, tmp_path):
@@ -231,6 +259,6 @@ def test_a_model_that_no_layer_ends_has_no_embedding(clean, tmp_path):
         def forward(self, images):
             return self.conv(images).mean((2, 3))
 
-    purified = mmd.purify(Sum(), clean, "fine-tuning", steps=1)
+    purified = mmd.purify(Sum(), clean, "fine-tuning", steps=1, evidence="full")
     purified.save(tmp_path / "out")
     assert (tmp_path / "out" / "report.html").exists()

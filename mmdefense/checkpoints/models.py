@@ -29,7 +29,15 @@ from mmdefense.checkpoints.weights import check_finite, read_checkpoint, write_s
 from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 
-__all__ = ["hash_file", "hash_files", "hash_inputs", "load_model", "save_model", "write_model"]
+__all__ = [
+    "hash_file",
+    "hash_files",
+    "hash_inputs",
+    "load_model",
+    "save_model",
+    "weight_names",
+    "write_model",
+]
 
 WEIGHTS = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -157,8 +165,16 @@ def _as_stored(state: Mapping[str, Tensor], source: Path, weights: str | None) -
 
 def hash_files(where: str | Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file of a model by name, as ``sha256sum`` prints it."""
-    files = [Path(where)] if _is_state_file(where) else weight_files(local_folder(where))
-    return {path.name: _sha256(path) for path in files}
+    return {path.name: _sha256(path) for path in _weight_files(where)}
+
+
+def weight_names(where: str | Path) -> list[str]:
+    """Return the names of the weight files of a model, as :func:`hash_files` has them."""
+    return [path.name for path in _weight_files(where)]
+
+
+def _weight_files(where: str | Path) -> list[Path]:
+    return [Path(where)] if _is_state_file(where) else weight_files(local_folder(where))
 
 
 def hash_file(path: Path) -> str:

@@ -94,10 +94,18 @@ def hessian_product(
     samples: Samples[B],
     parameters: Sequence[Tensor],
     batch_size: int = 256,
+    each: Callable[[], object] | None = None,
 ) -> Callable[[Vector], Vector]:
     """Return ``v -> H v`` for the Hessian of the mean loss over ``samples``, in eval mode.
 
     One product costs a pass with a double backward over all samples.
+
+    Args:
+        adapter: The model.
+        samples: N samples.
+        parameters: What to differentiate with respect to.
+        batch_size: Samples per pass.
+        each: Called before each pass; may raise to end the product.
     """
 
     def of_one(batch: B, vector: Vector) -> Vector:
@@ -116,6 +124,8 @@ def hessian_product(
         model = adapter.model
         with mode(model, train=False), second_derivatives():
             for batch in batches(samples, batch_size):
+                if each is not None:
+                    each()
                 for turned in in_parts(lambda b: of_one(b, vector), batch, "curvature", model):
                     torch._foreach_add_(total, turned)
         torch._foreach_div_(total, len(samples))
@@ -239,6 +249,7 @@ def smoothness(
     probes: int = 3,
     steps: int = 10,
     batch_size: int = 256,
+    watch: Callable[[int], object] | None = None,
 ) -> Smoothness:
     """Measure lambda_max, Tr(H) and the spectrum of the mean loss over ``samples``, in eval mode.
 
@@ -254,9 +265,23 @@ def smoothness(
         probes: Number of random vectors.
         steps: Size of each Krylov space; one Hessian product each.
         batch_size: Samples per pass.
+        watch: Called before each pass with the number of products that are done; may raise to end
+            the measurement.
     """
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
-    product = hessian_product(adapter, samples, parameters, batch_size)
+    done = 0
+
+    def each() -> None:
+        if watch is not None:
+            watch(done)
+
+    def product(vector: Vector) -> Vector:
+        nonlocal done
+        turned = one_product(vector)
+        done += 1
+        return turned
+
+    one_product = hessian_product(adapter, samples, parameters, batch_size, each)
     size = sum(parameter.numel() for parameter in parameters)
     quadratures = []
     for _ in range(probes):

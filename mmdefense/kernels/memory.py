@@ -37,6 +37,7 @@ __all__ = [
     "in_parts",
     "is_out_of_memory",
     "roomy",
+    "saved_bytes",
 ]
 
 B = TypeVar("B")
@@ -129,6 +130,26 @@ def _statistics(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
             yield from module.buffers(recurse=False)
+
+
+def saved_bytes(compute: Callable[[], object], model: nn.Module) -> int:
+    """Return how many bytes the graph of a computation keeps for its backward pass.
+
+    The weights of ``model`` are not counted.
+    """
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = compute()  # with its graph, or the addresses would be used again
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    del held
+    return sum(sizes.values())
 
 
 def fitted(

@@ -114,22 +114,23 @@ def comparison_page(records: Sequence[PurificationRecord], names: Sequence[str])
         names: What each is called; all different.
     """
     chart = _chart(records, names)
+    tables = [
+        ("before-after", "Before and after", "", _side_by_side(map(_measured, records))),
+        ("settings", "Settings", "code", _side_by_side(map(_settings, records))),
+        ("layers", "Weight change, layer by layer", "", _side_by_side(map(_layers, records))),
+        (
+            "provenance",
+            "Provenance",
+            "code",
+            _side_by_side(dict(provenance(record)) for record in records),
+        ),
+    ]
     return template("compare.html.j2").render(
         names=names,
         records=records,
         verdicts=[verdict(record) for record in records],
         figures=figure_contexts([chart] if chart is not None else []),
-        tables=[
-            ("before-after", "Before and after", "", _side_by_side(map(_measured, records))),
-            ("settings", "Settings", "code", _side_by_side(map(_settings, records))),
-            ("layers", "Weight change, layer by layer", "", _side_by_side(map(_layers, records))),
-            (
-                "provenance",
-                "Provenance",
-                "code",
-                _side_by_side(dict(provenance(record)) for record in records),
-            ),
-        ],
+        tables=[table for table in tables if table[3]],
     )
 
 
@@ -165,7 +166,9 @@ def _measured(record: PurificationRecord) -> dict[str, str]:
     search = record.triggers
     if search is not None:
         shown["Triggers found"] = f"{search.found}, of {search.targets} searches"
-    return shown | {"Units silenced": f"{silenced} of {units}", "Time": duration(record.seconds)}
+    if record.layers:
+        shown["Units silenced"] = f"{silenced} of {units}"
+    return shown | {"Time": duration(record.seconds)}
 
 
 def _settings(record: PurificationRecord) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.curvature import Smoothness, smoothness
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.memory import in_parts, is_out_of_memory
+from mmdefense.kernels.memory import in_parts, is_out_of_memory, saved_bytes
 from mmdefense.kernels.units import relative_change, unit_rows
 from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.report import figures
@@ -23,6 +23,10 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.record import LayerChange
 
 __all__ = [
+    "CURVED",
+    "EMBEDDED",
+    "curvature_batch",
+    "curvature_steps",
     "defense_figures",
     "embedding_figure",
     "embeddings",
@@ -33,8 +37,15 @@ __all__ = [
     "smoothness_figure",
 ]
 
-_CURVATURE_SAMPLES, _EMBEDDED = 128, 300  # ours: seconds on two cores, and the maps stay readable
-_STEPS, _FEWEST, _KEPT = 16, 4, 2**30  # ours: Lanczos vectors, and entries of all: 4 GiB in float32
+CURVED = (128, 64, 32)
+"""Ours: samples that the curvature is measured on, and fewer where there is no time for them."""
+
+EMBEDDED = 300
+"""Ours: samples of the map of the penultimate layer, which stays readable."""
+
+_STEPS, _FEWEST, _KEPT = 16, 4, 2**29  # ours: Lanczos vectors, and entries of all: 2 GiB in float32
+_GRAPH = 2**30  # ours: bytes that the graph of a product with the Hessian may take
+_TWICE = 6  # ours: how many times as much as that of a forward pass it takes
 
 
 def few(samples: Samples[Any], count: int) -> Samples[Any]:
@@ -60,28 +71,80 @@ def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -
 
 
 def measured_sharpness(
-    adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0, probes: int = 1
+    adapter: TaskAdapter[Any],
+    samples: Samples[Any],
+    seed: int = 0,
+    probes: int = 1,
+    *,
+    steps: int | None = None,
+    watch: Callable[[int], object] | None = None,
 ) -> Smoothness:
     """Return the curvature of the clean loss at a model's weights.
 
     The cost is bounded: at most 128 samples, at most 16 products with the Hessian a probe, and
-    fewer where the model is so large that the vectors to keep would exceed 4 GiB in float32.
+    fewer where the model is so large that the vectors to keep would exceed 2 GiB in float32; and
+    as many samples at once as keep the graph of a product within about 1 GiB.
+
+    Args:
+        adapter: The model.
+        samples: Clean samples.
+        seed: Of the probes.
+        probes: Number of random vectors.
+        steps: Products with the Hessian a probe; by default as many as are allowed.
+        watch: Called before each pass with the number of products that are done; may raise.
 
     Raises:
         UnsupportedError: If the model has no Hessian, or is too large even for four products.
     """
-    part = few(adapter.samples(samples), _CURVATURE_SAMPLES)  # fewer than the classes may be left
+    part = few(adapter.samples(samples), CURVED[0])  # fewer than the classes may be left
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in parameters)
+    most = curvature_steps(adapter)
+    check_second_derivative(adapter, part, parameters)
+    return smoothness(
+        adapter,
+        part,
+        generator,
+        probes=probes,
+        steps=most if steps is None else min(steps, most),
+        batch_size=curvature_batch(adapter, part),
+        watch=watch,
+    )
+
+
+def curvature_steps(adapter: TaskAdapter[Any]) -> int:
+    """Return how many products with the Hessian there is memory for; each leaves a vector to keep.
+
+    Raises:
+        UnsupportedError: If the model is too large even for four.
+    """
+    size = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
     steps = min(_STEPS, _KEPT // max(1, size))
     if steps < _FEWEST:
         raise UnsupportedError(
             f"the curvature of {type(adapter.model).__name__} was not measured: with {size:,} "
             f"weights, {_FEWEST} vectors of its size exceed {_KEPT:,} entries"
         )
-    check_second_derivative(adapter, part, parameters)
-    return smoothness(adapter, part, generator, probes=probes, steps=steps, batch_size=32)
+    return steps
+
+
+def curvature_batch(adapter: TaskAdapter[Any], samples: Samples[Any]) -> int:
+    """Return how many samples at once, at most 32, a product with the Hessian has memory for.
+
+    Told by what the graph of one sample's loss keeps.
+
+    Raises:
+        UnsupportedError: If one sample is too much.
+    """
+    one = samples.take(torch.zeros(1, dtype=torch.int64))
+    with mode(adapter.model, train=False):
+        needed = _TWICE * saved_bytes(lambda: adapter.per_sample_loss(one), adapter.model)
+    if needed > 2 * _GRAPH:
+        raise UnsupportedError(
+            f"a product of the Hessian of {type(adapter.model).__name__} with a vector takes about "
+            f"{needed / 2**30:.1f} GiB for one sample"
+        )
+    return max(1, min(32, _GRAPH // max(1, needed)))
 
 
 def embeddings(
@@ -119,10 +182,10 @@ def embedding_figure(
 
     None is returned where the samples have no labels or the model no such layer.
     """
-    part = few(samples, _EMBEDDED)
+    part = few(samples, EMBEDDED)
     labels = part.strata()
     pair = (
-        embeddings(before, after, samples, _EMBEDDED)
+        embeddings(before, after, samples, EMBEDDED)
         if labels is not None and len(part) > 2
         else None
     )
@@ -173,14 +236,20 @@ def _silenced(group: UnitGroup, old: Mapping[str, Tensor], new: Mapping[str, Ten
     return int((dead[1] & ~dead[0]).sum())
 
 
-def smoothness_figure(before: Smoothness | None, after: Smoothness | None) -> Figure | None:
-    """Return the figure of the curvature before and after, where both were measured."""
-    if before is None or after is None:
-        return None
+def smoothness_figure(before: Smoothness, after: Smoothness, parts: Sequence[str]) -> Figure:
+    """Return the figure of the curvature before and after.
+
+    Args:
+        before: Of the given model.
+        after: Of the purified one.
+        parts: Which of ``"trace"``, ``"lambda_max"`` and ``"spectrum"`` are shown.
+    """
     return figures.smoothness(
-        (before.lambda_max, after.lambda_max),
+        (before.lambda_max, after.lambda_max) if "lambda_max" in parts else None,
         (before.trace, after.trace),
-        spectra={"before": before.spectrum, "after": after.spectrum},
+        spectra={"before": before.spectrum, "after": after.spectrum}
+        if "spectrum" in parts
+        else None,
     )
 
 

@@ -5,6 +5,8 @@ A :class:`Figure` is general. The functions below make the usual ones from array
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ __all__ = [
     "embedding",
     "inverted_samples",
     "layer_changes",
+    "map_seconds",
     "pruning_curve",
     "recovered_triggers",
     "smoothness",
@@ -49,6 +52,7 @@ _SPECTRUM = (
     "directions; left of zero the loss curves down. Single humps are nodes of the quadrature."
 )
 _EMBEDDED, _LAYERS, _COLUMNS = 500, 24, 10  # ours: t-SNE takes seconds, and pages stay readable
+_LOADING, _A_POINT, _TRIED = 3.0, 0.003, 40  # ours: seconds of scikit-learn and of a point; points
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,14 +249,15 @@ def activeness(before: Any, after: Any = None) -> Figure:
 
 
 def smoothness(
-    lambda_max: tuple[float, float],
+    lambda_max: tuple[float, float] | None,
     trace: tuple[float, float],
     spectra: Mapping[str, Spectrum] | None = None,
 ) -> Figure:
     """Show the sharpness of the clean loss before and after.
 
     Args:
-        lambda_max: Largest eigenvalue of the Hessian, before and after.
+        lambda_max: Largest eigenvalue of the Hessian, before and after; none where it was not
+            measured.
         trace: Trace of the Hessian, before and after.
         spectra: How all eigenvalues are spread, by name.
     """
@@ -264,7 +269,11 @@ def smoothness(
         "Compare before with after only: the scale depends on the model."
         + (f" {_SPECTRUM}" if spectra else ""),
         [
-            Bars(labels, lambda_max, "λmax: largest eigenvalue of the Hessian"),
+            *(
+                [Bars(labels, lambda_max, "λmax: largest eigenvalue of the Hessian")]
+                if lambda_max is not None
+                else []
+            ),
             Bars(labels, trace, "Tr(H): trace of the Hessian"),
             *([spectral_density(spectra)] if spectra else []),
         ],
@@ -328,6 +337,18 @@ def embedding(
         plots,
         wide=True,
     )
+
+
+def map_seconds(count: int) -> float:
+    """Return about how many seconds the t-SNE of so many points takes, tried on a few.
+
+    Where its library is not loaded yet, that is not done to find out, and counted in.
+    """
+    if "sklearn.manifold" not in sys.modules:
+        return _LOADING + count * _A_POINT
+    begin = time.perf_counter()
+    _tsne(np.random.default_rng(0).normal(size=(_TRIED, 2)), 0)
+    return (time.perf_counter() - begin) / _TRIED * count
 
 
 def _tsne(points: Any, seed: int) -> Any:

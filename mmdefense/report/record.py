@@ -24,6 +24,7 @@ __all__ = [
     "ComparisonRecord",
     "DataInfo",
     "DefenseInfo",
+    "EvidenceInfo",
     "Guard",
     "LayerChange",
     "ModelInfo",
@@ -257,6 +258,28 @@ class LayerChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvidenceInfo:
+    """How much was measured beyond the verdict.
+
+    Attributes:
+        level: ``"none"``, ``"fast"`` or ``"full"``.
+        seconds: Wall-clock time of it.
+        skipped: What was left out and why, a sentence each.
+    """
+
+    level: str
+    seconds: float = 0.0
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What was left out, in sentences for a person."""
+        if self.level == "none":
+            return ("Nothing beyond the verdict was measured (evidence none).",)
+        return tuple(f"{sentence[0].upper()}{sentence[1:]}." for sentence in self.skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What is needed to do it again.
 
@@ -332,6 +355,7 @@ class PurificationRecord(JsonRecord):
         spectra: The spectrum of the Hessian of the clean loss ``"before"`` and ``"after"``.
         scan: What was found in the files and weights of the given model, before anything was done.
         evaluations: What was measured afterwards (``mmdefense evaluate --record``), in order.
+        evidence: How much of layers, figures and spectra was measured.
     """
 
     kind: ClassVar[str] = "purification"
@@ -352,6 +376,7 @@ class PurificationRecord(JsonRecord):
     figures: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, SpectrumFigures] = field(default_factory=dict)
     scan: ScanSummary | None = None
+    evidence: EvidenceInfo | None = None
     evaluations: tuple[Evaluation, ...] = ()
 
     @property

@@ -45,6 +45,7 @@ def write_statement(
     inputs: Mapping[str, str] | None = None,
     *,
     only: Collection[str] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``purification.json`` for a folder whose other files are all there, atomically.
 
@@ -55,8 +56,9 @@ def write_statement(
         folder: The output; hashed as it is.
         inputs: SHA-256 of each file that was read, by name.
         only: Names of the files that it is about; by default all in the folder.
+        known: SHA-256 of files of the folder that were hashed already, by name.
     """
-    found = _hashed(folder)
+    found = _hashed(folder, known or {})
     named = found if only is None else {name: found[name] for name in found if name in only}
     predicate = {"materials": _resources(inputs or {}), **json.loads(record.to_json())}
     statement = {
@@ -69,11 +71,12 @@ def write_statement(
     write_atomically(folder / RECORD, lambda file: file.write(text.encode()))
 
 
-def _hashed(folder: Path) -> dict[str, str]:
+def _hashed(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder, but of the record and the page."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _sha256(path) for name, path in named.items() if name not in {RECORD, PAGE}}
+    hashed = {name: path for name, path in named.items() if name not in {RECORD, PAGE}}
+    return {name: known.get(name) or _sha256(path) for name, path in hashed.items()}
 
 
 def _sha256(path: Path) -> str:

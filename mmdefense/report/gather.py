@@ -1,0 +1,317 @@
+"""The evidence of a purification, gathered within a share of its time.
+
+What a piece costs is measured on a few samples before it is begun, in time and in memory; one that
+does not fit is left out, and that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mmdefense.batches import Samples
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.curvature import Smoothness, hessian_product
+from mmdefense.kernels.deadline import Deadline
+from mmdefense.kernels.fisher import check_second_derivative
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.kernels.memory import is_out_of_memory
+from mmdefense.kernels.run import Event, OutOfTime, Progress
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report.evidence import (
+    CURVED,
+    EMBEDDED,
+    curvature_batch,
+    curvature_steps,
+    embedding_figure,
+    few,
+    layer_changes,
+    measured_sharpness,
+    smoothness_figure,
+)
+from mmdefense.report.figures import Figure, map_seconds
+from mmdefense.report.record import LayerChange
+
+__all__ = ["LEVELS", "Curvature", "Evidence", "Level", "check_level", "gather"]
+
+Level = Literal["none", "fast", "full"]
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+SHARE = 0.15
+"""Largest part of the purification's time that fast evidence takes."""
+
+_PRODUCT = 4.0
+"""Ours: a product with the Hessian takes about as long as four gradients."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The curvature of the clean loss at the weights before and after.
+
+    Attributes:
+        before: Of the given model.
+        after: Of the purified one, on the same samples with the same probe.
+        parts: Which of ``"trace"``, ``"lambda_max"`` and ``"spectrum"`` enough products with the
+            Hessian were computed for.
+        samples: How many samples it was measured on.
+    """
+
+    before: Smoothness
+    after: Smoothness
+    parts: tuple[str, ...]
+    samples: int
+
+    def figure(self) -> Figure:
+        """Return the figure of what was measured."""
+        return smoothness_figure(self.before, self.after, self.parts)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a purification beyond its verdict.
+
+    Attributes:
+        level: ``"none"``, ``"fast"`` or ``"full"``.
+        seconds: How long it took.
+        skipped: What was left out and why, a sentence each.
+        layers: How far each layer moved.
+        curvature: The curvature before and after.
+        embedding: The map of the penultimate layer before and after.
+    """
+
+    level: Level = "none"
+    seconds: float = 0.0
+    skipped: tuple[str, ...] = ()
+    layers: tuple[LayerChange, ...] = ()
+    curvature: Curvature | None = None
+    embedding: Figure | None = None
+
+    def figures(self) -> list[Figure]:
+        """Return the figures of the page."""
+        curved = None if self.curvature is None else self.curvature.figure()
+        return [figure for figure in (curved, self.embedding) if figure is not None]
+
+
+def check_level(level: str) -> Level:
+    """Return a level of evidence.
+
+    Raises:
+        BadInputError: If there is none of that name.
+    """
+    for known in LEVELS:
+        if level == known:
+            return known
+    raise BadInputError(f"evidence must be one of {', '.join(LEVELS)}, got {level!r}")
+
+
+def gather(
+    before: TaskAdapter[Any],
+    after: TaskAdapter[Any],
+    samples: Samples[Any],
+    level: Level = "fast",
+    *,
+    seconds: float,
+    seed: int = 0,
+    deadline: Deadline | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Measure what a purification did to a model.
+
+    Args:
+        before: The given model.
+        after: The purified one.
+        samples: Clean samples.
+        level: ``"fast"`` takes at most 15 % of the purification's time, ``"full"`` what is left
+            until the deadline, ``"none"`` measures nothing.
+        seconds: What the purification took.
+        seed: Of the probe of the curvature.
+        deadline: When to be done in any case.
+        progress: Called with each sign of progress.
+    """
+    if level == "none":
+        return Evidence()
+    deadline = deadline or Deadline()
+    begin = deadline.clock()
+    limit = deadline.within(SHARE * seconds) if level == "fast" else deadline
+    why = "until the time is up"
+    if limit.at < deadline.at:
+        why = f"of {SHARE:.0%} of the purification's time; --evidence full measures it"
+    work = _Gathering(before, after, samples, seed, limit, why, progress or (lambda _: None))
+    work.run()
+    return Evidence(
+        level=level,
+        seconds=deadline.clock() - begin,
+        skipped=tuple(work.skipped),
+        layers=work.layers,
+        curvature=work.curvature,
+        embedding=work.embedding,
+    )
+
+
+@dataclass
+class _Gathering:
+    """Evidence in the making: what is measured, until when, and what has come of it."""
+
+    before: TaskAdapter[Any]
+    after: TaskAdapter[Any]
+    samples: Samples[Any]
+    seed: int
+    limit: Deadline
+    why: str
+    tell: Progress
+    skipped: list[str] = field(default_factory=list)
+    layers: tuple[LayerChange, ...] = ()
+    curvature: Curvature | None = None
+    embedding: Figure | None = None
+
+    def run(self) -> None:
+        """Measure piece after piece, the cheapest first where there is no time for all."""
+        self.tell(Event("evidence", 0, 3))
+        if self._fits("the change of each layer", 0.0):
+            self.layers = layer_changes(self.before, self.after)
+        self.tell(Event("evidence", 1, 3))
+        pieces = [
+            (self._cost_of("the map of the penultimate layer", self._map_cost), self._map),
+            (self._cost_of("the curvature", self._product_cost), self._curvature),
+        ]
+        needed = sum(cost or 0.0 for cost, _ in pieces)
+        if needed > self.limit.left:  # else the curvature, of which there may be more, comes last
+            pieces.sort(key=lambda pair: pair[0] or 0.0)
+        for number, (cost, piece) in enumerate(pieces, 2):
+            if cost is not None:
+                piece(cost)
+            self.tell(Event("evidence", number, 3))
+
+    def _fits(self, what: str, cost: float) -> bool:
+        """Say whether there is time for a piece; note it as left out if there is not."""
+        left = self.limit.left
+        if cost < left:
+            return True
+        self.skipped.append(
+            f"{what} was not measured: it takes about {cost:.2g} s, and {max(0.0, left):.2g} s "
+            f"were left {self.why}"
+        )
+        return False
+
+    def _cost_of(self, what: str, measure: Callable[[], float | None]) -> float | None:
+        """Return what a piece costs in seconds; none where it cannot be, or there is no time."""
+        if not self._fits(what, 0.0):
+            return None
+        try:
+            return measure()
+        except UnsupportedError as error:
+            self.skipped.append(f"{what} was not measured: {error}")
+        except (RuntimeError, MemoryError) as error:  # evidence is no reason to lose a model over
+            if not is_out_of_memory(error):
+                raise
+            self.skipped.append(f"{what} was not measured: memory ran out")
+        return None
+
+    def _timed(self, compute: Callable[[Samples[Any]], object], samples: Samples[Any]) -> float:
+        begin = self.limit.clock()
+        compute(samples)
+        return self.limit.clock() - begin
+
+    def _per_sample(
+        self, compute: Callable[[Samples[Any]], object], samples: Samples[Any]
+    ) -> float:
+        """Return about how many seconds a sample takes among others.
+
+        More samples at once are timed only while that is cheap.
+        """
+        size, took = 1, self._timed(compute, few(samples, 1))
+        for larger in (8, 32):
+            cheap = took / size * larger < min(self.limit.left / 20, 0.5)
+            if not cheap or larger > len(samples):
+                break
+            size, took = larger, self._timed(compute, few(samples, larger))
+        return took / size
+
+    def _map_cost(self) -> float | None:
+        """Return what the map costs; none where the samples have no labels."""
+        part = few(self.before.samples(self.samples), EMBEDDED)
+        if part.strata() is None or len(part) < 3:
+            return None
+        with mode(self.before.model, train=False), torch.no_grad():
+            one = self._per_sample(lambda some: self.before.embedding(_whole(some)), part)
+        passes = 2 * len(part) * one
+        return passes + map_seconds(2 * len(part))
+
+    def _map(self, cost: float) -> None:
+        if self._fits("the map of the penultimate layer", cost):
+            self.embedding = embedding_figure(self.before, self.after, self.samples)
+
+    def _product_cost(self) -> float | None:
+        """Return what the least of the curvature costs: its trace, on the fewest samples."""
+        adapter = self.before
+        part = few(adapter.samples(self.samples), CURVED[-1])
+        weights: list[Tensor] = [p for p in adapter.model.parameters() if p.requires_grad]
+        curvature_steps(adapter)
+        with mode(adapter.model, train=False):
+            gradient = self._timed(
+                lambda some: mean_loss_gradient(adapter, _whole(some), weights), few(part, 1)
+            )
+        if not self._fits("the curvature", 2 * len(part) * _PRODUCT * gradient / _ALONE):
+            return None
+        check_second_derivative(adapter, part, weights)
+        largest = curvature_batch(adapter, part)
+        one = self._per_sample(
+            lambda some: hessian_product(adapter, some, weights, largest)(weights), part
+        )
+        return 2 * len(part) * one
+
+    def _curvature(self, cost: float) -> None:
+        """Measure as much of the curvature as there is time for, on as many samples as there is."""
+        read = self.before.samples(self.samples)
+        one = cost / (2 * len(few(read, CURVED[-1])))
+        most = curvature_steps(self.before)
+        for count in CURVED:
+            part = few(read, count)
+            both = 2 * _SLACK * len(part) * one  # of a product with either model
+            if most * both < self.limit.left:
+                return self._sharpness(part, most, ("trace", "lambda_max", "spectrum"))
+        what = "the spectrum of the Hessian"
+        self._fits(what, most * both)
+        if _SOME * both < self.limit.left:
+            return self._sharpness(part, int(self.limit.left / both), ("trace", "lambda_max"))
+        self.skipped[-1] = self.skipped[-1].replace(what, "the largest eigenvalue, and " + what)
+        return self._sharpness(part, 1, ("trace",)) if self._fits("the trace", both) else None
+
+    def _sharpness(self, part: Samples[Any], steps: int, parts: tuple[str, ...]) -> None:
+        total = 2 * steps
+        found: list[Smoothness] = []
+
+        def watch(products: int) -> None:
+            done = steps * len(found) + products
+            self.tell(Event("curvature", done, total))
+            if self.limit.passed:
+                raise OutOfTime(f"product {done} of {total}")
+
+        try:
+            for adapter in (self.before, self.after):
+                found.append(measured_sharpness(adapter, part, self.seed, steps=steps, watch=watch))
+        except OutOfTime as over:
+            self.skipped.append(f"the curvature was not measured: the time was up in {over}")
+            return
+        self.tell(Event("curvature", total, total))
+        self.curvature = Curvature(found[0], found[1], parts, len(part))
+
+
+def _whole(samples: Samples[Any]) -> Any:
+    return samples.take(torch.arange(len(samples)))
+
+
+_SOME = 5
+"""Ours: products from which on the largest Ritz value is taken for the largest eigenvalue."""
+
+_SLACK = 1.2
+"""Ours: what is measured may take so much longer than a few samples tell."""
+
+_ALONE = 8
+"""Ours: a sample alone may take up to so many times as long as one among others."""
