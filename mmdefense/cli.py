@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mmdefense.checkpoints.hub import HubTarget
     from mmdefense.defenses.base import Defense
     from mmdefense.jobs import Source
+    from mmdefense.report.gather import Level
 
 __all__ = ["app", "main"]
 
@@ -167,7 +168,7 @@ def purify(
     )
     limit, level = duration(max_time), check_level(evidence)
     if dry_run:
-        _show_plan(source, chosen)
+        _show_plan(source, chosen, level)
         return
     target = _hub_target(push_to_hub)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
@@ -473,10 +474,10 @@ def grid(
     typer.echo(markdown(measured))
 
 
-def _show_plan(source: Source, defense: Defense) -> None:
+def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
     from mmdefense.planning import plan
 
-    for line in plan(source, defense).lines():
+    for line in plan(source, defense, evidence).lines():
         typer.echo(line)
 
 

@@ -24,7 +24,7 @@ from mmdefense.scanning import scan_loaded
 from mmdefense.scanning.formats import summary
 from mmdefense.sources import AUTO, Opened, Source
 
-__all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files"]
+__all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files", "writing_seconds"]
 
 _IDENTITY = "job"
 _FOR_THE_PAGE, _PASSES = 1.0, 6
@@ -89,7 +89,7 @@ def purify_files(
     tell(Event("scan", 1, 1))
     begin = deadline.clock()
     _claim(store, _identity(opened, defense))
-    writing = _FOR_THE_PAGE + _PASSES * (deadline.clock() - begin)
+    writing = writing_seconds(deadline.clock() - begin)
     try:
         purified = purify(
             opened.adapter,
@@ -112,6 +112,11 @@ def purify_files(
     if not purified.result.stopped:
         shutil.rmtree(store.folder, ignore_errors=True)
     return purified
+
+
+def writing_seconds(hashing: float) -> float:
+    """Return about how long writing an output takes, where hashing its weights takes so long."""
+    return _FOR_THE_PAGE + _PASSES * hashing
 
 
 def _identity(opened: Opened, defense: Defense) -> dict[str, Any]:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdefense.batches import split
-from mmdefense.checkpoints.runs import RunStore
-from mmdefense.defenses.base import Defense, Result, TrainingDefense
+from mmdefense.batches import Samples, split
+from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.jobs import writing_seconds
+from mmdefense.kernels.deadline import Deadline
+from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.kernels.precision import in_float32
+from mmdefense.kernels.run import Event
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report.evidence import few
+from mmdefense.report.gather import SHARE, Level, most_seconds
 from mmdefense.scanning import scan_loaded
-from mmdefense.sources import Opened, Source
+from mmdefense.sources import Source
 
 __all__ = ["Plan", "plan"]
 
-_FEW, _MORE = 2, 6
-"""Updates of the runs that are timed."""
+_TRIAL = 8.0
+"""Ours: seconds that the defense is tried for."""
 
-_LONGEST = 60.0
-"""Seconds after which the first of them is cut off."""
+_TRIED = 512
+"""Ours: samples that it is tried on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +48,11 @@ class Plan:
         fit: Clean samples to learn from.
         holdout: Clean samples that are held out.
         defense: The defense with all its settings.
-        seconds: About how long it takes; none where a few updates do not tell.
-        memory: Peak of the memory after a few updates, in bytes: of the GPU, or of this process.
+        seconds: About how long it takes, reading and writing included, evidence not.
+        at_least: Whether it may take longer, since the trial did not come to its last stage.
+        evidence: The level of evidence.
+        evidence_seconds: How long that takes at most.
+        memory: Peak of the memory after the trial, in bytes: of the GPU, or of this process.
         scan: What a look at the files and weights concludes; it is taken first, and in ``seconds``.
     """
 
@@ -54,16 +64,22 @@ class Plan:
     fit: int
     holdout: int
     defense: Defense
-    seconds: float | None
+    seconds: float
+    at_least: bool = False
+    evidence: Level = "none"
+    evidence_seconds: float = 0.0
     memory: int
     scan: str = ""
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
         trains = "no values" if self.trained is None else f"{self.trained:,} values"
-        takes = "not told by a few updates" if self.seconds is None else _duration(self.seconds)
+        takes = _duration(self.seconds, "at least" if self.at_least else "about")
         if more := getattr(self.defense, "restarts", 0):
             takes += f"; up to {1 + more} times as long where the rate has to be lowered"
+        beyond = "none"
+        if self.evidence != "none":
+            beyond = f"{self.evidence}, {_duration(self.evidence_seconds, 'at most about')} more"
         return [
             f"task      {self.task}, read by {self.adapter}",
             f"model     {self.architecture}, {self.parameters:,} weights",
@@ -73,27 +89,42 @@ class Plan:
             f"defense   {self.defense}",
             f"trains    {trains}",
             f"time      {takes}",
+            f"evidence  {beyond}",
             f"memory    {self.memory / 2**30:.2f} GiB at its peak",
             "nothing was written",
         ]
 
 
-def plan(source: Source, defense: Defense) -> Plan:
-    """Return what ``defense`` would do to a model; it is tried for a few updates on a copy.
+def plan(
+    source: Source,
+    defense: Defense,
+    evidence: Level = "fast",
+    clock: Callable[[], float] = time.monotonic,
+) -> Plan:
+    """Return what ``defense`` would do to a model; it is tried for some seconds on a copy.
 
     The files and weights are scanned as they would be.
+
+    Args:
+        source: Model and clean data.
+        defense: The defense with its settings.
+        evidence: The level of evidence.
+        clock: Returns the time in seconds.
 
     Raises:
         BadInputError: If the clean data or the model cannot be used.
         UnsupportedError: If the defense cannot serve this model.
     """
+    begin = clock()
     opened = source.open()
     adapter, samples = opened.adapter, opened.samples
-    begin = time.perf_counter()
     scanned = scan_loaded(source.model, adapter.model)
-    looked = time.perf_counter() - begin
+    read, begin = clock() - begin, clock()
+    hash_weights(adapter.model)
+    written = writing_seconds(clock() - begin)
+    gradient = _gradient_seconds(adapter, samples, clock)
+    seconds, at_least = _seconds(adapter, samples, defense, gradient, clock)
     fit, held = split(samples, defense.holdout, defense.seed)
-    seconds = _seconds(opened, defense)
     return Plan(
         task=opened.task.name,
         adapter=type(adapter).__name__,
@@ -103,54 +134,106 @@ def plan(source: Source, defense: Defense) -> Plan:
         fit=len(fit),
         holdout=len(held),
         defense=defense,
-        seconds=None if seconds is None else seconds + looked,
+        seconds=read + seconds + written,
+        at_least=at_least,
+        evidence=evidence,
+        evidence_seconds=(
+            SHARE * seconds if evidence == "fast" else most_seconds(len(samples), gradient)
+        ),
         memory=_peak(next(adapter.model.parameters()).device),
         scan=scanned.verdict.text,
     )
 
 
-@dataclass(frozen=True)
-class _Memory(RunStore):
-    """A store that keeps states in memory."""
+def _gradient_seconds(
+    adapter: TaskAdapter[Any], samples: Samples[Any], clock: Callable[[], float]
+) -> float:
+    """Return about how long the gradient of one sample's loss takes, among eight or alone."""
+    wide = in_float32(adapter)
+    weights = [p for p in wide.model.parameters() if p.requires_grad]
+    took = 0.0
+    for count in (1, 8):
+        some = few(wide.samples(samples), count)
+        begin = clock()
+        mean_loss_gradient(wide, some.take(torch.arange(len(some))), weights)
+        took = (clock() - begin) / len(some)
+        if took > 0.25:
+            break
+    return took
 
-    folder: Path = Path()
-    states: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        self.states[str(self.folder / name)] = copy.deepcopy(state)
+def _seconds(
+    adapter: TaskAdapter[Any],
+    samples: Samples[Any],
+    defense: Defense,
+    gradient: float,
+    clock: Callable[[], float],
+) -> tuple[float, bool]:
+    """Return about how long a purification takes, and whether it may take longer.
 
-    def load(self, name: str) -> dict[str, Any] | None:
-        return copy.deepcopy(self.states.get(str(self.folder / name)))
-
-
-def _seconds(opened: Opened, defense: Defense) -> float | None:
-    """Return about how long a purification takes.
-
-    A run of few updates is resumed twice: once at its end, for what every run costs that has
-    nothing left to train, and once with more updates.
+    The defense is run for some seconds, and the stage in which it is cut off taken to go on as it
+    began. Where one update alone would take longer, nothing is tried.
     """
-    store = _Memory()
-
-    def timed(trial: Defense) -> tuple[float, Result]:
-        begin = time.perf_counter()
-        result = trial.purify(opened.adapter, opened.samples, store=store, max_seconds=_LONGEST)
-        return time.perf_counter() - begin, result
-
-    steps = getattr(defense, "steps", None)
-    if not isinstance(steps, int) or steps <= _MORE:
-        whole, result = timed(defense)
-        return None if result.stopped else whole
-    few, result = timed(_shortened(defense, _FEW))
-    if result.stopped:
-        return None
-    again, _ = timed(_shortened(defense, _FEW))
-    more, _ = timed(_shortened(defense, _MORE))
-    return few + (steps - _FEW) * max(0.0, more - again) / (_MORE - _FEW)
-
-
-def _shortened(defense: Defense, steps: int) -> Defense:
+    steps, batch = getattr(defense, "steps", None) or 0, getattr(defense, "batch_size", None) or 32
+    if batch * gradient > _TRIAL:
+        return (steps * batch + len(samples)) * gradient, True
+    part = few(adapter.samples(samples), _TRIED)
+    heard = _Heard(clock)
     once = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
-    return dataclasses.replace(defense, **{"steps": steps}, **once)
+    trial = dataclasses.replace(defense, **once)
+    limit = Deadline(clock() + _TRIAL, clock)
+    result = trial.purify(adapter, part, progress=heard, max_seconds=limit)
+    settings = {v for v in result.settings.values() if type(v) is int and v > 1}
+    stages = heard.stages()
+    cut = _cut(stages) if result.stopped else None
+    total = 0.0
+    for stage in stages:
+        # A stage of as many steps as a setting says takes as long with any number of samples.
+        total += stage.seconds * (1 if stage.total in settings else len(samples) / len(part))
+        if stage is cut and stage.step:
+            total += stage.seconds * (stage.total / stage.step - 1)
+    return total, bool(result.stopped) and (cut is None or cut.total != steps)
+
+
+def _cut(stages: Sequence[_Stage]) -> _Stage | None:
+    """Return the stage in which a trial was cut off; none where it was between two."""
+    unfinished = [stage for stage in stages if stage.step < stage.total]
+    return unfinished[-1] if unfinished else None
+
+
+@dataclass
+class _Stage:
+    """A stage of a trial: how far it came, and in how many seconds."""
+
+    name: str
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Heard:
+    """Listens to a trial, and notes when each stage begins and ends."""
+
+    clock: Callable[[], float]
+    moments: list[tuple[float, Event]] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        if not event.note:
+            self.moments.append((self.clock(), event))
+
+    def stages(self) -> list[_Stage]:
+        """Return the stages in order; each takes until the next one begins."""
+        found: list[_Stage] = []
+        before = None
+        for moment, event in self.moments:
+            if found and before is not None:
+                found[-1].seconds += moment - before
+            if not found or found[-1].name != event.stage:
+                found.append(_Stage(event.stage))
+            found[-1].step, found[-1].total = event.step, event.total
+            before = moment
+        return found
 
 
 def _peak(device: torch.device) -> int:
@@ -161,10 +244,10 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float, word: str = "about") -> str:
     """Return a time in words, rounded."""
     if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
+        return f"{word} {max(1, round(seconds))} s"
     if seconds < 5400:
-        return f"about {round(seconds / 60)} min"
-    return f"about {seconds / 3600:.1f} h"
+        return f"{word} {round(seconds / 60)} min"
+    return f"{word} {seconds / 3600:.1f} h"

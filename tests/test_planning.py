@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import dataclass, replace
+from typing import Any
 
-from mmdefense.defenses.auto import Auto
+import pytest
+from clocks import Clock
+from commands import Net, small_images
+
+from mmdefense.defenses.base import TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.planning import Plan, _duration, _shortened
+from mmdefense.planning import Plan, _duration, _seconds
+from mmdefense.registry import adapt
 
 
 def test_the_plan_is_shown_and_nothing_written(place, mmdefense):
@@ -24,6 +30,7 @@ def test_the_plan_is_shown_and_nothing_written(place, mmdefense):
         "scan      ",
         "not looked at: behaviour",
         "time      about",
+        "evidence  fast, at most about",
         "GiB at its peak",
     ):
         assert words in outcome.out
@@ -43,13 +50,77 @@ def test_a_dry_run_of_what_cannot_be_is_refused(place, mmdefense):
     assert place.files() == []
 
 
+TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trained": None}
+
+
 def test_what_is_not_told_is_said():
-    told = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trained": None}
-    shown = Plan(**told, fit=4, holdout=1, defense=FineTuning(), seconds=None, memory=2**30).lines()
-    assert "trains    no values" in shown
+    plan = Plan(**TOLD, fit=4, holdout=1, defense=FineTuning(), seconds=70, memory=2**30)
+    assert "trains    no values" in plan.lines()
     longer = "up to 4 times as long where the rate has to be lowered"
-    assert f"time      not told by a few updates; {longer}" in shown
-    assert "memory    1.00 GiB at its peak" in shown
+    assert f"time      about 70 s; {longer}" in plan.lines()
+    assert "evidence  none" in plan.lines()
+    assert "memory    1.00 GiB at its peak" in plan.lines()
+    unsure = replace(plan, at_least=True, evidence="fast", evidence_seconds=10.5)
+    assert f"time      at least 70 s; {longer}" in unsure.lines()
+    assert "evidence  fast, at most about 10 s more" in unsure.lines()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(TrainingDefense):
+    """Takes its time by a clock: ``before`` seconds for a first stage, ``each`` for an update.
+
+    Attributes:
+        clock: What it moves.
+    """
+
+    clock: Any = None
+    before: float = 0.0
+    each: float = 1.0
+    steps: int = 100
+
+    def _run(self, work):
+        work.run.report("measure", 0, 5)
+        for step in range(1, 6):
+            self.clock.now += self.before / 5
+            work.run.report("measure", step, 5)
+        work.run.report("train", 0, self.steps)
+        for step in range(1, self.steps + 1):
+            self.clock.now += self.each
+            work.run.report("train", step, self.steps)
+
+
+# The trial is cut off after 8 s.
+@pytest.mark.parametrize(
+    ("settings", "seconds", "at_least"),
+    [
+        ({"each": 0.01}, 1.0, False),
+        ({"each": 1.0}, 100.0, False),
+        ({"each": 1.0, "before": 4.0}, 104.0, False),
+        ({"before": 50.0}, 50.0, True),  # and what comes after it is not known
+    ],
+)
+def test_the_time_is_that_of_a_trial_that_goes_on_as_it_began(settings, seconds, at_least):
+    clock = Clock()
+    told = _seconds(*small(), Timed(clock=clock, **settings), 0.0, clock)
+    assert told == (pytest.approx(seconds), at_least)
+    assert clock.now <= 10
+
+
+def test_what_grows_with_the_samples_is_tried_on_some_of_them():
+    clock = Clock()
+    adapter, samples = small(1024)
+    told = _seconds(adapter, samples, Timed(clock=clock, before=2.0, each=0.01), 0.0, clock)
+    assert told == (pytest.approx(2 * 2.0 + 1.0), False)
+
+
+def test_a_model_whose_update_alone_takes_too_long_is_not_tried():
+    told = _seconds(*small(), FineTuning(steps=10, batch_size=4), 3.0, Clock())
+    assert told == ((10 * 4 + 30) * 3.0, True)
+
+
+def small(count=30):
+    adapter = adapt(Net())
+    return adapter, adapter.samples(small_images(count))
 
 
 @pytest.mark.parametrize(
@@ -58,11 +129,6 @@ def test_what_is_not_told_is_said():
 )
 def test_times_are_rounded(seconds, words):
     assert _duration(seconds) == words
-
-
-def test_a_trial_is_run_once_with_few_steps():
-    assert _shortened(FineTuning(lr=0.5), 2) == FineTuning(lr=0.5, steps=2, restarts=0)
-    assert _shortened(Auto(search_steps=5), 2) == Auto(search_steps=5, steps=2)
 
 
 @pytest.mark.parametrize("defense", ["auto", "fine-tuning"])

@@ -298,7 +298,7 @@ def _starts(
 
     found = []
     for some in torch.split(random, _TRIED):
-        run.check_time(name, 0, generators.search.steps)
+        run.report(name, 0, generators.search.steps)
         parts = each_fitted(partial(likely, some), len(some), _SEARCHING, adapter.model)
         found.append(torch.cat(parts, 1))
     return random[torch.cat(found, 1).argmax(1)[place]]

@@ -37,7 +37,7 @@ from mmdefense.report.evidence import (
 from mmdefense.report.figures import Figure, map_seconds
 from mmdefense.report.record import LayerChange
 
-__all__ = ["LEVELS", "Curvature", "Evidence", "Level", "check_level", "gather"]
+__all__ = ["LEVELS", "Curvature", "Evidence", "Level", "check_level", "gather", "most_seconds"]
 
 Level = Literal["none", "fast", "full"]
 
@@ -152,6 +152,12 @@ def gather(
         curvature=work.curvature,
         embedding=work.embedding,
     )
+
+
+def most_seconds(samples: int, gradient: float) -> float:
+    """Return about how long full evidence takes, as the gradient of one sample tells."""
+    products = 2 * 16 * min(CURVED[0], samples)
+    return products * _PRODUCT * gradient + map_seconds(2 * min(EMBEDDED, samples))
 
 
 @dataclass
