@@ -16,7 +16,11 @@ from safetensors.torch import load_file, save_file
 
 def refused(outcome, *words, code=2):
     """Check that an outcome is one line with these words."""
-    lines = [line for line in outcome.err.splitlines() if not line.endswith(" ...")]
+    lines = [
+        line
+        for line in outcome.err.splitlines()
+        if not line.endswith(" ...") and not line.startswith("mmdefense: note: ")
+    ]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mmdefense: ")
     for word in words:

@@ -12,13 +12,13 @@ from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.notes import note
+from mmdefense_tasks.parts import PARTS, tell_part
 from mmdefense_tasks.reading import lines_of, read_json, read_text
 
 __all__ = ["ObjectFile", "ObjectSet", "open_objects"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_TESTS = ("test", "val", "valid", "validation")
-_NAMES = ("train", "trainval", *_TESTS)
+_NAMES = ("trainval", *PARTS["train"], *PARTS["test"])
 _ROBOFLOW = "_annotations.coco.json"
 _DRIVE = re.compile(r"[A-Za-z]:")
 _FLAGGED = re.compile(r"\s+(-1|0|1)$")  # VOC's lists of a class say in which images it is
@@ -89,9 +89,13 @@ def _named(paths: Iterable[Path], split: str) -> list[Path]:
     """
     there = sorted(paths)
     held = {name: [path for path in there if _bears(path, name)] for name in _NAMES}
-    trains = ("trainval", "train") if held["test"] else ("train", "trainval")
-    for name in trains if split == "train" else _TESTS:
+    names = PARTS[split]
+    if split == "train":
+        names = ("trainval", *names) if held["test"] else (*names, "trainval")
+    for name in names:
         if held[name]:
+            if split == "test":
+                tell_part(name, split, held[name][0].parent)
             return [path for path in held[name] if path.stem == name] or held[name]
     return []
 

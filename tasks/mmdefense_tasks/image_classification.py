@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdefense.augment import random_shift, random_view
 from mmdefense.batches import LabelledBatch, LabelledSamples, split
-from mmdefense.errors import BadInputError, MMDefenseError
+from mmdefense.errors import BadInputError
 from mmdefense.evaluation.victims import Case
 from mmdefense.kernels.loop import Training, mean_score
 from mmdefense.protocol import TaskAdapter
@@ -39,7 +39,17 @@ _MIRRORED = (
     "cifar10",
     "tiny_imagenet",
 )  # left and right do not matter; in digits and signs they do
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+")  # a few old ones have no owner
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_OWNERS = {
+    "beans": "AI-Lab-Makerere",
+    "cats_vs_dogs": "microsoft",
+    "cifar100": "uoft-cs",
+    "fashion_mnist": "zalando-datasets",
+    "food101": "ethz",
+    "imagenet-1k": "ILSVRC",
+    "svhn": "ufldl-stanford",
+}
+"""Of data sets of the hub that are known by a name without an owner."""
 
 
 _RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
@@ -282,19 +292,15 @@ def _open(where: str | Path, split: str, options: Options) -> tuple[ImageSet, st
         return open_archive(path, split), path.stem
     if path.is_dir():
         return _open_folder(path, split, options), path.name
-    missing = (
-        f"data {str(where)!r} must be a folder, an npz archive, a data set id or one of digits, "
-        f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"
-    )
-    has_owner = "/" in str(where)
-    if not _HUB_ID.fullmatch(str(where)) or (has_owner and path.parent.exists()):
-        raise BadInputError(missing)
-    try:
+    if str(where) in _OWNERS:
+        where = f"{_OWNERS[str(where)]}/{where}"
+    if _HUB_ID.fullmatch(str(where)) and not Path(where).parent.exists():
         return open_dataset(where, split, options), str(where)
-    except MMDefenseError as error:
-        if has_owner:
-            raise
-        raise type(error)(f"{missing} here, nor as a data set id: {error}") from error
+    raise BadInputError(
+        f"data {str(where)!r} must be a folder, an npz archive, a data set of the Hugging Face hub "
+        f"(OWNER/NAME), digits, or one of {', '.join(_STAGED)} in the folder that {DATA_VARIABLE} "
+        "points to; none found"
+    )
 
 
 def _open_folder(folder: Path, split: str, options: Options) -> ImageSet:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 
-__all__ = ["PARTS", "check_split", "chosen_part", "part_archive", "part_folder"]
+__all__ = ["PARTS", "check_split", "chosen_part", "part_archive", "part_folder", "tell_part"]
 
 PARTS = {
     "train": ("train", "training"),
@@ -41,16 +41,21 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
     names = {name.casefold(): name for name in found}
     there = [names[name] for name in PARTS[split] if name in names]
     if there:
-        if there[0] != split:
-            note(f"{where} has no part {split!r}; its part {there[0]!r} is taken")
+        tell_part(there[0], split, where)
         return there[0]
     others = [names[name] for part in PARTS.values() for name in part if name in names]
     if others:
         raise BadInputError(
-            f"data folder {where} must hold a folder {split!r}; it has {others[0]!r} alone; to "
-            "take that, name it as the data, or give --split"
+            f"data {where} must hold a part {split!r}; it has {others[0]!r} alone; to take that, "
+            "name it as the data, or give --split"
         )
     return None
+
+
+def tell_part(part: str, split: str, where: object) -> None:
+    """Note that a part is taken that is not called as the split."""
+    if part.casefold() != split:
+        note(f"{where} has no part {split!r}; its part {part!r} is taken")
 
 
 def part_folder(folder: Path, split: str) -> Path:

@@ -11,13 +11,13 @@ from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.libraries import needed
+from mmdefense_tasks.parts import PARTS, chosen_part, tell_part
 
 __all__ = ["Pairs", "open_dataset", "open_file", "open_folder"]
 
 Pairs = list[tuple[str, str]]
 """Prompts with their answers; the prompt of plain text is empty."""
 
-_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation", "dev")}
 _PLAIN, _RECORDS = (".txt", ".txt.gz"), (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _TEST_SHARE = 0.1  # of a text that is not split: its end, as is usual for Shakespeare
@@ -37,13 +37,15 @@ def open_folder(folder: Path, split: str, pair: tuple[str, str] | None = None) -
         BadInputError: If there is no such file, or it is damaged.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    for name in _SPLITS[split]:
+    for name in PARTS[split]:
         mine = [path for path in files if re.match(rf"{name}[._]", path.name)]
         single = [path for path in mine if path.name.endswith((*_PLAIN, *_RECORDS))]
         if single:
+            tell_part(name, split, folder)
             return open_file(single[0])
         languages = {_language(path): path for path in reversed(mine)}
         if len(languages) > 1:
+            tell_part(name, split, folder)
             return _parallel(*_two(languages, pair, folder))
     texts = [path for path in files if path.name.endswith(_PLAIN)]
     if len(texts) == 1:
@@ -159,11 +161,10 @@ def open_dataset(where: str | Path, split: str) -> Pairs:
     except Exception as error:  # the library raises many kinds
         raise BadInputError(f"data set {where} cannot be read: {one_line(error)}") from error
     if isinstance(found, Mapping):
-        name = next((name for name in _SPLITS[split] if name in found), None)
+        name = chosen_part(list(found), split, where)
         if name is None:
             raise BadInputError(
-                f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}; "
-                "name one (--split)"
+                f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}"
             )
         found = found[name]
     return [record_pair(record, f"{where}, record {n}") for n, record in enumerate(found, 1)]

@@ -195,11 +195,6 @@ MODELS_NAMES = [
         "'Cat' and 'cat' of .* are both the model's class 0",
     ),
     Row(
-        "ids of WordNet for all classes of ImageNet",
-        lambda f: labels(images(f, ("n02000000", "n01000000")), **hf_said("tench", "goldfish")),
-        [0, 1],
-    ),
-    Row(
         "clips of some of the model's classes, named otherwise",
         lambda f: clip_labels(
             clips(f, ("ApplyEyeMakeup", "YoYo")), **hf_said("apply eye makeup", "archery", "yo yo")
@@ -371,7 +366,7 @@ FOLDERS = [
     refused(
         "a part for training alone where the test part is asked for",
         lambda f: images(f / "val") and labels(f, split="train"),
-        "must hold a folder 'train'; it has 'val' alone",
+        "must hold a part 'train'; it has 'val' alone",
     ),
     Row(
         "a test part that is called validation is named",
@@ -554,15 +549,20 @@ def offline(where: str) -> Any:
 
 HUB = [
     refused(
-        "a hub id without an owner, without the library",
+        "a hub id without its owner, without the library",
         lambda _: without_datasets("beans"),
-        "'beans' .* none found here, .*needs .*datasets",
+        "AI-Lab-Makerere/beans needs .*datasets",
         3,
     ),
     refused(
-        "a hub id without an owner, without a network",
+        "a hub id without its owner, without a network",
         lambda _: offline("beans"),
-        "none found here, nor as a data set id: .*no network",
+        "AI-Lab-Makerere/beans cannot be loaded: no network",
+    ),
+    refused(
+        "a name that may be a hub id without its owner",
+        lambda _: load_data("bean"),
+        r"a data set of the Hugging Face hub \(OWNER/NAME\), .* none found",
     ),
 ]
 

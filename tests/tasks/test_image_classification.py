@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmdefense.errors import BadInputError
+from mmdefense.notes import Note
 from mmdefense.registry import adapt, load
 from mmdefense_tasks.image_classification import load_data, load_digits
 from mmdefense_tasks.image_sets import StreamedImages
@@ -195,6 +196,16 @@ def test_labels_follow_the_models_class_names(folder):
 def test_classes_that_the_model_does_not_know_are_named(folder):
     assert "got cat" in refused(folder, classes=("bird", "dog", "fish"))
     assert "bird, cat, dog" in refused(folder, classes=[f"c{n}" for n in range(5)])
+
+
+def test_ids_of_wordnet_count_the_classes_of_imagenet(tmp_path, pixels):
+    ids = ("n01440764", "n01443537", "n01484850")
+    write_folder(tmp_path / "set", pixels, ids)
+    said = {"classes": ("tench, Tinca tinca", "goldfish", "great white shark")}
+    with pytest.warns(Note, match="ids of WordNet"):
+        assert load_data(tmp_path / "set", said=said).labels.tolist() == LABELS.tolist()
+    (tmp_path / "set" / ids[1]).rename(tmp_path / "gone")
+    assert "got n01440764, n01484850" in refused(tmp_path / "set", said=said)
 
 
 def test_class_names_of_another_language_need_a_word(folder):

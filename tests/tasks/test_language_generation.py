@@ -160,7 +160,7 @@ class TestFiles:
         data = datasets.Dataset.from_list(ALPACA)
         datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
         assert len(load_text(tmp_path / "set")) == 3
-        assert "part 'test'; it has train" in refused(tmp_path / "set", split="test")
+        assert "part 'test'; it has 'train' alone" in refused(tmp_path / "set", split="test")
         datasets.Dataset.from_dict({"label": [1]}).save_to_disk(tmp_path / "bad")
         assert "record 1 must have" in refused(tmp_path / "bad")
 

@@ -193,7 +193,7 @@ def test_a_folder_without_clouds_or_without_the_part_is_refused(tmp_path):
     (tmp_path / "train" / "cup").mkdir(parents=True)
     with pytest.raises(BadInputError, match="one folder of clouds per class"):
         load_clouds(tmp_path)
-    with pytest.raises(BadInputError, match="must hold a folder 'test'"):
+    with pytest.raises(BadInputError, match="must hold a part 'test'"):
         load_clouds(tmp_path, split="test")
 
 
@@ -215,7 +215,7 @@ def test_without_open3d_a_mesh_says_what_is_missing(meshes, monkeypatch, error):
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UnsupportedError, match=r"mmdefense\[points\].*libusb-1.0-0"):
+    with pytest.raises(UnsupportedError, match=r"\[points\].*libusb-1.0-0"):
         load_clouds(meshes)
 
 
