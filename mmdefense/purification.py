@@ -354,7 +354,12 @@ def _search(result: Result) -> records.TriggerSearch | None:
     found = result.figures.get("triggers")
     if found is None:
         return None
-    return records.TriggerSearch(targets=len(found["accepted"]), found=sum(found["accepted"]))
+    accepted, works = found["accepted"], found.get("works", found["accepted"])
+    return records.TriggerSearch(
+        targets=len(accepted),
+        found=sum(accepted),
+        working=sum(work and not took for work, took in zip(works, accepted, strict=True)),
+    )
 
 
 def _reference(kind: type) -> str:

@@ -120,7 +120,7 @@ class BaEraser(TrainingDefense):
             ]
             work.run.report(f"recover {turn}", 1, 1, accepted=float(len(pools)))
             if turn == 0:
-                work.figures["triggers"] = _pictures(work.adapter, found)
+                work.figures["triggers"] = _pictures(work.adapter, found, self.tau)
                 work.figures |= _samples(work, found)
             if not pools:
                 return
@@ -243,18 +243,24 @@ _Pool = tuple[TriggerFamily, int, Tensor]
 """A family, a target and triggers ``(M, *P)`` towards it."""
 
 
-def _pictures(adapter: Any, found: Sequence[Recovered]) -> dict[str, Any]:
-    """Return the best trigger of each target and family, for the report."""
-    images, names, success, accepted = [], [], [], []
+def _pictures(adapter: Any, found: Sequence[Recovered], tau: float) -> dict[str, Any]:
+    """Return the best trigger of each target and family, for the report.
+
+    One that works, within the budget of its family, is the best even where it was not accepted.
+    """
+    images, names, success, accepted, works = [], [], [], [], []
     for record in found:
         for target in sorted(set(record.targets.tolist())):
             mine = (record.targets == target).nonzero().flatten()
-            best = mine[record.success[mine].argmax()]
+            within = (record.success >= tau) & (record.size <= record.family.budget)
+            best = mine[(record.success + within)[mine].argmax()]
             images.append(adapter.trigger_picture(record.family, record.pool[best, 0]))
             names.append(_named(adapter, record, int(best)))
             success.append(float(record.success[best]))
             accepted.append(bool(record.accepted[mine].any()))
-    return {"images": images, "names": names, "success": success, "accepted": accepted}
+            works.append(bool(within[mine].any()))
+    figures = {"images": images, "names": names, "success": success, "accepted": accepted}
+    return {**figures, "works": works}
 
 
 def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]:

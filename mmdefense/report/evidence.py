@@ -258,9 +258,9 @@ def defense_figures(result: Result) -> Iterator[Figure]:
 
     Known are ``pruning_curve`` (fractions, accuracies, chosen fraction), ``weight_change`` (one
     tensor ``(U,)`` per group) with ``reset`` (bool, over all units), ``activeness`` (before,
-    after), ``triggers`` (``images``, ``names``, ``success``, ``accepted``) and ``inverted``
-    (``clean`` and ``triggered``, both batches, shown where they are of images; ``name``,
-    ``success``).
+    after), ``triggers`` (``images``, ``names``, ``success``, ``accepted``, ``works``) and
+    ``inverted`` (``clean`` and ``triggered``, both batches, shown where they are of images;
+    ``name``, ``success``).
     """
     kept = result.figures
     if "pruning_curve" in kept:
@@ -278,7 +278,9 @@ def defense_figures(result: Result) -> Iterator[Figure]:
             f"{name}, {100 * rate:.0f}%"
             for name, rate in zip(found["names"], found["success"], strict=True)
         ]
-        yield figures.recovered_triggers(found["images"], names, accepted=found["accepted"])
+        yield figures.recovered_triggers(
+            found["images"], names, accepted=found["accepted"], works=found.get("works")
+        )
     if "inverted" in kept:
         shown = kept["inverted"]
         clean, triggered = _images(shown["clean"]), _images(shown["triggered"])

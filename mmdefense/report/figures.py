@@ -133,15 +133,28 @@ def inverted_samples(clean: Any, triggered: Any, name: str, success: float) -> F
     )
 
 
+_FATES = (
+    "accepted",
+    "works, not told apart from the triggers of clean models",
+    "does not work",
+)
+
+
 def recovered_triggers(
-    images: Any, names: Sequence[str], *, accepted: Sequence[bool] | None = None
+    images: Any,
+    names: Sequence[str],
+    *,
+    accepted: Sequence[bool] | None = None,
+    works: Sequence[bool] | None = None,
 ) -> Figure:
     """Show the triggers that a search recovered.
 
     Args:
         images: One per trigger, ``(C, H, W)`` in ``[0, 1]``; families may differ in size.
         names: What stands below each, such as its target and success rate.
-        accepted: Which of them passed the acceptance threshold; none means all.
+        accepted: Which of them were unlearnt; none means all.
+        works: Which of the others work all the same, but were not told apart from the triggers
+            that clean models have; none means none.
     """
     images, names = [as_array(image) for image in images], list(names)
     passed = np.ones(len(images), bool) if accepted is None else as_array(accepted) > 0
@@ -150,22 +163,25 @@ def recovered_triggers(
             f"images, names and accepted must have one length, got {len(images)}, {len(names)} "
             f"and {len(passed)}"
         )
-    alike: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
+    working = np.zeros(len(images), bool) if works is None else as_array(works) > 0
+    alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for index, image in enumerate(images):
-        alike.setdefault((not passed[index], image.shape), []).append(index)
+        kind = 0 if passed[index] else 1 if working[index] else 2
+        alike.setdefault((kind, image.shape), []).append(index)
     rows = [
         ImageRow(
-            "rejected" if failed else "accepted",
+            _FATES[kind],
             np.stack([images[n] for n in chosen]),
             [names[n] for n in chosen],
         )
-        for (failed, _), chosen in sorted(alike.items())
+        for (kind, _), chosen in sorted(alike.items())
     ]
     return Figure(
         "Recovered triggers",
         "Sampled from the trigger generators, with no knowledge of the true trigger or target. "
-        "They need not look like the true trigger to undo its effect. That none was accepted is "
-        "not proof that there is none.",
+        "They need not look like the true trigger to undo its effect. A trigger that works and was "
+        "not accepted may be a backdoor's: models that nobody tampered with have such triggers, "
+        "too. That none was accepted is not proof that there is none.",
         [ImageGrid(rows)] if rows else [],
         wide=True,
     )

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import build
+from mmdefense.report.images import is_picture
 
-__all__ = ["ScanFinding", "ScanSummary", "ScanVerdict", "read_scan", "scan_of"]
+__all__ = [
+    "Alike",
+    "Found",
+    "ScanFinding",
+    "ScanSummary",
+    "ScanVerdict",
+    "alike",
+    "read_scan",
+    "scan_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +31,7 @@ class ScanFinding:
 
     Attributes:
         figures: Numbers behind the value, such as nodes and weights of a spectrum.
+        picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
     """
 
     id: str
@@ -32,11 +43,17 @@ class ScanFinding:
     blind_spot: str = ""
     measured: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
+    picture: str = ""
 
     @property
     def shown(self) -> str:
         """The value for a person."""
-        return f"{self.value:.3g}" if isinstance(self.value, float) else str(self.value)
+        return _shown(self.value)
+
+    @property
+    def pictured(self) -> str:
+        """The address of the picture; empty where there is none, or it leads elsewhere."""
+        return self.picture if is_picture(self.picture) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +85,86 @@ class ScanSummary:
     def is_of(self, files: Mapping[str, str]) -> bool:
         """Say whether all of these files, given as SHA-256 by name, were scanned."""
         return bool(files) and set(files.values()) <= set(self.files.values())
+
+
+class Found(Protocol):
+    """What findings are grouped by."""
+
+    @property
+    def id(self) -> str:
+        """The rule that found it."""
+        ...
+
+    @property
+    def level(self) -> str:
+        """How strong it is."""
+        ...
+
+    @property
+    def subject(self) -> str:
+        """The file, layer or class."""
+        ...
+
+    @property
+    def value(self) -> Any:
+        """What was found there."""
+        ...
+
+
+F = TypeVar("F", bound=Found)
+
+_ALIKE, _NAMED = 4, 5
+"""From how many alike findings on they stand as one, and how many of them are named. Ours."""
+
+
+@dataclass(frozen=True)
+class Alike(Generic[F]):
+    """Findings of one rule and level, which are shown as one.
+
+    Attributes:
+        findings: One or more.
+    """
+
+    findings: Sequence[F]
+
+    @property
+    def first(self) -> F:
+        """The first of them, which says what all mean."""
+        return self.findings[0]
+
+    @property
+    def where(self) -> str:
+        """The subjects, the first few by name."""
+        return _some([found.subject for found in self.findings], "places")
+
+    @property
+    def what(self) -> str:
+        """The values, the first few of them."""
+        return _some([_shown(found.value) for found in self.findings], "findings")
+
+
+def alike(findings: Sequence[F]) -> list[Alike[F]]:
+    """Return findings in their order, those alike as one at the place of the first."""
+    groups: dict[tuple[str, str], list[F]] = {}
+    for found in findings:
+        groups.setdefault((found.id, found.level), []).append(found)
+    parts = (
+        [group] if len(group) >= _ALIKE else [[found] for found in group]
+        for group in groups.values()
+    )
+    return [Alike(part) for group in parts for part in group]
+
+
+def _some(texts: list[str], name: str) -> str:
+    different = list(dict.fromkeys(texts))
+    if len(different) == 1:
+        return different[0]
+    more = f" and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+    return f"{len(different)} {name}: {', '.join(different[:_NAMED])}{more}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def read_scan(path: Path) -> ScanSummary:

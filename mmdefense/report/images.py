@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from PIL import Image
 from mmdefense.errors import BadInputError
 from mmdefense.report.plots import as_array, say
 
-__all__ = ["ImageGrid", "ImageRow"]
+__all__ = ["ImageGrid", "ImageRow", "data_address", "is_picture"]
 
 Array = NDArray[np.float64]
+_PICTURE = re.compile(r"data:image/(png|webp);base64,[A-Za-z0-9+/=]+")
 _TILES, _TILE_PX = 96, 144  # ours; a tile is shown at half that, so it is sharp on fine screens
 
 
@@ -90,7 +92,10 @@ def _row_markup(row: ImageRow, most: int, form: str) -> Markup:
         caption = Markup("<small>{}</small>").format(name) if name else ""
         tiles.append(
             Markup('<span class="tile"><img src="{}" alt="{}"{}>{}</span>').format(
-                _png(image), alt, Markup(' class="pixels"') if image.shape[1] < 64 else "", caption
+                data_address(image),
+                alt,
+                Markup(' class="pixels"') if image.shape[1] < 64 else "",
+                caption,
             )
         )
     cut = f" (first {most} of {row.total})" if row.total > most else ""
@@ -99,9 +104,14 @@ def _row_markup(row: ImageRow, most: int, form: str) -> Markup:
     )
 
 
-def _png(image: Array) -> str:
+def is_picture(address: str) -> bool:
+    """Whether an address is a picture's own bytes, so that nothing else is ever shown for it."""
+    return bool(_PICTURE.fullmatch(address))
+
+
+def data_address(image: Any) -> str:
     """Return an image ``(C, H, W)`` in ``[0, 1]`` as a data URI; only large ones lose detail."""
-    pixels = (image * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    pixels = (as_array(image).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
     picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     kind = "png" if max(picture.size) <= _TILE_PX else "webp"
     picture.thumbnail((_TILE_PX, _TILE_PX))

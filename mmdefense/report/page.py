@@ -17,7 +17,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.kernels.curvature import Spectrum
 from mmdefense.report.encoding import build
 from mmdefense.report.figures import Figure, layer_changes, spectral_density, training_curves
-from mmdefense.report.findings import ScanFinding, ScanSummary
+from mmdefense.report.findings import Alike, ScanFinding, ScanSummary, alike
 from mmdefense.report.formats import duration
 from mmdefense.report.plots import Interval
 from mmdefense.report.record import Guard, PurificationRecord, Record, SpectrumFigures
@@ -105,6 +105,11 @@ class ScanEntry:
     findings: tuple[ScanFinding, ...]
     warning: str = ""
     drawing: Markup | str = ""
+
+    @property
+    def alike(self) -> list[Alike[ScanFinding]]:
+        """The findings, those alike as one."""
+        return alike(self.findings)
 
 
 def _scans(record: Record, kept: ScanSummary | None) -> Iterator[ScanEntry]:

@@ -194,12 +194,14 @@ class TriggerSearch:
     Attributes:
         targets: Number of targets that were searched.
         found: Number of triggers that passed the acceptance threshold.
+        working: Number of targets whose trigger works but was not accepted.
         families: Kinds of trigger that were searched for.
         threshold: Success rate that a trigger had to reach.
     """
 
     targets: int
     found: int
+    working: int = 0
     families: tuple[str, ...] = ()
     threshold: float | None = None
 

@@ -107,7 +107,12 @@ def limits(record: PurificationRecord) -> list[str]:
     search = record.triggers
     if search is not None and search.found:
         lines.append(f"A search of {search.targets} targets found {search.found} triggers.")
-    elif search is not None:
+    if search is not None and search.working:
+        lines.append(
+            f"Of {search.targets} targets, {search.working} have a trigger that works and was left "
+            "alone: it was not told apart from those that models have that nobody tampered with."
+        )
+    if search is not None and not search.found and not search.working:
         lines.append(
             f"A search of {search.targets} targets found no trigger. No trigger found is not proof "
             "that there is none."

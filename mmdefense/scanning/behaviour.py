@@ -45,6 +45,7 @@ from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacking
 from mmdefense.report.evidence import few, measured_sharpness
+from mmdefense.report.images import data_address
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.weights import ANOMALY, anomaly_index
 
@@ -65,17 +66,20 @@ TRIGGER = Rule(
     level="medium",
     measured=APART.measured,
     reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer. It does not stand apart by all "
-    "that is asked for, but by a part of it, or there are too few answers to tell.",
-    blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
+    meaning="One trigger turns almost any sample to one answer, so whoever knows it decides what "
+    "the model says. That it was planted is not shown: it does not stand apart from the triggers "
+    "towards other answers by all that is asked for, and models that nobody tampered with can "
+    "have such triggers too. Compare its picture and its size with those of a clean model of the "
+    "same kind.",
+    blind_spot="whether anyone planted it; triggers of other kinds than those searched for.",
 )
 COMMON = Rule(
     id="behaviour-trigger-common",
     level="info",
     measured=APART.measured,
     reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer, and others cost about as much, or "
-    "it is of a kind that tells nothing: models that nobody tampered with have such triggers too.",
+    meaning="One trigger turns almost any sample to one answer, but it is of a kind that tells "
+    "nothing: models that nobody tampered with have such triggers too.",
     blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
 )
 NONE = Rule(
@@ -188,8 +192,6 @@ class Answer:
             zero where there are too few answers for one.
         works: Whether its success reaches the threshold within the family's budget.
         apart: Whether it works and no other answer is nearly as cheap.
-        odd: Whether it works, and the index or the share of the median cost says that it is apart,
-            or there are too few answers to tell.
     """
 
     target: int
@@ -199,7 +201,6 @@ class Answer:
     index: float
     works: bool
     apart: bool
-    odd: bool
 
 
 def answers(found: Recovered, total: int = 0) -> list[Answer]:
@@ -230,7 +231,6 @@ def answers(found: Recovered, total: int = 0) -> list[Answer]:
             index=float(index[place]),
             works=bool(found.accepted[row]),
             apart=bool(found.accepted[row] & far[place] & cheap[place]),
-            odd=bool(found.accepted[row]) and (not crowd or bool(far[place] | cheap[place])),
         )
         for place, row in enumerate(rows)
     ]
@@ -292,14 +292,15 @@ def _triggers(
         best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
         reference = _reference(every, total)
         for answer in apart:
-            said = _said(adapter, found, answer)
-            yield APART.found(_place(found, answer, names), said, reference=reference)
+            said, picture = _said(adapter, found, answer), _picture(adapter, found, answer)
+            place = _place(found, answer, names)
+            yield APART.found(place, said, reference=reference, picture=picture)
         if best is not None and not apart:
             many = f"{len(works)} of {len(every)} answers have one; the cheapest: "
             value = many + _said(adapter, found, best)
-            odd = found.family.telling and any(answer.odd for answer in works)
-            rule = TRIGGER if odd else COMMON
-            yield rule.found(_place(found, best, names), value, reference=reference)
+            rule = TRIGGER if found.family.telling else COMMON
+            place, picture = _place(found, best, names), _picture(adapter, found, best)
+            yield rule.found(place, value, reference=reference, picture=picture)
         if best is None:
             yield NONE.found(found.family.name, f"none of {_searched(every, total)}")
 
@@ -324,6 +325,13 @@ def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -
 def _place(found: Recovered, answer: Answer, names: tuple[str, ...]) -> str:
     target = names[answer.target] if answer.target < len(names) else answer.target
     return f"{found.family.name} to {target}"
+
+
+def _picture(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
+    """Return a trigger as a picture; none where it is one of words, which are shown themselves."""
+    if not lacking(adapter, WordedAdapter):
+        return ""
+    return data_address(adapter.trigger_picture(found.family, found.pool[answer.row, 0]))
 
 
 def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:

@@ -48,6 +48,7 @@ class Finding:
         meaning: What it means.
         blind_spot: What the rule cannot see.
         figures: Numbers behind the value, as JSON has them.
+        picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Finding:
     meaning: str
     blind_spot: str
     figures: Mapping[str, Any] = field(default_factory=dict)
+    picture: str = ""
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -93,6 +95,7 @@ class Rule:
         level: Level | None = None,
         reference: str | None = None,
         figures: Mapping[str, Any] | None = None,
+        picture: str = "",
     ) -> Finding:
         """Return a finding of this rule."""
         return Finding(
@@ -105,6 +108,7 @@ class Rule:
             meaning=self.meaning,
             blind_spot=self.blind_spot,
             figures=figures or {},
+            picture=picture,
         )
 
 
@@ -177,6 +181,8 @@ class ScanRecord:
             return f"Nothing was found by what was looked at, but {figures} for information."
         worst = [finding.id for finding in self.findings if finding.level == level]
         many = f"{count} finding{'s' * (count > 1)} of {level} level"
+        if len(set(worst)) < count:
+            many += f", of {len(set(worst))} kind{'s' * (len(set(worst)) > 1)}"
         harmless = all(name.startswith("behaviour") for name in worst)  # to load it
         advice = {
             "high": "do not use this model as it is; purify it, and scan the result."

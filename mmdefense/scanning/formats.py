@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdefense.report.encoding import plain
-from mmdefense.report.findings import ScanSummary, scan_of
+from mmdefense.report.findings import ScanSummary, alike, scan_of
 from mmdefense.report.page import scan_page
 from mmdefense.scanning.findings import Finding, Level, ScanRecord
 
@@ -51,11 +51,12 @@ def _table(record: ScanRecord) -> Table:
     table = Table(title=Text(f"scan of {_printable(record.model)}"), title_justify="left")
     for heading in ("level", "where", "what", "what it means, and what it cannot see"):
         table.add_column(heading, overflow="fold")
-    for found in record.findings:
+    for group in alike(record.findings):
+        found = group.first
         table.add_row(
             Text(found.level, style=_STYLES[found.level]),
-            Text(_printable(found.subject)),
-            Text(f"{found.id}: {_shown(found)} (against: {_printable(found.reference)})"),
+            Text(_printable(group.where)),
+            Text(_printable(f"{found.id}: {group.what} (against: {found.reference})")),
             Text(f"{found.meaning} Cannot see: {found.blind_spot}"),
         )
     return table
@@ -134,7 +135,7 @@ def _result(found: Finding, rule: int) -> dict[str, Any]:
         "level": _SARIF_LEVELS[found.level],
         "message": {"text": f"{found.subject}: {_shown(found)}; against {found.reference}"},
         "locations": [location],
-        "properties": plain(found),
+        "properties": {key: value for key, value in plain(found).items() if key != "picture"},
     }
 
 

@@ -66,6 +66,7 @@ def test_where_nothing_is_found_the_model_comes_back_as_it_was(learnt, corners, 
     assert result.guard.drop == 0
     assert result.history == [{"stage": "recover 0", "step": 1, "accepted": 0.0}]
     assert result.figures["triggers"]["accepted"] == NOTHING
+    assert result.figures["triggers"]["works"] == TRIGGER  # as the page says
 
 
 def test_samples_are_shown_with_the_trigger_that_works_best(learnt, corners, finds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import functools
 import io
@@ -11,6 +12,8 @@ import os
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -225,6 +228,73 @@ def ema(path: Path) -> Path:
     return path
 
 
+def found(*success: float):
+    """Return patches towards as many classes, with their success and sizes of equal steps."""
+    from mmdefense.kernels.inversion import Recovered
+    from mmdefense.protocol import TriggerFamily
+
+    count = len(success)
+    return Recovered(
+        family=TriggerFamily("patch", (2, 8, 8), budget=0.1),
+        targets=torch.arange(count),
+        levels=torch.full((count,), 0.9),
+        success=torch.tensor(success),
+        size=torch.linspace(0.04, 0.09, count),
+        accepted=torch.tensor(success) >= 0.9,
+        pool=torch.rand(count, 1, 2, 8, 8),
+    )
+
+
+def scanned(_: Path) -> object:
+    """Scan a net for which a search finds a trigger that works, among others that nearly do."""
+    from commands import small_images
+
+    from mmdefense.kernels.run import Run
+    from mmdefense.registry import adapt
+    from mmdefense.scanning import behaviour
+    from mmdefense.scanning.findings import ScanRecord
+    from mmdefense.scanning.formats import to_html, to_json
+
+    adapter = adapt(net())
+    images, labels = small_images()
+    with mock.patch.object(behaviour, "recover", return_value=[found(0.99, 0.8, 0.7)]):
+        samples = adapter.samples((images / 255, labels))
+        findings = list(behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0)))
+    record = ScanRecord(model="m", findings=findings, parts=["behaviour"])
+    (trigger,) = [f for f in findings if f.id == "behaviour-trigger"]
+    pictured = trigger.picture in to_html(record) and trigger.picture in to_json(record)
+    return (
+        trigger.level == "medium"
+        and trigger.picture.startswith("data:image/png")
+        and pictured
+        and "Nothing was found" not in record.verdict.text
+    )
+
+
+def nine_alike(_: Path) -> int:
+    """Return how often the text of a scan tells of nine layers of which the same is found."""
+    from mmdefense.scanning.findings import Rule, ScanRecord
+    from mmdefense.scanning.formats import to_text
+
+    rule = Rule(id="r", level="low", measured="m", reference="x", meaning="n", blind_spot="b")
+    findings = [rule.found(f"layer{number}", float(number)) for number in range(9)]
+    return to_text(ScanRecord(model="m", findings=findings, parts=["weights"])).count("r: ")
+
+
+def rejected(_: Path) -> object:
+    """Return what BAERASER's page calls a trigger that works and was not accepted."""
+    from mmdefense.defenses.baeraser import _pictures
+    from mmdefense.registry import adapt
+    from mmdefense.report.evidence import defense_figures
+
+    adapter = adapt(net())
+    record = found(0.99, 0.5, 0.4)
+    record = dataclasses.replace(record, accepted=torch.zeros(3, dtype=torch.bool))
+    figures = {"triggers": _pictures(adapter, [record], 0.9)}
+    (figure,) = defense_figures(SimpleNamespace(figures=figures))
+    return next(row.label for row in figure.plots[0].rows).startswith("works")
+
+
 old = functools.partial(loaded, _use_new_zipfile_serialization=False)
 both = {"state_dict": state(0), "state_dict_ema": state(1)}
 beside = {"state_dict": {**state(0, "model."), "loss.weight": torch.ones(3)}}
@@ -262,6 +332,9 @@ ROWS = [
         lambda folder: (torch.save(backdoorbench("vit_b_16", state()), folder / "a.pt"),
                         load_model(folder / "a.pt")),
         Refused("vit_b_16, 3 classes.*--arch")),
+    Row("a trigger that works, whatever its index", scanned, True),
+    Row("nine findings alike", nine_alike, 1),
+    Row("a trigger that works on the page of BAERASER that left it alone", rejected, True),
     Command("purify TorchScript", purified(scripted), 3, "is TorchScript"),
     Command("purify a program of torch.export", purified(exported), 3, "of torch.export"),
     Command("measure a training checkpoint", measured(checkpoint), 0, "100.0 %"),

@@ -25,6 +25,16 @@ def test_a_trigger_that_alters_nothing_is_mid_grey():
     assert (grid.rows[-1].images == 0.5).all()
 
 
+def test_a_trigger_that_works_but_was_not_accepted_is_not_called_rejected():
+    images = [np.zeros((1, 2, 2))] * 3
+    figure = figures.recovered_triggers(
+        images, ["a", "b", "c"], accepted=[True, False, False], works=[True, True, False]
+    )
+    labels = {row.label: row.names for row in figure.plots[0].rows}
+    assert labels["works, not told apart from the triggers of clean models"] == ["b"]
+    assert labels["does not work"] == ["c"]
+
+
 def test_recovered_triggers_stand_under_accepted_or_rejected_with_their_names():
     images = torch.arange(3).view(3, 1, 1, 1) / 2
     figure = figures.recovered_triggers(images, ["a", "b", "c"], accepted=[False, True, False])

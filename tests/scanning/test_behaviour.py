@@ -21,7 +21,7 @@ from mmdefense.registry import adapt
 from mmdefense.scanning import behaviour
 from mmdefense.scanning.behaviour import answers, scan_behaviour
 from mmdefense.scanning.findings import ScanRecord
-from mmdefense.scanning.formats import to_json, to_sarif
+from mmdefense.scanning.formats import to_html, to_json, to_sarif
 from mmdefense_tasks.image_classification import load_digits
 
 TRAINING = Training(steps=300, batch_size=64, lr=0.1, schedule="one-cycle", max_norm=5.0)
@@ -124,13 +124,13 @@ def test_what_a_model_has_no_hooks_for_is_a_remark(models):
 def recovered(success, size, budget=0.1):
     success, size = torch.tensor(success), torch.tensor(size)
     return Recovered(
-        family=TriggerFamily("patch", (1,), budget=budget),
+        family=TriggerFamily("patch", (2, 8, 8), budget=budget),
         targets=torch.arange(len(success)),
         levels=torch.full((len(success),), 0.9),
         success=success,
         size=size,
         accepted=(success >= 0.9) & (size <= budget),
-        pool=torch.zeros(len(success), 1, 1),
+        pool=torch.zeros(len(success), 1, 2, 8, 8),
     )
 
 
@@ -170,17 +170,22 @@ def triggers(adapter, samples, monkeypatch, found):
 @pytest.mark.parametrize(
     ("sizes", "rule", "level"),
     [
-        ([0.05] * 10, "behaviour-trigger-common", "info"),  # all answers have one
         ([0.016] + [0.05] * 5, "behaviour-trigger-apart", "high"),
+        ([0.05] * 10, "behaviour-trigger", "medium"),  # all answers have one
         ([0.029] + [0.05] * 5, "behaviour-trigger", "medium"),  # far by its index alone
         ([0.05] * 4, "behaviour-trigger", "medium"),  # too few to tell
     ],
 )
-def test_a_trigger_is_as_strong_a_finding_as_it_is_odd(models, monkeypatch, sizes, rule, level):
+def test_a_trigger_that_works_is_at_least_medium(models, monkeypatch, sizes, rule, level):
     found = recovered([1.0] * len(sizes), sizes)
     samples = models.twin.samples(models.clean)
     (finding,) = triggers(models.twin, samples, monkeypatch, found)
     assert (finding.id, finding.level) == (rule, level)
+    record = ScanRecord(model="m", findings=[finding], parts=["behaviour"])
+    assert "Nothing was found" not in record.verdict.text
+    assert f'<img class="trigger" src="{finding.picture}"' in to_html(record)
+    assert json.loads(to_json(record))["findings"][0]["picture"].startswith("data:image/png;")
+    assert "data:image" not in to_sarif(record)
 
 
 def test_a_trigger_of_a_kind_that_tells_nothing_is_no_alarm(models, monkeypatch):
@@ -212,6 +217,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
     monkeypatch.setattr(behaviour, "recover", recover)
     monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
     monkeypatch.setattr(behaviour, "lacking", lambda *_: ["words"])
+    monkeypatch.setattr(behaviour, "_picture", lambda *_: "")
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
     *screened, (search, full) = searched
     assert torch.equal(torch.cat([part for _, part in screened]), torch.arange(total))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,32 @@ def test_text_names_everything_and_cannot_steer_the_terminal():
     for word in ("high", "pickle-import", "It runs.", "what it does.", "not proof"):
         assert word in " ".join(text.split())
     assert "\x1b[2J" not in text
+
+
+def test_findings_that_are_alike_are_shown_as_one_and_kept_with_their_places():
+    many = [finding("medium", "weights-spectrum", f"layer{n}", 4.0 + n) for n in range(9)]
+    found = record(*many, finding("low", subject="b"))
+    text, page = " ".join(to_text(found).split()), to_html(found)
+    for shown in (text.replace(" │ │ ", " "), page):
+        assert shown.count("weights-spectrum") == 1
+        assert "layer0" in shown
+        assert "layer8" not in shown
+    assert "9 places: layer0, layer1, layer2, layer3, layer4 and 4 more" in page
+    assert "9 findings of medium level, of 1 kind:" in found.verdict.text
+    assert len(json.loads(to_json(found))["findings"]) == 10
+    assert "layer8" in to_sarif(found)
+
+
+def test_a_few_findings_stand_alone():
+    page = to_html(record(*(finding("medium", subject=f"layer{n}") for n in range(3))))
+    assert page.count("pickle-import") == 3
+
+
+def test_a_picture_is_its_own_bytes_or_is_not_shown():
+    address = "data:image/png;base64,aGVsbG8="
+    assert address in to_html(record(replace(finding(), picture=address)))
+    for other in ("https://example.org/a.png", "data:text/html;base64,aGVsbG8=", 'data:" onload='):
+        assert "<img" not in to_html(record(replace(finding(), picture=other)))
 
 
 def test_json_holds_the_whole_record():
