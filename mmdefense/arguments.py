@@ -80,10 +80,13 @@ Numbers = Annotated[
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(min=1, metavar="PIXELS", help="Side that images or frames are resized to."),
+    typer.Option(
+        min=1, metavar="PIXELS", help="Side of the square that images or frames are resized to."
+    ),
 ]
 Channels = Annotated[
-    int | None, typer.Option(min=1, max=3, help="1 or 3; by default as the model or the data says.")
+    int | None,
+    typer.Option(min=1, help="Of images or frames; by default as the model or the data says."),
 ]
 Classes = Annotated[
     Path | None,

@@ -278,10 +278,6 @@ def _check_labels(samples: Samples[LabelledBatch], classes: int) -> None:
     _check_count(samples, classes)
     labels = samples.strata()
     assert labels is not None
-    if len(labels) < classes:
-        raise BadInputError(
-            f"data must hold at least one sample per class ({classes}), got {len(labels)}"
-        )
     least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= classes:
         raise BadInputError(

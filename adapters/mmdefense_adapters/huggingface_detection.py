@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from mmdefense.batches import DetectionBatch, Detections
 from mmdefense_adapters.detector import Detector
-from mmdefense_adapters.huggingface_processor import (
-    is_of,
-    said_by,
-    scaling,
-    settings_of,
-    side_lengths,
-)
+from mmdefense_adapters.huggingface_processor import is_of, preprocessing_of, said_by
 from mmdefense_adapters.peft_models import base_of
 
 __all__ = ["HFDetector"]
@@ -56,15 +50,16 @@ class HFDetector(Detector):
         Args:
             model: The detector; it is not copied.
             processor: Its processor, or the content of ``preprocessor_config.json``; by default the
-                file in the folder that the model was loaded from. Fills in ``mean`` and ``std``.
+                file in the folder that the model was loaded from. It says how images are resized
+                when they are read, and scaled.
             mean: Per-channel mean that images are shifted by; none where it is 0.
             std: Per-channel deviation that images are divided by; none where it is 1.
             example: One image batch, shape ``(1, C, H, W)``; by default the first that is seen.
         """
         super().__init__(model, example=example)
-        self._settings = settings_of(processor, model)
-        if mean is None and std is None:
-            mean, std = scaling(self._settings)
+        self.preprocessing = preprocessing_of(processor, model, quiet=mean is not None)
+        if mean is None and std is None and self.preprocessing is not None:
+            mean, std = self.preprocessing.mean, self.preprocessing.std
         self.mean, self.std = mean, std
 
     @classmethod
@@ -74,7 +69,7 @@ class HFDetector(Detector):
 
     def reading(self) -> dict[str, Any]:
         """Return names of classes, channels, and the height and width that images are fitted to."""
-        size = side_lengths(self._settings)
+        size = None if self.preprocessing is None else self.preprocessing.size
         said = super().reading() | said_by(self.model)
         return said | ({"image_size": size} if size else {})
 
@@ -90,6 +85,8 @@ class HFDetector(Detector):
             images = images - images.new_tensor(self.mean)[:, None, None]
         if self.std is not None:
             images = images / images.new_tensor(self.std)[:, None, None]
+        if self.preprocessing is not None:
+            images = self.preprocessing.ordered(images)
         return self.model(pixel_values=images, labels=labels)
 
     def answer(self, batch: DetectionBatch) -> Tensor:

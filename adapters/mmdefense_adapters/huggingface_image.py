@@ -23,10 +23,9 @@ class HFImageClassifier(Processed, TorchClassifier):
         """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
         return is_of(model, "ForImageClassification")
 
-    def reading(self) -> dict[str, Any]:
-        """Return what the config says, and the size for images that come in several."""
-        said = super().reading()
-        return said if self.image_size is None else said | {"uneven_size": self.image_size}
+    def _run(self, inputs: Tensor) -> Any:
+        """Return what the model returns to images of any size."""
+        return super()._run(self.fitted(inputs))
 
     def _call(self, inputs: Tensor) -> Any:
-        return self.model(pixel_values=self._resized(inputs))
+        return self.model(pixel_values=self._ordered(inputs))

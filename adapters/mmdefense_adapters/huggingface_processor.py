@@ -1,41 +1,97 @@
-"""What processors of ``transformers`` say about images and frames, followed inside the model."""
+"""What processors of ``transformers`` do to images and frames, done inside the model.
+
+The model's own processor is called: for the geometry (resizing, cropping, padding) with each batch,
+on the device and differentiably; for mean, deviation and the order of the channels once, with
+images of one colour.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line
+from mmdefense.libraries import missing, needed
+from mmdefense.notes import note
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.peft_models import base_of
 
-__all__ = [
-    "Processed",
-    "class_names",
-    "is_of",
-    "said_by",
-    "scaling",
-    "settings_of",
-    "side_lengths",
-]
+__all__ = ["Preprocessing", "Processed", "class_names", "is_of", "preprocessing_of", "said_by"]
 
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-_PARTS = ("image_processor", "video_processor")  # of a file that describes several
+_ENDINGS = ("Fast", "Pil", "FeatureExtractor", "ImageProcessor", "VideoProcessor")
+_OUTPUTS = ("pixel_values", "pixel_values_videos")
+_SIDES = ((96, 96), (120, 72), (72, 120))  # of the images that a processor is tried with, in pixels
 
 Size = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model's own processor does to images, in two parts: geometry and scaling.
+
+    Attributes:
+        run: The processor itself: from images ``(N, C, H, W)`` in 0..255 to pixel values.
+        mean: Per-channel mean that it shifts images in ``[0, 1]`` by.
+        std: Per-channel deviation that it divides them by.
+        order: Which channel of an image is the i-th of the model, such as 2, 1, 0 for BGR.
+        size: The height and width that it delivers; none where that depends on the image.
+        resizes: Whether it alters height and width at all.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: tuple[int, ...]
+    size: Size | None
+    resizes: bool
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether mean or deviation change anything."""
+        return set(self.mean) != {0.0} or set(self.std) != {1.0}
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """Return images ``(N, C, H, W)`` resized, cropped and padded.
+
+        Those that have the delivered size already are left as they are. As uint8 they come out as
+        from the processor. In ``[0, 1]``, and differentiably, bilinear resizing differs by its
+        rounding alone, bicubic also by what it overshoots at edges, which is cut off once at the
+        end, not after each of the two axes.
+        """
+        if not self.resizes or tuple(images.shape[-2:]) == self.size:
+            return images
+        whole = images.dtype == torch.uint8
+        values = self.run(images if whole else images * 255)
+        mean, std = (values.new_tensor(row)[:, None, None] for row in (self.mean, self.std))
+        fitted = (values[:, _inverse(self.order)] * std + mean).clamp(0, 1)
+        return (fitted * 255).round().to(images.dtype) if whole else fitted.to(images.dtype)
+
+    def ordered(self, inputs: Tensor) -> Tensor:
+        """Return inputs ``(N, C, ...)`` with their channels in the order of the model."""
+        if self.order == tuple(range(len(self.order))):
+            return inputs
+        return inputs[:, list(self.order)]
+
+
 class Processed(Classifier):
-    """Resizes and scales as a processor says; mixed into the adapters of ``transformers``.
+    """Does what a processor does; mixed into the adapters of ``transformers``.
 
     It happens inside, on the device and differentiably, so that inputs and triggers stay in pixel
     space, ``[0, 1]``, at the size in which they came.
     """
+
+    is_video: ClassVar[bool] = False
+    """Whether it is frames that the model reads."""
 
     def __init__(
         self,
@@ -51,29 +107,39 @@ class Processed(Classifier):
 
         Args:
             model: The classifier; it is not copied.
-            processor: Its processor, or the content of ``preprocessor_config.json``; by default the
-                file in the folder that the model was loaded from. Fills in ``mean``, ``std`` and
-                ``image_size`` where they are not given.
-            mean: Per-channel mean that inputs are shifted by.
+            processor: Its processor, or the content of ``preprocessor_config.json``, of which an
+                empty one means none; by default what lies in the folder that the model was loaded
+                from. It says how images are resized, cropped and scaled.
+            mean: Per-channel mean that inputs are shifted by, in place of the processor's.
             std: Per-channel deviation that inputs are divided by.
-            image_size: Height and width in pixels that images or frames are resized to.
+            image_size: Height and width in pixels that images or frames are resized to, in place of
+                what the processor does.
             example: One input batch, shape ``(1, C, ...)``; by default the first that is seen.
         """
-        settings = settings_of(processor, model)
-        if mean is None and std is None:
-            mean, std = scaling(settings)
+        found = preprocessing_of(processor, model, is_video=self.is_video, quiet=mean is not None)
+        if mean is None and std is None and found is not None and found.is_scaling:
+            mean, std = found.mean, found.std
         super().__init__(model, mean=mean, std=std, example=example)
-        self.image_size = image_size or side_lengths(settings)
+        self.preprocessing = found
+        self.image_size = image_size
 
     def reading(self) -> dict[str, Any]:
-        """Return the names of the classes and the number of channels, of the model's config."""
-        return said_by(self.model)
+        """Return names of classes, channels, and how images of other sizes are fitted."""
+        said = said_by(self.model)
+        own = self.preprocessing is not None and self.preprocessing.resizes
+        return said | {"fit": self.fitted} if own or self.image_size else said
 
-    def _resized(self, images: Tensor) -> Tensor:
-        """Return images ``(N, C, H, W)`` in the size that the model reads."""
-        if self.image_size is None or tuple(images.shape[-2:]) == self.image_size:
-            return images
-        return F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+    def fitted(self, images: Tensor) -> Tensor:
+        """Return images ``(N, C, H, W)``, uint8 or in ``[0, 1]``, in the size that is read."""
+        if self.image_size is not None:
+            if tuple(images.shape[-2:]) == self.image_size:
+                return images
+            return F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
+        return images if self.preprocessing is None else self.preprocessing.fitted(images)
+
+    def _ordered(self, inputs: Tensor) -> Tensor:
+        """Return inputs ``(N, C, ...)`` with their channels in the order of the model."""
+        return inputs if self.preprocessing is None else self.preprocessing.ordered(inputs)
 
 
 def is_of(model: nn.Module, ending: str) -> bool:
@@ -99,65 +165,290 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 def said_by(model: nn.Module) -> dict[str, Any]:
     """Return ``classes`` and ``channels``, where the config of a model names them."""
-    channels = getattr(getattr(model, "config", None), "num_channels", None)
-    said = {"classes": class_names(model), "channels": channels}
+    said = {"classes": class_names(model), "channels": _channels(model)}
     return {name: value for name, value in said.items() if value}
 
 
-def _beside(model: nn.Module) -> dict[str, Any]:
-    """Return the settings of the processor that lies beside a model's weights, or nothing."""
-    folder = getattr(model, "name_or_path", "")
-    paths = (Path(folder) / name for name in _FILES)
-    path = next((path for path in paths if folder and path.is_file()), None)
-    if path is None:
-        return {}
-    try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
-    return next((held[part] for part in _PARTS if part in held), held)
+def _channels(model: nn.Module) -> int | None:
+    """Return how many channels the images of a model have, where its config says so."""
+    config = getattr(model, "config", None)
+    timm = getattr(config, "pretrained_cfg", None)
+    if isinstance(timm, Mapping) and timm.get("input_size"):
+        return int(timm["input_size"][0])
+    found = getattr(config, "num_channels", None)
+    return found if isinstance(found, int) else None
 
 
-def settings_of(processor: Any, model: nn.Module) -> Mapping[str, Any]:
-    """Return the settings of ``processor``; where that is none, of the one beside the weights.
+def preprocessing_of(
+    processor: Any, model: nn.Module, *, is_video: bool = False, quiet: bool = False
+) -> Preprocessing | None:
+    """Return what ``processor`` does; where that is none, what the one beside the weights does.
+
+    Args:
+        processor: A processor of ``transformers``, its settings, or none.
+        model: The model that it is of.
+        is_video: Whether it is one of frames.
+        quiet: Whether nothing is said where a folder has no processor.
 
     Raises:
-        BadInputError: If it is no processor, or the file is damaged.
+        BadInputError: If it is no processor, its file is damaged, or a setting cannot be used.
+        UnsupportedError: If it makes no pixels of images, or a library is missing.
     """
     if processor is None:
-        return _beside(model)
+        return _beside(model, is_video, quiet)
     if isinstance(processor, Mapping):
-        return processor
+        return _from_settings(processor, model, is_video, "the processor") if processor else None
+    if _is_differentiable(processor):
+        return _measured(processor, model, f"the processor {type(processor).__name__}")
     if hasattr(processor, "to_dict"):
-        settings: Mapping[str, Any] = processor.to_dict()
-        return settings
+        return preprocessing_of(processor.to_dict(), model, is_video=is_video)
     raise BadInputError(
         f"processor must be an image processor or its settings, got {type(processor).__name__}"
     )
 
 
-def scaling(
+def _is_differentiable(processor: Any) -> bool:
+    """Say whether a processor computes with tensors: those of torchvision, video and timm."""
+    return getattr(processor, "backend", "") == "torchvision" or hasattr(
+        processor, "val_transforms"
+    )
+
+
+def _beside(model: nn.Module, is_video: bool, quiet: bool) -> Preprocessing | None:
+    """Return what the processor does that lies beside a model's weights; say so if there is none.
+
+    Of a folder of timm that is the ``pretrained_cfg`` of its config.
+    """
+    where = str(getattr(model, "name_or_path", ""))
+    timm = getattr(getattr(model, "config", None), "pretrained_cfg", None)
+    if timm:
+        return _of_timm(timm, model, f"pretrained_cfg of {Path(where, 'config.json')}")
+    path = next((p for name in _FILES if where and (p := Path(where, name)).is_file()), None)
+    if path is not None:
+        return _from_settings(_read(path), model, is_video, str(path), path)
+    if where and not quiet:
+        note(
+            f"no {_FILES[0]} beside the weights of {where}: images are read in [0, 1], without "
+            "mean and std; pass --mean and --std if the model was trained with them"
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
+    if not isinstance(held, dict):
+        raise BadInputError(
+            f"{path} must hold settings of an image processor by name, got {type(held).__name__}"
+        )
+    return held
+
+
+def _of_timm(settings: Any, model: nn.Module, where: str) -> Preprocessing:
+    from transformers.models.timm_wrapper.image_processing_timm_wrapper import (
+        TimmWrapperImageProcessor,
+    )
+
+    with _naming(where):
+        processor = TimmWrapperImageProcessor(pretrained_cfg=dict(settings))
+    return _measured(processor, model, where)
+
+
+def _from_settings(
     settings: Mapping[str, Any],
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    """Return mean and deviation for inputs in ``[0, 1]``; none where a processor has none."""
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-    if not settings.get("do_normalize", True) or mean is None or std is None:
-        return None, None
-    # Processors read 0..255 and multiply by the factor; ours is the part that 1/255 leaves over.
-    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
-    scale, shift = 255 * factor, float(bool(settings.get("offset")))  # ViViT's: to [-1, 1] first
-    return [(value + shift) / scale for value in mean], [value / scale for value in std]
+    model: nn.Module,
+    is_video: bool,
+    where: str,
+    path: Path | None = None,
+) -> Preprocessing:
+    """Return what a processor with ``settings`` does.
+
+    Raises:
+        BadInputError: Naming the setting to blame, where it is one alone.
+    """
+    try:
+        return _measured(_made(settings, model, is_video, where, path), model, where)
+    except BadInputError as error:
+        for name in settings:
+            rest = {key: value for key, value in settings.items() if key != name}
+            try:
+                _measured(_made(rest, model, is_video, where), model, where)
+            except MMDefenseError:
+                continue
+            raise BadInputError(f"{name!r} of {error}") from error
+        raise
 
 
-def side_lengths(settings: Mapping[str, Any]) -> Size | None:
-    """Return the height and width that a processor delivers, where it resizes."""
-    cropped = settings.get("do_center_crop") and settings.get("crop_size")
-    size = cropped or (settings.get("do_resize", True) and settings.get("size"))
-    if not size:
-        return None
-    if isinstance(size, int):
-        return size, size
-    if "shortest_edge" in size:
-        shortest = int(size["shortest_edge"])
-        return shortest, int(size.get("longest_edge", shortest))
-    return int(size["height"]), int(size["width"])
+def _made(
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    is_video: bool,
+    where: str,
+    path: Path | None = None,
+) -> Any:
+    """Return the library's processor, read from its file or, without one, from a copy."""
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, _FILES[0])
+            copy.write_text(json.dumps(settings, default=str), encoding="utf-8")
+            return _made(settings, model, is_video, where, copy)
+    with _naming(where):
+        from transformers import AutoImageProcessor, AutoVideoProcessor
+
+        kind = AutoVideoProcessor if is_video else AutoImageProcessor
+        config = getattr(model, "config", None)
+        made = kind.from_pretrained(
+            str(path.parent), config=config, trust_remote_code=False, local_files_only=True
+        )
+    named = settings.get("video_processor_type" if is_video else "image_processor_type")
+    if isinstance(named, str) and _family(named) != _family(type(made).__name__):
+        raise UnsupportedError(
+            f"{where} names {named}, which transformers does not have; code that comes with a "
+            "model is never run. Remove the file, and pass --mean, --std and --image-size"
+        )
+    if not _is_differentiable(made):  # the library takes Pillow where torchvision is missing
+        with needed(f"{type(made).__name__} of {where}", "torchvision"):
+            import torchvision  # noqa: F401
+        raise UnsupportedError(f"{type(made).__name__} of {where} does not compute with tensors")
+    return made
+
+
+def _family(name: str) -> str:
+    for ending in _ENDINGS:
+        name = name.removesuffix(ending)
+    return name
+
+
+@contextmanager
+def _naming(where: str, purpose: str = "") -> Iterator[None]:
+    """Turn what the library raises into one line that says where the settings are."""
+    try:
+        yield
+    except MMDefenseError:
+        raise
+    except ImportError as error:
+        raise missing(where, error) from error
+    except Exception as error:  # the library raises many kinds
+        raise BadInputError(
+            f"{where} cannot be used{purpose}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _measured(processor: Any, model: nn.Module, where: str) -> Preprocessing:
+    """Return what a processor does, found by what it makes of images of one colour.
+
+    Raises:
+        BadInputError: If it fails, or its values are not finite.
+        UnsupportedError: If it makes no images, or mixes colours.
+    """
+    channels = _channels(model) or 3
+    run = _runner(processor)
+
+    def tried(images: Tensor) -> Tensor:
+        with _naming(where, f" for images of {channels} channels"), torch.no_grad():
+            values = run(images * 255)
+        if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] != channels:
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise UnsupportedError(
+                f"{type(processor).__name__} of {where} must make images (N, {channels}, H, W) of "
+                f"images of {channels} channels, got {found}"
+            )
+        return values
+
+    # Black, each channel alone at its brightest, and mid-grey.
+    one = torch.ones(1, channels)
+    colours = torch.cat([0 * one, torch.eye(channels), one / 2])
+    values = tried(colours[:, :, None, None].expand(-1, -1, *_SIDES[0]))
+    others = [tried(torch.zeros(1, channels, *side)) for side in _SIDES[1:]]
+    sizes = [(made.shape[2], made.shape[3]) for made in (values, *others)]
+    bright = (values[1:-1] - values[:1]).abs().sum((0, 1))  # zero where it pads
+    seen = values.double().flatten(2)[:, :, bright.argmax()]  # (colour, channel)
+    mean, std, order = _scaling(seen, f"{type(processor).__name__} of {where}")
+    return Preprocessing(
+        run=run,
+        mean=mean,
+        std=std,
+        order=order,
+        size=sizes[0] if len(set(sizes)) == 1 else None,
+        resizes=sizes != list(_SIDES),
+    )
+
+
+def _runner(processor: Any) -> Callable[[Tensor], Tensor]:
+    """Return a processor as a function of images ``(N, C, H, W)`` in 0..255."""
+    if hasattr(processor, "val_transforms"):
+        return _timm_runner(processor.val_transforms.transforms)
+    is_video = hasattr(processor, "sample_frames")
+    more = {"do_sample_frames": False} if is_video else {}
+
+    def run(pixels: Tensor) -> Tensor:
+        given = processor(
+            [pixels] if is_video else pixels,
+            return_tensors="pt",
+            input_data_format="channels_first",
+            **more,
+        )
+        values: Tensor = next(given[name] for name in _OUTPUTS if name in given)
+        return values[0] if values.ndim == 5 else values  # the frames are those of one video
+
+    return run
+
+
+def _timm_runner(transforms: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """Return timm's transforms as such a function; those of tensors leave the scale as it is."""
+    names = [type(one).__name__ for one in transforms]
+    scaled = next((i for i, name in enumerate(names) if name.endswith("ToTensor")), len(names))
+
+    def run(pixels: Tensor) -> Tensor:
+        for transform in transforms[:scaled]:
+            pixels = _bordered(transform, pixels)
+        values = pixels / 255
+        for transform in transforms[scaled + 1 :]:
+            values = transform(values)
+        return values
+
+    return run
+
+
+def _bordered(transform: Any, pixels: Tensor) -> Tensor:
+    """Return a transform of pixels, channel by channel where its border has a colour."""
+    fill = getattr(transform, "fill", 0)
+    if isinstance(fill, int):
+        return transform(pixels)  # type: ignore[no-any-return]
+    parts = zip(fill, pixels.split(1, 1), strict=True)
+    return torch.cat([type(transform)(transform.size, fill=value)(one) for value, one in parts], 1)
+
+
+_Scaling = tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]
+
+
+def _scaling(seen: Tensor, where: str) -> _Scaling:
+    """Return mean, deviation and order of the channels of a processor.
+
+    Args:
+        seen: What it made of black, of each channel alone, and of mid-grey: ``(C + 2, C)``.
+        where: What it is called in messages.
+    """
+    if not seen.isfinite().all():
+        raise BadInputError(f"{where} makes values that are not finite; is image_std 0?")
+    black, gains = seen[0], (seen[1:-1] - seen[0]).T  # (model's channel, image's channel)
+    order = gains.abs().argmax(1)
+    gain = gains.gather(1, order[:, None])[:, 0]
+    rest = gains.scatter(1, order[:, None], 0).abs().max()
+    linear = (seen[-1] - black - gain / 2).abs().max() < 1e-3 * gain.abs().max()
+    if rest > 1e-3 * gain.abs().min() or not linear or len(set(order.tolist())) < len(order):
+        raise UnsupportedError(
+            f"{where} does more to colours than to shift and scale each channel; give tensors that "
+            "are prepared in Python, with processor={}"
+        )
+    back = _inverse(order.tolist())
+    mean, std = (-black / gain)[back], (1 / gain)[back]
+    # What float32 adds to decimals is taken off.
+    plain = [tuple(round(value, 6) + 0.0 for value in row.tolist()) for row in (mean, std)]
+    return plain[0], plain[1], tuple(order.tolist())
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -21,6 +21,7 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
     """
 
     priority: ClassVar[int] = 10
+    is_video: ClassVar[bool] = True
     auto_class: ClassVar[str] = "AutoModelForVideoClassification"
 
     @classmethod
@@ -29,12 +30,20 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
         return is_of(model, "ForVideoClassification")
 
     def reading(self) -> dict[str, Any]:
-        """Return what the config says, the frames of a clip, and the side of a frame in pixels."""
-        config = getattr(self.model, "config", None)
-        own = getattr(config, "image_size", None)
-        side = min(self.image_size) if self.image_size else own
-        said = {"frames": self._frames(), "image_size": side if isinstance(side, int) else None}
-        return super().reading() | {name: value for name, value in said.items() if value}
+        """Return what the config says, the frames of a clip, and how frames are fitted."""
+        said = super().reading()
+        own = getattr(getattr(self.model, "config", None), "image_size", None)
+        if "fit" not in said and isinstance(own, int):
+            said["image_size"] = own
+        frames = self._frames()
+        return said | {"frames": frames} if frames else said
+
+    def _run(self, inputs: Tensor) -> Any:
+        """Return what the model returns to clips with frames of any size."""
+        frames = inputs.transpose(1, 2)  # (N, T, C, H, W)
+        flat = self.fitted(frames.flatten(0, 1))
+        fitted = flat.view(*frames.shape[:2], *flat.shape[1:])
+        return super()._run(fitted.transpose(1, 2))
 
     def _frames(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "num_frames", None)
@@ -49,7 +58,4 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
         return super()._check(samples, some)
 
     def _call(self, inputs: Tensor) -> Any:
-        frames = inputs.transpose(1, 2)  # (N, T, C, H, W)
-        flat = self._resized(frames.flatten(0, 1))
-        resized = flat.view(*frames.shape[:2], *flat.shape[1:])
-        return self.model(pixel_values=resized)
+        return self.model(pixel_values=self._ordered(inputs).transpose(1, 2))

@@ -151,6 +151,7 @@ class Defense(ABC):
         check_finite(given.state_dict(), type(given).__name__)
         adapter = in_float32(adapter)
         samples = adapter.samples(clean)
+        _check_enough(samples, adapter)
         fit, held = split(samples, self.holdout, self.seed)
         run = Run(seed=self.seed, store=store, deadline=deadline)
         if progress is not None:
@@ -308,6 +309,19 @@ class TrainingDefense(Defense):
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+
+
+def _check_enough(samples: Samples[Any], adapter: TaskAdapter[Any]) -> None:
+    """Refuse labelled data with fewer samples than the model has classes.
+
+    Raises:
+        BadInputError: Naming both numbers.
+    """
+    classes = round(1 / adapter.chance)
+    if samples.strata() is not None and len(samples) < classes:
+        raise BadInputError(
+            f"clean data must hold at least one sample per class ({classes}), got {len(samples)}"
+        )
 
 
 def _scores(work: Purifying[Any], state: State) -> Tensor:

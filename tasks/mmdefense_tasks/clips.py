@@ -22,6 +22,7 @@ from mmdefense.batches import Augmentation, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.libraries import needed
 from mmdefense_tasks.class_folders import class_files
+from mmdefense_tasks.image_sets import Fit, fitted
 from mmdefense_tasks.streamed import StreamedSamples
 
 __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_clips"]
@@ -196,10 +197,12 @@ class StreamedClips(StreamedSamples[ClipSet]):
     """Labelled clips that are decoded on ``take``; their shape is (C, T, H, W).
 
     Attributes:
-        side: Pixels that frames are resized to; none takes them as they are, of one size.
+        side: Pixels that frames are cropped and resized to; none takes them as they are.
+        fit: What frames go through where no side is given. They must come out in one size.
     """
 
     side: int | None
+    fit: Fit | None
 
     @classmethod
     def of(
@@ -208,22 +211,24 @@ class StreamedClips(StreamedSamples[ClipSet]):
         *,
         frames: int,
         side: int | None,
+        fit: Fit | None,
         channels: int,
         augmentation: Augmentation | None,
     ) -> StreamedClips:
-        """Return the whole set; where no side is given, all frames must be as large as the first.
+        """Return the whole set; all frames must come out as large as the first.
 
         Raises:
             BadInputError: If the first clip cannot be decoded.
         """
-        height, width = clips.read(0, frames, side).shape[1:3]
-        return cls(
+        held = cls(
             source=clips,
-            shape=(channels, frames, height, width),
+            shape=(channels, frames, 1, 1),
             side=side,
+            fit=fit,
             indices=torch.arange(len(clips.labels)),
             augmentation=augmentation,
         )
+        return replace(held, shape=(channels, frames, *held._frames(0).shape[2:]))
 
     def in_memory(self) -> ClipSamples:
         """Return the set decoded, as uint8."""
@@ -232,14 +237,20 @@ class StreamedClips(StreamedSamples[ClipSet]):
         return ClipSamples(held.inputs, held.labels, held.augmentation, held.classes, videos)
 
     def _array(self, index: int) -> NDArray[np.uint8]:
-        channels, frames, height, width = self.shape
-        clip = self.source.read(index, frames, self.side)
-        if clip.shape[1:3] != (height, width):
-            file = self.source.files[index // self.source.clips]
+        frames = self._frames(index)
+        if frames.shape[2:] != self.shape[2:]:
+            (height, width), (found, wide) = self.shape[2:], frames.shape[2:]
             raise BadInputError(
                 f"clips must have one size or be resized by image_size, got {height}x{width} and "
-                f"{clip.shape[1]}x{clip.shape[2]} in {file}"
+                f"{found}x{wide} in {self.source.files[index // self.source.clips]}"
             )
+        return np.ascontiguousarray(frames.transpose(1, 0, 2, 3))
+
+    def _frames(self, index: int) -> NDArray[np.uint8]:
+        """Return the frames of a clip, ``(T, C, H, W)``."""
+        channels, length = self.shape[:2]
+        clip = self.source.read(index, length, self.side)
         if channels == 1:
             clip = (clip @ np.array([0.299, 0.587, 0.114]))[..., None].round().astype(np.uint8)
-        return np.ascontiguousarray(clip.transpose(3, 0, 1, 2))
+        frames = clip.transpose(0, 3, 1, 2)
+        return fitted(frames, self.fit) if self.fit and not self.side else frames

@@ -25,7 +25,7 @@ from mmdefense.report.figures import Figure
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.image_datasets import open_dataset
 from mmdefense_tasks.image_files import open_archive, open_folder
-from mmdefense_tasks.image_sets import ImageSet, StreamedImages
+from mmdefense_tasks.image_sets import Fit, ImageSet, StreamedImages, squashed
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import check_split, part_archive, part_folder
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
@@ -97,7 +97,7 @@ class ImageClassification:
         order: Order | None = None,
         image: str | None = None,
         label: str | None = None,
-        uneven_size: tuple[int, int] | None = None,
+        fit: Fit | None = None,
     ) -> LabelledSamples | StreamedImages:
         """Return data from wherever it is; see :func:`load_data`."""
         return load_data(
@@ -110,7 +110,7 @@ class ImageClassification:
             order=order,
             image=image,
             label=label,
-            uneven_size=uneven_size,
+            fit=fit,
         )
 
     @staticmethod
@@ -210,7 +210,7 @@ def load_data(
     order: Order | None = None,
     image: str | None = None,
     label: str | None = None,
-    uneven_size: tuple[int, int] | None = None,
+    fit: Fit | None = None,
     memory_limit: int = 2 * 2**30,
 ) -> LabelledSamples | StreamedImages:
     """Return labelled images from wherever they are, in ``[0, 1]`` and not normalised.
@@ -222,8 +222,10 @@ def load_data(
             the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
         said: What the model states about its data: defaults of the options below, by name.
-        image_size: Side in pixels that images are resized to; by default they must have one size.
-        channels: 1 or 3; grey images are repeated to 3. By default what the first image has.
+        image_size: Side in pixels of the square that images are resized to; by default they must
+            have one size, or are fitted as the model says.
+        channels: Grey images are repeated to them; files give 1, 3 or, with alpha, 4. By default
+            what the first image has, without alpha.
         classes: The model's class names in order; data with class names is relabelled by them.
         order: How class folders are numbered: ``"number"`` takes their names as the labels,
             ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
@@ -232,8 +234,8 @@ def load_data(
         image: The column of a data set of ``datasets`` that holds the images, where there are
             several; label likewise.
         label: The column that holds the labels.
-        uneven_size: Height and width that images of several sizes are resized to, where no
-            ``image_size`` is given; by default they are refused.
+        fit: What images of several sizes go through where no ``image_size`` is given, such as
+            the geometry of the model's processor; by default they are refused.
         memory_limit: Decoded size in bytes above which images are decoded batch by batch.
 
     Raises:
@@ -249,7 +251,7 @@ def load_data(
         order=order,
         image=image,
         label=label,
-        uneven_size=uneven_size,
+        fit=fit,
     )
     samples = _read(where, split, options, memory_limit)
     options.check_used(where)
@@ -264,23 +266,24 @@ def _read(
         digits = load_digits()[split == "test"]
         return under_the_models_labels(digits, options, where, counted=False)
     image_size, channels = options.take("image_size"), options.take("channels")
-    uneven_size = options.take("uneven_size")
+    fit = options.take("fit")
     _check_arguments(image_size, channels)
     images, name = _open(where, split, options)
     images = under_the_models_labels(images, options, where, counted=images.counted)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
-    size = (image_size, image_size) if image_size else uneven_size
-    if not image_size and size and images.is_even():
-        size = None
-    samples = StreamedImages.of(images, size, channels, augmentation)
+    if image_size:
+        fit = squashed((image_size, image_size))
+    elif fit and images.is_even():
+        fit = None  # the model's adapter does it, so that triggers are of the size of the data
+    samples = StreamedImages.of(images, fit, channels, augmentation)
     return samples if samples.bytes > memory_limit else samples.in_memory()
 
 
 def _check_arguments(image_size: int | None, channels: int | None) -> None:
     if image_size is not None and image_size < 1:
         raise BadInputError(f"image_size must be at least 1 pixel, got {image_size}")
-    if channels not in {None, 1, 3}:
-        raise BadInputError(f"channels must be 1 or 3, got {channels}")
+    if channels is not None and channels < 1:
+        raise BadInputError(f"channels must be at least 1, got {channels}")
 
 
 def _open(where: str | Path, split: str, options: Options) -> tuple[ImageSet, str]:

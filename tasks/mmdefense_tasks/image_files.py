@@ -44,10 +44,11 @@ def open_folder(folder: Path) -> ImageSet:
 def open_archive(path: Path, split: str = "train") -> ImageSet:
     """Open an npz archive with ``labels`` and either ``images`` or ``jpeg`` and ``offsets``.
 
-    ``images`` are uint8 of shape ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``; ``jpeg``
-    holds encoded images end to end, the i-th between ``offsets[i]`` and ``offsets[i + 1]``. Other
-    usual names, such as ``x_train`` and ``y_train``, are known. Class names are read from a
-    ``classes.json`` or ``classes.txt`` beside the archive. Pickled arrays are refused.
+    ``images`` are uint8 of shape ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``, of any number
+    of channels; ``jpeg`` holds encoded images end to end, the i-th between ``offsets[i]`` and
+    ``offsets[i + 1]``. Other usual names, such as ``x_train`` and ``y_train``, are known. Class
+    names are read from a ``classes.json`` or ``classes.txt`` beside the archive. Pickled arrays are
+    refused.
 
     Raises:
         BadInputError: If the archive is damaged or does not hold these arrays.
@@ -76,13 +77,11 @@ def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[int, Any]:
 def _pixels(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[int, Any]:
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim not in {3, 4}:
+        remedy = "" if images is None or images.dtype == np.uint8 else "; scale them to 0..255"
         raise BadInputError(
             f"{path} must hold 'images' as uint8 0..255, (N, H, W) or (N, H, W, C), or 'jpeg' and "
-            f"'offsets', got {described(arrays)}"
+            f"'offsets', got {described(arrays)}{remedy}"
         )
-    if images.ndim == 4 and images.shape[3] not in {1, 3} and images.shape[1] in {1, 3}:
+    if images.ndim == 4 and images.shape[3] not in {1, 3} and images.shape[1] < images.shape[3]:
         images = images.transpose(0, 2, 3, 1)
-    if images.ndim == 4 and images.shape[3] not in {1, 3}:
-        raise BadInputError(f"images of {path} must have 1 or 3 channels, got {images.shape[3]}")
-    flat = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-    return len(flat), lambda index: Image.fromarray(np.ascontiguousarray(flat[index]))
+    return len(images), lambda index: images[index]

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmdefense.batches import Augmentation
 from mmdefense.errors import BadInputError, one_line
 from mmdefense_tasks.streamed import StreamedSamples
 
-__all__ = ["ImageSet", "StreamedImages"]
+__all__ = ["Fit", "ImageSet", "StreamedImages", "fitted", "squashed"]
 
-_GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "F"})
+Fit = Callable[[Tensor], Tensor]
+"""From images ``(N, C, H, W)``, uint8, to such of the size that a model reads."""
+
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ORIENTATION, _TURNED = 274, frozenset({5, 6, 7, 8})  # of EXIF: values that swap the sides
+_BITS_16 = 2**16 - 1
 
 
 @dataclass(frozen=True)
@@ -26,14 +34,15 @@ class ImageSet:
     """Images that are still to be decoded.
 
     Attributes:
-        open: Returns the image at an index; may raise anything for one that is damaged.
+        open: Returns the image at an index, or its pixels as uint8 ``(H, W)`` or ``(H, W, C)``; may
+            raise anything for one that is damaged.
         name: Returns what to call that image in a message.
         labels: Shape ``(N,)``, int64.
         classes: The name of each label, where known.
         counted: Whether labels do no more than count the names, as those of a folder per class.
     """
 
-    open: Callable[[int], Image.Image]
+    open: Callable[[int], Image.Image | NDArray[np.uint8]]
     name: Callable[[int], str]
     labels: Tensor
     classes: tuple[str, ...] = ()
@@ -47,24 +56,88 @@ class ImageSet:
         sizes = set()
         for index in range(len(self.labels)):
             with suppress(Exception):  # decoders raise many kinds
-                sizes.add(self.open(index).size)
+                sizes.add(_size(self.open(index)))
             if len(sizes) > 1:
                 return False
         return True
 
-    def read(self, index: int) -> Image.Image:
-        """Return the image at ``index``, decoded, as ``L`` (grey) or ``RGB``.
+    def read(self, index: int, channels: int | None = None) -> NDArray[np.uint8]:
+        """Return the pixels of the image at ``index``, shape ``(C, H, W)``.
+
+        An image is turned as its EXIF orientation says. 16-bit images are scaled from 0..65535 to
+        0..255, those of floats from 0..1.
+
+        Args:
+            index: Of the image.
+            channels: How many channels C are wanted: grey images are repeated, and an opaque alpha
+                is added for 4. By default 1 for grey images and 3 for others, without alpha.
 
         Raises:
-            BadInputError: If it cannot be decoded.
+            BadInputError: If it cannot be decoded, or has not these channels.
         """
         try:
-            image = self.open(index)
-            return image.convert("L" if image.mode in _GREY_MODES else "RGB")
+            opened = self.open(index)
+            if isinstance(opened, np.ndarray):
+                pixels = opened[..., None] if opened.ndim == 2 else opened
+            else:
+                pixels = _decoded(opened, channels)
         except Exception as error:  # decoders raise many kinds, for damage of many kinds
             raise BadInputError(
                 f"image {self.name(index)} cannot be decoded: {one_line(error)}"
             ) from error
+        if channels is not None and pixels.shape[2] == 1:
+            pixels = pixels.repeat(channels, 2)
+        if channels not in {None, pixels.shape[2]}:
+            raise BadInputError(
+                f"images must have {channels} channel{'s' * (channels != 1)}, got "
+                f"{pixels.shape[2]} in {self.name(index)}"
+            )
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _size(opened: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
+    """Return the height and width of an image as it is meant to be seen."""
+    if isinstance(opened, np.ndarray):
+        return opened.shape[0], opened.shape[1]
+    turned = opened.getexif().get(_ORIENTATION) in _TURNED
+    return opened.size if turned else (opened.height, opened.width)
+
+
+def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
+    """Return pixels ``(H, W, C)``; in 1, 3 or 4 channels where ``channels`` leaves the choice."""
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":  # a camera's file: the others are its previews
+        raise ValueError(f"it holds {count} pictures or frames; save each as a file of its own")
+    image = _in_8_bits(ImageOps.exif_transpose(image))
+    own = 1 if image.mode in _GREY_MODES else 3
+    if channels == 4 and own == 3:
+        own = 4
+    array = np.asarray(image.convert(_MODES[own]), dtype=np.uint8)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits; Pillow would cut values off at 255.
+
+    Raises:
+        ValueError: If its pixels have no range that says what is white.
+    """
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # refuses NaN as well
+            raise ValueError(
+                "pixels that are floats must lie in [0, 1], got "
+                f"{values.min():g} to {values.max():g}; save it in 8 or 16 bits"
+            )
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > _BITS_16:
+        raise ValueError(
+            f"whole numbers must be of 8 or 16 bits, got {values.min()} to {values.max()}"
+        )
+    return Image.fromarray(((values * 255 + _BITS_16 // 2) // _BITS_16).astype(np.uint8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +145,16 @@ class StreamedImages(StreamedSamples[ImageSet]):
     """A labelled image set that decodes on ``take``; its shape is channels, height and width.
 
     Attributes:
-        resize: Whether images of another size are resized; otherwise they are refused.
+        fit: Brings images of another size to that of the set; without it they are refused.
     """
 
-    resize: bool
+    fit: Fit | None
 
     @classmethod
     def of(
         cls,
         images: ImageSet,
-        size: tuple[int, int] | None,
+        fit: Fit | None,
         channels: int | None,
         augmentation: Augmentation | None,
     ) -> StreamedImages:
@@ -92,32 +165,35 @@ class StreamedImages(StreamedSamples[ImageSet]):
         """
         if len(images.labels) == 0:
             raise BadInputError("data must hold at least one image, got none")
-        first = images.read(0)
-        depth = channels or len(first.getbands())
-        height, width = size or (first.height, first.width)
+        first = images.read(0, channels)
         return cls(
             source=images,
-            shape=(depth, height, width),
-            resize=size is not None,
+            shape=(fitted(first, fit) if fit else first).shape,
+            fit=fit,
             indices=torch.arange(len(images.labels)),
             augmentation=augmentation,
         )
 
     def _array(self, index: int) -> NDArray[np.uint8]:
-        image = self.source.read(index)
-        channels, height, width = self.shape
-        if len(image.getbands()) > channels:
+        pixels = self.source.read(index, self.shape[0])
+        if pixels.shape != self.shape and self.fit:
+            pixels = fitted(pixels, self.fit)
+        if pixels.shape != self.shape:
             raise BadInputError(
-                f"images must have {channels} channel, got {len(image.getbands())} in "
+                f"images must have one size or be resized by image_size, got "
+                f"{self.shape[1]}x{self.shape[2]} and {pixels.shape[1]}x{pixels.shape[2]} in "
                 f"{self.source.name(index)}"
             )
-        if (image.height, image.width) != (height, width):
-            if not self.resize:
-                raise BadInputError(
-                    f"images must have one size or be resized by image_size, got "
-                    f"{height}x{width} and {image.height}x{image.width} in "
-                    f"{self.source.name(index)}"
-                )
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-        return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+        return pixels
+
+
+def fitted(pixels: NDArray[np.uint8], fit: Fit) -> NDArray[np.uint8]:
+    """Return uint8 images ``(..., C, H, W)``, all resized by ``fit``."""
+    images = torch.from_numpy(np.ascontiguousarray(pixels))
+    found = fit(images.reshape(-1, *images.shape[-3:]))
+    return found.reshape(*images.shape[:-3], *found.shape[1:]).numpy()
+
+
+def squashed(size: tuple[int, int]) -> Fit:
+    """Return a function that resizes images to a height and width, whatever their proportions."""
+    return partial(F.interpolate, size=size, mode="bilinear", antialias=True)

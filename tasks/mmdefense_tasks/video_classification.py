@@ -24,6 +24,7 @@ from mmdefense.report.figures import Figure
 from mmdefense.report.plots import Plot
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.clips import StreamedClips, open_clips
+from mmdefense_tasks.image_sets import Fit
 from mmdefense_tasks.moving_digits import moving_digits
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import check_split, part_folder
@@ -99,6 +100,7 @@ class VideoClassification:
         clips: int = 1,
         classes: Sequence[str] = (),
         order: Order | None = None,
+        fit: Fit | None = None,
     ) -> LabelledSamples | StreamedClips:
         """Return clips from wherever they are; see :func:`load_clips`."""
         return load_clips(
@@ -111,6 +113,7 @@ class VideoClassification:
             clips=clips,
             classes=classes,
             order=order,
+            fit=fit,
         )
 
     @staticmethod
@@ -266,6 +269,7 @@ def load_clips(
     clips: int = 1,
     classes: Sequence[str] = (),
     order: Order | None = None,
+    fit: Fit | None = None,
     memory_limit: int = 2 * 2**30,
 ) -> LabelledSamples | StreamedClips:
     """Return labelled clips ``(C, T, H, W)`` from wherever they are, in ``[0, 1]``.
@@ -278,7 +282,7 @@ def load_clips(
         said: What the model states about its data: defaults of the options below, by name.
         frames: Frames T of a clip, evenly from the whole video; by default 16, or the set's own.
         image_size: Side in pixels that frames are cropped and resized to; by default the set's
-            own, or that of the videos, which must have one size.
+            own, or as the model says, or that of the videos, which must have one size.
         channels: 1 (grey) or 3, the default.
         clips: Clips of each video, which together give its score at video level.
         classes: The model's class names in order; class folders are relabelled by them.
@@ -286,6 +290,8 @@ def load_clips(
             ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
             matched to the class names; where there are none, names that are all whole numbers are
             the labels, and others count as text.
+        fit: What frames go through where no ``image_size`` is given, such as the geometry of the
+            model's processor.
         memory_limit: Decoded size in bytes above which clips are decoded batch by batch.
 
     Raises:
@@ -300,6 +306,7 @@ def load_clips(
         clips=clips,
         classes=classes,
         order=order,
+        fit=fit,
     )
     samples = _read(where, split, options, memory_limit)
     options.check_used(where)
@@ -311,6 +318,7 @@ def _read(
 ) -> LabelledSamples | StreamedClips:
     frames, image_size = options.take("frames"), options.take("image_size")
     channels, clips = options.take("channels"), options.take("clips", 1)
+    fit = options.take("fit")
     check_split(split)
     _check_arguments(frames, image_size, channels, clips)
     if str(where) == _EMBEDDED:
@@ -322,7 +330,8 @@ def _read(
     samples = StreamedClips.of(
         under_the_models_labels(opened, options, where, counted=True),
         frames=frames or form.frames,
-        side=image_size or form.image_size or None,
+        side=image_size or (None if fit else form.image_size) or None,
+        fit=fit,
         channels=channels or 3,
         augmentation=partial(random_clip_view, flip=folder.name in _STAGED),
     )

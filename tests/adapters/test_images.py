@@ -14,7 +14,7 @@ from mmdefense.batches import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.registry import adapt
 from mmdefense_adapters.huggingface_image import HFImageClassifier
-from mmdefense_adapters.huggingface_processor import class_names, scaling
+from mmdefense_adapters.huggingface_processor import class_names
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 
@@ -103,23 +103,10 @@ def test_a_processor_beside_the_weights_is_followed(tmp_path, images):
         adapt(model)
 
 
-def test_a_processor_with_an_offset_is_followed():
-    """ViViT's: to [-1, 1] first, then mean and deviation."""
-    from transformers import VivitImageProcessor
-
-    processor = VivitImageProcessor(do_resize=False, do_center_crop=False)
-    frames = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
-    expected = processor([frame.movedim(0, -1).numpy() for frame in frames], return_tensors="pt")
-    mean, std = scaling(processor.to_dict())
-    ours = (frames.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
-        3, 1, 1
-    )
-    torch.testing.assert_close(ours, expected["pixel_values"][0], atol=1e-5, rtol=1e-5)
-
-
 def test_the_config_says_how_images_are_read():
     adapter = adapt(build("hf-vit"), processor={"size": {"height": SIDE, "width": SIDE}})
-    assert adapter.reading() == {"channels": 3, "uneven_size": (SIDE, SIDE)}
+    assert adapter.reading() == {"channels": 3, "fit": adapter.fitted}
+    assert adapter.fitted(torch.rand(1, 3, 20, 9)).shape == (1, 3, SIDE, SIDE)
     adapter.model.config.id2label = {2: "dog", 0: "ant", 1: "cat"}
     assert adapter.reading()["classes"] == ("ant", "cat", "dog")
     assert class_names(nn.Linear(1, 1)) == ()
@@ -139,7 +126,6 @@ def test_a_fork_keeps_scaling_and_size(images):
         ("hf-vit", lambda x, y: (x[:, :, :8, :8], y), "cannot read images of shape"),
         ("small-resnet", lambda x, y: (x, y + 1), "labels must lie in 0..3.* got 4"),
         ("small-resnet", lambda x, y: (x, y - 1), "labels must lie in 0..3.* got -1"),
-        ("small-resnet", lambda x, y: (x[:3], y[:3]), "at least one sample per class .4., got 3"),
         ("small-resnet", lambda x, y: (x[:0], y[:0]), "at least one sample"),
         ("small-resnet", lambda x, y: (x, y[:2]), "one length"),
     ],

@@ -147,7 +147,7 @@ def test_mean_and_std_are_of_channels(batch):
 def test_a_processor_is_followed_frame_by_frame(batch):
     """Against resizing and scaling each frame as the image adapter does."""
     processor = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3,
-                 "image_std": [0.5] * 3}  # fmt: skip
+                 "image_std": [0.5] * 3, "do_center_crop": False}  # fmt: skip
     adapter = adapt(build("hf-videomae"), processor=processor)
     clips = torch.rand(2, 3, FRAMES, 24, 24, generator=torch.Generator().manual_seed(0))
     frames = clips.transpose(1, 2).flatten(0, 1)

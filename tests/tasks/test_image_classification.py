@@ -15,7 +15,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.notes import Note
 from mmdefense.registry import adapt, load
 from mmdefense_tasks.image_classification import load_data, load_digits
-from mmdefense_tasks.image_sets import StreamedImages
+from mmdefense_tasks.image_sets import StreamedImages, squashed
 from mmdefense_tasks.victims import SmallResNet
 
 CLASSES = ("bird", "cat", "dog")
@@ -177,14 +177,14 @@ def test_images_are_resized_on_request_only(folder, pixels):
 
 
 def test_images_of_several_sizes_are_resized_where_a_size_is_at_hand(folder):
-    even = load_data(folder, uneven_size=(5, 6))
+    even = load_data(folder, fit=squashed((5, 6)))
     assert even.inputs.shape == load_data(folder).inputs.shape
     first = next(path for path in sorted(folder.rglob("*.png")))
     Image.open(first).resize((7, 9)).save(first)
     with pytest.raises(BadInputError, match="one size or be resized"):
         load_data(folder)
-    assert load_data(folder, uneven_size=(5, 6)).inputs.shape[-2:] == (5, 6)
-    assert load_data(folder, uneven_size=(5, 6), image_size=4).inputs.shape[-2:] == (4, 4)
+    assert load_data(folder, fit=squashed((5, 6))).inputs.shape[-2:] == (5, 6)
+    assert load_data(folder, fit=squashed((5, 6)), image_size=4).inputs.shape[-2:] == (4, 4)
 
 
 def test_labels_follow_the_models_class_names(folder):
@@ -249,7 +249,7 @@ def test_colour_images_do_not_fit_one_channel(folder):
         ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(2, int)}, "uint8"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.full(2, 0.5)}, "whole-number"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "3 for 2"),
-        ({"images": np.zeros((2, 4, 4, 4), np.uint8), "labels": np.zeros(2, int)}, "got 4"),
+        ({"images": np.zeros((2, 3, 8, 8), np.uint8), "labels": np.zeros(2, int)}, "channels last"),
         ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, "at least one"),
         ({"jpeg": np.zeros(9, np.uint8), "labels": np.zeros(2, int)}, "'offsets'"),
     ],
