@@ -417,7 +417,7 @@ def _bordered(transform: Any, pixels: Tensor) -> Tensor:
     fill = getattr(transform, "fill", 0)
     if isinstance(fill, int):
         return transform(pixels)  # type: ignore[no-any-return]
-    parts = zip(fill, pixels.split(1, 1), strict=True)
+    parts = zip(fill, torch.split(pixels, 1, 1), strict=True)
     return torch.cat([type(transform)(transform.size, fill=value)(one) for value, one in parts], 1)
 
 
