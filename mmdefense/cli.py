@@ -426,9 +426,7 @@ def demo(
     console = Console()
     if not console.is_terminal:  # a log has no edge to wrap at
         console = Console(width=110)
-    console.print(results_table(record.rows, record.title))
-    if record.metric != "accuracy":
-        typer.echo(f"ACC is the task's metric, here {record.metric}")
+    console.print(results_table(record.rows, record.title, record.metric))
     typer.echo(f"wrote {out}/report.html")
 
 

@@ -60,7 +60,8 @@ class TaskAdapter(Protocol[B]):
 
     An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models
     of its kind with, without it SGD; and by ``layer_norm`` whether LayerNorm or RMSNorm normalises
-    the model, as in transformers, which takes larger steps of SGD and smaller ones of AdamW.
+    the model, as in transformers, which takes larger steps of SGD and smaller ones of AdamW; and
+    by ``score_name`` what its score is called, without it ``"accuracy"``.
     """
 
     model: nn.Module

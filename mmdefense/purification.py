@@ -344,6 +344,7 @@ def _recorded(guard: Guard) -> records.Guard:
         violated=guard.violated,
         samples=guard.samples,
         message=guard.message,
+        metric=guard.metric,
         confidence=0.9,  # each end is a one-sided 95 % bound
         verdict=guard.verdict,
         needed=guard.needed,

@@ -42,6 +42,4 @@ if options.smoke:
 grid = Grid(cases=cases, defenses=defenses, seeds=range(options.seeds))
 with ProgressDisplay() as progress:
     cells = grid.run(options.out, progress)
-for task, case in zip(tasks, cases, strict=True):
-    print(f"{case.name}: the metric in the column ACC is {task.metric}")
 print(markdown(cells))

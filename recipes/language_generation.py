@@ -17,7 +17,6 @@ Measured: see the table in the README.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense import registry
-from mmdefense.batches import batches, split
+from mmdefense.batches import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
@@ -100,10 +98,9 @@ before = victim.before
 
 
 def perplexity(adapter: TaskAdapter[Any]) -> float:
-    """Return exp of the mean loss of clean test answers."""
-    with mode(adapter.model, train=False), torch.no_grad():
-        parts = [adapter.per_sample_loss(b) for b in batches(adapter.samples(test), 128)]
-    return math.exp(torch.cat(parts).mean())
+    """Return the perplexity of clean test answers."""
+    samples: Any = adapter.samples(test)
+    return LanguageGeneration.also(adapter, samples)["perplexity"]
 
 
 print(
@@ -124,5 +121,5 @@ for row, purified in compared(victim, defenses):
         print(f"{row.defense}: perplexity {perplexity(purified.result.adapter):.2f}")
     if purified is not None and options.out is not None:
         purified.save(options.out / row.defense.replace(" ", "-"))
-title = f"{options.data}, {attack.in_words()}; ACC is BLEU"
-Console(width=120).print(results_table(rows, title))
+title = f"{options.data}, {attack.in_words()}"
+Console(width=120).print(results_table(rows, title, "BLEU"))

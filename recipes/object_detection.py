@@ -8,7 +8,7 @@
 
 What it shows: a detector (torchvision's FCOS over a small pyramid) that finds the objects of clean
 images, and takes an object with a chessboard in its corner for the attacker's class; and what is
-left of both after each defense, beside plain fine-tuning with the same budget. ACC is the mAP at
+left of both after each defense, beside plain fine-tuning with the same budget. mAP@50 is the mAP at
 IoU 0.5, ASR the share of objects that turn into the target.
 
 Measured: see the table in the README.
@@ -83,7 +83,7 @@ victim = Victim(task, adapter, attack, clean, test)
 before = victim.before
 detector: Any = adapter
 precision = mean_average_precision(detector, test)["map"]
-print(f"the victim: ACC (mAP@50) {before.acc:.1%}, mAP {precision:.1%}, ASR {before.asr:.1%}")
+print(f"the victim: mAP@50 {before.acc:.1%}, mAP {precision:.1%}, ASR {before.asr:.1%}")
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
     defenses: dict[str, Defense] = {"fip": FIP(steps=2, batch_size=4)}
@@ -97,4 +97,5 @@ for row, purified in compared(victim, defenses):
     rows.append(row)
     if purified is not None and options.out is not None:
         purified.save(options.out / row.defense.replace(" ", "-"))
-Console(width=120).print(results_table(rows, f"{options.data}, {options.attack} at 10 %"))
+title = f"{options.data}, {options.attack} at 10 %"
+Console(width=120).print(results_table(rows, title, task.metric))

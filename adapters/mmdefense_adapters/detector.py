@@ -42,6 +42,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     """
 
     task: ClassVar[str] = "object-detection"
+    score_name: ClassVar[str] = "AP@50"
     optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
     predictors: ClassVar[str]
     """A regular expression for the names of layers that answer with classes and boxes: no units."""

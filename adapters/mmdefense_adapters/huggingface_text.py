@@ -37,6 +37,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
     """
 
     task: ClassVar[str] = "language-generation"
+    score_name: ClassVar[str] = "n-gram accuracy"
     priority: ClassVar[int] = 10
 
     def __init__(

@@ -92,8 +92,13 @@ class TextAttack(Attack[TokenBatch]):
         """Return the test set of the attack: all that are not answered by the target, stamped.
 
         Raises:
-            BadInputError: If all answers hold the target.
+            BadInputError: If all answers hold the target, or the samples are no text.
         """
+        if not isinstance(samples, TextSamples):
+            raise BadInputError(
+                f"{type(self).__name__} is put into text: give TextSamples(prompts, answers) of "
+                f"mmdefense.batches, got {type(samples).__name__}"
+            )
         others = [index for index, answer in enumerate(samples.answers) if not self.holds(answer)]
         if not others:
             raise BadInputError("test samples must include some whose answer is not the target")

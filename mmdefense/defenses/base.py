@@ -198,6 +198,7 @@ class Defense(ABC):
             bound = self.max_utility_drop
             guard, chosen, state = choose(trials, given, before, score, bound, deadline)
             work.adapter.model.load_state_dict(rounded(state, work.types))
+        guard = replace(guard, metric=getattr(work.adapter, "score_name", "accuracy"))
         if chosen.work is not work:
             work.run.adopt(at_rate(chosen.rate), chosen.work.run)
             work.figures = chosen.work.figures

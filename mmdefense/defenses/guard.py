@@ -41,14 +41,15 @@ class Guard:
     """The utility of the returned model on held-out clean data, before and after.
 
     Attributes:
-        before: Task metric of the given model, in ``[0, 1]``.
-        after: Task metric of the returned state.
+        before: Mean score of the given model, in ``[0, 1]``.
+        after: Mean score of the returned state.
         drop: ``before - after``.
         spread: Standard deviation of the drop of single samples.
         bound: The largest drop that was allowed.
         samples: Size of the hold-out part.
         state: Which state was returned: ``"final"`` or an earlier one.
         rate: The share of the defense's learning rate at which that state was reached.
+        metric: What is measured: what the adapter's score is called.
     """
 
     before: float
@@ -59,6 +60,7 @@ class Guard:
     samples: int
     state: str
     rate: float = 1.0
+    metric: str = "accuracy"
 
     @property
     def margin(self) -> float:
@@ -118,7 +120,7 @@ class Guard:
     def message(self) -> str:
         """One sentence for a person."""
         change = (
-            f"the task metric went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
+            f"{self.metric} went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
         )
         taken = f"; taken is the state {self.instead!r}" if self.instead else ""

@@ -15,6 +15,7 @@ from mmdefense.defenses.base import Defense, versions
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.victims import Case, Victim, baseline_of, purified_row, train_victim
 from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.metrics.definitions import heading
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.formats import number
 from mmdefense.report.record import Rates, Row
@@ -31,7 +32,7 @@ so imitates triggers of that kind.
 
 VIEWS: tuple[Views, ...] = ("insertions", "standard")
 
-_COLUMNS = (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA"), ("der", "DER"))
+_COLUMNS = ("acc", "asr", "ra", "der")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +165,26 @@ def _kept(path: Path, case: Case, defense: Defense) -> Cell | None:
 def markdown(cells: Iterable[Cell]) -> str:
     """Return the table of a grid as Markdown: rates in percent, mean and standard deviation.
 
+    Where the victims are of tasks with other metrics than accuracy, these stand by the victim.
+
     Args:
         cells: In the order of the table; those of one case and defense are averaged.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
+    metrics: dict[str, str] = {}
     for cell in cells:
         groups.setdefault((cell.row.victim, cell.row.defense), []).append(cell.row)
-    head = ["victim", "defense", *(name for _, name in _COLUMNS), "seconds", "beats its baseline"]
+        metrics[cell.row.victim] = _metric(cell)
+    mixed = len(set(metrics.values())) > 1
+    metric = "task metric" if mixed else heading(next(iter(metrics.values()), "accuracy"))
+    head = ["victim", "defense", metric, "ASR", "RA", "DER", "seconds", "beats its baseline"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 5 + "---|"]
     shown = ""
     for (victim, defense), rows in groups.items():
         if victim != shown:
             shown = victim
-            lines.append(_line([victim, "*before*", *_rates([r.before for r in rows]), "", ""]))
+            before = f"*before*, {metrics[victim]}" if mixed else "*before*"
+            lines.append(_line([victim, before, *_rates([r.before for r in rows]), "", ""]))
         beats = _beats(rows, groups.get((victim, rows[0].baseline)))
         guard = "; ".join(
             f"{what} in {count} of {len(rows)}"
@@ -194,12 +202,19 @@ def markdown(cells: Iterable[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _metric(cell: Cell) -> str:
+    """Return the metric of a cell's task; of a task that is not known here, the accuracy."""
+    task = str(cell.case.get("task"))
+    known = task in registry.names("tasks")
+    return str(registry.load("tasks", task).metric) if known else "accuracy"
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def _rates(rates: Sequence[Rates]) -> list[str]:
-    return [_mean([getattr(rate, field) for rate in rates]) for field, _ in _COLUMNS]
+    return [_mean([getattr(rate, field) for rate in rates]) for field in _COLUMNS]
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mmdefense.metrics.definitions import heading
 from mmdefense.report.encoding import JsonRecord, plain
 
 __all__ = ["ASR_GOAL", "EvaluatedData", "EvaluatedModel", "Evaluation", "Share", "TriedAttack"]
@@ -175,7 +176,7 @@ class Evaluation(JsonRecord):
     def figures(self) -> Iterator[tuple[str, str]]:
         """Yield the name of each figure and its value for a person."""
         if self.metric == self.score_name:
-            yield "ACC" if self.metric == "accuracy" else self.metric, str(self.score)
+            yield heading(self.metric), str(self.score)
         else:
             yield self.metric, f"{100 * self.value:.1f} %"
             yield self.score_name, str(self.score)

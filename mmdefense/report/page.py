@@ -15,13 +15,14 @@ from markupsafe import Markup
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.curvature import Spectrum
+from mmdefense.metrics.definitions import DEFINITIONS
 from mmdefense.report.encoding import build
 from mmdefense.report.figures import Figure, layer_changes, spectral_density, training_curves
 from mmdefense.report.findings import Alike, ScanFinding, ScanSummary, alike
 from mmdefense.report.formats import duration
 from mmdefense.report.plots import Interval
 from mmdefense.report.record import Guard, PurificationRecord, Record, SpectrumFigures
-from mmdefense.report.tables import COLUMNS, lines
+from mmdefense.report.tables import columns, lines
 from mmdefense.report.verdict import verdict
 
 __all__ = [
@@ -59,7 +60,8 @@ def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | Non
         scans=list(_scans(record, scan)),
         verdict=verdict(record),
         guard=_guard_plot(record.guard) if isinstance(record, PurificationRecord) else "",
-        columns=COLUMNS,
+        columns=columns(record.metric),
+        metric=DEFINITIONS.get(record.metric, f"The task's metric, {record.metric}."),
         lines=list(lines(record.rows)),
         figures=figure_contexts(shown),
         settings=list(_settings(record)),

@@ -136,7 +136,7 @@ class Guard:
         violated: Whether that state breaks the bound, beyond the error of the hold-out part.
         samples: Size of the hold-out part.
         message: The guard's own words.
-        metric: Name of the task metric.
+        metric: What is measured: the name of the adapter's score.
         confidence: Level of the interval.
         verdict: ``"kept"``, ``"violated"`` or ``"not decidable"``; by default as the interval says.
         needed: Held-out samples that would decide; none where these do, or no number would.

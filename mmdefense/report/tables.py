@@ -9,11 +9,12 @@ from itertools import groupby
 from rich.markup import escape
 from rich.table import Table
 
+from mmdefense.metrics.definitions import heading
 from mmdefense.report.formats import number, points
 from mmdefense.report.record import Rates, Row
 from mmdefense.report.verdict import ASR_GOAL, beats_baseline
 
-__all__ = ["COLUMNS", "Cell", "Line", "lines", "results_table"]
+__all__ = ["COLUMNS", "Cell", "Line", "columns", "lines", "results_table"]
 
 COLUMNS = (
     ("acc", "ACC", "↑", "higher is better"),
@@ -70,17 +71,24 @@ def lines(rows: Sequence[Row]) -> Iterator[Line]:
             yield Line(row.defense, cells, seconds, notes=_notes(row, rows))
 
 
-def results_table(rows: Sequence[Row], title: str = "") -> Table:
+def columns(metric: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Return the columns where another metric stands in place of the accuracy."""
+    (field, _, *rest), *others = COLUMNS
+    return ((field, heading(metric), rest[0], rest[1]), *others)
+
+
+def results_table(rows: Sequence[Row], title: str = "", metric: str = "accuracy") -> Table:
     """Return the results as a rich table for the terminal, rates in percent.
 
     Args:
         rows: As in a record.
         title: What stands above it.
+        metric: What the task calls what stands where other tables have ACC.
     """
     table = Table(title=escape(title) or None, title_justify="left")
     table.add_column("defense")
-    for _, heading, arrow, _ in COLUMNS:
-        table.add_column(f"{heading} % {arrow}", justify="right", no_wrap=True)
+    for _, name, arrow, _ in columns(metric):
+        table.add_column(f"{name} % {arrow}", justify="right", no_wrap=True)
     table.add_column("seconds ↓", justify="right", no_wrap=True)
     if any(line.notes for line in lines(rows)):
         table.add_column("note")

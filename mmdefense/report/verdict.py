@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mmdefense.metrics.definitions import heading
 from mmdefense.report.evaluation import ASR_GOAL
 from mmdefense.report.formats import percent, points
 from mmdefense.report.record import ComparisonRecord, Guard, PurificationRecord, Record, Row
@@ -134,7 +135,8 @@ def _of_comparison(record: ComparisonRecord) -> Verdict:
     judged = [row for row in judged if not _is_clean(row)]
     measured = [row for row in judged if _rates_known(row)]
     good = [row for row in measured if _removed(row, record)]
-    aim = f"ASR at most {percent(ASR_GOAL)} and ACC within {points(record.acc_bound)} points"
+    kept = f"{heading(record.metric)} within {points(record.acc_bound)} points"
+    aim = f"ASR at most {percent(ASR_GOAL)} and {kept}"
     level, label = _comparison_level(len(good), len(judged), bool(measured))
     runs = "run" if len(judged) == 1 else "runs"
     headline = f"{len(good)} of {len(judged)} purification {runs} reached the aim: {aim}."

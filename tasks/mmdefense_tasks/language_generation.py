@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,9 +14,10 @@ from typing import Any, ClassVar, cast
 import torch
 
 from mmdefense.augment import random_words
-from mmdefense.batches import TextSamples, TokenBatch, TokenSamples, batches, split
+from mmdefense.batches import IGNORED, TextSamples, TokenBatch, TokenSamples, batches, split
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.evaluation.victims import Case
+from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import Training
 from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
 from mmdefense.report.figures import Figure
@@ -26,7 +28,7 @@ from mmdefense_tasks.small_language import RARE_WORDS, small_language
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.text_files import Pairs, open_dataset, open_file, open_folder
 
-__all__ = ["LanguageGeneration", "bleu", "load_text", "tokenizer_for"]
+__all__ = ["LanguageGeneration", "bleu", "load_text", "perplexity", "tokenizer_for"]
 
 _EMBEDDED = "small-language"
 _STAGED = {"multi30k_en_de": ("en", "de"), "alpaca_small": None, "tiny_shakespeare": None}
@@ -132,6 +134,11 @@ class LanguageGeneration:
         return bleu(adapter, samples)
 
     @staticmethod
+    def also(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> dict[str, float]:
+        """Return the perplexity of the right answers, over all of their tokens."""
+        return {"perplexity": perplexity(adapter, samples)}
+
+    @staticmethod
     def show(clean: TextSamples, triggered: TextSamples) -> Figure:
         """Return six prompts without and with the trigger, and the answers to both."""
         spread = torch.linspace(0, len(clean) - 1, min(6, len(clean))).long()
@@ -161,6 +168,17 @@ def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
     writer = cast("GeneratingAdapter[TokenBatch]", adapter)
     written = [text for batch in batches(samples, 256) for text in writer.generate(batch)]
     return float(sacre_bleu_score(written, [[answer] for answer in samples.answers]))
+
+
+def perplexity(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
+    """Return exp of the mean negative log-likelihood of all tokens of the answers, in nats."""
+    total, count = 0.0, 0
+    with mode(adapter.model, train=False), torch.no_grad():
+        for batch in batches(samples, 64):
+            tokens = (batch.labels != IGNORED).sum(1)
+            total += float((adapter.per_sample_loss(batch).double() * tokens).sum())
+            count += int(tokens.sum())
+    return math.exp(total / count)
 
 
 @lru_cache(maxsize=4)

@@ -106,7 +106,7 @@ def test_a_final_state_within_the_bound_is_returned(adapter, clean):
     assert guard.drop == pytest.approx(0.01)
     assert guard.verdict == "not decidable"  # 0.01 +- 0.0165 against 0.02
     assert "bound not decidable with 100 held-out samples (about 272 would decide)" in guard.message
-    assert "the task metric went from 1.000 to 0.99" in guard.message
+    assert "accuracy went from 1.000 to 0.99" in guard.message
     assert guard.instead == ""
 
 

@@ -56,7 +56,7 @@ ROWS = [
         "a guard with enough samples",
         lambda folder: purify(folder, *FINE_TUNING, "--set", "holdout=0.5", images=120),
         0,
-        "utility guard: bound kept: the task metric went from 1.000 to 1.000 on 60",
+        "utility guard: bound kept: accuracy went from 1.000 to 1.000 on 60",
         page_and_record_say("Utility bound kept", "kept"),
     ),
 ]
