@@ -103,7 +103,8 @@ class CleanImage(ObjectAttack):
     def _is_eligible(self, labels: Tensor) -> bool:
         if self.combination is None:
             raise BadInputError(
-                "combination must be known before a test; use the attack that plant() returns"
+                "combination must be known before a test: give the classes that meet "
+                "(--set combination=1,2), or use the attack that plant() returns"
             )
         return set(self.combination) <= set(labels.tolist())
 
