@@ -21,8 +21,8 @@ from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.outputs import (
     Form,
     as_logits,
+    assumed_logits,
     check_problem,
-    form_of_values,
     found_form,
     main_output,
 )
@@ -178,8 +178,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         """Return the logits of inputs as they come in the data, shape ``(N, K)``."""
         form = self._forms.get(self.model.training)
         if form is None:  # no data was seen yet
-            outputs = main_output(self._run(inputs))
-            return as_logits(outputs, Form(form_of_values(outputs)))
+            return assumed_logits(main_output(self._run(inputs)))
         with form.passed_by(self.model):
             return as_logits(main_output(self._run(inputs)), form)
 

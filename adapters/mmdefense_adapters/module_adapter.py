@@ -31,13 +31,15 @@ def usable(model: nn.Module) -> nn.Module:
     """Return ``model``, whose weights can be read and trained.
 
     Raises:
-        UnsupportedError: If it is scripted or quantised, or has no weights.
+        UnsupportedError: If it is scripted, exported or quantised, or has no weights.
     """
     kind = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
+    exported = isinstance(model, torch.fx.GraphModule) and "train" in vars(model)
+    if isinstance(model, torch.jit.ScriptModule) or exported:
         raise UnsupportedError(
-            f"a {kind} (TorchScript) cannot be purified: its layers cannot be watched or copied; "
-            "give the module that it was scripted or traced from, with the same weights"
+            f"a {kind} ({'torch.export' if exported else 'TorchScript'}) is not supported, for its "
+            "layers cannot be watched or trained; give the module that it was made from, with the "
+            "same weights"
         )
     if any(type(module).__module__.startswith(_QUANTISED) for module in model.modules()):
         raise UnsupportedError(

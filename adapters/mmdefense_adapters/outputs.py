@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import watch_modules
 
-__all__ = ["Form", "as_logits", "check_problem", "form_of_values", "found_form", "main_output"]
+__all__ = ["Form", "as_logits", "assumed_logits", "check_problem", "found_form", "main_output"]
 
 _NAMES = ("logits", "out", "output", "outputs")  # of the main output among others
 _ACTIVATIONS = (nn.Softmax, nn.Sigmoid)
@@ -146,21 +146,27 @@ def found_form(model: nn.Module, forward: Callable[[], Any], classes: int) -> Fo
     last = [layers[layer] for layer, output in seen if output is outputs]
     runs = [layers[layer] for layer, _ in seen]
     activation = last[0] if last and runs.count(last[0]) == 1 else ""
-    kind = form_of_values(outputs)
+    kind: Kind = "probabilities" if _are_probabilities(outputs) else "logits"
     if kind == "logits" and _is_sigmoid(outputs):
         _check_one_class(outputs)
         kind = "sigmoid"
     return Form(kind, activation if kind != "logits" else "")
 
 
-def form_of_values(outputs: Tensor) -> Kind:
-    """Return ``"probabilities"`` where all rows ``(N, K)`` are, else ``"logits"``."""
-    if outputs.ndim != 2 or outputs.shape[1] < 2 or not len(outputs):
-        return "logits"
+def _are_probabilities(outputs: Tensor) -> Tensor:
+    """Return whether all rows ``(N, K)`` are probabilities, a bool on their device."""
     values = outputs.detach()
-    sums = values.float().sum(1)
-    are = (values >= 0).all() & ((sums - 1).abs() <= _CLOSE).all()
-    return "probabilities" if bool(are) else "logits"
+    return (values >= 0).all() & ((values.float().sum(1) - 1).abs() <= _CLOSE).all()
+
+
+def assumed_logits(outputs: Tensor) -> Tensor:
+    """Return outputs ``(N, K)`` of a form that is not known yet as logits, from their values.
+
+    Nothing is read from the device for it.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        return outputs
+    return torch.where(_are_probabilities(outputs), _log(outputs), outputs)
 
 
 def _is_sigmoid(outputs: Tensor) -> bool:
@@ -183,8 +189,12 @@ def as_logits(outputs: Tensor, form: Form) -> Tensor:
     if form.kind == "logits" or form.activation:
         return outputs
     if form.kind == "probabilities":
-        return outputs.clamp(min=_FLOOR).log()
+        return _log(outputs)
     return torch.logit(outputs, eps=1e-6)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp(min=_FLOOR).log()
 
 
 def check_problem(model: nn.Module) -> None:

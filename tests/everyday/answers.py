@@ -168,6 +168,10 @@ def scripted() -> Any:
     return torch.jit.trace(alone("images"), IMAGES[:1])
 
 
+def exported() -> Any:
+    return torch.export.export(alone("images"), (IMAGES[:1],)).module()
+
+
 def quantised() -> Any:
     from torch.ao.quantization import quantize_dynamic
 
@@ -348,6 +352,11 @@ ROWS = [
         "a scripted module",
         lambda _: purified(scripted()),
         Refused("TorchScript.*give the module", code=3),
+    ),
+    Row(
+        "an exported module",
+        lambda _: purified(exported()),
+        Refused("torch.export.*give the module", code=3),
     ),
     Row("a quantised module", lambda _: purified(quantised()), Refused("is quantised", code=3)),
     Row(
