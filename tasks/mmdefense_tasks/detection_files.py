@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmdefense.class_names import read_class_names
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.notes import note
 from mmdefense_tasks.parts import PARTS, tell_part
@@ -108,7 +109,7 @@ def _bears(path: Path, name: str) -> bool:
 
 
 def _json_lines(path: Path) -> ObjectSet:
-    names = _class_list(path.parent / "classes.json")
+    names = read_class_names(path.parent / "classes.json")
     files, crowds = [], 0
     for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
@@ -132,13 +133,6 @@ def _json_lines(path: Path) -> ObjectSet:
         files.append(entry)
     _say_crowds(crowds, path)
     return ObjectSet(files, names)
-
-
-def _class_list(path: Path) -> tuple[str, ...]:
-    names = read_json(path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
-        raise BadInputError(f"{path} must be a list of the names of the classes, got {names!r:.60}")
-    return tuple(names)
 
 
 def _say_crowds(count: int, path: Path) -> None:

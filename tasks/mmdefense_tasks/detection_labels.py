@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdefense.class_names import UnknownNameError, few, match
 from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 from mmdefense_tasks.detection_files import ObjectSet
@@ -38,7 +39,7 @@ def numbered(
     if form is not None and form not in _FORMS:
         raise BadInputError(f"labels must be one of {', '.join(_FORMS)}, got {form!r}")
     if form is None and (classes := tuple(options.take("classes", ()))):
-        return _by_name(found, classes), classes
+        return _by_name(found, classes, where), classes
     numbers = options.take("numbers")
     form = form or _form(found, numbers, where)
     if form == "dense":
@@ -50,47 +51,41 @@ def numbered(
     return _by_id(found, numbers, where)
 
 
-def _by_name(found: ObjectSet, classes: Sequence[str]) -> list[int]:
-    place = {_folded(name): label for label, name in reversed(list(enumerate(classes)))}
-    labels = [place.get(_folded(name), -1) for name in found.names]
-    hint = "; --read labels=ids takes the category ids instead" if found.ids else ""
-    for entry in found.files:
-        if unknown := [found.names[kind] for kind in entry.kinds if labels[kind] < 0]:
-            raise BadInputError(
-                f"classes must be among the model's {len(classes)} ({', '.join(classes[:6])}), got "
-                f"{unknown[0]!r} in {entry.path.name}{hint}"
-            )
-    return labels
-
-
-def _folded(name: str) -> str:
-    return " ".join(name.split()).casefold()
+def _by_name(found: ObjectSet, classes: Sequence[str], where: str | Path) -> list[int]:
+    """Return the model's label of each class that has objects; -1 for the others."""
+    used = sorted({kind for entry in found.files for kind in entry.kinds})
+    try:
+        labels = match([found.names[kind] for kind in used], classes, where)
+    except UnknownNameError as error:
+        ids = ", or take the category ids: --read labels=ids" if found.ids else ""
+        raise BadInputError(
+            f"{error}; name the model's classes in order as the data does: --classes FILE{ids}"
+        ) from error
+    place = dict(zip(used, labels, strict=True))
+    return [place.get(kind, -1) for kind in range(len(found.names))]
 
 
 def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
     """Return which numbering the model's numbers and the ids of the set speak for."""
     if numbers is None or len(numbers) == len(found.names):
         return "dense"
+    ids = few(map(str, found.ids))
     # In a model that numbers from 0, with one class more, that may be a background before all.
     shifted = 0 in found.ids and len(numbers) == len(found.names) + 1
     if found.ids and set(found.ids) <= set(numbers) and not shifted:
         note(
             f"the model has {len(numbers)} classes and the data {len(found.names)}: labels are the "
-            f"COCO category ids of the data ({_few(found.ids)}); --read labels=dense counts them"
+            f"COCO category ids of the data ({ids}); --read labels=dense counts them"
         )
         return "ids"
-    ids = f" with the COCO category ids {_few(found.ids)}" if found.ids else ""
-    choices = "labels=ids takes these ids, labels=dense" if found.ids else "labels=dense"
+    with_ids = f" with the COCO category ids {ids}" if ids else ""
+    choices = "labels=ids takes these ids, labels=dense" if ids else "labels=dense"
     raise BadInputError(
-        f"data {where} has {len(found.names)} classes ({_few(found.names)}){ids}, but the model "
+        f"data {where} has {len(found.names)} classes ({few(found.names)}){with_ids}, but the model "
         f"has {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}, and does not name them; "
-        f"give their names (classes), or say how to number: {choices} counts the data's from "
-        f"{numbers[0]} (--read labels=...)"
+        f"give their names (--classes FILE), or say how to number: {choices} counts the data's "
+        f"from {numbers[0]} (--read labels=...)"
     )
-
-
-def _few(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
 
 
 def _by_id(

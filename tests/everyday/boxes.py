@@ -248,8 +248,11 @@ ROWS = [
     Row("json lines: a label below 0", lambda f: lines(f, {"boxes": [BOX], "labels": [-1]}),
         Refused("line 1 .* of the 2 classes: ValueError label -1")),
     Row("json lines: classes of an id2label map",
-        lambda f: lines(f, {"boxes": [BOX], "labels": [0]}, classes='{"0": "cat"}'),
-        Refused("must be a list of the names")),
+        lambda f: lines(f, {"boxes": [BOX], "labels": [0]}, classes='{"0": "cat", "1": "dog"}')
+        .classes, ("cat", "dog")),
+    Row("json lines: classes that are null",
+        lambda f: lines(f, {"boxes": [BOX], "labels": [0]}, classes="null"),
+        Refused("must be a list of names")),
     Row("json lines: a crowd",
         lambda f: len(lines(f, {"boxes": [BOX, BOX], "labels": [0, 1], "iscrowd": [0, 1]})
                       .labels[0]), 1),
