@@ -80,11 +80,12 @@ def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
         return "ids"
     with_ids = f" with the COCO category ids {ids}" if ids else ""
     choices = "labels=ids takes these ids, labels=dense" if ids else "labels=dense"
+    first, last = numbers[0], numbers[-1]
     raise BadInputError(
         f"data {where} has {len(found.names)} classes ({few(found.names)}){with_ids}, but the "
-        f"model has {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}, and does not name them; "
-        f"give their names (--classes FILE), or say how to number: {choices} counts the data's "
-        f"from {numbers[0]} (--read labels=...)"
+        f"model has {len(numbers)}, numbered {first} to {last}, and does not name them; give their "
+        f"names (--classes FILE), or say how to number: {choices} counts the data's from {first} "
+        "(--read labels=...)"
     )
 
 
