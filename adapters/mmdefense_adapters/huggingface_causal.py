@@ -37,7 +37,7 @@ class HFCausalLM(HFText):
         tokenizer = self.tokenizer
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         middle = self._separator() if prompt else []
-        end = [*answer, tokenizer.eos_token_id]
+        end = [*answer, *self._end]
         head = [*start, *prompt, *middle]
         content = (len(start), len(start) + len(prompt))
         return [*head, *end], [*[IGNORED] * len(head), *end], content

@@ -31,8 +31,7 @@ class HFSeq2SeqLM(HFText):
     def _row(
         self, prompt: list[int], answer: list[int]
     ) -> tuple[list[int], list[int], tuple[int, int]]:
-        end = self.tokenizer.eos_token_id
-        return [*prompt, end], [*answer, end], (0, len(prompt))
+        return [*prompt, *self._end], [*answer, *self._end], (0, len(prompt))
 
     def _embeddings(self) -> nn.Embedding:
         layer: nn.Embedding = base_of(self.model).get_encoder().get_input_embeddings()

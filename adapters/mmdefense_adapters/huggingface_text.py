@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         tokenizer: Any = None,
         max_length: int | None = None,
         separator: str | None = None,
+        pad_token: str | None = None,
         example: TokenBatch | None = None,
     ) -> None:
         """Wrap ``model``.
@@ -59,15 +61,13 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
                 sequence that is too long for the model is refused.
             separator: What parts prompt and answer in a causal model; by default the tokenizer's
                 own separator where it has one, else a line break.
+            pad_token: A token of the tokenizer, which fills up shorter sequences and is masked; by
+                default the tokenizer's own, or else the one that ends a text.
             example: One sample, to trace the model with; by default the first that is seen.
         """
         self.model = usable(model)
-        self.tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-        if self.tokenizer.pad_token_id is None:
-            raise BadInputError(
-                "tokenizer must have a pad token, got none; set tokenizer.pad_token = "
-                "tokenizer.eos_token"
-            )
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        self.tokenizer = _with_pad(tokenizer, pad_token)
         self.max_length = max_length
         self.separator = separator or self.tokenizer.sep_token or "\n"
         self.example = example
@@ -135,6 +135,12 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         labels = _padded([row[1] for row in rows], IGNORED)
         tokens = TokenBatch(ids, place < lengths[:, None], content, labels)
         return TokenSamples(tokens, texts.answers, self._words(), texts.augmentation)
+
+    @property
+    def _end(self) -> list[int]:
+        """The token that ends a text, where the tokenizer has one."""
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
 
     def _words(self) -> Tensor:
         """Return the tokens that are no marks, shape ``(W,)``."""
@@ -384,8 +390,29 @@ def _tokenizer_of(model: nn.Module) -> Any:
         raise BadInputError(
             f"the tokenizer in {folder} cannot be read: {one_line(error)}"
         ) from error
-    if tokenizer.pad_token_id is None:  # GPT-2 and Llama have none; what is padding is masked
-        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _with_pad(tokenizer: Any, pad_token: str | None) -> Any:
+    """Return a tokenizer with a pad token; GPT-2 and Llama have none, and padding is masked.
+
+    Raises:
+        BadInputError: If there is none, or it is none of the tokenizer's tokens.
+    """
+    pad = pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if pad is None:
+        raise BadInputError(
+            "the tokenizer has neither a pad token nor one that ends a text; name one of its "
+            "tokens that stands in no text: pad_token= (--read pad_token=...), special ones are "
+            f"{', '.join(tokenizer.all_special_tokens) or 'none'}"
+        )
+    if pad not in tokenizer.get_vocab():
+        raise BadInputError(
+            f"pad_token must be one of the tokenizer's {len(tokenizer)} tokens, got {pad!r}"
+        )
+    if pad != tokenizer.pad_token:
+        tokenizer = copy.deepcopy(tokenizer)  # the user's own stays as it is
+        tokenizer.pad_token = pad
     return tokenizer
 
 

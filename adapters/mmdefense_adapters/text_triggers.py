@@ -268,5 +268,5 @@ def _widened(values: Tensor, width: int) -> Tensor:
     return nn.functional.pad(values, (0, width - values.shape[1]), value=IGNORED)
 
 
-def _ended(row: list[int], end: int) -> tuple[int, ...]:
+def _ended(row: list[int], end: int | None) -> tuple[int, ...]:
     return tuple(row[: row.index(end) + 1] if end in row else row)

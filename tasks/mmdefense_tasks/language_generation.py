@@ -203,7 +203,8 @@ def load_text(
             parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``.
         said: What the model states about its data: defaults of the options below, by name.
-        pair: Endings of the source and the target language of parallel text, also as ``"en,de"``.
+        pair: Source and target language, also as ``"en,de"``: the endings of parallel files, the
+            keys of translations, or two fields of other records.
 
     Raises:
         BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
@@ -220,29 +221,25 @@ def _read(where: str | Path, split: str, options: Options) -> TextSamples:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
     if str(where) == _EMBEDDED:
         return LanguageGeneration.embedded()[split == "test"]
-    pair = options.take("pair")
-    languages: Any = tuple(pair.split(",")) if isinstance(pair, str) else pair
-    if languages is not None and len(languages) != 2:
-        raise BadInputError(f"pair must name two languages, such as en,de, got {pair!r}")
-    pairs = _open(where, split, languages)
+    pairs = _open(where, split, options)
     if not pairs:
         raise BadInputError(f"data {where} must hold at least one text, got none")
     prompts, answers = zip(*pairs, strict=True)
     return TextSamples(prompts, answers, random_words)
 
 
-def _open(where: str | Path, split: str, pair: tuple[str, str] | None) -> Pairs:
+def _open(where: str | Path, split: str, options: Options) -> Pairs:
     path = Path(where)
     if not path.exists():
         path = staged(str(where)) or path
     if path.is_file():
-        return open_file(path)
+        return open_file(path, options)
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return open_dataset(path, split)
-        return open_folder(path, split, pair or _STAGED.get(path.name))
+            return open_dataset(path, split, options)
+        return open_folder(path, split, options, _STAGED.get(path.name))
     if _HUB_ID.fullmatch(str(where)) and not path.parent.exists():
-        return open_dataset(where, split)
+        return open_dataset(where, split, options)
     raise BadInputError(
         f"data {str(where)!r} must be a folder, a file, a data set id or one of {_EMBEDDED}, "
         f"{', '.join(_STAGED)} (in the folder that {DATA_VARIABLE} points to); none found"

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.libraries import needed
+from mmdefense.notes import note
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import PARTS, chosen_part, tell_part
+from mmdefense_tasks.reading import lines_of, read_text
 
 __all__ = ["Pairs", "open_dataset", "open_file", "open_folder"]
 
 Pairs = list[tuple[str, str]]
 """Prompts with their answers; the prompt of plain text is empty."""
 
+Languages = tuple[str, str]
+"""Source and target, as they are called in the data."""
+
 _PLAIN, _RECORDS = (".txt", ".txt.gz"), (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _TEST_SHARE = 0.1  # of a text that is not split: its end, as is usual for Shakespeare
+_PROMPTS = ("instruction", "prompt", "question", "input")
+_ANSWERS = ("output", "completion", "response", "answer", "text")
 
 
-def open_folder(folder: Path, split: str, pair: tuple[str, str] | None = None) -> Pairs:
+def open_folder(
+    folder: Path, split: str, options: Options, default: Languages | None = None
+) -> Pairs:
     """Return what a folder holds: two parallel files, or one file, for each part.
 
     Args:
         folder: With ``train.en`` and ``train.de``, ``train.jsonl`` or ``train.txt`` and their like
             for the test part, gzipped or not; or with one ``.txt`` file, which is split here.
         split: ``"train"`` or ``"test"``.
-        pair: Endings of the source and the target language, where there are more than two, or
-            they are not to be taken in alphabetical order.
+        options: ``pair``: source and target language, where there are more than two, or they are
+            not to be taken in alphabetical order.
+        default: Languages where none are given.
 
     Raises:
         BadInputError: If there is no such file, or it is damaged.
@@ -42,14 +52,14 @@ def open_folder(folder: Path, split: str, pair: tuple[str, str] | None = None) -
         single = [path for path in mine if path.name.endswith((*_PLAIN, *_RECORDS))]
         if single:
             tell_part(name, split, folder)
-            return open_file(single[0])
+            return open_file(single[0], options)
         languages = {_language(path): path for path in reversed(mine)}
         if len(languages) > 1:
             tell_part(name, split, folder)
-            return _parallel(*_two(languages, pair, folder))
+            return _parallel(*_two(languages, _pair(options) or default, folder))
     texts = [path for path in files if path.name.endswith(_PLAIN)]
     if len(texts) == 1:
-        pairs = open_file(texts[0])
+        pairs = open_file(texts[0], options)
         cut = round((1 - _TEST_SHARE) * len(pairs))
         return pairs[:cut] if split == "train" else pairs[cut:]
     raise BadInputError(
@@ -58,96 +68,173 @@ def open_folder(folder: Path, split: str, pair: tuple[str, str] | None = None) -
     )
 
 
+def _pair(options: Options) -> Languages | None:
+    """Return the languages that the user names."""
+    pair = options.take("pair")
+    names = pair.split(",") if isinstance(pair, str) else pair
+    if names is None:
+        return None
+    if len(names) != 2 or len(set(names)) != 2:
+        raise BadInputError(f"pair must name two languages, such as en,de, got {pair!r}")
+    return names[0].strip(), names[1].strip()
+
+
 def _language(path: Path) -> str:
     return path.name.removesuffix(".gz").rpartition(".")[2]
 
 
-def _two(languages: Mapping[str, Path], pair: tuple[str, str] | None, folder: Path) -> list[Path]:
+def _two(languages: Mapping[str, Path], pair: Languages | None, folder: Path) -> list[Path]:
     names = pair or tuple(sorted(languages))
     if len(names) != 2 or not set(names) <= set(languages):
         raise BadInputError(
             f"data folder {folder} must hold two languages, or pair= must name two of "
             f"{', '.join(sorted(languages))}; got {', '.join(names)}"
         )
+    if pair is None:
+        _say_order(names, folder)
     return [languages[name] for name in names]
+
+
+def _say_order(names: tuple[str, ...], where: object) -> None:
+    source, target = names
+    note(
+        f"{where} is read from {source} into {target}; for the other direction add --read "
+        f"pair={target},{source}"
+    )
 
 
 def _parallel(source: Path, target: Path) -> Pairs:
     left, right = _lines(source), _lines(target)
+    for longer, shorter in ((left, right), (right, left)):
+        while len(longer) > len(shorter) and not longer[-1]:
+            longer.pop()  # blank lines at the end
     if len(left) != len(right):
         raise BadInputError(
             f"parallel files must have one number of lines, got {len(left)} in {source.name} and "
             f"{len(right)} in {target.name}"
         )
+    alone = sum(bool(a) != bool(b) for a, b in zip(left, right, strict=True))
+    if alone:
+        note(f"{alone} lines that are empty in {source.name} or {target.name} alone are left out")
     return [(a, b) for a, b in zip(left, right, strict=True) if a and b]
 
 
-def open_file(path: Path) -> Pairs:
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in lines_of(read_text(path))]
+
+
+def open_file(path: Path, options: Options) -> Pairs:
     """Return the pairs of a file: records of JSON, or plain text with a sample a paragraph.
+
+    Args:
+        path: Of the file.
+        options: ``pair``, which translations are read by.
 
     Raises:
         BadInputError: If it cannot be read, or a record has no answer.
     """
     if path.name.endswith(_RECORDS):
-        return [record_pair(record, f"{path.name}, record {n}") for n, record in _records(path)]
-    parts = (part.strip() for part in _PARAGRAPH.split(_read(path)))
+        return _of_records(_records(path), path.name, options)
+    parts = (part.strip() for part in _PARAGRAPH.split(read_text(path)))
     return [("", part) for part in parts if part]
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the records of a JSON list, or of one JSON value a line, counted from 1."""
-    text = _read(path)
-    try:
-        if text.lstrip().startswith("["):
-            yield from enumerate(json.loads(text), 1)
-            return
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield number, json.loads(line)
-    except ValueError as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
+def _records(path: Path) -> Iterator[Any]:
+    """Yield the records of a JSON list, or of one JSON value a line."""
+    text = read_text(path)
+    lines = [text] if text.lstrip().startswith("[") else lines_of(text)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            where = path if len(lines) == 1 else f"line {number} of {path}"
+            raise BadInputError(f"{where} must be JSON: {one_line(error)}") from error
+        yield from found if isinstance(found, list) and len(lines) == 1 else [found]
 
 
-def record_pair(record: Any, where: str) -> tuple[str, str]:
-    """Return prompt and answer of a record.
+def _of_records(records: Iterable[Any], where: object, options: Options) -> Pairs:
+    """Return prompt and answer of each record that has both.
 
     Known are Alpaca's (``instruction``, ``input``, ``output``), ``prompt`` with ``completion``,
-    ``response`` or ``answer``, a ``translation`` into one other language, and ``text`` alone.
+    ``response`` or ``answer``, a ``translation``, and ``text`` alone; and any two fields that
+    ``pair`` names.
 
     Raises:
-        BadInputError: If it is none of these.
+        BadInputError: If a record is none of these.
     """
-    if isinstance(record, Mapping):
+    pairs, skipped, languages = [], 0, _pair(options) if options.given("pair") else None
+    for number, record in enumerate(records, 1):
+        here = f"{where}, record {number}"
+        if not isinstance(record, Mapping):
+            raise BadInputError(f"{here} must be an object, got {type(record).__name__}")
         translation = record.get("translation")
-        if isinstance(translation, Mapping) and len(translation) == 2:
-            source, target = translation.values()
-            return str(source), str(target)
-        asked = [record.get(name) for name in ("instruction", "prompt", "question", "input")]
-        prompt = "\n".join(part for part in asked if isinstance(part, str) and part)
-        answers = ("output", "completion", "response", "answer", "text")
-        answer = next((record[name] for name in answers if isinstance(record.get(name), str)), "")
-        if answer:
-            return prompt, answer
-    raise BadInputError(
-        f"{where} must have instruction and output, prompt and answer, a translation, or text, got "
-        f"{sorted(record) if isinstance(record, Mapping) else type(record).__name__}"
-    )
+        if languages is None and isinstance(translation, Mapping):
+            languages = _own_languages(translation, where, here)
+        if languages is not None:
+            table = translation if isinstance(translation, Mapping) else record
+            prompt, answer = _translated(table, languages, here)
+            missing = not (prompt and answer)
+        else:
+            prompt, answer = _instructed(record, here)
+            missing = not answer
+        skipped += missing
+        if not missing:
+            pairs.append((prompt, answer))
+    if skipped:
+        note(f"{skipped} records of {where} with an empty answer are skipped")
+    return pairs
 
 
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _read(path).splitlines()]
+def _own_languages(translation: Mapping[str, Any], where: object, here: str) -> Languages:
+    """Return the languages of a translation in its own order, which holds for all records."""
+    if len(translation) != 2:
+        raise BadInputError(
+            f"{here} must have two languages, or pair= must name two of {', '.join(translation)} "
+            f"(--read pair=...)"
+        )
+    source, target = translation
+    _say_order((source, target), where)
+    return source, target
 
 
-def _read(path: Path) -> str:
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return content.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInputError(f"text {path} cannot be read: {one_line(error)}") from error
+def _translated(table: Mapping[str, Any], languages: Languages, here: str) -> tuple[str, str]:
+    if not set(languages) <= set(table):
+        raise BadInputError(
+            f"{here} must have {' and '.join(languages)} (pair={','.join(languages)}), got "
+            f"{', '.join(map(str, table)) or 'nothing'}"
+        )
+    source, target = (_text(table, name, here) for name in languages)
+    return source, target
 
 
-def open_dataset(where: str | Path, split: str) -> Pairs:
+def _instructed(record: Mapping[str, Any], here: str) -> tuple[str, str]:
+    name = next((name for name in _ANSWERS if name in record), None)
+    if name is None:
+        raise BadInputError(
+            f"{here} must have instruction and output, prompt and answer, a translation, or text, "
+            f"got the fields {', '.join(map(str, sorted(record))) or '(none)'}"
+        )
+    asked = [_text(record, field, here) for field in _PROMPTS if field in record]
+    return "\n".join(part for part in asked if part), _text(record, name, here)
+
+
+def _text(record: Mapping[str, Any], name: str, here: str) -> str:
+    """Return a field as text, empty where it is null or blank."""
+    value = record[name]
+    if value is not None and not isinstance(value, str):
+        raise BadInputError(f"{here} must have text as {name}, got {type(value).__name__}")
+    return value if value and value.strip() else ""
+
+
+def open_dataset(where: str | Path, split: str, options: Options) -> Pairs:
     """Return the pairs of a data set of the ``datasets`` library, saved to disk or by hub id.
+
+    Args:
+        where: Its folder or id.
+        split: ``"train"`` or ``"test"``.
+        options: ``pair``, which translations are read by.
 
     Raises:
         BadInputError: If it cannot be read, or holds no text.
@@ -167,4 +254,4 @@ def open_dataset(where: str | Path, split: str) -> Pairs:
                 f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}"
             )
         found = found[name]
-    return [record_pair(record, f"{where}, record {n}") for n, record in enumerate(found, 1)]
+    return _of_records(found, where, options)

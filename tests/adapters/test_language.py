@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -434,12 +435,32 @@ class TestBadInput:
         return str(caught.value)
 
     def test_a_tokenizer_without_pad_token(self):
-        import copy
-
         bare = copy.deepcopy(tokenizer())
         bare.pad_token = None
-        with pytest.raises(BadInputError, match="must have a pad token, got none; set"):
-            adapt(build("llama"), tokenizer=bare)
+        whole = adapt(build("llama"), tokenizer=bare)
+        assert whole.tokenizer.pad_token == bare.eos_token
+        assert bare.pad_token is None
+        named = adapt(build("llama"), tokenizer=bare, pad_token=bare.convert_ids_to_tokens(50))
+        assert named.tokenizer.pad_token_id == 50
+        assert len(named.tokenizer) == len(bare)
+        every = torch.arange(len(texts()))
+        batch, other = (a.samples(texts()).take(every) for a in (whole, named))
+        assert not torch.equal(batch.input_ids, other.input_ids)
+        with torch.no_grad():  # padding is masked
+            torch.testing.assert_close(named.per_sample_loss(other), whole.per_sample_loss(batch))
+
+    @pytest.mark.parametrize("name", ["llama", "marian"])
+    def test_a_tokenizer_with_neither_pad_nor_end(self, name):
+        bare = copy.deepcopy(tokenizer())
+        bare.pad_token = bare.eos_token = None
+        with pytest.raises(BadInputError, match=r"neither a pad .* special ones are <s>, <unk>"):
+            adapt(build(name), tokenizer=bare)
+        with pytest.raises(BadInputError, match=r"must be one of the tokenizer's .* got '<fill>'"):
+            adapt(build(name), tokenizer=bare, pad_token="<fill>")
+        adapter = adapt(build(name), tokenizer=bare, pad_token="<pad>")
+        batch = adapter.samples(texts()).take(torch.tensor([0, 1, 2]))
+        assert adapter.per_sample_loss(batch).isfinite().all()
+        assert len(adapter.generate(batch)) == 3
 
     def test_no_tokenizer_at_all(self):
         with pytest.raises(BadInputError, match="needs its tokenizer"):

@@ -138,7 +138,7 @@ class TestFiles:
         ("content", "words"),
         [
             ("{", "must be JSON"),
-            ("[1]", "record 1 must have"),
+            ("[1]", "record 1 must be an object, got int"),
             ('{"instruction": "a"}', "record 1 must have"),
             ("", "at least one text"),
         ],
