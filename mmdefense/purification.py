@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -128,6 +129,7 @@ def purify(
         victim = cast("TaskAdapter[Any]", model)
     wide = in_float32(victim)  # what the report measures; images in float32 need it
     samples = wide.samples(clean)
+    computed = time.process_time()
     with shown(progress) as display:
         result = chosen.purify(victim, samples, progress=display, store=store, max_seconds=deadline)
         found = gather(
@@ -136,6 +138,7 @@ def purify(
             samples,
             level,
             seconds=result.seconds,
+            slowness=max(1.0, result.seconds / max(1e-3, time.process_time() - computed)),
             seed=chosen.seed,
             deadline=deadline,
             progress=display,

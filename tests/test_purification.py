@@ -221,7 +221,7 @@ def test_a_model_without_a_hessian_has_a_page_all_the_same(clean, tmp_path):
     assert purified.record().figures == {}
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Loss smoothness" not in page
-    assert "The curvature was not measured: the model must be differentiated twice" in page
+    assert "The curvature: not measured; the model must be differentiated twice" in page
 
 
 def test_without_evidence_the_page_says_so_and_has_no_empty_parts(net, clean, tmp_path):

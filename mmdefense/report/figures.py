@@ -355,13 +355,17 @@ def embedding(
     )
 
 
-def map_seconds(count: int) -> float:
+def map_seconds(count: int, slowness: float = 1.0) -> float:
     """Return about how many seconds the t-SNE of so many points takes, tried on a few.
 
     Where its library is not loaded yet, that is not done to find out, and counted in.
+
+    Args:
+        count: Number of points.
+        slowness: Seconds by the clock for a second of computation.
     """
     if "sklearn.manifold" not in sys.modules:
-        return _LOADING + count * _A_POINT
+        return slowness * (_LOADING + count * _A_POINT)
     begin = time.perf_counter()
     _tsne(np.random.default_rng(0).normal(size=(_TRIED, 2)), 0)
     return (time.perf_counter() - begin) / _TRIED * count

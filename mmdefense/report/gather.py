@@ -35,6 +35,7 @@ from mmdefense.report.evidence import (
     smoothness_figure,
 )
 from mmdefense.report.figures import Figure, map_seconds
+from mmdefense.report.formats import duration
 from mmdefense.report.record import LayerChange
 
 __all__ = ["LEVELS", "Curvature", "Evidence", "Level", "check_level", "gather", "most_seconds"]
@@ -117,6 +118,7 @@ def gather(
     level: Level = "fast",
     *,
     seconds: float,
+    slowness: float = 1.0,
     seed: int = 0,
     deadline: Deadline | None = None,
     progress: Progress | None = None,
@@ -130,6 +132,7 @@ def gather(
         level: ``"fast"`` takes at most 15 % of the purification's time, ``"full"`` what is left
             until the deadline, ``"none"`` measures nothing.
         seconds: What the purification took.
+        slowness: How many seconds by the clock a second of its computation took.
         seed: Of the probe of the curvature.
         deadline: When to be done in any case.
         progress: Called with each sign of progress.
@@ -139,10 +142,11 @@ def gather(
     deadline = deadline or Deadline()
     begin = deadline.clock()
     limit = deadline.within(SHARE * seconds) if level == "fast" else deadline
-    why = "until the time is up"
+    why = "before the time limit"
     if limit.at < deadline.at:
         why = f"of {SHARE:.0%} of the purification's time; --evidence full measures it"
-    work = _Gathering(before, after, samples, seed, limit, why, progress or (lambda _: None))
+    tell = progress or (lambda _: None)
+    work = _Gathering(before, after, samples, seed, limit, why, tell, slowness)
     work.run()
     return Evidence(
         level=level,
@@ -171,6 +175,7 @@ class _Gathering:
     limit: Deadline
     why: str
     tell: Progress
+    slowness: float
     skipped: list[str] = field(default_factory=list)
     layers: tuple[LayerChange, ...] = ()
     curvature: Curvature | None = None
@@ -199,11 +204,12 @@ class _Gathering:
         left = self.limit.left
         if cost < left:
             return True
-        self.skipped.append(
-            f"{what} was not measured: it takes about {cost:.2g} s, and {max(0.0, left):.2g} s "
-            f"were left {self.why}"
-        )
+        short = f"it takes about {duration(cost)}, and {duration(left)} were left"
+        self._leave_out(what, f"{short if left > 0 else 'no time was left'} {self.why}")
         return False
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.skipped.append(f"{what}: not measured; {why}")
 
     def _cost_of(self, what: str, measure: Callable[[], float | None]) -> float | None:
         """Return what a piece costs in seconds; none where it cannot be, or there is no time."""
@@ -212,11 +218,11 @@ class _Gathering:
         try:
             return measure()
         except UnsupportedError as error:
-            self.skipped.append(f"{what} was not measured: {error}")
+            self._leave_out(what, str(error))
         except (RuntimeError, MemoryError) as error:  # evidence is no reason to lose a model over
             if not is_out_of_memory(error):
                 raise
-            self.skipped.append(f"{what} was not measured: memory ran out")
+            self._leave_out(what, "memory ran out")
         return None
 
     def _timed(self, compute: Callable[[Samples[Any]], object], samples: Samples[Any]) -> float:
@@ -247,7 +253,7 @@ class _Gathering:
         with mode(self.before.model, train=False), torch.no_grad():
             one = self._per_sample(lambda some: self.before.embedding(_whole(some)), part)
         passes = 2 * len(part) * one
-        return passes + map_seconds(2 * len(part))
+        return passes + map_seconds(2 * len(part), self.slowness)
 
     def _map(self, cost: float) -> None:
         if self._fits("the map of the penultimate layer", cost):
@@ -286,7 +292,7 @@ class _Gathering:
         self._fits(what, most * both)
         if _SOME * both < self.limit.left:
             return self._sharpness(part, int(self.limit.left / both), ("trace", "lambda_max"))
-        self.skipped[-1] = self.skipped[-1].replace(what, "the largest eigenvalue, and " + what)
+        self.skipped[-1] = self.skipped[-1].replace(what, "the largest eigenvalue and " + what)
         return self._sharpness(part, 1, ("trace",)) if self._fits("the trace", both) else None
 
     def _sharpness(self, part: Samples[Any], steps: int, parts: tuple[str, ...]) -> None:
@@ -303,7 +309,7 @@ class _Gathering:
             for adapter in (self.before, self.after):
                 found.append(measured_sharpness(adapter, part, self.seed, steps=steps, watch=watch))
         except OutOfTime as over:
-            self.skipped.append(f"the curvature was not measured: the time was up in {over}")
+            self._leave_out("the curvature", f"the time was up in {over}")
             return
         self.tell(Event("curvature", total, total))
         self.curvature = Curvature(found[0], found[1], parts, len(part))
