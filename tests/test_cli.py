@@ -318,7 +318,7 @@ def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch)
 def test_progress_is_a_line_per_stage_where_there_is_no_terminal(place, mmdefense):
     said = mmdefense(*place.purify("--evidence", "none")).err.splitlines()
     stages = [line.partition(":")[0] for line in said]
-    assert stages == ["reading", "scan", "guard", "fine-tune", "guard", "writing"]
+    assert stages == ["reading", "scan", "utility before", "fine-tune", "guard", "writing"]
     assert re.fullmatch(r"fine-tune: 4 of 4 in \S+ s, loss \S+", said[3])
 
 

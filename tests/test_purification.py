@@ -122,8 +122,8 @@ def test_progress_is_reported(net, clean):
     events = []
     mmd.purify(net, clean, Shrink(), progress=events.append, evidence="none")
     assert [(event.stage, event.step, event.total) for event in events] == [
-        ("guard", 0, 0),
-        ("guard", 1, 0),
+        ("utility before", 0, 1),
+        ("utility before", 1, 1),
         ("shrink", 1, 2),
         ("shrink", 2, 2),
         ("guard", 0, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -189,12 +190,12 @@ class Defense(ABC):
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
             deadline, begin = work.run.deadline, work.run.deadline.clock()
-            work.run.progress(Event("guard", 0, 0))
+            work.run.progress(Event("utility before", 0, 1))
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
-            work.run.progress(Event("guard", 1, 0))
+            work.run.progress(Event("utility before", 1, 1))
             work.run.deadline = _before_the_guard(deadline, deadline.clock() - begin)
             trials = self._trials(work, given)
-            score = partial(_scores, work)
+            score = partial(_judged, work, itertools.count(1))
             bound = self.max_utility_drop
             guard, chosen, state = choose(trials, given, before, score, bound, deadline)
             work.adapter.model.load_state_dict(rounded(state, work.types))
@@ -325,13 +326,19 @@ def _check_enough(samples: Samples[Any], adapter: TaskAdapter[Any]) -> None:
         )
 
 
+def _judged(work: Purifying[Any], numbers: Iterator[int], state: State) -> Tensor:
+    """Return the scores of a state for the guard, and say how many were judged."""
+    number = next(numbers)
+    work.run.progress(Event("guard", number - 1, 0))
+    found = _scores(work, state)
+    work.run.progress(Event("guard", number, 0))
+    return found
+
+
 def _scores(work: Purifying[Any], state: State) -> Tensor:
     """Return each held-out sample's share of the task metric under a state, as it is rounded."""
     work.adapter.model.load_state_dict(rounded(state, work.types))
-    work.run.progress(Event("guard", 0, 0))
-    found = scores(work.adapter, work.holdout)
-    work.run.progress(Event("guard", 1, 0))
-    return found
+    return scores(work.adapter, work.holdout)
 
 
 def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:

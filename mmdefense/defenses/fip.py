@@ -179,7 +179,7 @@ class _FisherPurification(TrainingDefense):
             space.weights,
             generator,
             pull_back=space.pull_back,
-            each=partial(work.run.report, "fisher"),
+            each=partial(work.run.report, "fisher pass"),
         )
         return {"diagonal": diagonal}
 

@@ -190,7 +190,8 @@ def test_progress_goes_forward(trial, name, model):
         assert steps == sorted(steps)
         totals = {event.total for event in tried.events if event.stage == stage}
         assert len(totals) == 1
-        assert 0 <= steps[0] <= steps[-1] <= totals.pop()
+        total = totals.pop()  # 0 where it is not known
+        assert 0 <= steps[0] <= steps[-1] <= (total or steps[-1])
     heard = [
         {"stage": event.stage, "step": event.step, **event.figures}
         for event in tried.events
