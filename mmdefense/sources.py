@@ -23,7 +23,7 @@ __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source"]
 AUTO = "auto"
 """In place of a task: that of the model's adapter."""
 
-NOT_WRITTEN = {"split", "said", "fit", "processor", "tokenizer", "example"}
+NOT_WRITTEN = {"split", "said", "fit", "fill", "processor", "tokenizer", "example"}
 """Options that only a program can give."""
 
 

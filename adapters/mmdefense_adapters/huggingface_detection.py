@@ -68,10 +68,12 @@ class HFDetector(Detector):
         return is_of(model, "ForObjectDetection")
 
     def reading(self) -> dict[str, Any]:
-        """Return names of classes, channels, and the height and width that images are fitted to."""
-        size = None if self.preprocessing is None else self.preprocessing.size
-        said = super().reading() | said_by(self.model)
-        return said | ({"image_size": size} if size else {})
+        """Return names of classes, channels, and how images are fitted and padded to one size.
+
+        Padding is what the model sees as 0, as from its processor, but without a mask.
+        """
+        said, own = super().reading() | said_by(self.model), self.preprocessing
+        return said | {"fit": own.fitted, "fill": own.mean} if own and own.resizes else said
 
     @property
     def classes(self) -> int:

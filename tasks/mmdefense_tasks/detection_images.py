@@ -14,6 +14,7 @@ from mmdefense.batches import DetectionSamples
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.notes import note
 from mmdefense_tasks.detection_files import ObjectFile
+from mmdefense_tasks.image_sets import Fit, in_8_bits
 
 __all__ = ["decode"]
 
@@ -36,8 +37,11 @@ def decode(
     classes: Sequence[str],
     size: tuple[int, int],
     channels: int,
+    *,
+    fit: Fit | None = None,
+    fill: Sequence[float] = (),
 ) -> DetectionSamples:
-    """Return the images in memory, in ``size``, and their objects moved along.
+    """Return the images in memory, in one size, and their objects moved along.
 
     An image keeps its proportions: it fills one side, and what is left of the other is black. An
     image that was annotated in another size or orientation than that of its file is brought into
@@ -50,20 +54,22 @@ def decode(
         classes: The name of each label, where known.
         size: Height and width in pixels.
         channels: 1 or 3.
+        fit: Resizes images in place of ``size``, such as the geometry of a model's processor. They
+            lie in the upper left corner of the smallest size that holds them all.
+        fill: The colour of what is left of it, in ``[0, 1]``; by default black.
 
     Raises:
         BadInputError: If an image is damaged, its size is not the annotated one, or a box is
             reversed or outside of its image.
     """
     counts: Counter[str] = Counter()
-    images = torch.zeros(len(files), channels, *size, dtype=torch.uint8)
-    every, numbers = [], []
-    for index, entry in enumerate(files):
+    images, every, numbers = [], [], []
+    for entry in files:
         image, stretch = _opened(entry, channels, counts)
         boxes = torch.tensor(entry.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes, kept = _inside(boxes * stretch.repeat(2), image.size, entry.path.name, counts)
-        pixels = _resized(image, size)
-        images[index, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        pixels = _resized(image, size, fit)
+        images.append(pixels)
         sides = torch.tensor([pixels.shape[2], pixels.shape[1]])
         scale = sides / torch.tensor(image.size)
         # The product may round to a little beyond the side.
@@ -73,7 +79,10 @@ def decode(
     for kind, text in _SAID.items():
         if counts[kind]:
             note(text.format(counts[kind]))
-    return DetectionSamples(images, tuple(every), tuple(numbers), classes=tuple(classes))
+    held = _in_one_size(
+        images, None if fit else size, fill if len(fill) == channels else (0.0,) * channels
+    )
+    return DetectionSamples(held, tuple(every), tuple(numbers), classes=tuple(classes))
 
 
 def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Image.Image, Tensor]:
@@ -83,7 +92,8 @@ def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Ima
             orientation = opened.getexif().get(_ORIENTATION, 1)
             upright = ImageOps.exif_transpose(opened)
             turn, stretch = _matched(entry, opened.size, upright.size, orientation, counts)
-            image = (upright if turn else opened).convert("L" if channels == 1 else "RGB")
+            image = in_8_bits(upright if turn else opened)
+            image = image.convert("L" if channels == 1 else "RGB")
     except BadInputError:
         raise
     except Exception as error:  # decoders raise many kinds, for damage of many kinds
@@ -151,10 +161,24 @@ def _inside(
     return clipped, kept
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Return an image as uint8 ``(C, h, w)`` that fits into height and width."""
-    scale = min(size[1] / image.width, size[0] / image.height)
-    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    array = np.array(image.resize(sides, Image.Resampling.BILINEAR), dtype=np.uint8)
-    pixels = torch.from_numpy(array)
-    return pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+def _resized(image: Image.Image, size: tuple[int, int], fit: Fit | None) -> Tensor:
+    """Return an image as uint8 ``(C, h, w)``, resized by ``fit`` or to height and width."""
+    if fit is None:
+        scale = min(size[1] / image.width, size[0] / image.height)
+        sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(sides, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, 0)
+    return pixels if fit is None else fit(pixels[None])[0]
+
+
+def _in_one_size(
+    images: Sequence[Tensor], size: tuple[int, int] | None, fill: Sequence[float]
+) -> Tensor:
+    """Return images of several sizes as one tensor, each in the upper left corner."""
+    height, width = size or (max(one.shape[axis] for one in images) for axis in (1, 2))
+    colour = (torch.tensor(fill) * 255).round().clamp(0, 255).to(torch.uint8)
+    held = colour[None, :, None, None].repeat(len(images), 1, height, width)
+    for place, image in zip(held, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return held

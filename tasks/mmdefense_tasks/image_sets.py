@@ -18,7 +18,7 @@ from mmdefense.batches import Augmentation
 from mmdefense.errors import BadInputError, one_line
 from mmdefense_tasks.streamed import StreamedSamples
 
-__all__ = ["Fit", "ImageSet", "StreamedImages", "fitted", "squashed"]
+__all__ = ["Fit", "ImageSet", "StreamedImages", "fitted", "in_8_bits", "squashed"]
 
 Fit = Callable[[Tensor], Tensor]
 """From images ``(N, C, H, W)``, uint8, to such of the size that a model reads."""
@@ -108,7 +108,7 @@ def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # a camera's file: the others are its previews
         raise ValueError(f"it holds {count} pictures or frames; save each as a file of its own")
-    image = _in_8_bits(ImageOps.exif_transpose(image))
+    image = in_8_bits(ImageOps.exif_transpose(image))
     own = 1 if image.mode in _GREY_MODES else 3
     if channels == 4 and own == 3:
         own = 4
@@ -116,7 +116,7 @@ def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
     return array[..., None] if array.ndim == 2 else array
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
+def in_8_bits(image: Image.Image) -> Image.Image:
     """Return an image of 8 bits; Pillow would cut values off at 255.
 
     Raises:

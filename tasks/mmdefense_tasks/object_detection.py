@@ -27,6 +27,7 @@ from mmdefense_tasks.detection_images import decode
 from mmdefense_tasks.detection_labels import numbered
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
+from mmdefense_tasks.image_sets import Fit
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 
@@ -80,6 +81,8 @@ class ObjectDetection:
         channels: int | None = None,
         classes: Sequence[str] = (),
         labels: str | None = None,
+        fit: Fit | None = None,
+        fill: Sequence[float] = (),
     ) -> DetectionSamples:
         """Return data from wherever it is; see :func:`load_detection`."""
         return load_detection(
@@ -90,6 +93,8 @@ class ObjectDetection:
             channels=channels,
             classes=classes,
             labels=labels,
+            fit=fit,
+            fill=fill,
         )
 
     @staticmethod
@@ -216,6 +221,8 @@ def load_detection(
     channels: int | None = None,
     classes: Sequence[str] = (),
     labels: str | None = None,
+    fit: Fit | None = None,
+    fill: Sequence[float] = (),
 ) -> DetectionSamples:
     """Return images of one size with their objects, in memory.
 
@@ -225,20 +232,23 @@ def load_detection(
         split: ``"train"`` or ``"test"``.
         said: What the model states about its data: defaults of the options below, by name.
         image_size: Height and width in pixels that images are fitted into, or one for both; by
-            default small ones.
+            default as the model says, or small ones.
         channels: 1 or 3; by default 3.
         classes: The model's class names, in order; by default those of the set.
         labels: How classes are numbered where the model does not name its own: ``"ids"`` takes
             COCO category ids as the model's numbers (gaps included, as the checkpoints of
             torchvision do), ``"dense"`` counts the classes of the set. By default what fits the
             model, which ``said`` must describe: ``said=adapter.reading()``.
+        fit: What images go through where no ``image_size`` is given, such as the geometry of the
+            model's processor.
+        fill: The colour, in ``[0, 1]``, that they are padded with to one size then.
 
     Raises:
         BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
             image, the model lacks a class, or it cannot be told how the model numbers them.
     """
     options = Options(said, image_size=image_size, channels=channels, classes=classes,
-                      labels=labels)  # fmt: skip
+                      labels=labels, fit=fit, fill=fill)  # fmt: skip
     samples = _read(where, split, options)
     options.check_used(where)
     return samples
@@ -267,7 +277,9 @@ def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
     if not found.files:
         raise BadInputError(f"data {folder} must hold at least one image for {split!r}, got none")
     numbers, names = numbered(found, options, where)
+    fit, fill = options.take("fit"), options.take("fill", ())
+    own = {} if size else {"fit": fit, "fill": fill}
     size = size or _SIZES.get(folder.name, (128, 128))
-    samples = decode(found.files, numbers, names, size, channels or 3)
+    samples = decode(found.files, numbers, names, size, channels or 3, **own)
     flip = folder.name in _SIZES  # left and right do not matter in these
     return replace(samples, augmentation=partial(random_boxed_view, flip=flip))

@@ -253,8 +253,50 @@ def floats(folder: Path):
     return load_data(write_archive(folder, IMAGES[..., :3] / 255.0))
 
 
+def objects_of(folder: Path, processor) -> tuple[float, ...]:
+    """Return height and width of two images of a detector, the box of each, and the padding."""
+    from mmdefense_tasks.detection_victims import small_yolos
+
+    small_yolos(1, 3, (64, 64)).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    sizes, boxes = ((24, 48), (48, 24)), ([12, 6, 24, 12], [6, 12, 12, 24])
+    images, objects = [], []
+    for index, ((height, width), box) in enumerate(zip(sizes, boxes, strict=True)):
+        name = f"{index}.png"
+        Image.fromarray(IMAGES[0, :height, :width, :3].copy()).save(folder / "data" / name)
+        images.append({"id": index, "file_name": name, "height": height, "width": width})
+        objects.append({"id": index, "image_id": index, "category_id": 0, "bbox": box})
+    held = {"images": images, "annotations": objects, "categories": [{"id": 0, "name": "ant"}]}
+    (folder / "data/train.json").write_text(json.dumps(held))
+    batch = opened(folder / "model", folder / "data").samples.take(torch.arange(2))
+    corner = (batch.images[0, :, -1, -1] * 255).round() if processor.do_pad else torch.zeros(3)
+    found = [torch.tensor(batch.images.shape[2:]), *batch.boxes, corner]
+    return tuple(torch.cat([part.flatten().float() for part in found]).tolist())
+
+
+def squashed_objects(folder: Path):
+    from transformers import YolosImageProcessor
+
+    return objects_of(folder, YolosImageProcessor(size={"height": 32, "width": 32}, do_pad=False))
+
+
+def padded_objects(folder: Path):
+    from transformers import DetrImageProcessor
+
+    return objects_of(folder, DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}))
+
+
 ROWS = [
     *PROCESSORS,
+    Row(
+        "a detector that squashes", squashed_objects, (32, 32, 8, 8, 24, 24, 8, 8, 24, 24, 0, 0, 0)
+    ),
+    Row(
+        "a detector that keeps proportions and pads",
+        padded_objects,
+        (64, 64, 16, 8, 48, 24, 8, 16, 24, 48, 124, 116, 104),
+    ),
     Row("what timm states", timm_statements, (0.4, 0.5, 0.6, 0.2, 0.25, 0.3, True, 3)),
     Row("no processor file", notes_without_a_processor, [True]),
     Row("shortest_edge and crop_size of frames", video_agrees, True),
