@@ -31,7 +31,8 @@ class ImageRow:
 
     Attributes:
         label: What they are.
-        images: Shape ``(N, C, H, W)`` with C 1 or 3; floats in ``[0, 1]`` or whole numbers to 255.
+        images: Shape ``(N, C, H, W)``; floats in ``[0, 1]`` or whole numbers to 255. Of 2 channels
+            the first is kept, of more than 3 the first three.
         names: What stands below each image; may be empty.
         total: Number of images given; of long rows only those that can be shown are kept. By
             default as many as there are.
@@ -45,11 +46,15 @@ class ImageRow:
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", self.total or len(self.images))
         images = as_array(self.images[:_TILES])
-        if images.ndim != 4 or images.shape[1] not in {1, 3} or not len(images):
+        if images.ndim != 4 or not all(images.shape):
             raise BadInputError(
-                f"images {self.label!r} must have shape (N, C, H, W) with C 1 or 3, "
-                f"got {images.shape}"
+                f"images {self.label!r} must have shape (N, C, H, W), got {images.shape}"
             )
+        shown, channels = _visible(images.shape[1]), images.shape[1]
+        if shown < channels:
+            part = "channel 1" if shown == 1 else f"channels 1 to {shown}"
+            object.__setattr__(self, "label", f"{self.label} ({part} of {channels})")
+            images = images[:, :shown]
         if _holds_integers(self.images):
             images = images / 255
         object.__setattr__(self, "images", np.nan_to_num(images).clip(0, 1))
@@ -109,9 +114,19 @@ def is_picture(address: str) -> bool:
     return bool(_PICTURE.fullmatch(address))
 
 
+def _visible(channels: int) -> int:
+    """Return how many of an image's channels make a picture: one in grey, or three in colour."""
+    return 3 if channels >= 3 else 1
+
+
 def data_address(image: Any) -> str:
     """Return an image ``(C, H, W)`` in ``[0, 1]`` as a data URI; only large ones lose detail."""
-    pixels = (as_array(image).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    pixels = (
+        (as_array(image)[: _visible(len(image))].clip(0, 1) * 255)
+        .round()
+        .astype(np.uint8)
+        .transpose(1, 2, 0)
+    )
     picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     kind = "png" if max(picture.size) <= _TILE_PX else "webp"
     picture.thumbnail((_TILE_PX, _TILE_PX))

@@ -12,6 +12,7 @@ import torch
 from everyday.rows import Command, Refused, Row
 from PIL import Image
 
+from mmdefense.report.images import ImageRow
 from mmdefense.sources import Source
 from mmdefense_tasks.image_classification import load_data
 from mmdefense_tasks.video_classification import load_clips
@@ -306,5 +307,8 @@ ROWS = [
     Row("an archive of 5 channels", partial(channels_of, count=5, data=many_channels), (2, 5, 16)),
     Row("images with alpha", partial(channels_of, count=4, data=with_alpha), (2, 4, 16)),
     Command("--channels 4", partial(evaluated, options=("--channels", "4")), 0, "ACC"),
+    Row(
+        "pictures of 4 channels", lambda _: ImageRow("a", IMAGES[:, :4]).images.shape, (2, 3, 96, 5)
+    ),
     Row("an archive of floats", floats, Refused("uint8 .*float64.*; scale them to 0..255")),
 ]

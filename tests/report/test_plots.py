@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmdefense.errors import BadInputError
-from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense.report.images import ImageGrid, ImageRow, data_address
 from mmdefense.report.plots import Bars, Curve, Curves, Histogram, Interval, Scatter
 
 NAN = float("nan")
@@ -103,7 +103,7 @@ def test_zeros_are_counted_in_the_first_bin_of_a_logarithmic_histogram():
         lambda: Scatter(np.zeros((3, 3)), [0, 1, 2]),
         lambda: Scatter(np.zeros((3, 2)), [0, 1]),
         lambda: ImageRow("a", np.zeros((3, 8, 8))),
-        lambda: ImageRow("a", np.zeros((1, 2, 8, 8))),
+        lambda: ImageRow("a", np.zeros((1, 0, 8, 8))),
     ],
 )
 def test_data_of_the_wrong_shape_is_refused(make):
@@ -123,6 +123,16 @@ def test_small_images_are_embedded_pixel_for_pixel(dtype):
     first, second = _pixels(ImageGrid([ImageRow("clean", images)]).markup("p"))
     assert (first == raw[0].permute(1, 2, 0).numpy()).all()
     assert (second == raw[1].permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3), (6, 3)])
+def test_of_images_of_other_channels_the_first_are_shown(channels, shown):
+    images = torch.arange(channels).view(1, channels, 1, 1).expand(2, -1, 4, 4) / channels
+    row = ImageRow("clean", images)
+    part = "channel 1" if shown == 1 else "channels 1 to 3"
+    assert row.label == f"clean ({part} of {channels})"
+    assert row.images.shape == (2, shown, 4, 4)
+    assert data_address(images[0]) == data_address(images[0, :shown])
 
 
 def test_every_image_has_its_own_words_and_hostile_ones_are_escaped():
