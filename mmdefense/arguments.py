@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or id, or a state-dict file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder or id, a state dict, or a checkpoint."
+    ),
 ]
 Data = Annotated[
     str,
