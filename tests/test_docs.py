@@ -136,7 +136,9 @@ def readers_folder(tmp_path, monkeypatch):
     trigger = np.zeros((8, 8, 4), np.uint8)
     trigger[6:, 6:] = 255
     Image.fromarray(trigger).save(tmp_path / "trigger.png")
-    save_file(trained_model().state_dict(), tmp_path / "model.safetensors")
+    weights = trained_model().state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "last.ckpt")
 
 
 def save_images(folder: Path) -> None:
