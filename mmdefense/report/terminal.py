@@ -157,6 +157,8 @@ class ProgressDisplay:
             return
         stage.ended = True
         if stage.bar is None:
+            if stage.step < stage.total <= 1:  # it failed at once; the error says why
+                return
             tail = f", {figures}" if figures else ""
             self._print(f"{self._running}: {self._reached(stage)} in {self._took(stage)}{tail}")
             return
