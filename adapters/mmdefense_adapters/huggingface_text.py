@@ -70,6 +70,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         self.tokenizer = _with_pad(tokenizer, pad_token)
         self.max_length = max_length
         self.separator = separator or self.tokenizer.sep_token or "\n"
+        self._said_separator = separator
         self.example = example
         self._chance, self._longest = 0.0, 0
         self._prompts: TokenBatch | None = None
@@ -111,6 +112,12 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             raise BadInputError("data must hold at least one text, got none")
         samples = data if isinstance(data, TokenSamples) else self._encoded(data)
         self._check(samples.tokens)
+        if self._said_separator and not (self.shared and samples.tokens.content.any()):
+            raise BadInputError(
+                f"separator={self._said_separator!r} has no effect on "
+                f"{'texts without a prompt' if self.shared else 'a model with an encoder'}; leave "
+                "it out"
+            )
         samples = samples.to(self.device)
         if self.example is None:
             self.example = samples.take(torch.zeros(1, dtype=torch.int64))

@@ -65,22 +65,29 @@ def under_the_models_labels(source: S, options: Options, where: object, *, count
     _checked(own, source.labels, where)
     order = options.take("order")
     if order is None:
-        labels, names = _placed(own, tuple(options.take("classes", ())), where, counted)
+        model = tuple(options.take("classes", ()))
+        _check_count(model, said)
+        labels, names = _placed(own, model, where, counted)
     elif order == "text":
+        _check_count(own, said)
         labels, names = [sorted(own).index(name) for name in own], tuple(sorted(own))
     elif order == "number":
         labels, names = _by_number(own, where, counted), said or (() if counted else own)
     else:
         raise BadInputError(f"order must be text or number, got {order!r}")
-    if said and names and len(names) != len(said):
-        raise BadInputError(
-            f"classes of {where} must be the model's {len(said)} ({few(said)}), got {len(names)} "
-            f"({few(names)})"
-        )
     if said and contradicted(names, said):
         names = ()  # what the user said counts: the names of the model are not shown with it
     placed: Tensor = torch.tensor(labels)[source.labels]
     return replace(source, labels=placed, classes=names)  # type: ignore[type-var]
+
+
+def _check_count(names: Sequence[str], said: Sequence[str]) -> None:
+    """Refuse names in place of the model's that are more or fewer."""
+    if said and len(names) != len(said):
+        raise BadInputError(
+            f"classes must be as many as the model's {len(said)} ({few(said)}), got {len(names)} "
+            f"({few(names)})"
+        )
 
 
 def _checked(names: tuple[str, ...], labels: Tensor, where: object) -> tuple[str, ...]:

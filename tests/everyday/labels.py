@@ -207,6 +207,16 @@ MODELS_NAMES = [
         [2, 1, 0],
     ),
     refused(
+        "a file of three names for a model of four",
+        lambda f: labels(images(f), classes=SOME, **hf_said(*ANIMALS)),
+        r"as many as the model's 4 \(ant, bee, cat, dog\), got 3",
+    ),
+    refused(
+        "a count in text order of three folders for a model of four",
+        lambda f: labels(images(f), order="text", **hf_said(*ANIMALS)),
+        "as many as the model's 4",
+    ),
+    refused(
         "three folders, and a model of four outputs without names",
         lambda f: adapt(of_outputs(4)).samples(load_data(images(f))),
         r"model's 4 classes, got 3 \(ant, cat, dog\).*--classes FILE",
@@ -566,11 +576,32 @@ HUB = [
     ),
 ]
 
+
+def text_adapter(kind: str) -> Any:
+    """Return an adapter of a small language model, with a separator."""
+    from mmdefense_tasks import language_victims as victims
+
+    tokenizer = victims.train_tokenizer(["a b", "b a"])
+    family = {"seq2seq": "t5", "causal": "gpt2"}[kind]
+    model = getattr(victims, kind)(len(tokenizer), family=family, width=8, layers=1, heads=1)
+    return adapt(model, tokenizer=tokenizer, separator=" = ")
+
+
 OPTIONS = [
     refused(
         "a size for data that has one size alone",
         lambda _: load_data("digits", image_size=8),
         "image_size=8 has no effect on digits",
+    ),
+    refused(
+        "a separator for a model that has none",
+        lambda _: text_adapter("seq2seq").samples([("a", "b")]),
+        "separator=' = ' has no effect on a model with an encoder",
+    ),
+    refused(
+        "a separator for texts without a prompt",
+        lambda _: text_adapter("causal").samples(["a b"]),
+        "separator=' = ' has no effect on texts without a prompt",
     ),
 ]
 
