@@ -8,7 +8,8 @@
 What it shows: `check` draws cells at random, measures each again with the seeds of the published
 one (victim included), and prints both beside each other; exit code 1 where one is off by more than
 its spread. `record` takes the cells of a grid's folder into the file, in place of those of the same
-victim, defense and views. `tables` writes the tables of README.md from the file.
+victim, defense and views. `tables` writes the tables of README.md and docs/results.md from the
+file.
 
 A cell is off where a mean has moved by more than twice the larger of both standard deviations, and
 by more than two points. A cell whose data is not at hand is not drawn. Some take an hour: choose by
@@ -39,7 +40,7 @@ from mmdefense.report.record import Rates
 from mmdefense.report.terminal import ProgressDisplay
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results.csv"
-README = Path(__file__).parents[1] / "README.md"
+PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md")]
 LIKE = "fine-tuning like "
 FLOOR = 2.0  # points; below it a change is no news, whatever the spread
 
@@ -215,17 +216,19 @@ _TWIN = re.compile(
 
 @dataclass(frozen=True)
 class Table:
-    """A table of README.md; it stands between two comments that carry its name.
+    """A table of a page; it stands between two comments, the first of which carries its name.
 
     Attributes:
         views: Of its cells.
         columns: The name of each column and the defense that it shows, or :data:`TWIN`.
         victims: The name of each row and its victim.
+        spread: Whether each mean stands with its standard deviation.
     """
 
     views: Views
     columns: dict[str, str]
     victims: dict[str, str]
+    spread: bool = False
 
     def markdown(self, cells: dict[tuple[str, str, str], Published]) -> str:
         """Return the table: metric / ASR / RA of each cell, as far as they were measured."""
@@ -240,14 +243,18 @@ class Table:
                 else (case, defense, self.views)
                 for defense in self.columns.values()
             ]
-            shown = [_shown(cells[key]) if key in cells else "" for key in keys]
+            shown = [_shown(cells[key], self.spread) if key in cells else "" for key in keys]
             lines.append("| " + " | ".join([name, *shown]) + " |")
         return "\n".join(lines)
 
 
-def _shown(cell: Published) -> str:
-    values = [value for value in (cell.metric, cell.asr, cell.ra) if value == value]
-    return " / ".join(f"{value:.1f}" for value in values)
+def _shown(cell: Published, spread: bool) -> str:
+    pairs = [(cell.metric, cell.metric_sd), (cell.asr, cell.asr_sd), (cell.ra, cell.ra_sd)]
+    return " / ".join(
+        f"{mean:.1f}" + (f" ± {sd:.1f}" if spread and sd == sd else "")
+        for mean, sd in pairs
+        if mean == mean
+    )
 
 
 _IMAGES = {
@@ -269,23 +276,19 @@ _DEFENSES = {
     "fine-pruning": "fine-pruning",
     "BAERASER": "baeraser",
 }
+_INSERTIONS = {"before": "before", "fine-tuning": "fine-tuning"} | _DEFENSES
+_ACTING = {
+    "before": "before",
+    "fine-tuning": "fine-tuning",
+    "FIP": "fip",
+    "TSBD": "tsbd",
+    "BAERASER": "baeraser",
+}
 TABLES = {
-    "images, standard views": Table(
-        "standard",
-        {
-            "before": "before",
-            "fine-tuning": "fine-tuning",
-            "FIP": "fip",
-            "TSBD": "tsbd",
-            "BAERASER": "baeraser",
-        },
-        _IMAGES,
-    ),
-    "images, insertions": Table(
-        "insertions",
-        {"before": "before", "fine-tuning": "fine-tuning like fip"} | _DEFENSES,
-        _IMAGES,
-    ),
+    "images, standard views": Table("standard", _ACTING, _IMAGES),
+    "images, standard views, with spread": Table("standard", _ACTING, _IMAGES, spread=True),
+    "images, insertions": Table("insertions", _INSERTIONS, _IMAGES),
+    "images, insertions, with spread": Table("insertions", _INSERTIONS, _IMAGES, spread=True),
     "other domains": Table(
         "insertions",
         {TWIN: TWIN, "before": "before", "fine-tuning": "fine-tuning like tsbd"} | _DEFENSES,
@@ -331,10 +334,11 @@ def main() -> int:
     records = commands.add_parser("record", help="take a grid's cells into the file")
     records.add_argument("folder", type=Path)
     records.add_argument("--commit", required=True)
-    commands.add_parser("tables", help="write the tables of README.md from the file")
+    commands.add_parser("tables", help="write the tables of the pages from the file")
     options = parser.parse_args()
     if options.command == "tables":
-        README.write_text(with_tables(README.read_text("utf-8"), read()), "utf-8")
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text("utf-8"), read()), "utf-8")
         return 0
     if options.command == "record":
         record(options.folder, options.commit)

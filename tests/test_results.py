@@ -18,10 +18,16 @@ spec.loader.exec_module(recipe)
 CELLS = recipe.read()
 
 
-def test_the_tables_of_the_readme_are_those_of_the_file():
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert text.count("<!-- results: ") == len(recipe.TABLES)
+@pytest.mark.parametrize("page", recipe.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_file(page):
+    text = page.read_text("utf-8")
     assert recipe.with_tables(text, CELLS) == text
+
+
+def test_each_table_stands_on_a_page():
+    text = "".join(page.read_text("utf-8") for page in recipe.PAGES)
+    for name in recipe.TABLES:
+        assert text.count(f"<!-- results: {name} -->") == 1
 
 
 def test_the_file_is_written_as_it_was_read(tmp_path):
