@@ -92,7 +92,13 @@ class Case:
         return calls[0]
 
 
-@pytest.fixture(scope="module", params=BACKDOORED)
+QUICK = "image"  # the one that every run of the tests takes; the others take minutes each
+MODELS = [
+    pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in BACKDOORED
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp(request.param), BACKDOORED[request.param]
     attack = made.plant(folder / "untrusted")
