@@ -295,7 +295,7 @@ def test_fit_and_holdout_are_apart_and_together_all(adapter, monkeypatch):
     def script(work):
         parts["fit"], parts["holdout"] = work.fit.everything(), work.holdout.everything()
 
-    inputs, labels = torch.arange(40.0).view(-1, 1, 1, 1), torch.arange(40) % 2
+    inputs, labels = torch.arange(40.0).view(-1, 1, 1, 1) / 40, torch.arange(40) % 2
     Scripted(script=script, holdout=0.25).purify(adapter, LabelledSamples(inputs, labels))
     seen = {name: set(part.inputs.flatten().tolist()) for name, part in parts.items()}
     assert len(seen["holdout"]) == 10
