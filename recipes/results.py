@@ -42,6 +42,7 @@ from mmdefense.report.terminal import ProgressDisplay
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results.csv"
 PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md")]
 LIKE = "fine-tuning like "
+USUAL = 3  # seeds; another number is said in the table
 FLOOR = 2.0  # points; below it a change is no news, whatever the spread
 
 
@@ -237,15 +238,30 @@ class Table:
             "|---" + "|--:" * len(self.columns) + "|",
         ]
         for name, case in self.victims.items():
-            keys = [
+            keys: list[tuple[str, str, Views]] = [
                 (_TWIN.sub("-clean", case), "before", self.views)
                 if defense == TWIN
                 else (case, defense, self.views)
                 for defense in self.columns.values()
             ]
-            shown = [_shown(cells[key], self.spread) if key in cells else "" for key in keys]
-            lines.append("| " + " | ".join([name, *shown]) + " |")
+            found = [cells.get(key) or cells.get(_same(*key)) for key in keys]
+            seeds = max((cell.seeds for cell in found if cell is not None), default=USUAL)
+            shown = [
+                "" if cell is None else _shown(cell, self.spread) + _few(cell.seeds, seeds)
+                for cell in found
+            ]
+            lines.append("| " + " | ".join([name + _few(seeds, USUAL), *shown]) + " |")
         return "\n".join(lines)
+
+
+def _few(seeds: int, usual: int) -> str:
+    """Return the number of seeds in brackets where it is not the usual one."""
+    return "" if seeds == usual else f" ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _same(case: str, defense: str, views: Views) -> tuple[str, str, Views]:
+    """Return the other name of a cell: FIP's steps and rate are those of plain fine-tuning."""
+    return case, f"{LIKE}fip" if defense == "fine-tuning" else defense, views
 
 
 def _shown(cell: Published, spread: bool) -> str:
