@@ -101,7 +101,6 @@ def test_an_attack_on_text_is_measured(one, mmdefense):
         ("video", ("--attack", "badnets"), "BadNets is an attack on image-classification", 2),
         ("causal", ("--read", "max_length=many"), "max_length of language-generation must be", 2),
         ("causal", ("--read", "pair=fwd"), "pair must name two languages", 2),
-        ("causal", ("--attack", "rare-token", "--target", "3"), "target of RareToken must be", 2),
         ("detection", ("--read", "channels=2"), "channels must be 1 or 3", 2),
     ],
     indirect=["one"],
