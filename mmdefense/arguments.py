@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmdefense.evaluating import AttackChoice
 
 __all__ = [
+    "AcceptLowUtility",
     "Arch",
     "Channels",
     "Classes",
@@ -108,6 +109,13 @@ Reading = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
+AcceptLowUtility = Annotated[
+    bool,
+    typer.Option(
+        "--accept-low-utility",
+        help="Go on where the model does not work on the data as it was read.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
 
 

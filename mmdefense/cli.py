@@ -18,6 +18,7 @@ import typer
 
 from mmdefense import __version__
 from mmdefense.arguments import (
+    AcceptLowUtility,
     Arch,
     Channels,
     Classes,
@@ -136,6 +137,7 @@ def purify(
     classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
+    accept_low_utility: AcceptLowUtility = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     dry_run: Annotated[
@@ -165,6 +167,7 @@ def purify(
         weights=weights,
         reading=reading,
         device=device,
+        accept_low_utility=accept_low_utility,
     )
     limit, level = duration(max_time), check_level(evidence)
     if dry_run:
@@ -249,6 +252,7 @@ def evaluate(
             "get what was measured.",
         ),
     ] = None,
+    accept_low_utility: AcceptLowUtility = False,
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
     from mmdefense.evaluating import evaluate_files
@@ -266,6 +270,7 @@ def evaluate(
         split=split,
         reading=reading,
         device=device,
+        accept_low_utility=accept_low_utility,
     )
     choice = chosen_attack(attack, trigger, target, settings)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
@@ -303,6 +308,7 @@ def scan(
     classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
+    accept_low_utility: AcceptLowUtility = False,
 ) -> None:
     """Look into a model's files and weights and, with clean data, at its behaviour.
 
@@ -329,6 +335,7 @@ def scan(
             device=device,
             seed=seed,
             progress=progress,
+            accept_low_utility=accept_low_utility,
         )
     typer.echo(FORMATS[format_](record))
     raise typer.Exit(int(reaches(record.findings, level)))

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "BadInputError",
     "DivergenceError",
+    "LowUtilityError",
     "MMDefenseError",
     "UnsupportedError",
     "one_line",
@@ -20,6 +21,10 @@ class MMDefenseError(Exception):
 
 class BadInputError(MMDefenseError, ValueError):
     """What was given is wrong: the message says what, what was given, and what to do."""
+
+
+class LowUtilityError(BadInputError):
+    """The model does not work on the data as it was read: what is measured so means nothing."""
 
 
 class UnsupportedError(MMDefenseError, TypeError):

@@ -109,6 +109,7 @@ def evaluate(
     reading: Mapping[str, Any] | None = None,
     device: str = "cpu",
     record: str | Path | None = None,
+    accept_low_utility: bool = False,
 ) -> Evaluation:
     """Measure a model on test data and, where an attack or a trigger is given, under it.
 
@@ -127,8 +128,10 @@ def evaluate(
         reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         record: The output of a purification, whose record and page get what was measured.
+        accept_low_utility: Whether to go on where the model is near chance on the data.
 
     Raises:
+        LowUtilityError: If the model does not work on the data as it was read.
         BadInputError: If anything given cannot be used, or ``record`` is of other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
 
@@ -153,6 +156,7 @@ def evaluate(
         split=split,
         reading=reading or {},
         device=device,
+        accept_low_utility=accept_low_utility,
     )
     return evaluate_files(source, choice, record=record)
 
@@ -173,6 +177,7 @@ def evaluate_files(
         command: For the record, the command line.
 
     Raises:
+        LowUtilityError: If the model does not work on the data as it was read.
         BadInputError: If anything given cannot be used, the attack is on another task, or
             ``record`` is of other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
@@ -189,7 +194,8 @@ def evaluate_files(
             f"{type(tried).__name__} is an attack on {tried.task}, but the model is of "
             f"{task.name}; choose one of its own"
         )
-    found = measured(opened.adapter, data, tried)
+    accept = source.accept_low_utility
+    found = measured(opened.adapter, data, tried, accept_low_utility=accept)
     score_name = getattr(opened.adapter, "score_name", "accuracy")
     samples = opened.adapter.samples(data)
     own = task.metric == score_name

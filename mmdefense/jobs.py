@@ -99,6 +99,7 @@ def purify_files(
             store=store,
             max_seconds=deadline.earlier(writing),
             evidence=evidence,
+            accept_low_utility=source.accept_low_utility,
         )
         names = {"model": source.model, "data": source.data, "command": command}
         purified = dataclasses.replace(purified, names=names, scan=scanned)

@@ -20,6 +20,7 @@ from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.loop import mean_loss_gradient
 from mmdefense.kernels.precision import in_float32
 from mmdefense.kernels.run import Event
+from mmdefense.metrics.utility import check_utility
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.evidence import few
 from mmdefense.report.gather import SHARE, Level, most_seconds
@@ -113,11 +114,13 @@ def plan(
 
     Raises:
         BadInputError: If the clean data or the model cannot be used.
+        LowUtilityError: If the model does not work on the data as it was read.
         UnsupportedError: If the defense cannot serve this model.
     """
     begin = clock()
     opened = source.open()
     adapter, samples = opened.adapter, opened.samples
+    check_utility(in_float32(adapter), samples, accept=source.accept_low_utility)
     scanned = scan_loaded(source.model, adapter.model)
     read, begin = clock() - begin, clock()
     hash_weights(adapter.model)

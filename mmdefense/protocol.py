@@ -60,8 +60,9 @@ class TaskAdapter(Protocol[B]):
 
     An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models
     of its kind with, without it SGD; and by ``layer_norm`` whether LayerNorm or RMSNorm normalises
-    the model, as in transformers, which takes larger steps of SGD and smaller ones of AdamW; and
-    by ``score_name`` what its score is called, without it ``"accuracy"``.
+    the model, as in transformers, which takes larger steps of SGD and smaller ones of AdamW; by
+    ``score_name`` what its score is called, without it ``"accuracy"``; and by ``misreadings``, a
+    phrase, what to check where the model does not work on data of its task.
     """
 
     model: nn.Module

@@ -18,13 +18,14 @@ from mmdefense.batches import Samples
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import hash_files, hash_inputs, weight_names, write_model
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.checkpoints.weights import check_finite, hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.kernels.run import Progress
+from mmdefense.metrics.utility import check_raise, check_utility
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
 from mmdefense.report.archive import write_figures
@@ -61,6 +62,7 @@ def purify(
     store: RunStore | None = None,
     max_seconds: float | Deadline | None = None,
     evidence: Level = "fast",
+    accept_low_utility: bool = False,
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
@@ -88,10 +90,13 @@ def purify(
         evidence: What is measured beyond the verdict: ``"fast"`` takes at most 15 % of the
             purification's time, ``"full"`` measures all of it, ``"none"`` nothing; never more than
             fits into ``max_seconds``. What is left out is said.
+        accept_low_utility: Whether to go on where the model is near chance on ``clean``, or where
+            the purification raises its task metric: signs of data that is read wrongly.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
         BadInputError: If the name, a setting, the data or the model cannot be used.
+        LowUtilityError: If the model does not work on the data as it was read.
         UnsupportedError: If no adapter accepts the model, or it lacks what the defense needs.
         DivergenceError: If a loss stopped being finite.
 
@@ -129,9 +134,13 @@ def purify(
         victim = cast("TaskAdapter[Any]", model)
     wide = in_float32(victim)  # what the report measures; images in float32 need it
     samples = wide.samples(clean)
+    check_finite(victim.model.state_dict(), type(victim.model).__name__)
+    check_utility(wide, samples, accept=accept_low_utility)
     computed = time.process_time()
     with shown(progress) as display:
         result = chosen.purify(victim, samples, progress=display, store=store, max_seconds=deadline)
+        guard = result.guard
+        check_raise(wide, guard.before, guard.after, guard.margin, accept=accept_low_utility)
         found = gather(
             wide,
             result.adapter,

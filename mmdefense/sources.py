@@ -61,6 +61,7 @@ class Source:
             ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. What
             is not given is as the model says, or as the data is.
         device: For example ``"cpu"`` or ``"cuda"``.
+        accept_low_utility: Whether to go on where the model does not work on the data as read.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class Source:
     split: str = "train"
     reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    accept_low_utility: bool = False
 
     def open(self) -> Opened:
         """Return the model in its adapter, and the data as the task and the model read them.

@@ -157,10 +157,10 @@ class Domain:
     model: Callable[[Path], None]
     data: Callable[[Path], None]
     metric: str
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = ("--accept-low-utility",)  # the weights are random
 
 
-_PAIR = ("--read", "pair=fwd,bwd")
+_PAIR = ("--read", "pair=fwd,bwd", "--accept-low-utility")
 DOMAINS = {
     "image": Domain(
         "image-classification", "AutoModelForImageClassification", image_model, image_data, "ACC"

@@ -56,7 +56,7 @@ def test_what_speaks_against_a_file_beside_the_weights_is_on_the_page(place, mmd
     shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTForImageClassification(ViTConfig(num_labels=3, **size, **shape)).save_pretrained(folder)
     (folder / "evil.bin").write_bytes(f"cos\nmkdir\n(S'{place.folder}/touched'\ntR.".encode())
-    arguments = place.purify(model=folder)
+    arguments = place.purify("--accept-low-utility", model=folder)
     del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
     outcome = mmdefense(*arguments)
     assert outcome.code == 0
@@ -74,7 +74,7 @@ def test_a_hugging_face_folder_goes_in_and_comes_out(place, mmdefense):
     shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = ViTConfig(num_labels=3, **size, **shape)
     ViTForImageClassification(config).save_pretrained(folder)
-    arguments = place.purify(model=folder)
+    arguments = place.purify("--accept-low-utility", model=folder)
     del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
     assert mmdefense(*arguments).code == 0
     given, purified = (load_file(at / "model.safetensors") for at in (folder, place.out))

@@ -77,7 +77,8 @@ def test_a_model_of_any_domain_is_measured(domain, tmp_path, mmdefense):
 @pytest.fixture
 def one(tmp_path, request):
     made(DOMAINS[request.param], tmp_path)
-    return ("evaluate", tmp_path / "model", "--data", tmp_path / "data")
+    paths = (tmp_path / "model", "--data", tmp_path / "data")
+    return ("evaluate", *paths, "--accept-low-utility")
 
 
 @pytest.mark.parametrize("one", ["seq2seq"], indirect=True)
@@ -178,7 +179,8 @@ def test_the_task_says_what_a_plain_module_reads(tmp_path, mmdefense, monkeypatc
     monkeypatch.chdir(tmp_path)
     arguments = ("purify", "net.safetensors", "--arch", "flat_net:net", "--data", "clouds.npz")
     task = ("--task", "point-cloud-classification", "--read", "points=20")
-    outcome = mmdefense(*arguments, "-o", "out", *task, *STEPS, *ANY_DROP)
+    given = (*task, *STEPS, *ANY_DROP, "--accept-low-utility")
+    outcome = mmdefense(*arguments, "-o", "out", *given)
     assert outcome.code == 0, outcome.err
     assert read_record(tmp_path / "out" / "purification.json").task == "point-cloud-classification"
     none = mmdefense(*arguments, "-o", "no", "--task", "object-detection", *STEPS)

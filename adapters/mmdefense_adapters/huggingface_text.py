@@ -39,6 +39,9 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     task: ClassVar[str] = "language-generation"
     score_name: ClassVar[str] = "n-gram accuracy"
+    misreadings: ClassVar[str] = (
+        "the order of the pair (--read pair), the tokenizer, and what parts prompt and answer"
+    )
     priority: ClassVar[int] = 10
 
     def __init__(

@@ -36,6 +36,9 @@ class PointClassifier(Classifier):
 
     task: ClassVar[str] = "point-cloud-classification"
     inputs: ClassVar[str] = "clouds"
+    misreadings: ClassVar[str] = (
+        "the labels, the units and axes of the points, their features, and their number"
+    )
     generic: ClassVar[bool] = True
     priority: ClassVar[int] = 10
 

@@ -30,6 +30,9 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
     task: ClassVar[str] = "video-classification"
     inputs: ClassVar[str] = "clips"
     bounded: ClassVar[bool] = True
+    misreadings: ClassVar[str] = (
+        "the labels, normalisation, channels, image size, and the number and spacing of frames"
+    )
     generic: ClassVar[bool] = True
     priority: ClassVar[int] = 5
 

@@ -16,6 +16,7 @@ from mmdefense.attacks.base import Attack
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.kernels.loop import scores
+from mmdefense.metrics.utility import check_utility
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.evaluation import Share
 
@@ -37,18 +38,29 @@ class Measured:
     ra: Share | None = None
 
 
-def measured(adapter: TaskAdapter[Any], test: Any, attack: Attack[Any] | None = None) -> Measured:
+def measured(
+    adapter: TaskAdapter[Any],
+    test: Any,
+    attack: Attack[Any] | None = None,
+    *,
+    accept_low_utility: bool = False,
+) -> Measured:
     """Measure a model on ``test`` and, where an attack is given, with its trigger.
 
     Args:
         adapter: The model; it is not changed.
         test: Clean samples that the model was not trained on.
         attack: Whose trigger is tried.
+        accept_low_utility: Whether to go on where the model is near chance.
 
     Raises:
+        LowUtilityError: If the model is near chance on the samples, as they were read.
         BadInputError: If the trigger does not fit the samples, or all of them are of its target.
     """
-    clean = Share.of(scores(adapter, adapter.samples(test)))
+    samples = adapter.samples(test)
+    found = scores(adapter, samples)
+    check_utility(adapter, samples, found, accept=accept_low_utility)
+    clean = Share.of(found)
     if attack is None:
         return Measured(clean)
     triggered = attack.triggered(test, adapter)

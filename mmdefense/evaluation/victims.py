@@ -170,7 +170,14 @@ def purified_row(
     """
     kept: dict[str, Any] = {"defense": name, "before": victim.before}
     try:
-        purified = purify(victim.adapter, victim.clean, defense, progress=progress, evidence="none")
+        purified = purify(
+            victim.adapter,
+            victim.clean,
+            defense,
+            progress=progress,
+            evidence="none",
+            accept_low_utility=True,  # the victim was trained on data of this very form
+        )
     except UnsupportedError as error:
         settings = dataclasses.asdict(defense)
         return Row(**kept, after=Rates(), seconds=0.0, settings=settings, note=str(error)), None

@@ -16,6 +16,7 @@ from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.kernels.precision import in_float32
 from mmdefense.kernels.run import Progress
+from mmdefense.metrics.utility import check_utility
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.terminal import shown
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
@@ -42,6 +43,7 @@ def scan(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | Literal["auto", False] | None = "auto",
+    accept_low_utility: bool = False,
 ) -> ScanRecord:
     """Return what speaks against a model; no code that comes with it is run.
 
@@ -62,8 +64,10 @@ def scan(
         seed: Makes the findings reproducible.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`; by default it is shown on
             a terminal and in a notebook, and not at all with None or False.
+        accept_low_utility: Whether to go on where the model is near chance on the data.
 
     Raises:
+        LowUtilityError: If the model does not work on the data as it was read.
         BadInputError: If there is no model, or the data cannot be read.
         UnsupportedError: If a library that it takes is not installed, or no adapter accepts the
             model.
@@ -83,8 +87,9 @@ def scan(
         findings = [*findings, *scan_weights(looked_at, ordered=ordered)]
         parts.append("weights")
     if data is not None:
-        source = {"task": task, "arch": arch, "weights": weights, "device": device}
-        opened = _opened(model, data, findings, {**source, "reading": dict(reading or {})})
+        source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
+        source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
+        opened = _opened(model, data, findings, source)
         if isinstance(opened, Finding):
             findings = [*findings, opened]
         else:
@@ -178,7 +183,9 @@ def _opened(
         why = "a file speaks strongly against it: not loaded"
         return NOT_LOOKED.found("behaviour", why, level="low")
     try:
-        return _read(model, data, source)
+        seen = _read(model, data, source)
+        check_utility(*seen, accept=source["accept_low_utility"])
+        return seen
     except MMDefenseError as error:
         if level != "medium":
             raise

@@ -67,7 +67,8 @@ def test_a_purification_of_no_strength_returns_the_same_model(dtype, tmp_path, m
     text_data(tmp_path / "data")
     settings = [word for setting in OFF for word in ("--set", setting)]
     paths = [str(given), "--data", str(tmp_path / "data"), "-o", str(out)]
-    words = ["purify", *paths, "--read", "pair=fwd,bwd", "--defense", "fip", *settings]
+    given = ["--read", "pair=fwd,bwd", "--accept-low-utility", "--defense", "fip", *settings]
+    words = ["purify", *paths, *given]
     monkeypatch.setattr(sys, "argv", ["mmdefense", *words])
     with pytest.raises(SystemExit) as end:
         main()

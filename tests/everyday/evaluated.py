@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import Net, small_images, write_images
+from commands import Net, fitted_net, small_images, write_images
 from everyday.rows import Command, Refused, Row
 from safetensors.torch import save_file
 
@@ -33,7 +33,7 @@ def _place(folder: Path) -> list[str]:
         for path in nested.iterdir():
             path.rename(nested.parent / path.name)
         nested.rmdir()
-    return ["net.safetensors", "--data", "data", "--arch", "commands:Net"]
+    return ["net.safetensors", "--data", "data", "--arch", "commands:Net", "--accept-low-utility"]
 
 
 def _evaluate(*more: str) -> Callable[[Path], list[str]]:
@@ -64,7 +64,7 @@ def _is_whole(folder: Path) -> None:
 def _purified(folder: Path) -> str:
     """Purify the model of the place into ``out``; return where the purified weights are."""
     _place(folder)
-    given = {"arch": "commands:Net", "steps": 2, "batch_size": 8}
+    given = {"arch": "commands:Net", "steps": 2, "batch_size": 8, "accept_low_utility": True}
     mmd.purify("net.safetensors", "data", "fine-tuning", **given).save("out")
     return "out/model.safetensors"
 
@@ -72,7 +72,8 @@ def _purified(folder: Path) -> str:
 def _record(*more: str, model: str = "") -> Callable[[Path], list[str]]:
     def make(folder: Path) -> list[str]:
         purified = _purified(folder)
-        common = ("--data", "data", "--arch", "commands:Net", "--record", "out")
+        given = ("--data", "data", "--arch", "commands:Net", "--accept-low-utility")
+        common = (*given, "--record", "out")
         return ["evaluate", model or purified, *common, *more]
 
     return make
@@ -93,6 +94,7 @@ def _is_recorded(folder: Path) -> None:
 def _both_recorded(folder: Path) -> list[Any]:
     purified = _purified(folder)
     common = {"arch": "commands:Net", "attack": "badnets", "target": "bee", "record": "out"}
+    common["accept_low_utility"] = True
     found = [mmd.evaluate(model, "data", **common) for model in ("net.safetensors", purified)]
     attack = read_record(folder / "out" / "purification.json").attack
     wanted = [one.asr.value for one in found]
@@ -102,7 +104,8 @@ def _both_recorded(folder: Path) -> list[Any]:
 def _record_of_changed_files(folder: Path) -> Any:
     purified = _purified(folder)
     (folder / "out" / "report.npz").write_bytes(b"other")
-    return mmd.evaluate(purified, "data", arch="commands:Net", record="out")
+    common = {"arch": "commands:Net", "record": "out", "accept_low_utility": True}
+    return mmd.evaluate(purified, "data", **common)
 
 
 def _other_weights(folder: Path) -> list[str]:
@@ -175,12 +178,13 @@ def _learnt_patch(folder: Path) -> float:
         attack="trojannn",
         trigger="patch.safetensors",
         target=1,
+        accept_low_utility=True,
     )
     return found.asr.count
 
 
 def _in_memory(_: Path) -> list[float]:
-    found = mmd.evaluate(Net(), small_images(), attack="badnets", target=2)
+    found = mmd.evaluate(fitted_net(), small_images(), attack="badnets", target=2)
     return [found.score.count, found.asr.count]
 
 
@@ -197,7 +201,8 @@ def _lines_of(make: Callable[[Path], Any]) -> Callable[[Path], bool]:
 
 def _purification(folder: Path) -> Any:
     _place(folder)
-    return mmd.purify("net.safetensors", "data", "fine-tuning", arch="commands:Net", steps=2)
+    given = {"arch": "commands:Net", "steps": 2, "accept_low_utility": True}
+    return mmd.purify("net.safetensors", "data", "fine-tuning", **given)
 
 
 IMAGES = torch.rand(40, 1, 8, 8)
@@ -211,7 +216,7 @@ PYTHON = [
     Row("a scan, shown", _lines_of(lambda _: mmd.scan(Net())), True),
     Row(
         "an evaluation, shown",
-        _lines_of(lambda _: mmd.evaluate(Net(), small_images(), attack="badnets")),
+        _lines_of(lambda _: mmd.evaluate(fitted_net(), small_images(), attack="badnets")),
         True,
     ),
     Row("labelled samples, shown", _lines_of(lambda _: LabelledSamples(IMAGES, LABELS)), True),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from clocks import Clock
-from commands import Net, small_images, write_images
+from commands import fitted_net, small_images, write_images
 from everyday.rows import Command, Row
 from safetensors.torch import save_file
 
@@ -20,7 +19,7 @@ def purification(*more: str):
     """Return what makes the arguments of a short purification of a small net."""
 
     def make(folder: Path) -> list[str]:
-        save_file(Net().state_dict(), folder / "net.safetensors")
+        save_file(fitted_net().state_dict(), folder / "net.safetensors")
         write_images(folder / "data", *small_images())
         return [
             *("purify", "net.safetensors", "--data", "data", "-o", "out", "--arch", "commands:Net"),
@@ -43,12 +42,14 @@ def evidence_was_short(folder: Path) -> None:
 
 def stopped(_: Path) -> tuple[str, float, bool]:
     """Purify with a clock that each look moves by a second; return where it ended."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Net()
     clock = Clock(per_look=1.0)
     purified = mmd.purify(
-        net, small_images(), "fip", batch_size=8, max_seconds=Deadline(20, clock), progress=None
+        fitted_net(),
+        small_images(),
+        "fip",
+        batch_size=8,
+        max_seconds=Deadline(20, clock),
+        progress=None,
     )
     return purified.result.stopped[:6], purified.evidence.curvature is None, clock.now < 40
 

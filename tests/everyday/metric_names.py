@@ -18,6 +18,9 @@ from mmdefense.report.record import Row as Line
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
 
+ACCEPT = {"accept_low_utility": True}  # the weights are random
+ONE_STEP = {"steps": 1, "batch_size": 4, "restarts": 0, **ACCEPT}
+
 
 @cache
 def _language() -> Any:
@@ -30,13 +33,13 @@ def _detector() -> Any:
 
 
 def _guard(adapter: Any, samples: Any) -> str:
-    purified = mmd.purify(adapter, samples, "fine-tuning", steps=1, batch_size=4, restarts=0)
+    purified = mmd.purify(adapter, samples, "fine-tuning", **ONE_STEP)
     return purified.guard.message.partition(" went from")[0].rpartition(": ")[2]
 
 
 def _page(adapter: Any, samples: Any) -> list[str]:
     """Return the heading of the first column of rates on the page, and whether ACC is there."""
-    purified = mmd.purify(adapter, samples, "fine-tuning", steps=1, batch_size=4, restarts=0)
+    purified = mmd.purify(adapter, samples, "fine-tuning", **ONE_STEP)
     text = page(purified.record())
     heading = re.search(r'class="number">(.*?) <span', text)
     assert heading is not None
@@ -50,7 +53,8 @@ def _tried() -> str:
 
 
 def _figures(adapter: Any, samples: Any, **attack: Any) -> str:
-    return " ".join(name for name, _ in mmd.evaluate(adapter, samples, **attack).figures())
+    found = mmd.evaluate(adapter, samples, **attack, **ACCEPT)
+    return " ".join(name for name, _ in found.figures())
 
 
 def _heading(*tasks: str) -> list[str]:
@@ -96,7 +100,9 @@ ROWS = [
     ),
     Row(
         "pairs of text in memory under a trigger",
-        lambda _: mmd.evaluate(_language(), [("a b", "c"), ("b", "d")], attack="rare-token"),
+        lambda _: mmd.evaluate(
+            _language(), [("a b", "c"), ("b", "d")], attack="rare-token", **ACCEPT
+        ),
         Refused("RareToken is put into text: give TextSamples"),
     ),
     Row(

@@ -1,14 +1,17 @@
-"""What is said about the outcome: kept, violated or not decidable; nothing changed."""
+"""What is said about a model that does not work on the data as read, and about the outcome."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from commands import fitted_net, small_images, write_images
-from everyday.rows import Command, Row
+import torch
+from commands import Net, fitted_net, small_images, write_images
+from domains import DOMAINS
+from everyday.rows import Command, Refused, Row
 from safetensors.torch import save_file
 
+import mmdefense as mmd
 from mmdefense.defenses.guard import Guard
 
 
@@ -39,7 +42,125 @@ def page_and_record_say(words: str, verdict: str):
     return check
 
 
+def told(folder: Path, command: str, *more: str, weights: str = "random") -> list[str]:
+    """Make a model of random weights, or one whose classes are numbered in another order."""
+    state = fitted_net().state_dict()
+    if weights == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            state = Net().state_dict()
+    if weights == "renumbered":
+        state |= {name: state[name].roll(1, 0) for name in ("head.weight", "head.bias")}
+    save_file(state, folder / "net.safetensors")
+    write_images(folder / "data", *small_images())
+    return [command, "net.safetensors", "--data", "data", "--arch", "commands:Net", *more]
+
+
+def nothing_is_left(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "net.safetensors"]
+
+
+def of_domain(name: str, folder: Path) -> list[str]:
+    """Make a tiny model of a domain with random weights, and its data."""
+    domain = DOMAINS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        domain.model(folder / "model")
+    domain.data(folder / "data")
+    more = [word for word in domain.more if word != "--accept-low-utility"]
+    return ["evaluate", "model", "--data", "data", *more]
+
+
+def with_a_class_moved(**settings: object) -> mmd.Purification:
+    """Purify a net of four classes on data that calls its third one the fourth: 67 % are right."""
+    images, labels = small_images(300)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, some = Net(classes=4), images.float() / 255
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(some), labels).backward()
+        optimizer.step()
+    moved = torch.where(labels == 2, 3, labels)
+    return mmd.purify(net, (some, moved), "fine-tuning", steps=150, lr=0.3, **settings)
+
+
+NEAR_CHANCE = "near chance.*check the labels, normalisation.*--accept-low-utility"
+ONE_STEP = ("-o", "out", "--defense", "fine-tuning", "--set", "steps=1")
+ACCEPT = "--accept-low-utility"
+
+LOW_UTILITY = [
+    Command(
+        "purify a model that is at chance",
+        lambda folder: told(folder, "purify", *ONE_STEP),
+        2,
+        NEAR_CHANCE,
+        nothing_is_left,
+    ),
+    Command(
+        "plan for a model that is at chance",
+        lambda folder: told(folder, "purify", *ONE_STEP, "--dry-run"),
+        2,
+        NEAR_CHANCE,
+    ),
+    Command(
+        "scan a model that is at chance with data",
+        lambda folder: told(folder, "scan"),
+        2,
+        NEAR_CHANCE,
+    ),
+    Command(
+        "evaluate a model whose classes are numbered in another order",
+        lambda folder: told(folder, "evaluate", weights="renumbered"),
+        2,
+        NEAR_CHANCE,
+    ),
+    Command(
+        "evaluate it all the same",
+        lambda folder: told(folder, "evaluate", ACCEPT, weights="renumbered"),
+        0,
+        "ACC 0.0 %",
+    ),
+    Command(
+        "purify it all the same",
+        lambda folder: told(folder, "purify", *ONE_STEP, ACCEPT, weights="renumbered"),
+        0,
+        "report.html",
+    ),
+    Command(
+        "evaluate a detector at chance", lambda f: of_domain("detection", f), 2, "the label numbers"
+    ),
+    Command(
+        "evaluate a language model at chance", lambda f: of_domain("causal", f), 2, "of the pair"
+    ),
+    Command(
+        "evaluate a video model at chance", lambda f: of_domain("video", f), 2, "spacing of frames"
+    ),
+    Row(
+        "a purification that raises the accuracy from 67 to 100 %",
+        lambda _: with_a_class_moved(),
+        Refused("raised the accuracy from 0.667 to 1.000.*check the labels"),
+    ),
+    Row(
+        "the same, accepted",
+        lambda _: with_a_class_moved(accept_low_utility=True).guard.after,
+        1.0,
+    ),
+    Row(
+        "clouds in other units, for a model that is then at chance",
+        lambda _: mmd.purify(
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4)),
+            (torch.randn(12, 16, 3), torch.arange(12) % 4),
+            adapter="points",
+            steps=1,
+        ),
+        Refused("check the labels, the units and axes"),
+    ),
+]
+
 ROWS = [
+    *LOW_UTILITY,
     Row("a drop of +0.150 +- 0.139", lambda _: guard(0.150, 0.139).verdict, "not decidable"),
     Row("a drop of +0.100 +- 0.092", lambda _: guard(0.100, 0.092).verdict, "not decidable"),
     Row("a drop of +0.100 +- 0.070", lambda _: guard(0.100, 0.070).verdict, "violated"),
