@@ -14,12 +14,15 @@ from commands import Net, small_images, write_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-STAGE = re.compile(r"[\w -]+: (done|\d+ of \d+|stopped at \d+ of \d+)( in \S+ s)?(, .*)?|.* \.\.\.")
+BEFORE = re.compile(
+    r"[\w -]+: (done|\d+ of \d+|stopped at \d+ of \d+)( in \S+ s)?(, .*)?|.* \.\.\."
+    r"|mmdefense: note: .*"
+)
 
 
 def refused(outcome, *words, code=2):
-    """Check that an outcome is one line with these words, behind the stages that came before."""
-    lines = [line for line in outcome.err.splitlines() if not STAGE.fullmatch(line)]
+    """Check that an outcome is one line with these words, behind stages and notes that came before."""
+    lines = [line for line in outcome.err.splitlines() if not BEFORE.fullmatch(line)]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mmdefense: ")
     for word in words:
