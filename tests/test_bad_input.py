@@ -21,7 +21,7 @@ BEFORE = re.compile(
 
 
 def refused(outcome, *words, code=2):
-    """Check that an outcome is one line with these words, behind stages and notes that came before."""
+    """Check that an outcome is one line with these words; stages and notes may come before it."""
     lines = [line for line in outcome.err.splitlines() if not BEFORE.fullmatch(line)]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mmdefense: ")
