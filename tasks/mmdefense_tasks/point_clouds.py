@@ -22,7 +22,7 @@ from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import check_split
-from mmdefense_tasks.point_files import read_clouds
+from mmdefense_tasks.point_files import Values, read_clouds
 from mmdefense_tasks.staged import DATA_VARIABLE, staged, staged_sets
 from mmdefense_tasks.surfaces import draw_surfaces
 
@@ -69,6 +69,7 @@ class PointCloudClassification:
         features: int | None = None,
         classes: Sequence[str] = (),
         order: Order | None = None,
+        values: Values | None = None,
     ) -> LabelledSamples:
         """Return data from wherever it is; see :func:`load_clouds`."""
         return load_clouds(
@@ -79,6 +80,7 @@ class PointCloudClassification:
             features=features,
             classes=classes,
             order=order,
+            values=values,
         )
 
     @staticmethod
@@ -170,6 +172,7 @@ def load_clouds(
     features: int | None = None,
     classes: Sequence[str] = (),
     order: Order | None = None,
+    values: Values | None = None,
 ) -> LabelledSamples:
     """Return labelled clouds from wherever they are, centred and in the unit sphere.
 
@@ -177,12 +180,15 @@ def load_clouds(
         where: ``"surfaces"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points to; an
             npz archive; a folder of such archives (``train.npz``, ``test.npz``); or a folder with
             one sub-folder of ply, pcd, obj or off files per class, or with such folders for
-            ``train`` and ``test`` (needs Open3D). Meshes are sampled.
+            ``train`` and ``test`` (needs Open3D and trimesh). Meshes are sampled.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
         said: What the model states about its data: defaults of the options below, by name.
         points: Points of each cloud; none takes 256, or all where a cloud has fewer.
         features: Values a point to keep, coordinates first: 3, the default, is the coordinates
-            alone, 6 of a file takes its normals, estimated where it has none.
+            alone, 6 of a file takes three values more.
+        values: What these are: the ``"normals"`` of the file or of its faces, which is the
+            default; normals ``"estimated"`` from the neighbours; or the ``"colours"`` of the file.
+            Archives hold what they hold.
         classes: The model's class names in order; data with class names is relabelled by them.
         order: How class folders are numbered: ``"number"`` takes their names as the labels,
             ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
@@ -194,7 +200,9 @@ def load_clouds(
             features.
         UnsupportedError: If a library that it needs is not installed.
     """
-    options = Options(said, points=points, features=features, classes=classes, order=order)
+    options = Options(
+        said, points=points, features=features, classes=classes, order=order, values=values
+    )
     samples = _read(where, split, options)
     options.check_used(where)
     return samples
@@ -202,7 +210,8 @@ def load_clouds(
 
 def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
     check_split(split)
-    points, features = options.take("points"), options.take("features", 3)
+    points = options.take("points")
+    features = options.take("features", 6 if options.given("values") else 3)
     for name, value, least in (("points", points, 1), ("features", features, 3)):
         if value is not None and value < least:
             raise BadInputError(f"{name} must be at least {least}, got {value}")
@@ -213,7 +222,7 @@ def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
         counted = False
         samples = draw_surfaces(_TEST if is_test else _TRAIN, points or _POINTS, seed=int(is_test))
     else:
-        samples, counted = read_clouds(_found(where), split, points or _POINTS, features)
+        samples, counted = read_clouds(_found(where), split, points or _POINTS, features, options)
     return under_the_models_labels(samples, options, where, counted=counted)
 
 

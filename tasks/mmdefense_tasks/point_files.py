@@ -1,29 +1,38 @@
-"""Reads labelled point clouds: npz archives, and a folder of files per class by Open3D."""
+"""Reads labelled point clouds: npz archives, and a folder of files per class."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmdefense.batches import LabelledSamples
+from mmdefense.class_names import few
 from mmdefense.clouds import check_clouds, random_cloud_view, to_unit_sphere
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
-from mmdefense.libraries import how_to_install
+from mmdefense.libraries import how_to_install, needed
+from mmdefense.notes import note
 from mmdefense_tasks.archives import Array, described, labels_of, read_archive
 from mmdefense_tasks.class_folders import class_files
+from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import part_archive, part_folder
 
-__all__ = ["read_cloud", "read_clouds"]
+__all__ = ["Values", "read_cloud", "read_clouds"]
 
 _SUFFIXES = frozenset({".ply", ".pcd", ".obj", ".off"})
-_MESHES = frozenset({".ply", ".obj", ".off"})  # a ply file may also be a mere cloud
+_BY_TRIMESH = frozenset({".obj", ".off"})  # Open3D reads neither polygons nor glued headers
+_MOST_VALUES = 9  # ours; values a point, beyond which an axis of an archive is that of the points
+
+Values = Literal["normals", "estimated", "colours"]
+"""What stands behind the coordinates of a file."""
 
 
-def read_clouds(path: Path, split: str, points: int, features: int) -> tuple[LabelledSamples, bool]:
+def read_clouds(
+    path: Path, split: str, points: int, features: int, options: Options
+) -> tuple[LabelledSamples, bool]:
     """Return the clouds of an npz archive or a folder, in the unit sphere.
 
     Beside them: whether their labels do no more than count the class names, as those of a folder
@@ -34,6 +43,7 @@ def read_clouds(path: Path, split: str, points: int, features: int) -> tuple[Lab
         split: ``"train"`` or ``"test"``.
         points: Largest number of points of each cloud; from more, some are drawn at random.
         features: Values a point to keep.
+        options: ``values``: what the values behind the coordinates of files are.
 
     Raises:
         BadInputError: If it is empty or damaged, or does not have that many features.
@@ -44,14 +54,16 @@ def read_clouds(path: Path, split: str, points: int, features: int) -> tuple[Lab
         clouds, labels, names, counted = _read_archive(archive, split)
     else:
         held = class_files(part_folder(path, split), _SUFFIXES, "clouds")
-        clouds = torch.stack([read_cloud(p, points, normals=features > 3) for p in held.files])
+        values = options.take("values", "normals") if features > 3 else None
+        clouds = torch.stack([read_cloud(p, points, values=values) for p in held.files])
         labels, names, counted = held.labels, held.classes, True
     check_clouds(clouds, f"clouds of {path}")
     if clouds.shape[2] < features:
         raise BadInputError(
             f"clouds of {path} must have at least {features} values a point, got {clouds.shape[2]}"
         )
-    clouds = to_unit_sphere(_sampled(clouds, points)[..., :features])
+    # In double precision: map coordinates such as 5.4e6 leave a float no digits for the shape.
+    clouds = to_unit_sphere(_sampled(clouds, points)[..., :features].double()).float()
     return LabelledSamples(clouds, labels, random_cloud_view, names), counted
 
 
@@ -75,6 +87,9 @@ def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ..
     needed = "'points' (N, P, 3 + F) and whole-number 'labels' (N,)"
     if clouds is None:
         raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
+    if clouds.ndim == 3 and 3 <= clouds.shape[1] <= _MOST_VALUES < clouds.shape[2]:
+        note(f"points {clouds.shape} of {path.name} are read as (N, 3 + F, P), and turned")
+        clouds = np.ascontiguousarray(clouds.swapaxes(1, 2))
     labels, names, counted = labels_of(arrays, path, needed)
     if not len(labels) or len(labels) != len(clouds):
         raise BadInputError(
@@ -88,18 +103,20 @@ def _points_of(arrays: dict[str, Array]) -> Array | None:
     if "points_int8" in arrays:
         return arrays["points_int8"].astype(np.float32) / 127
     points = arrays.get("points")
-    return None if points is None or points.dtype.kind not in "fiu" else points.astype(np.float32)
+    if points is None or points.dtype.kind not in "fiu":
+        return None
+    return points if points.dtype == np.float32 else points.astype(np.float64)
 
 
 def read_cloud(
     path: Path,
     points: int,
     *,
-    normals: bool = False,
+    values: Values | None = None,
     voxel: float | None = None,
     outliers: float | None = None,
 ) -> Tensor:
-    """Return one file as a cloud, ``(points, 3)``, or ``(points, 6)`` with normals.
+    """Return one file as a cloud, ``(points, 3)``, or ``(points, 6)`` with further values, float64.
 
     The surface of a mesh is sampled uniformly by area; of a larger cloud, points spread by farthest
     point sampling are kept; of a smaller one, some stand there twice.
@@ -107,15 +124,16 @@ def read_cloud(
     Args:
         path: A ply, pcd, obj or off file.
         points: Number of points.
-        normals: Whether each point gets its normal, estimated from its neighbours where the file
-            has none.
+        values: What each point gets beside its coordinates: the ``"normals"`` of the file, or of
+            its faces; normals ``"estimated"`` from neighbours, whose sign is arbitrary; or the
+            ``"colours"`` of the file in ``[0, 1]``. None for nothing.
         voxel: Side of the voxels that a cloud is thinned to, in the file's unit; none keeps all.
         outliers: Drops points whose mean distance to 20 neighbours is that many standard
             deviations above the average; none drops none.
 
     Raises:
-        BadInputError: If the file is damaged, or holds no point or a NaN.
-        UnsupportedError: If Open3D cannot be used.
+        BadInputError: If the file is damaged, holds no point or a NaN, or lacks such values.
+        UnsupportedError: If Open3D or trimesh cannot be used.
     """
     cloud = _opened(path, points)
     if voxel is not None:
@@ -126,12 +144,28 @@ def read_cloud(
         raise BadInputError(f"cloud {path} must hold at least one point, got an empty one")
     if len(cloud.points) > points:
         cloud = cloud.farthest_point_down_sample(points)
-    if normals and not cloud.has_normals():
+    columns = [np.asarray(cloud.points)]
+    if values is not None:
+        columns.append(_values(cloud, values, path))
+    found = torch.from_numpy(np.concatenate(columns, 1))
+    check_clouds(found[None], f"cloud {path}")
+    return found[torch.arange(points) % len(found)]
+
+
+def _values(cloud: Any, values: Values, path: Path) -> Array:
+    """Return what stands behind the coordinates, ``(P, 3)``."""
+    if values not in get_args(Values):
+        raise BadInputError(f"values must be one of {few(get_args(Values))}, got {values!r}")
+    if values == "estimated":
         cloud.estimate_normals()
-    columns = [np.asarray(cloud.points)] + [np.asarray(cloud.normals)] * normals
-    values = torch.from_numpy(np.concatenate(columns, 1)).float()
-    check_clouds(values[None], f"cloud {path}")
-    return values[torch.arange(points) % len(values)]
+    held = {"normals": cloud.has_normals(), "colours": cloud.has_colors()}
+    if not held.get(values, True):
+        others = [name for name, there in held.items() if there]
+        raise BadInputError(
+            f"cloud {path} has no {values}; give values=estimated for normals estimated from the "
+            f"neighbours{''.join(f', or values={name}' for name in others)} (--read values=...)"
+        )
+    return np.asarray(cloud.colors if values == "colours" else cloud.normals)
 
 
 def _opened(path: Path, points: int) -> Any:
@@ -139,17 +173,59 @@ def _opened(path: Path, points: int) -> Any:
     open3d = _open3d(path)
     open3d.utility.random.seed(0)
     quiet = open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error)
+    by_trimesh = path.suffix.lower() in _BY_TRIMESH
     with quiet:
-        if path.suffix.lower() in _MESHES:
-            mesh = open3d.io.read_triangle_mesh(str(path))
-            if len(mesh.triangles):
-                return mesh.sample_points_uniformly(points)
-            if len(mesh.vertices):
-                return open3d.geometry.PointCloud(mesh.vertices)
-        if path.suffix.lower() in {".ply", ".pcd"}:
-            # NaN and infinity are kept, to be refused with a word.
-            return open3d.io.read_point_cloud(str(path), remove_nan_points=False)
-    raise BadInputError(f"file {path} cannot be read as a mesh or a cloud; is it damaged?")
+        found = _polygons(path, open3d) if by_trimesh else open3d.io.read_triangle_mesh(str(path))
+        if len(found.triangles):
+            return _surface(found, points, path)
+        if by_trimesh:
+            cloud = open3d.geometry.PointCloud(found.vertices)
+            cloud.colors = found.vertex_colors
+        else:  # NaN and infinity are kept, to be refused with a word
+            cloud = open3d.io.read_point_cloud(str(path), remove_nan_points=False)
+    if not len(cloud.points):
+        raise BadInputError(f"file {path} cannot be read as a mesh or a cloud; is it damaged?")
+    return cloud
+
+
+def _surface(mesh: Any, points: int, path: Path) -> Any:
+    """Return points of a surface with normals: those of the file, or else of the faces."""
+    check_clouds(torch.from_numpy(np.asarray(mesh.vertices))[None], f"mesh {path}")
+    if not mesh.get_surface_area() > 0:
+        raise BadInputError(f"mesh {path} must have a surface, got faces without area")
+    return mesh.sample_points_uniformly(points, use_triangle_normal=not mesh.has_vertex_normals())
+
+
+def _polygons(path: Path, open3d: Any) -> Any:
+    """Return an obj or off file as a mesh of triangles, or of vertices alone."""
+    with needed(f"reading {path.name}", "trimesh"):
+        import trimesh
+    try:
+        scene = trimesh.load_scene(path, process=False, skip_materials=True)
+        parts = [part for part in scene.geometry.values() if len(part.vertices)]
+        vertices = np.concatenate([part.vertices for part in parts])
+        faces = [np.asarray(getattr(part, "faces", ())).reshape(-1, 3) for part in parts]
+        starts = np.cumsum([0, *(len(part.vertices) for part in parts)])
+        mesh = open3d.geometry.TriangleMesh(
+            open3d.utility.Vector3dVector(vertices),
+            open3d.utility.Vector3iVector(
+                np.concatenate([f + n for f, n in zip(faces, starts, strict=False)]).astype(int)
+            ),
+        )
+        colours = np.concatenate([_colours(part) for part in parts])
+        if len(colours) == len(vertices):
+            mesh.vertex_colors = open3d.utility.Vector3dVector(colours[:, :3] / 255)
+    except Exception as error:  # the library raises many kinds, for damage of many kinds
+        raise BadInputError(
+            f"file {path} cannot be read as a mesh or a cloud: {one_line(error)}; is it damaged?"
+        ) from error
+    return mesh
+
+
+def _colours(part: Any) -> Array:
+    """Return the colours of vertices, ``(V, 4)`` in 0..255; none where a file gives none."""
+    held = part.visual.vertex_colors if part.visual.kind == "vertex" else ()
+    return np.reshape(held, (-1, 4))
 
 
 def _open3d(path: Path) -> Any:

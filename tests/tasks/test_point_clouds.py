@@ -252,6 +252,145 @@ def test_clouds_are_thinned_filtered_and_filled_up(tmp_path, suffix):
     assert len(read_cloud(path, 400, voxel=1.0).unique(dim=0)) < 200
 
 
+CORNERS = [(x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+SIDES = [(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)]
+POLYGON = [(0, 1, 5, 7, 6, 2)]  # of a cube, around a corner
+
+
+def off(header="OFF\n8 6 0", corners=CORNERS, faces=SIDES, behind="") -> str:
+    lines = [" ".join(map(str, corner)) + behind for corner in corners]
+    return "\n".join([header, *lines, *(f"{len(f)} {' '.join(map(str, f))}" for f in faces), ""])
+
+
+def obj(corners=CORNERS, faces=SIDES, between="{}", behind="") -> str:
+    lines = [f"v {' '.join(map(str, corner))}{behind}" for corner in corners]
+    faces = [" ".join(between.format(index + 1) for index in face) for face in faces]
+    return "\n".join([*lines, *(f"f {face}" for face in faces), ""])
+
+
+def ply(behind="", names=(), corners=CORNERS, kind="double") -> str:
+    properties = [f"property {kind} {axis}" for axis in "xyz"] + [f"property {n}" for n in names]
+    lines = [" ".join(map(str, corner)) + behind for corner in corners]
+    head = ["ply", "format ascii 1.0", f"element vertex {len(corners)}", *properties]
+    return "\n".join([*head, "end_header", *lines, ""])
+
+
+def read(tmp_path, name, text, points=600, **options):
+    open3d()
+    pytest.importorskip("trimesh")
+    (tmp_path / name).write_text(text)
+    return read_cloud(tmp_path / name, points, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("glued.off", off("OFF8 6 0")),
+        ("comments.off", off("OFF # a cube\n# by hand\n\n8 6 0")),
+        ("windows.off", off().replace("\n", "\r\n")),
+        ("coloured.off", off("COFF\n8 6 0", behind=" 255 0 0 255")),
+        ("normals.off", off("NOFF\n8 6 0", behind=" 0 0 1")),
+        ("quads.obj", obj()),
+        ("slashes.obj", "vn 0 0 1\nvt 0 0\n" + obj(between="{}/1/1")),
+        ("materials.obj", "mtllib none.mtl\n" + obj().replace("f 5", "usemtl b\nf 5")),
+        ("coloured.obj", obj(behind=" 1 0 0")),
+        ("SUFFIX.OBJ", obj()),
+    ],
+)
+def test_the_surface_of_a_cube_is_read(tmp_path, name, text):
+    cloud = read(tmp_path, name, text, values="normals")
+    points, normals = cloud[:, :3] - 0.5, cloud[:, 3:]
+    torch.testing.assert_close(points.abs().amax(1), torch.full((600,), 0.5).double())
+    sides = torch.cat([points >= 0.4999, points <= -0.4999], 1)
+    assert sides.sum(0).min() > 60  # a sixth of the points, at random
+    torch.testing.assert_close(normals.norm(dim=1), torch.ones(600).double())
+    facing = points.abs().argmax(1, keepdim=True)  # the normals of faces, not estimated ones
+    assert (normals.gather(1, facing).abs() > 0.9999).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.off", off("OFF\n8 1 0", faces=POLYGON)), ("a.obj", obj(faces=POLYGON))]
+)
+def test_a_polygon_is_read(tmp_path, name, text):
+    assert (read(tmp_path, name, text).amin(1) < 0.999).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.obj", obj(faces=[])), ("a.off", off("OFF\n8 0 0", faces=[])), ("a.ply", ply())],
+)
+def test_a_file_without_faces_is_a_cloud(tmp_path, name, text):
+    cloud = read(tmp_path, name, text, 8)
+    assert sorted(map(tuple, cloud.tolist())) == sorted(CORNERS)
+    with pytest.raises(BadInputError, match="has no normals; give values=estimated"):
+        read_cloud(tmp_path / name, 8, values="normals")
+    estimated = read_cloud(tmp_path / name, 8, values="estimated")
+    torch.testing.assert_close(estimated[:, 3:].norm(dim=1), torch.ones(8).double())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.ply", ply(" 255 0 51", ("uchar red", "uchar green", "uchar blue"))),
+        ("a.obj", obj(faces=[], behind=" 1 0 0.2")),
+    ],
+)
+def test_colours_are_no_normals(tmp_path, name, text):
+    colours = read(tmp_path, name, text, 8, values="colours")[:, 3:]
+    torch.testing.assert_close(colours, torch.tensor([1, 0, 0.2]).double().expand(8, 3))
+    with pytest.raises(BadInputError, match=r"no normals; .* or values=colours"):
+        read_cloud(tmp_path / name, 8, values="normals")
+
+
+def test_normals_of_a_cloud_are_those_of_the_file(tmp_path):
+    text = ply(" 0.6 0 0.8", [f"float n{axis}" for axis in "xyz"])
+    normals = read(tmp_path, "a.ply", text, 8, values="normals")[:, 3:]
+    torch.testing.assert_close(normals, torch.tensor([0.6, 0, 0.8]).double().expand(8, 3))
+    with pytest.raises(BadInputError, match="has no colours"):
+        read_cloud(tmp_path / "a.ply", 8, values="colours")
+    with pytest.raises(BadInputError, match="values must be one of normals, estimated, colours"):
+        read_cloud(tmp_path / "a.ply", 8, values="intensity")
+
+
+FAR = [(0.3 * x + 4.5e5, 0.3 * y + 5.4e6, 0.3 * z + 100) for x, y, z in CORNERS]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.ply", ply(corners=FAR)),
+        ("a.obj", obj(FAR, faces=[])),
+        ("a.off", off("OFF\n8 0 0", FAR, faces=[])),
+    ],
+)
+def test_map_coordinates_keep_their_shape(tmp_path, name, text):
+    open3d()
+    pytest.importorskip("trimesh")
+    (tmp_path / "cube").mkdir()
+    (tmp_path / "cube" / name).write_text(text)
+    found = load_clouds(tmp_path, points=8).inputs[0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.abs(), torch.full((8, 3), 3**-0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.off", "OFF\n4 4 0\n0 0 0\n", "is it damaged"),
+        ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 9\n", "is it damaged"),
+        ("a.off", "OFF\n3 1 0\n0 0 nan\n1 0 0\n0 1 0\n3 0 1 2\n", "NaN or infinity"),
+        ("a.obj", "v 0 0 0\nf 1 1 1\n", "faces without area"),
+        ("a.obj", "v 0 0 0\nf 1 2 3\n", "is it damaged"),
+        ("a.obj", "", "is it damaged"),
+        ("a.ply", "ply\nnonsense", "is it damaged"),
+    ],
+)
+def test_damaged_meshes_are_refused_in_one_line(tmp_path, name, text, message):
+    with pytest.raises(BadInputError, match=message) as caught:
+        read(tmp_path, name, text)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_damaged_mesh_an_empty_cloud_and_nan_points_are_refused(tmp_path):
     library = open3d()
     (tmp_path / "a.off").write_text("OFF\nnonsense")
