@@ -8,8 +8,8 @@
 What it shows: `check` draws cells at random, measures each again with the seeds of the published
 one (victim included), and prints both beside each other; exit code 1 where one is off by more than
 its spread. `record` takes the cells of a grid's folder into the file, in place of those of the same
-victim, defense and views. `tables` writes the tables of README.md and docs/results.md from the
-file.
+victim, defense and views that have no more seeds. `tables` writes the tables of README.md and
+docs/results.md from the file.
 
 A cell is off where a mean has moved by more than twice the larger of both standard deviations, and
 by more than two points. A cell whose data is not at hand is not drawn. Some take an hour: choose by
@@ -146,7 +146,9 @@ def record(folder: Path, commit: str) -> None:
     paths = sorted(folder.glob("*/*.json"))
     cells = [build(Cell, json.loads(p.read_text(encoding="utf-8")), str(p)) for p in paths]
     known = {cell.key: cell for cell in read()}
-    known |= {cell.key: cell for cell in summarised(cells, commit)}
+    for cell in summarised(cells, commit):
+        if cell.key not in known or known[cell.key].seeds <= cell.seeds:
+            known[cell.key] = cell
     write(known.values())
     print(f"{len(cells)} cells of {folder} are in {PUBLISHED}")
 
