@@ -67,6 +67,15 @@ HEAD = Rule(
     blind_spot="classes that training data favoured; heads of fewer than five rows.",
 )
 
+NOT_FINITE = Rule(
+    id="weights-not-finite",
+    level="medium",
+    measured="values that are NaN or infinite",
+    reference="finite numbers only",
+    meaning="The weight is damaged, or was made so: `purify` and `evaluate` refuse such a model.",
+    blind_spot="what the weight was before: the other measures leave it out.",
+)
+
 U = 3.0
 """Deviations from the mean that CLP tolerates; the paper's default."""
 ANOMALY = 3.5
@@ -89,16 +98,28 @@ def scan_weights(
             a BatchNorm stands behind is not known, and the head is told by its name alone.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    broken = _not_finite(state)
+    state = {name: value for name, value in state.items() if name not in broken}
     layers = _matrices(state, _transposed(model))
     head = _head(model, layers, ordered)
     body = {name: weight for name, weight in layers.items() if name != head}
     found = [
+        [NOT_FINITE.found(name, said) for name, said in broken.items()],
         _strongest(_channels(body, _norm_scales(state) if ordered else {}, u)),
         _strongest(_spectra(body)),
     ]
     if head:
         found.append(_strongest(_head_rows(layers[head], state, head)))
     return [finding for findings in found for finding in findings]
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> dict[str, str]:
+    counts = {
+        name: (int((~value.detach().float().isfinite()).sum()), value.numel())
+        for name, value in state.items()
+        if value.is_floating_point()
+    }
+    return {name: f"{bad} of {every}" for name, (bad, every) in counts.items() if bad}
 
 
 def _strongest(findings: Iterator[Finding]) -> list[Finding]:
@@ -114,13 +135,14 @@ def _transposed(model: nn.Module | Mapping[str, Tensor]) -> set[str]:
 
 
 def _matrices(state: Mapping[str, Tensor], transposed: set[str]) -> dict[str, Tensor]:
-    """Return the weights of layers, channels first, embeddings left out.
+    """Return the weights of layers, channels first, embeddings and empty ones left out.
 
     Where no module tells, a matrix whose bias fits its second axis alone is GPT-2's kind.
     """
     found = {}
     for name, value in state.items():
-        if value.ndim < 2 or not value.is_floating_point() or _EMBEDDINGS.search(name):
+        is_layer = value.ndim >= 2 and value.is_floating_point() and value.numel() > 0
+        if not is_layer or _EMBEDDINGS.search(name):
             continue
         outputs = state.get(name.removesuffix("weight") + "bias", value[:, 0]).shape[0]
         is_transposed = name in transposed or outputs == value.shape[1] != value.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def read_archive(path: Path, split: str) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name.casefold(): archive[name] for name in archive.files}
     except Exception as error:  # a damaged archive fails in many ways
+        if not zipfile.is_zipfile(path):
+            raise BadInputError(
+                f"data {path} must be an npz archive; it is damaged, or none"
+            ) from error
         raise BadInputError(f"data archive {path} cannot be read: {one_line(error)}") from error
     splits = {name: _split(name) for name in arrays}
     part = chosen_part({part for part, _ in splits.values() if part}, split, path)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.libraries import needed
 from mmdefense.notes import note
 from mmdefense_tasks.options import Options
@@ -24,6 +24,7 @@ Languages = tuple[str, str]
 """Source and target, as they are called in the data."""
 
 _PLAIN, _RECORDS = (".txt", ".txt.gz"), (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".arrow", ".xlsx")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _TEST_SHARE = 0.1  # of a text that is not split: its end, as is usual for Shakespeare
 _PROMPTS = ("instruction", "prompt", "question", "input")
@@ -132,10 +133,17 @@ def open_file(path: Path, options: Options) -> Pairs:
 
     Raises:
         BadInputError: If it cannot be read, or a record has no answer.
+        UnsupportedError: If it is a table.
     """
     if path.name.endswith(_RECORDS):
         return _of_records(_records(path), path.name, options)
-    parts = (part.strip() for part in _PARAGRAPH.split(read_text(path)))
+    if path.name.lower().endswith(_TABLES):
+        raise UnsupportedError(
+            f"{path.name} is a table, which is not read here; give its rows as json lines, for "
+            "example with instruction and output, prompt and completion, or a translation"
+        )
+    text = read_text(path).replace("\r\n", "\n")
+    parts = (part.strip() for part in _PARAGRAPH.split(text))
     return [("", part) for part in parts if part]
 
 
@@ -148,7 +156,7 @@ def _records(path: Path) -> Iterator[Any]:
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             where = path if len(lines) == 1 else f"line {number} of {path}"
             raise BadInputError(f"{where} must be JSON: {one_line(error)}") from error
         yield from found if isinstance(found, list) and len(lines) == 1 else [found]

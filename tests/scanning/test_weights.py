@@ -130,6 +130,24 @@ def test_an_ordinary_net_has_no_outliers(net):
     assert scan_weights(net) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_left_out(net, value):
+    with torch.no_grad():
+        for weight in (net.conv.weight, net.bn.running_var, net.blocks[3].weight, net.head.weight):
+            weight.view(-1)[0] = value
+    findings = scan_weights(net)
+    names = ["conv.weight", "bn.running_var", "blocks.3.weight", "head.weight"]
+    assert subjects(findings, "not-finite") == names
+    assert {(f.level, f.value) for f in findings if f.subject == "conv.weight"} == {
+        ("medium", "1 of 864")
+    }
+
+
+def test_tensors_without_values_are_passed_by(net):
+    empty = {"a.weight": torch.zeros(5, 0), "b.weight": torch.zeros(0, 5, 3)}
+    assert scan_weights({**empty, **net.state_dict()}) == []
+
+
 def test_the_model_is_left_as_it_was(net):
     before = copy.deepcopy(net.state_dict())
     scan_weights(net)
