@@ -45,7 +45,8 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     score_name: ClassVar[str] = "AP@50"
     optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
     misreadings: ClassVar[str] = (
-        "the label numbers (--read offset), the form of the boxes, normalisation and image size"
+        "the label numbers (--read labels, --read offset), the form of the boxes, normalisation "
+        "and image size"
     )
     predictors: ClassVar[str]
     """A regular expression for the names of layers that answer with classes and boxes: no units."""

@@ -184,6 +184,14 @@ def lines(folder: Path, row: dict, classes='["cat", "dog"]', encoding="utf-8"):
     return load(folder)
 
 
+def sixteen_bits(folder: Path) -> float:
+    pixels = np.full((HEIGHT, WIDTH), 2**15, np.uint16)
+    (folder / "images").mkdir()
+    Image.fromarray(pixels).save(folder / "images/0.png")
+    coco(folder / "train.json")
+    return float(load(folder).images.float().mean())
+
+
 BOX = [4, 2, 12, 10]
 ROWS = [
     Row("COCO ids 1, 2, 4 and outputs 0 to 4, the first the background",
@@ -222,6 +230,7 @@ ROWS = [
         [[0, 2, 12, 10], [30, 10, 40, 20]]),
     Row("a count of boxes over the edge", lambda f: notes_of(f, {1: [-1, 2, 13, 8]}),
         ["1 boxes that reach over the edge of their image are clipped"]),
+    Row("an image of 16 bits", sixteen_bits, 128),
     Row("an image turned by EXIF, annotated upright", turned,
         [[[2, 4, 10, 12]], True, True]),
     Row("an image turned after it was annotated",
