@@ -72,20 +72,22 @@ def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
     ids = few(map(str, found.ids))
     # In a model that numbers from 0, with one class more, that may be a background before all.
     shifted = 0 in found.ids and len(numbers) == len(found.names) + 1
-    if found.ids and set(found.ids) <= set(numbers) and not shifted:
+    fit = bool(found.ids) and set(found.ids) <= set(numbers)
+    if fit and not shifted:
         note(
             f"the model has {len(numbers)} classes and the data {len(found.names)}: labels are the "
             f"COCO category ids of the data ({ids}); --read labels=dense counts them"
         )
         return "ids"
     with_ids = f" with the COCO category ids {ids}" if ids else ""
-    choices = "labels=ids takes these ids, labels=dense" if ids else "labels=dense"
-    first, last = numbers[0], numbers[-1]
+    ways = ["labels=dense counts the data's"] + ["labels=ids takes these ids"] * fit
+    if numbers[0] == 0 and len(numbers) == len(found.names) + 1:
+        ways.append("offset=1, for models of torchvision, says that 0 is the background")
     raise BadInputError(
         f"data {where} has {len(found.names)} classes ({few(found.names)}){with_ids}, but the "
-        f"model has {len(numbers)}, numbered {first} to {last}, and does not name them; give their "
-        f"names (--classes FILE), or say how to number: {choices} counts the data's from {first} "
-        "(--read labels=...)"
+        f"model has {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}, and does not name "
+        "them; give their names (--classes FILE), or say how to number (--read ...): "
+        + "; ".join(ways)
     )
 
 
