@@ -1,8 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
-Exit codes: 0 ok; 1 the utility guard was violated, an evaluation found a working trigger, a scan
-found what --fail-on names, or a file is another than its record says; 2 bad input; 3 not supported,
-or a library is missing; 70 a fault of mmdefense itself; 130 interrupted.
+Exit codes: 0 ok; 1 the utility guard was violated, nothing was changed, an evaluation found a
+working trigger, a scan found what --fail-on names, or a file is another than its record says; 2 bad
+input; 3 not supported, or a library is missing; 70 a fault of mmdefense itself; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
         _fail(error, 2)
     except Exception as error:  # a fault of ours: still one line, and the way to the rest
         kind = type(error).__name__
-        _fail(f"internal error: {kind}: {one_line(error)}; mmdefense --debug shows where", 70)
+        kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        _fail(f"internal error: {kind}: {one_line(error)}; mmdefense --debug shows where{kept}", 70)
 
 
 def _fail(message: object, code: int) -> NoReturn:
@@ -198,15 +199,19 @@ def purify(
         raise typer.Exit(130) from None
     if purified.scan is not None:
         typer.echo(f"the given model: {purified.scan.verdict.text}")
-    typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
+    if purified.unchanged:
+        typer.echo(f"nothing was changed: {purified.unchanged}")
+        typer.echo(f"wrote {out}/report.html and the model as it was given")
+    else:
+        typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     if purified.choice is not None:
         typer.echo("\n".join(purified.choice.why))
     if purified.result.stopped:
         typer.echo("to go on, repeat the command with more time, --resume and --force")
+    finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:
-        violated = purified.guard.violated
-        typer.echo("not pushed to the hub" if violated else f"pushed to {target.upload(out)}")
-    raise typer.Exit(int(purified.guard.violated))
+        typer.echo("not pushed to the hub" if finding else f"pushed to {target.upload(out)}")
+    raise typer.Exit(int(finding))
 
 
 @app.command()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmdefense import __version__
-from mmdefense.checkpoints.folders import check_replaceable, clear_stale
+from mmdefense.checkpoints.folders import check_replaceable, clear_stale, hold
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
-from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError
+from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
 from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.run import Event, Progress
 from mmdefense.purification import Purification, purify
@@ -88,9 +91,9 @@ def purify_files(
     scanned = summary(scan_loaded(source.model, opened.adapter.model))
     tell(Event("scan", 1, 1))
     begin = deadline.clock()
-    _claim(store, _identity(opened, defense))
+    held = _claim(store, _identity(source, opened, defense))
     writing = writing_seconds(deadline.clock() - begin)
-    try:
+    with _kept_or_cleared(store, held):
         purified = purify(
             opened.adapter,
             opened.samples,
@@ -106,11 +109,7 @@ def purify_files(
         tell(Event("writing", 0, 1))
         purified.save(out, source.model, weights=source.weights, force=force)
         tell(Event("writing", 1, 1))
-    except DivergenceError as error:
-        raise _with_kept_state(error, store) from error
-    except (MMDefenseError, OSError) as error:
-        raise _with_remedy(error, store) from error
-    if not purified.result.stopped:
+    if not purified.result.stopped or not _holds_states(store):
         shutil.rmtree(store.folder, ignore_errors=True)
     return purified
 
@@ -120,9 +119,14 @@ def writing_seconds(hashing: float) -> float:
     return _FOR_THE_PAGE + _PASSES * hashing
 
 
-def _identity(opened: Opened, defense: Defense) -> dict[str, Any]:
+def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any]:
     """Return all that the result depends on, as plain values."""
     return {
+        **{f"option {name}": value for name, value in plain(source.reading).items()},
+        "architecture": plain(source.arch),
+        "weights": plain(source.weights),
+        "split": source.split,
+        "adapter": type(opened.adapter).__name__,
         "defense": type(defense).__name__,
         **{f"setting {name}": value for name, value in plain(dataclasses.asdict(defense)).items()},
         "task": opened.task.name,
@@ -135,47 +139,100 @@ def _identity(opened: Opened, defense: Defense) -> dict[str, Any]:
 
 
 def _check_resumable(store: RunStore, resume: bool) -> None:
-    if store.folder.exists() and not resume:
+    if not resume and (_holds_states(store) or _is_held(store)):
         raise BadInputError(
             f"{store.folder} holds an unfinished run; add --resume to go on with it, or remove "
             "that folder to start afresh"
         )
 
 
-def _claim(store: RunStore, identity: dict[str, Any]) -> None:
-    """Note whose states the store holds, or refuse those of another job."""
+def _is_held(store: RunStore) -> bool:
+    """Say whether another process is at work in a store, though it has kept nothing yet."""
+    held = hold(store.folder) if store.folder.exists() else None
+    if held is not None:
+        os.close(held)
+    return store.folder.exists() and held is None
+
+
+def _claim(store: RunStore, identity: dict[str, Any]) -> int | None:
+    """Note whose states the store holds, or refuse those of another job.
+
+    Returns:
+        What to close in the end: it tells others that the store is at work; see
+        :func:`~mmdefense.checkpoints.folders.hold`.
+    """
     kept = store.load(_IDENTITY)
-    if kept is None:
+    if kept is None or not _holds_states(store):
         try:
             store.save(_IDENTITY, identity)
         except OSError as error:
             shutil.rmtree(store.folder, ignore_errors=True)
             raise _unwritable(store, error) from error
-        return
+        return hold(store.folder)
     different = sorted(k for k in identity.keys() | kept.keys() if identity.get(k) != kept.get(k))
     if different:
         raise BadInputError(
             f"{store.folder} holds an unfinished run with another {', '.join(different)}; repeat "
             "its command, or remove that folder to start afresh"
         )
+    return hold(store.folder)
+
+
+def _holds_states(store: RunStore) -> bool:
+    """Say whether a run can be gone on with: whether it has kept more than whose it is."""
+    return any(path.stem != _IDENTITY for path in store.folder.rglob("*.pt"))
+
+
+@contextmanager
+def _kept_or_cleared(store: RunStore, held: int | None) -> Iterator[None]:
+    """After a fault, keep the states that can be gone on from, and say so; else leave nothing.
+
+    Args:
+        store: Where they are.
+        held: What :func:`_claim` returned.
+    """
+    try:
+        yield
+    except DivergenceError as error:
+        raise _with_kept_state(error, store) from error
+    except LowUtilityError:
+        shutil.rmtree(store.folder, ignore_errors=True)
+        raise
+    except (MMDefenseError, OSError) as error:
+        raise _with_remedy(error, store) from error
+    except BaseException as error:  # a fault of ours, or an interrupt
+        if _holds_states(store):
+            error.add_note(_way_on(store))
+        else:
+            shutil.rmtree(store.folder, ignore_errors=True)
+        raise
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def _with_kept_state(error: DivergenceError, store: RunStore) -> DivergenceError:
+    """Keep the last good weights; what leads to the same end again is not kept."""
+    shutil.rmtree(store.folder, ignore_errors=True)
     if error.state is None:
         return error
     path = store.folder / "last_good.safetensors"
+    store.folder.mkdir(parents=True)
     write_state(error.state, path)
     return DivergenceError(f"{error}; its weights are in {path}", error.state)
 
 
 def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseError:
     """Keep states that can be gone on from, and say so; remove a store that holds none."""
-    kept = [path for path in store.folder.iterdir() if path.stem != _IDENTITY]
     failure = _unwritable(store, error) if isinstance(error, OSError) else error
-    if not kept:
+    if not _holds_states(store):
         shutil.rmtree(store.folder, ignore_errors=True)
         return failure
-    return type(failure)(f"{failure}; what was done is kept in {store.folder}: go on with --resume")
+    return type(failure)(f"{failure}; {_way_on(store)}")
+
+
+def _way_on(store: RunStore) -> str:
+    return f"what was done is kept in {store.folder}: go on with --resume"
 
 
 def _unwritable(store: RunStore, error: OSError) -> BadInputError:

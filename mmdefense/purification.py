@@ -195,7 +195,7 @@ class Purification:
         of = self.names.get("model", type(self.model).__name__)
         lines = [
             f"Purification of {of} by {self.result.defense}, {duration(self.result.seconds)}",
-            self.guard.message,
+            f"nothing was changed: {self.unchanged}" if self.unchanged else self.guard.message,
             *(self.choice.why if self.choice is not None else ()),
         ]
         return "\n  ".join(lines)
@@ -212,6 +212,11 @@ class Purification:
     def guard(self) -> Guard:
         """How much utility was lost on held-out clean data, and whether that is too much."""
         return self.result.guard
+
+    @property
+    def unchanged(self) -> str:
+        """Why every weight is as it was given, in words; empty where one is not."""
+        return self.result.unchanged
 
     @property
     def choice(self) -> records.Choice | None:
@@ -242,6 +247,7 @@ class Purification:
             figures=self._measured,
             spectra=self._spectra,
             scan=self.scan,
+            unchanged=self.unchanged,
             evidence=records.EvidenceInfo(
                 level=self.evidence.level,
                 seconds=self.evidence.seconds,
@@ -264,7 +270,8 @@ class Purification:
         """Write the model to a new folder, with its evidence.
 
         That is ``purification.json``, ``report.html`` with ``report.npz``, from which its figures
-        can be drawn again, and a section in ``README.md``. All appear together, or none does.
+        can be drawn again, and a section in ``README.md``, but none where nothing was changed. All
+        appear together, or none does.
 
         Args:
             out: The folder to make.
@@ -293,7 +300,8 @@ class Purification:
                 files_after=after,
             )
             record = dataclasses.replace(record, model=files)
-            write_card(record, folder / CARD)
+            if not self.unchanged:
+                write_card(record, folder / CARD)
             write_figures(self.figures(), folder / FIGURES)
             write_statement(record, folder, inputs, known=after)
             rebuild(folder)
@@ -341,6 +349,7 @@ class Purification:
             device=str(next(self.model.parameters()).device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=self.names.get("command", ""),
+            threads=self.result.threads,
         )
 
 

@@ -44,18 +44,19 @@ def small_images(count: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def fitted_state() -> dict[str, torch.Tensor]:
-    """Return the weights of a ``Net`` that is right about most of :func:`small_images`."""
+    """Return the weights of a ``Net`` that is right about :func:`small_images`, and can move on."""
     images, labels = small_images()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
-    for _ in range(60):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    while True:
+        loss = nn.functional.cross_entropy(net(images / 255), labels)
+        if loss < 0.05:
+            return net.state_dict()
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(images / 255), labels).backward()
+        loss.backward()
         optimizer.step()
-    assert (net(images / 255).argmax(1) == labels).float().mean() >= 0.9
-    return net.state_dict()
 
 
 def fitted_net() -> Net:

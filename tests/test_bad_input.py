@@ -254,3 +254,33 @@ def test_a_fault_of_ours_is_one_line_too(place, mmdefense, monkeypatch):
 
     monkeypatch.setattr("mmdefense.jobs.purify", fault)
     refused(mmdefense(*place.purify()), "internal error: KeyError", code=70)
+    assert place.files() == []  # nothing that could be gone on with
+
+
+def test_a_fault_after_states_were_kept_says_where_they_are(place, mmdefense, monkeypatch):
+    def fault(*_, **__):
+        raise KeyError("oops")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("mmdefense.purification.gather", fault)
+        refused(mmdefense(*place.purify()), "KeyError", "out.partial", "--resume", code=70)
+    assert place.files() == ["out.partial"]
+    assert mmdefense(*place.purify("--resume")).code == 0
+
+
+def test_after_a_loss_that_turned_nan_another_try_begins_afresh(place, mmdefense):
+    diverging = ("--set", "lr=1e30", "--set", "max_norm=None", "--set", "restarts=0")
+    assert mmdefense(*place.purify(*diverging)).code == 2
+    assert mmdefense(*place.purify()).code == 0
+    assert place.files() == ["out"]
+
+
+def test_a_run_that_another_process_has_begun_is_left_alone(place, mmdefense):
+    from mmdefense.checkpoints.folders import hold
+
+    partial = place.folder / "out.partial"
+    partial.mkdir()
+    held = hold(partial)
+    refused(mmdefense(*place.purify()), "holds an unfinished run")
+    os.close(held)
+    assert mmdefense(*place.purify()).code == 0

@@ -199,6 +199,17 @@ def test_a_time_that_is_none_is_refused(place, mmdefense, time):
     assert "90s, 30m or 2h" in outcome.err
 
 
+def test_an_interrupt_before_anything_is_kept_leaves_nothing(place, mmdefense, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmdefense.defenses.fine_tuning.train", interrupt)
+    outcome = mmdefense(*place.purify())
+    assert outcome.code == 130
+    assert "nothing was done yet" in outcome.err
+    assert place.files() == []
+
+
 def test_resume_without_anything_to_resume_starts(place, mmdefense):
     assert mmdefense(*place.purify("--resume")).code == 0
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
+from clocks import Clock
 from commands import Net, fitted_net, small_images
 from safetensors.torch import load_file
 from torch import nn
 
 import mmdefense as mmd
 from mmdefense.batches import LabelledBatch
+from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense
+from mmdefense.kernels.deadline import Deadline
 from mmdefense.report.record import read_record
 
 
@@ -148,6 +152,26 @@ def test_the_record_says_what_was_done(net, clean):
     assert layers["head"].change == pytest.approx(0.5)
     assert (layers["conv"].units, layers["conv"].silenced) == (4, 1)
     assert record.figures["lambda_max_before"] != record.figures["lambda_max_after"]
+
+
+def test_the_seconds_are_those_of_all_parts(net, clean, tmp_path):
+    clock, store = Clock(), RunStore(tmp_path / "states")
+
+    def pass_by(event):
+        clock.now += 5
+
+    given = {"steps": 60, "progress": pass_by, "store": store, "evidence": "none"}
+    cut = mmd.purify(net, clean, "fine-tuning", max_seconds=Deadline(30, clock), **given)
+    assert cut.result.stopped
+    whole = mmd.purify(net, clean, "fine-tuning", max_seconds=Deadline(math.inf, clock), **given)
+    assert not whole.result.stopped
+    alone = mmd.purify(
+        net, clean, "fine-tuning", max_seconds=Deadline(math.inf, clock), **{**given, "store": None}
+    )
+    assert whole.result.seconds > alone.result.seconds > 0
+    assert whole.record().seconds == whole.result.seconds
+    assert whole.record().provenance.threads == (1, 1)
+    assert alone.record().provenance.threads == (1,)
 
 
 def test_a_registered_defense_is_recorded_by_its_name(net, clean):

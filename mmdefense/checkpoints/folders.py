@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["check_replaceable", "clear_stale", "new_folder"]
+__all__ = ["check_replaceable", "clear_stale", "hold", "new_folder"]
 
 _OURS = "mmdefense"
 """Part of the names of hidden folders, so that no other program's are taken for ours."""
@@ -41,7 +41,7 @@ def new_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
     held = None
     try:
         temporary.mkdir(parents=True)
-        held = _hold(temporary)
+        held = hold(temporary)
         yield temporary
         _move_into_place(temporary, target)
     except OSError as error:
@@ -60,7 +60,7 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{_OURS}-{kind}-{uuid.uuid4().hex[:8]}")
 
 
-def _hold(folder: Path) -> int | None:
+def hold(folder: Path) -> int | None:
     """Lock a folder for as long as this process lives; return what to close to let it go.
 
     The lock goes with the process, however it ends: a folder without one was left behind.
@@ -91,7 +91,7 @@ def clear_stale(folder: str | Path) -> None:
     beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
     for path in beside:
         found = ours.fullmatch(path.name)
-        held = _hold(path) if found else None
+        held = hold(path) if found else None
         if found is None or held is None:
             continue
         if found[1] == "old" and not target.exists():
@@ -106,7 +106,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     old, held = _beside(target, "old"), None
     try:
         if target.exists():
-            held = _hold(target)  # so that no other run takes it for left behind
+            held = hold(target)  # so that no other run takes it for left behind
             target.rename(old)
         temporary.rename(target)
     except BaseException:

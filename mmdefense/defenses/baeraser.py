@@ -122,6 +122,8 @@ class BaEraser(TrainingDefense):
             if turn == 0:
                 work.figures["triggers"] = _pictures(work.adapter, found, self.tau)
                 work.figures |= _samples(work, found)
+            if not pools and turn == 0:
+                work.figures["why_unchanged"] = _none_accepted(found, self.tau)
             if not pools:
                 return
             work.run.snapshot(f"before round {turn}", work.adapter.model) if turn else None
@@ -241,6 +243,16 @@ _PERIOD = 20
 
 _Pool = tuple[TriggerFamily, int, Tensor]
 """A family, a target and triggers ``(M, *P)`` towards it."""
+
+
+def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
+    """Return in words that a search accepted no trigger, and how near the best one came."""
+    success = max((float(record.success.max()) for record in found), default=0.0)
+    if success < tau:
+        best = f"the best one works on {success:.0%} of the samples, and {tau:.0%} are asked for"
+    else:
+        best = f"the best one works on {success:.0%} of the samples, but is too large for a trigger"
+    return f"no trigger was accepted; {best}"
 
 
 def _pictures(adapter: Any, found: Sequence[Recovered], tau: float) -> dict[str, Any]:

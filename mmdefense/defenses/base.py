@@ -25,6 +25,7 @@ from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import Training, scores
 from mmdefense.kernels.memory import is_out_of_memory, roomy
+from mmdefense.kernels.parts import Parts
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
@@ -48,10 +49,12 @@ class Result(Shown):
         guard: The verdict of the utility guard.
         history: Figures in order of time, each with its stage and step.
         figures: Tensors for the report, by name.
-        seconds: Wall-clock time of the purification.
+        seconds: Wall-clock time of the purification, parts before a cut included.
         versions: Of what computed it.
         data: Fingerprint and size of the clean samples.
         stopped: Where the time was up, in words; empty where it was not.
+        threads: Number of threads of each part of the run.
+        unchanged: Why every weight and buffer is as it was given; empty where one is not.
     """
 
     model: nn.Module
@@ -65,6 +68,8 @@ class Result(Shown):
     versions: Mapping[str, str]
     data: Mapping[str, Any]
     stopped: str = ""
+    threads: tuple[int, ...] = ()
+    unchanged: str = ""
 
 
 @dataclass
@@ -76,7 +81,8 @@ class Purifying(Generic[B]):
         fit: What to learn from.
         holdout: What to choose by; disjoint from ``fit``.
         run: Seed, progress, states and store.
-        figures: Filled with tensors that the report shows.
+        figures: Filled with tensors that the report shows; ``"why_unchanged"`` says in words why a
+            defense has changed nothing.
         stopped: Where the time was up, in words; empty where it was not.
         types: Of the weights that will be rounded in the end, by name.
     """
@@ -154,7 +160,8 @@ class Defense(ABC):
         samples = adapter.samples(clean)
         _check_enough(samples, adapter)
         fit, held = split(samples, self.holdout, self.seed)
-        run = Run(seed=self.seed, store=store, deadline=deadline)
+        parts = Parts(deadline.clock, begin)
+        run = Run(seed=self.seed, store=store, deadline=deadline, parts=parts)
         if progress is not None:
             run.progress = progress
         private = adapter.fork() if adapter.model is given else adapter
@@ -162,19 +169,33 @@ class Defense(ABC):
         guard = self.attempt(work)
         for module, one in zip(work.adapter.model.modules(), given.modules(), strict=True):
             module.training = one.training
+        purified = typed_like(work.adapter.model, given)
         return Result(
-            model=typed_like(work.adapter.model, given),
+            model=purified,
             adapter=work.adapter,
             defense=type(self).__name__,
             settings=dataclasses.asdict(self),
             guard=guard,
             history=run.history,
             figures=work.figures,
-            seconds=deadline.clock() - begin,
+            seconds=parts.seconds,
             versions=versions(),
             data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
             stopped=work.stopped,
+            threads=tuple(parts.threads),
+            unchanged=self._why_unchanged(work) if _same(given, purified) else "",
         )
+
+    def _why_unchanged(self, work: Purifying[Any]) -> str:
+        """Return in words why nothing was changed, where that is so."""
+        if "why_unchanged" in work.figures:
+            return str(work.figures["why_unchanged"])
+        if work.stopped:
+            return f"the time was up in {work.stopped}"
+        if getattr(self, "steps", None) == 0:
+            return "steps=0"
+        rounding = " or its changes are lost in rounding" if work.types else ""
+        return f"{type(self).__name__} left every weight as it was{rounding}"
 
     @final
     def attempt(self, work: Purifying[Any]) -> Guard:
@@ -324,6 +345,14 @@ def _check_enough(samples: Samples[Any], adapter: TaskAdapter[Any]) -> None:
         raise BadInputError(
             f"clean data must hold at least one sample per class ({classes}), got {len(samples)}"
         )
+
+
+def _same(given: nn.Module, purified: nn.Module) -> bool:
+    """Say whether all weights and buffers of two models are equal, bit for bit."""
+    before, after = given.state_dict(), purified.state_dict()
+    return before.keys() == after.keys() and all(
+        torch.equal(value, after[name].to(value.device)) for name, value in before.items()
+    )
 
 
 def _judged(work: Purifying[Any], numbers: Iterator[int], state: State) -> Tensor:

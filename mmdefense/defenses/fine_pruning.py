@@ -97,6 +97,8 @@ class Pruning(Defense):
         work.run.report("prune", kept, len(order), pruned=share)
         fractions = [count / len(order) for count in counts[: len(curve)]]
         work.figures["pruning_curve"] = (fractions, curve, share)
+        if not kept:
+            work.figures["why_unchanged"] = "no unit was pruned"
         return silence_mask(model, groups, order[:kept])
 
     def _only_last(self, adapter: Any) -> bool:

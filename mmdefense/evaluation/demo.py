@@ -140,6 +140,7 @@ def _record(case: Case, victim: Victim, rows: Sequence[Row], seed: int) -> Compa
             versions=versions(),
             device=str(next(model.parameters()).device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            threads=(torch.get_num_threads(),),
         ),
     )
 

@@ -190,6 +190,7 @@ def purified_row(
         undecided=purified.guard.undecided,
         instead=purified.guard.instead,
         settings=purified.result.settings,
+        note=f"nothing was changed: {purified.unchanged}" if purified.unchanged else "",
     )
     return row, purified
 

@@ -15,6 +15,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.memory import Room
+from mmdefense.kernels.parts import Parts
 
 __all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state"]
 
@@ -73,6 +74,7 @@ class Run:
         room: How many samples fit into memory at once; kept with the states, so that a resumed run
             goes on with the same parts.
         shared: What :meth:`once` has computed for a run and its milder ones, by stage.
+        parts: Seconds and threads, of the parts before a cut as well.
     """
 
     seed: int = 0
@@ -84,6 +86,7 @@ class Run:
     deadline: Deadline = field(default_factory=Deadline)
     room: Room = field(default_factory=Room)
     shared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
 
     def __post_init__(self) -> None:
         self.room.tell = lambda words: self.progress(Event("memory", 0, 1, note=words))
@@ -138,7 +141,7 @@ class Run:
         store = self.store.part(name) if self.store else None
         every = self.checkpoint_every
         part = Run(self.seed, progress, store, checkpoint_every=every, deadline=self.deadline)
-        part.room = self.room
+        part.room, part.parts = self.room, self.parts
         return part
 
     def milder(self, name: str) -> Run:
@@ -189,6 +192,7 @@ class Run:
                 "history": self.history,
                 "states": self.states,
                 "sizes": self.room.sizes,
+                "parts": self.parts.kept(),
             }
             self.store.save(name, kept)
 
@@ -203,10 +207,11 @@ class Run:
         kept = self.store.load(name) if self.store else None
         if kept is None:
             return None
-        if kept.keys() != {"value", "history", "states", "sizes"}:
+        if kept.keys() != {"value", "history", "states", "sizes", "parts"}:
             raise BadInputError(f"checkpoint {name!r} is not one of a run; remove it to restart")
         self.history[:] = kept["history"]
         self.states[:] = [(label, state) for label, state in kept["states"]]
         self.room.sizes = dict(kept["sizes"])
+        self.parts.go_on_from(kept["parts"])
         value: dict[str, Any] = kept["value"]
         return value

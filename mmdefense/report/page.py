@@ -212,6 +212,7 @@ def provenance(record: Record) -> Iterator[tuple[str, str]]:
     entries += [
         ("Seed", str(origin.seed)),
         ("Device", origin.device),
+        ("Threads", ", then ".join(map(str, origin.threads))),
         ("Created", origin.created),
         ("Command", origin.command),
         ("Versions", ", ".join(f"{name} {version}" for name, version in origin.versions.items())),

@@ -291,6 +291,7 @@ class Provenance:
         device: For example ``"cpu"``.
         created: Date and time in ISO 8601.
         command: The command line, if there was one.
+        threads: Number of threads of each part of the run; several where it went on after a cut.
     """
 
     seed: int
@@ -298,6 +299,7 @@ class Provenance:
     device: str = ""
     created: str = ""
     command: str = ""
+    threads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +348,7 @@ class PurificationRecord(JsonRecord):
         data: The clean data.
         defense: The defense and its settings.
         guard: The utility guard's judgement.
-        seconds: Wall-clock time of the defense.
+        seconds: Wall-clock time of the defense, of all parts where the run went on after a cut.
         provenance: Seed, versions and so on.
         attack: Rates on the attack, where it is known.
         triggers: Outcome of a trigger search, where there was one.
@@ -358,6 +360,7 @@ class PurificationRecord(JsonRecord):
         scan: What was found in the files and weights of the given model, before anything was done.
         evaluations: What was measured afterwards (``mmdefense evaluate --record``), in order.
         evidence: How much of layers, figures and spectra was measured.
+        unchanged: Why the returned weights are those that were given; empty where they are not.
     """
 
     kind: ClassVar[str] = "purification"
@@ -380,6 +383,7 @@ class PurificationRecord(JsonRecord):
     scan: ScanSummary | None = None
     evidence: EvidenceInfo | None = None
     evaluations: tuple[Evaluation, ...] = ()
+    unchanged: str = ""
 
     @property
     def metric(self) -> str:

@@ -74,7 +74,14 @@ def add_evaluation(out: Path, evaluation: Evaluation) -> Evaluation:
         record = dataclasses.replace(record, attack=_figures(record, added))
     listed = subjects(out)
     inputs = materials(out)
-    card = out / CARD
+    if not record.unchanged:
+        _renew_card(record, out / CARD)
+    write_statement(record, out, inputs, only={*listed, CARD})
+    rebuild(out)
+    return added
+
+
+def _renew_card(record: PurificationRecord, card: Path) -> None:
     fresh = card.with_name(f"{CARD}.new")
     try:
         if card.is_file():
@@ -84,9 +91,6 @@ def add_evaluation(out: Path, evaluation: Evaluation) -> Evaluation:
     finally:
         fresh.unlink(missing_ok=True)
     write_atomically(card, lambda file: file.write(text))
-    write_statement(record, out, inputs, only={*listed, CARD})
-    rebuild(out)
-    return added
 
 
 def _key(one: Evaluation) -> tuple[object, ...]:

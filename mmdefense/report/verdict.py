@@ -44,6 +44,9 @@ def verdict(record: Record) -> Verdict:
         *limits(record),
     )
     guard = record.guard
+    if record.unchanged:
+        headline = f"Nothing was changed: {record.unchanged}. {headline}"
+        return Verdict("fail", "Nothing changed", headline, lines)
     headline = f"Utility bound {guard.undecided or guard.verdict}. {headline}"
     if guard.violated:
         return Verdict("fail", "Utility bound violated", headline, lines)

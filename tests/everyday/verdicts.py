@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from commands import Net, fitted_net, small_images, write_images
 from domains import DOMAINS
@@ -12,6 +15,7 @@ from everyday.rows import Command, Refused, Row
 from safetensors.torch import save_file
 
 import mmdefense as mmd
+from mmdefense.cli import main
 from mmdefense.defenses.guard import Guard
 
 
@@ -26,10 +30,11 @@ def purify(folder: Path, *more: str, images: int = 30) -> list[str]:
     save_file(fitted_net().state_dict(), folder / "net.safetensors")
     write_images(folder / "data", *small_images(images))
     given = ("net.safetensors", "--data", "data", "--arch", "commands:Net", "-o", "out")
-    return ["purify", *given, "--set", "batch_size=8", *more]
+    return ["purify", *given, *more]
 
 
 FINE_TUNING = ("--defense", "fine-tuning", "--set", "steps=2", "--set", "lr=0.001")
+FINE_TUNING += ("--set", "batch_size=8")
 
 
 def page_and_record_say(words: str, verdict: str):
@@ -85,6 +90,80 @@ def with_a_class_moved(**settings: object) -> mmd.Purification:
     moved = torch.where(labels == 2, 3, labels)
     return mmd.purify(net, (some, moved), "fine-tuning", steps=150, lr=0.3, **settings)
 
+
+def begun(folder: Path, *more: str) -> list[str]:
+    """Cut a purification off after its training; return the arguments with which it goes on."""
+    arguments = purify(folder, *FINE_TUNING, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mmdefense", *arguments])
+        patch.setattr("mmdefense.purification.gather", interrupt)
+        with contextlib.suppress(SystemExit):
+            main()
+    assert (folder / "out.partial").exists()
+    return [*arguments, "--resume"]
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def unchanged(words: str):
+    """Return a check that page and record say so, and that no card says otherwise."""
+
+    def check(folder: Path) -> None:
+        out = folder / "out"
+        record = json.loads((out / "purification.json").read_text("utf-8"))["predicate"]
+        assert words in record["unchanged"]
+        assert record["model"]["sha256_before"] == record["model"]["sha256_after"]
+        page = (out / "report.html").read_text("utf-8")
+        assert f"Nothing was changed: {record['unchanged']}" in html.unescape(page)
+        assert "purified with" not in page
+        assert not (out / "README.md").exists()
+
+    return check
+
+
+def nothing_changed(name: str, words: str, *more: str) -> Command:
+    return Command(
+        name,
+        lambda folder: purify(folder, *more),
+        1,
+        f"nothing was changed: {words}",
+        unchanged(words),
+    )
+
+
+SEARCH = ("--set", "search_steps=2", "--set", "screening=0", "--set", "levels=(0.9,)")
+UNCHANGED = [
+    nothing_changed(
+        "a search that accepts no trigger",
+        "no trigger was accepted; the best one works on",
+        *("--defense", "baeraser", "--set", "tau=1.0", *SEARCH),
+    ),
+    nothing_changed(
+        "a purification of no steps", "steps=0", "--defense", "fine-tuning", "--set", "steps=0"
+    ),
+    nothing_changed(
+        "a pruning of no unit",
+        "no unit was pruned",
+        *("--defense", "pruning", "--set", "max_share=0.0"),
+    ),
+    nothing_changed(
+        "a search whose time is up",
+        "the time was up in recover 0",
+        *("--defense", "baeraser", "--max-time", "0.001s", *SEARCH),
+    ),
+]
+
+RESUMED = [
+    Command(
+        "go on with another option of reading",
+        lambda folder: [*begun(folder), "--read", "image_size=8"],
+        2,
+        "holds an unfinished run with another option image_size",
+    ),
+    Command("go on with the same options", begun, 0, "utility guard"),
+]
 
 NEAR_CHANCE = "near chance.*check the labels, normalisation.*--accept-low-utility"
 ONE_STEP = ("-o", "out", "--defense", "fine-tuning", "--set", "steps=1")
@@ -161,6 +240,8 @@ LOW_UTILITY = [
 
 ROWS = [
     *LOW_UTILITY,
+    *UNCHANGED,
+    *RESUMED,
     Row("a drop of +0.150 +- 0.139", lambda _: guard(0.150, 0.139).verdict, "not decidable"),
     Row("a drop of +0.100 +- 0.092", lambda _: guard(0.100, 0.092).verdict, "not decidable"),
     Row("a drop of +0.100 +- 0.070", lambda _: guard(0.100, 0.070).verdict, "violated"),
