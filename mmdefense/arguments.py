@@ -185,7 +185,7 @@ def chosen_attack(
     """Return the attack whose trigger is to be tried; none where none is asked for."""
     from mmdefense.evaluating import AttackChoice
 
-    if name is None and trigger is None:
+    if name is None and trigger is None and target is None and not settings:
         return None
     return AttackChoice(name=name, trigger=trigger, target=target, settings=key_values(settings))
 

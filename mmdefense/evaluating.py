@@ -45,6 +45,15 @@ class AttackChoice:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.name is None and self.trigger is None:
+            raise BadInputError(
+                "a target or settings have no effect without an attack or a trigger"
+            )
+        if self.name is None and self.settings:
+            raise BadInputError(
+                f"settings are of an attack by name, and a trigger from a file has none, got "
+                f"{', '.join(self.settings)}"
+            )
         learnt = self.trigger is not None and self.trigger.suffix == ".safetensors"
         if self.trigger is not None and learnt != (self.name is not None):
             raise BadInputError(
@@ -140,9 +149,12 @@ def evaluate(
         >>> mmd.evaluate("folder", "images", attack="badnets", target="cat")  # doctest: +SKIP
     """
     choice: Attack[Any] | AttackChoice | None
+    others = not (target is None and trigger is None and not settings)
     if isinstance(attack, Attack):
+        if others:
+            raise BadInputError("an attack that is no name has its target, trigger and settings")
         choice = attack
-    elif attack is None and trigger is None:
+    elif attack is None and not others:
         choice = None
     else:
         path = None if trigger is None else Path(trigger)

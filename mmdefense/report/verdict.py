@@ -121,9 +121,13 @@ def limits(record: PurificationRecord) -> list[str]:
             f"A search of {search.targets} targets found no trigger. No trigger found is not proof "
             "that there is none."
         )
-    if record.attack is not None and None not in _measured_asr(record):
+    before, after = _measured_asr(record)
+    if record.attack is not None and (before, after) != (None, None):
         name = record.attack.attack
         lines.append(f"The ASR speaks of the known trigger alone ({name}). Others may remain.")
+        if before is None or after is None:
+            one = "purified" if before is None else "given"
+            lines.append(f"It was measured of the {one} model alone, so not how far it fell.")
     else:
         lines.append(
             "No attack success rate (ASR) was measured. So nothing here says that there was a "

@@ -135,6 +135,18 @@ EVALUATED = [
         "TrojanNN learns its trigger while it is planted",
     ),
     Command(
+        "a target without an attack or a trigger",
+        _evaluate("--target", "cat", "-o", "e.json"),
+        2,
+        "no effect without an attack or a trigger",
+    ),
+    Command(
+        "settings without an attack",
+        _evaluate("--set", "size=2"),
+        2,
+        "no effect without an attack or a trigger",
+    ),
+    Command(
         "a JSON file in a folder that is not there",
         _evaluate("-o", "nowhere/e.json"),
         2,

@@ -34,7 +34,9 @@ def test_the_level_follows_the_measured_asr(before, after, level):
 def test_removal_is_claimed_only_from_a_measured_fall_of_the_asr(before, after):
     claimed = "was removed: ASR" in verdict(attacked(before, after)).headline
     assert claimed == ((before, after) == (0.9, 0.01))
-    assert ("No attack success rate" in words(attacked(before, after))) == (None in {before, after})
+    said = words(attacked(before, after))
+    assert ("No attack success rate" in said) == ((before, after) == (None, None))
+    assert ("model alone, so not how far it fell" in said) == ((before is None) != (after is None))
 
 
 def test_without_an_attack_nothing_is_claimed_about_a_backdoor():
