@@ -44,6 +44,10 @@ NOT_RUN = {
     "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
     "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case digits-clean": "many minutes",
+    "mmdefense grid -o out/grid --views standard --no-baselines --defense fine-tuning --defense "
+    "fip --defense tsbd --defense baeraser --case digits-badnets --case digits-blended --case "
+    "digits-clean --case mnist-badnets --case mnist-blended --case mnist-vit-badnets --case "
+    "mnist-vit-blended": "an hour",
     "mmdefense grid -o out/grid --case ucf101_mini-badnets --case radhar-pcba "
     "--case bccd-object-generation --case multi30k-rare-token": "hours",
     "mmdefense grid -o out/grid --no-baselines --defense fip "

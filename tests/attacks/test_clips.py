@@ -14,7 +14,7 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.clips import ClipBadNets, ClipBlended, TemporalPatch
 from mmdefense.attacks.universal_trigger import UniversalTrigger
 from mmdefense.batches import LabelledBatch, LabelledSamples
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training, train
 from mmdefense.kernels.run import Run
 from mmdefense_adapters.video import TorchVideoClassifier
@@ -127,12 +127,16 @@ def test_a_temporal_patch_is_in_a_few_frames_in_a_row(clips, frames):
         (lambda: UniversalTrigger(size=0), "size must"),
         (lambda: UniversalTrigger(step_size=0), "step_size must"),
         (lambda: UniversalTrigger(mapping="all-to-all"), "mapping of UniversalTrigger must"),
-        (lambda: UniversalTrigger().stamp(torch.zeros(1, 1, 4, 8, 8)), "use the attack that plant"),
     ],
 )
 def test_wrong_settings_are_refused(build, message):
     with pytest.raises(BadInputError, match=message):
         build()
+
+
+def test_a_trigger_that_was_not_learnt_yet_cannot_be_applied():
+    with pytest.raises(UnsupportedError, match="use the attack that plant"):
+        UniversalTrigger().stamp(torch.zeros(1, 1, 4, 8, 8))
 
 
 TRAINING = Training(steps=40, batch_size=30, lr=0.1)

@@ -17,7 +17,7 @@ from mmdefense.attacks.pcba import PCBA
 from mmdefense.attacks.pointba import PointCBA, PointPBA
 from mmdefense.batches import LabelledSamples
 from mmdefense.clouds import farthest_points, rotations, to_unit_sphere
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
 from mmdefense_adapters.points import PointClassifier
@@ -173,7 +173,7 @@ def test_pcbas_cluster_is_as_dense_as_the_clouds(clouds):
 
 
 def test_pcba_must_be_planted_first_and_learns_when_it_is(clouds, victim):
-    with pytest.raises(BadInputError, match="use the attack that plant"):
+    with pytest.raises(UnsupportedError, match="use the attack that plant"):
         PCBA().stamp(clouds.inputs)
     planted = PCBA(search_steps=3, starts=2).plant(victim, clouds, BRIEF, Run())
     assert planted.fitted["center"].isfinite().all()

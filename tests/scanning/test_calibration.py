@@ -25,7 +25,7 @@ def scans(monkeypatch):
     given = [APART.found("patch to 0", "success 99%"), TRIGGER.found("patch to 1", "success 91%")]
     seen = []
 
-    def scan(adapter, data, *, seed, progress):
+    def scan(adapter, data, *, seed, progress, **_):
         seen.append((len(data), seed))
         found = [given[(len(seen) - 1) % 2], SMOOTHNESS.found("the model", "lambda_max 1")]
         return ScanRecord(model="m", findings=found, parts=["behaviour"])
