@@ -232,11 +232,13 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         class is a yes or a no for itself, its share is ``xi_c sqrt(p_c (1 - p_c)) grad z_c``.
         """
         logits = self.logits(batch.inputs)
-        loss = self._loss(logits, batch.labels)
         if self._each_class_alone:  # the derivative of 2 atan(exp(z / 2)) is sqrt(p (1 - p))
+            loss = self._loss(logits, batch.labels)
             parts = 2 * (logits.clamp(-60, 60) / 2).exp().atan()
         else:
-            parts = 2 * logits.log_softmax(1).div(2).exp()
+            log_p = logits.log_softmax(1)
+            loss = F.nll_loss(log_p, batch.labels, reduction="none")
+            parts = 2 * log_p.div(2).exp()
         signs = torch.randint(0, 2, parts.shape, generator=generator, device=parts.device) * 2 - 1
         return loss, (signs * parts).sum(1)
 
