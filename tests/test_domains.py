@@ -62,7 +62,7 @@ def test_a_model_of_any_domain_goes_in_and_comes_out(domain, tmp_path, mmdefense
 def test_the_triggers_of_any_domain_are_on_the_page(domain, tmp_path, mmdefense):
     paths = (tmp_path / "model", "--data", tmp_path / "data", "-o", tmp_path / "out")
     outcome = mmdefense("purify", *paths, *SEARCH, *ANY_DROP, *domain.more)
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == ("nothing was changed: no trigger was acc" in outcome.out), outcome.err
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Recovered triggers" in page
     assert (" to 0," in page) != (domain.task == "language-generation")  # words lead to words
