@@ -27,6 +27,7 @@ __all__ = [
     "TokenBatch",
     "TokenSamples",
     "batches",
+    "in_memory",
     "part",
     "split",
 ]
@@ -463,6 +464,12 @@ class TokenSamples(Shown):
             digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def in_memory(samples: Samples[B]) -> Samples[B]:
+    """Return samples decoded, where they are read one by one."""
+    held: Samples[B] = samples.in_memory() if hasattr(samples, "in_memory") else samples
+    return held
 
 
 def batches(samples: Samples[B], size: int) -> Iterator[B]:

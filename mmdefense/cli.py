@@ -206,7 +206,7 @@ def purify(
         typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     if purified.choice is not None:
         typer.echo("\n".join(purified.choice.why))
-    if purified.result.stopped:
+    if purified.result.stopped and partial_folder(out).exists():
         typer.echo("to go on, repeat the command with more time, --resume and --force")
     finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:

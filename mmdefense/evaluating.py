@@ -13,6 +13,7 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
+from mmdefense.batches import in_memory
 from mmdefense.checkpoints.models import hash_file, hash_files
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import versions
@@ -198,7 +199,7 @@ def evaluate_files(
     model = _model_info(source, opened)
     if record is not None:
         check_recordable(Path(record), model)
-    task, data = opened.task, _in_memory(opened.data)
+    task, data = opened.task, in_memory(opened.data)
     classes = _classes(opened)
     tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
     if tried is not None and tried.task != task.name:
@@ -284,8 +285,3 @@ def _tried(
         target_name=classes[target] if is_class else "",
         files={} if file is None else {file.name: hash_file(file)},
     )
-
-
-def _in_memory(samples: Any) -> Any:
-    """Return samples decoded, where they are read one by one."""
-    return samples.in_memory() if hasattr(samples, "in_memory") else samples

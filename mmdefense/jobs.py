@@ -20,6 +20,7 @@ from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
 from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.run import Event, Progress
+from mmdefense.notes import note
 from mmdefense.purification import Purification, purify
 from mmdefense.report.encoding import plain
 from mmdefense.report.gather import Level
@@ -139,6 +140,8 @@ def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any
 
 
 def _check_resumable(store: RunStore, resume: bool) -> None:
+    if resume and not _holds_states(store):
+        note(f"{store.folder} holds nothing to go on from: the run starts at its beginning")
     if not resume and (_holds_states(store) or _is_held(store)):
         raise BadInputError(
             f"{store.folder} holds an unfinished run; add --resume to go on with it, or remove "

@@ -135,12 +135,14 @@ def purify(
     wide = in_float32(victim)  # what the report measures; images in float32 need it
     samples = wide.samples(clean)
     check_finite(victim.model.state_dict(), type(victim.model).__name__)
-    check_utility(wide, samples, accept=accept_low_utility)
+    near_chance = check_utility(wide, samples, accept=accept_low_utility)
     computed = time.process_time()
     with shown(progress) as display:
         result = chosen.purify(victim, samples, progress=display, store=store, max_seconds=deadline)
         guard = result.guard
-        check_raise(wide, guard.before, guard.after, guard.margin, accept=accept_low_utility)
+        raised = check_raise(
+            wide, guard.before, guard.after, guard.margin, accept=accept_low_utility
+        )
         found = gather(
             wide,
             result.adapter,
@@ -152,7 +154,8 @@ def purify(
             deadline=deadline,
             progress=display,
         )
-    return Purification(wide, result, samples, chosen, names, evidence=found)
+    accepted = "; ".join(text for text in (near_chance, raised) if text)
+    return Purification(wide, result, samples, chosen, names, evidence=found, low_utility=accepted)
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
@@ -181,6 +184,7 @@ class Purification:
         names: What the user called ``model`` and ``data``, and the ``command``, for the record.
         scan: What a look at the given model found before, for the record.
         evidence: What was measured beyond the verdict.
+        low_utility: The low utility that was accepted, as a sentence; empty where there was none.
     """
 
     victim: TaskAdapter[Any]
@@ -190,6 +194,7 @@ class Purification:
     names: Mapping[str, str] = field(default_factory=dict)
     scan: ScanSummary | None = None
     evidence: Evidence = field(default_factory=Evidence, repr=False)
+    low_utility: str = ""
 
     def __repr__(self) -> str:
         of = self.names.get("model", type(self.model).__name__)
@@ -248,6 +253,7 @@ class Purification:
             spectra=self._spectra,
             scan=self.scan,
             unchanged=self.unchanged,
+            low_utility=self.low_utility,
             evidence=records.EvidenceInfo(
                 level=self.evidence.level,
                 seconds=self.evidence.seconds,

@@ -120,8 +120,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         shape = tuple(some.shape[1:])
         if self.mean is not None and len(self.mean) != shape[0]:
             raise BadInputError(
-                f"{self.inputs} must have {len(self.mean)} channels, as mean and std have, got "
-                f"{shape}"
+                f"mean and std must have a value for each channel of the {self.inputs}, got "
+                f"{len(self.mean)} for shape {shape}"
             )
         try:
             with torch.no_grad(), mode(self.model, train=False):

@@ -37,9 +37,11 @@ def build_architecture(arch: str) -> nn.Module:
         with _importable(Path.cwd() if file is None else file.absolute().parent):
             built: Any = importlib.import_module(module_name) if file is None else _loaded(file)
             for name in path:
+                if not hasattr(built, name):
+                    raise BadInputError(f"arch {arch!r}: {file or module_name} has no {name!r}")
                 built = getattr(built, name)
             model = built(*args, **named)
-    except UnsupportedError:
+    except (BadInputError, UnsupportedError):
         raise
     except ModuleNotFoundError as error:
         raise _without_module(arch, module_name, error) from error

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_POINTER = b"version https://git-lfs"
+
+
 def read_checkpoint(path: Path) -> Any:
     """Return what a file holds, as data: nested mappings, lists, numbers, texts and tensors.
 
@@ -39,6 +42,7 @@ def read_checkpoint(path: Path) -> Any:
         UnsupportedError: If it is a program and no checkpoint.
     """
     check_file(path)
+    _check_no_pointer(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -54,6 +58,14 @@ def read_checkpoint(path: Path) -> Any:
         more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
         note(f"in {path}, objects of {', '.join(passed_by[:3])}{more} were not read, and not run")
     return held
+
+
+def _check_no_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise BadInputError(
+                f"model file {path} is a Git LFS pointer, not the weights; run git lfs pull"
+            )
 
 
 def read_state(path: Path, weights: str | None = None) -> dict[str, Tensor]:

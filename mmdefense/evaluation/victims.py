@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import Samples, split
+from mmdefense.batches import Samples, in_memory, split
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
@@ -106,7 +106,7 @@ class Victim:
 def train_victim(case: Case, run: Run) -> Victim:
     """Train the victim of a case, or take it from the store of ``run`` where it is kept."""
     task: Task = registry.load("tasks", case.task)()
-    train_set, test = (_in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
+    train_set, test = (in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
     model = _fresh_model(case, task.describe(train_set), run)
     adapter = registry.adapt(model, **task.adapter_options(train_set))
     rest, clean = split(train_set, case.clean, run.seed)
@@ -119,10 +119,6 @@ def train_victim(case: Case, run: Run) -> Victim:
     else:
         train(adapter, adapter.samples(planted), case.training, run, stage="victim")
     return Victim(task, adapter, attack, clean, test)
-
-
-def _in_memory(samples: Any) -> Samples[Any]:
-    return samples.in_memory() if hasattr(samples, "in_memory") else samples  # type: ignore[no-any-return]
 
 
 def _fresh_model(case: Case, filled: Mapping[str, Any], run: Run) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Whether a model works on the clean data that it is given with: no remedy is judged otherwise.
+"""Whether a model works on the clean data that it is given with; nothing else can be judged before.
 
 The utility of the given model is a measurement of how the data was read. Near chance, or where a
 purification raises it far beyond its error, labels, pixels or words are not those that the model
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import Samples
-from mmdefense.errors import LowUtilityError
+from mmdefense.errors import BadInputError, LowUtilityError
+from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import scores
+from mmdefense.notes import note
 from mmdefense.protocol import TaskAdapter
 
 __all__ = ["check_raise", "check_utility", "near_chance"]
@@ -24,6 +26,7 @@ _UNLIKE = "the data is probably not read as it was in training"
 _Z = 1.645  # one-sided 95 %
 _ABOVE = 0.05  # ours: the share of the way from chance to perfect that must be exceeded
 _LUCK = 0.05  # ours: where a guess is right about all samples as often, nothing can be told
+_FIRST = 32  # samples whose losses are looked at
 _RAISE = 0.1  # ours: a raise of the task metric that a purification does not bring about
 _RAISE_SHARE = 0.25  # ours: the same as a share of what was missing to a perfect score
 
@@ -34,29 +37,50 @@ def check_utility(
     found: Tensor | None = None,
     *,
     accept: bool = False,
-) -> None:
-    """Refuse a model whose task metric on clean samples is near chance.
+) -> str:
+    """Refuse a model whose task metric on clean samples is near chance, unless it is accepted.
 
     Args:
         adapter: The model.
         samples: Clean samples, as the adapter reads them.
         found: Their scores, shape ``(N,)``, where they are known already.
-        accept: Whether such a model is taken all the same; then nothing is measured.
+        accept: Whether such a model is taken all the same, with a note.
+
+    Returns:
+        What was accepted, as a sentence; empty where the model works.
 
     Raises:
         LowUtilityError: With the likely causes.
+        BadInputError: If the model's loss is NaN or infinite.
     """
-    if accept:
-        return
     found = scores(adapter, samples) if found is None else found
     chance = near_chance(found, samples.strata(), adapter.chance)
     if chance is None:
-        return
-    mean = float(found.mean())
-    raise LowUtilityError(
-        f"the model's {_score_name(adapter)} is {mean:.3f} on {len(found):,} clean samples, near "
-        f"chance ({chance:.3f}): {_UNLIKE}; {_causes(adapter)}"
+        return ""
+    what = (
+        f"the model's {_score_name(adapter)} is {float(found.mean()):.3f} on {len(found):,} clean "
+        f"samples, near chance ({chance:.3f})"
     )
+    if damaged := _not_finite(adapter, samples):
+        raise BadInputError(f"{what}: {damaged}; the model itself is broken")
+    return _accepted(what, accept, f"{what}: {_UNLIKE}; {_causes(adapter)}")
+
+
+def _accepted(what: str, accept: bool, refusal: str) -> str:
+    """Return what is accepted, and tell the user; or refuse."""
+    if not accept:
+        raise LowUtilityError(refusal)
+    note(f"low utility is accepted: {what}; {_UNLIKE}")
+    return what
+
+
+def _not_finite(adapter: TaskAdapter[Any], samples: Samples[Any]) -> str:
+    """Return how many of the first losses are NaN or infinite, in words; empty if none is."""
+    batch = samples.take(torch.arange(min(_FIRST, len(samples))))
+    with torch.no_grad(), mode(adapter.model, train=False):
+        losses = adapter.per_sample_loss(batch)
+    damaged = int((~losses.isfinite()).sum())
+    return f"its loss is NaN or infinite for {damaged} of {len(losses)} samples" if damaged else ""
 
 
 def near_chance(found: Tensor, classes: Tensor | None, chance: float) -> float | None:
@@ -96,27 +120,31 @@ def _recalls(found: Tensor, classes: Tensor) -> list[float]:
 
 def check_raise(
     adapter: TaskAdapter[Any], before: float, after: float, margin: float, *, accept: bool = False
-) -> None:
-    """Refuse a purification that raised the task metric far beyond its error.
+) -> str:
+    """Refuse a purification that raised the task metric far beyond its error, unless accepted.
 
     Args:
         adapter: The given model.
         before: Its task metric on held-out samples.
         after: That of the purified model.
         margin: Half-width of the interval of the difference.
-        accept: Whether it is taken all the same.
+        accept: Whether it is taken all the same, with a note.
+
+    Returns:
+        What was accepted, as a sentence; empty where it was raised no further than its error.
 
     Raises:
         LowUtilityError: With the likely causes.
     """
     least = max(_RAISE, _RAISE_SHARE * (1 - before))
-    if accept or after - before - margin <= least:
-        return
-    raise LowUtilityError(
+    if after - before - margin <= least:
+        return ""
+    what = (
         f"the purification raised the {_score_name(adapter)} from {before:.3f} to {after:.3f} on "
-        f"held-out samples, so the given model did not know what it has learnt now: {_UNLIKE}; "
-        f"nothing was written; {_causes(adapter)}"
+        "held-out samples, so the given model did not know what it has learnt now"
     )
+    refusal = f"{what}: {_UNLIKE}; nothing was written; {_causes(adapter)}"
+    return _accepted(what, accept, refusal)
 
 
 def _score_name(adapter: TaskAdapter[Any]) -> str:

@@ -361,6 +361,7 @@ class PurificationRecord(JsonRecord):
         evaluations: What was measured afterwards (``mmdefense evaluate --record``), in order.
         evidence: How much of layers, figures and spectra was measured.
         unchanged: Why the returned weights are those that were given; empty where they are not.
+        low_utility: The low utility that the user accepted; empty where there was none.
     """
 
     kind: ClassVar[str] = "purification"
@@ -384,6 +385,7 @@ class PurificationRecord(JsonRecord):
     evidence: EvidenceInfo | None = None
     evaluations: tuple[Evaluation, ...] = ()
     unchanged: str = ""
+    low_utility: str = ""
 
     @property
     def metric(self) -> str:

@@ -50,6 +50,8 @@ def verdict(record: Record) -> Verdict:
     headline = f"Utility bound {guard.undecided or guard.verdict}. {headline}"
     if guard.violated:
         return Verdict("fail", "Utility bound violated", headline, lines)
+    if record.low_utility:
+        return Verdict("open", "Low utility accepted", headline, lines)
     if guard.undecided and level == "pass":
         return Verdict("open", f"{label}, utility bound not decidable", headline, lines)
     return Verdict(level, label, headline, lines)
@@ -108,6 +110,11 @@ def _scan_lines(record: PurificationRecord) -> list[str]:
 def limits(record: PurificationRecord) -> list[str]:
     """Return, in sentences, what a purification does not say."""
     lines = []
+    if record.low_utility:
+        lines.append(
+            f"Low utility was accepted: {record.low_utility}. If the data was not read as in "
+            "training, nothing on this page holds."
+        )
     search = record.triggers
     if search is not None and search.found:
         lines.append(f"A search of {search.targets} targets found {search.found} triggers.")

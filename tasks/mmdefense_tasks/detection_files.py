@@ -183,9 +183,16 @@ def _boxes_in(held: Any) -> int:
 def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
     """Read COCO json: boxes are x, y, width, height."""
     held = read_json(path)
+    if isinstance(held, Mapping) and "images" in held and "categories" not in held:
+        raise BadInputError(
+            f"{path} has images but no categories, as captions have, and so no boxes; give the "
+            "file of instances"
+        )
     images = _Images([path.parent, folder / "images", folder], split)
     try:
         names = {int(entry["id"]): str(entry["name"]) for entry in held["categories"]}
+        if len(names) < len(held["categories"]):
+            raise ValueError("two categories have one id")
         if (unused := _roboflow_dummy(held)) is not None:
             del names[unused]
         place = {key: index for index, key in enumerate(sorted(names))}

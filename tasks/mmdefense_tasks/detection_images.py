@@ -112,7 +112,7 @@ def _matched(
     size = entry.size or stored
     forms = [(False, stored)] + [(True, upright)] * (orientation in range(2, 9))
     fitting = [form for form in forms if form[1] == size]
-    counts["unclear"] += len(fitting) > 1
+    counts["unclear"] += len(fitting) > 1 or (entry.size is None and len(forms) > 1)
     scaled = [form for form in forms if _is_copy(size, form[1])]
     if not (fitting or scaled):
         raise BadInputError(

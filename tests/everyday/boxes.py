@@ -192,8 +192,32 @@ def sixteen_bits(folder: Path) -> float:
     return float(load(folder).images.float().mean())
 
 
+def captions_alone(folder: Path):
+    image(folder / "images/0.png")
+    held = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": [{"caption": "a cat"}]}
+    (folder / "captions_train.json").write_text(json.dumps(held))
+    return load(folder)
+
+
+def two_names_of_one_id(folder: Path):
+    held = json.loads(in_annotations(folder, "train.json").joinpath("annotations/train.json")
+                      .read_text())  # fmt: skip
+    held["categories"].append({"id": 1, "name": "cow"})
+    (folder / "annotations/train.json").write_text(json.dumps(held))
+    return load(folder)
+
+
+def turned_without_a_stated_size(folder: Path) -> bool:
+    image(folder / "images/0.jpg", orientation=6)
+    coco(folder / "train.json", images=("0.jpg",))
+    return any("orientation" in text.casefold() for text in notes(folder))
+
+
 BOX = [4, 2, 12, 10]
 ROWS = [
+    Row("captions without instances", captions_alone, Refused("as captions have, and so no boxes")),
+    Row("two categories with one id", two_names_of_one_id, Refused("two categories have one id")),
+    Row("EXIF orientation without a stated size", turned_without_a_stated_size, True),
     Row("COCO ids 1, 2, 4 and outputs 0 to 4, the first the background",
         lambda f: labels(f, range(1, 5)), [0, 1, 3]),
     Row("COCO ids 1, 2, 4 and outputs 0 to 4, without a background",

@@ -238,8 +238,51 @@ LOW_UTILITY = [
     ),
 ]
 
+
+class Broken(Net):
+    """Its weights are finite and its outputs are not."""
+
+    def forward(self, images):
+        return super().forward(images) * float("nan")
+
+
+def low_utility_is_on_the_page(folder: Path) -> None:
+    page = html.unescape((folder / "out" / "report.html").read_text("utf-8"))
+    assert "Low utility accepted" in page
+    record = json.loads((folder / "out" / "purification.json").read_text("utf-8"))
+    assert "near chance" in record["predicate"]["low_utility"]
+
+
 ROWS = [
     *LOW_UTILITY,
+    Row(
+        "outputs that are NaN",
+        lambda _: mmd.purify(Broken(), small_images(), "fine-tuning"),
+        Refused("its loss is NaN or infinite for 30 of 30 samples"),
+    ),
+    Command(
+        "low utility that is accepted",
+        lambda folder: told(folder, "purify", "-o", "out", *FINE_TUNING, "--accept-low-utility"),
+        0,
+        "note: low utility is accepted: the model's accuracy is",
+        low_utility_is_on_the_page,
+    ),
+    Command(
+        "a run to go on with that is not there",
+        lambda folder: purify(folder, *FINE_TUNING, "--resume"),
+        0,
+        "holds nothing to go on from: the run starts at its beginning",
+    ),
+    Command(
+        "one mean for three channels",
+        lambda folder: [
+            *("evaluate", "net.safetensors", "--data", "data", "--channels", "3"),
+            *purify(folder)[4:6],
+            *("--mean", "0.5", "--std", "0.25"),
+        ],
+        2,
+        "mean and std must have a value for each channel of the images, got 1",
+    ),
     *UNCHANGED,
     *RESUMED,
     Row("a drop of +0.150 +- 0.139", lambda _: guard(0.150, 0.139).verdict, "not decidable"),

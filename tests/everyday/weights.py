@@ -299,7 +299,22 @@ old = functools.partial(loaded, _use_new_zipfile_serialization=False)
 both = {"state_dict": state(0), "state_dict_ema": state(1)}
 beside = {"state_dict": {**state(0, "model."), "loss.weight": torch.ones(3)}}
 
+
+def pointer(folder: Path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "net.pth").write_text(text)
+    return load_model(folder / "net.pth", arch=ARCH)
+
+
+def class_that_is_not_there(folder: Path):
+    (folder / "nets.py").write_text("from torch import nn\n")
+    torch.save(state(), folder / "net.pt")
+    return load_model(folder / "net.pt", arch=f"{folder}/nets.py:Nope")
+
+
 ROWS = [
+    Row("a Git LFS pointer", pointer, Refused("is a Git LFS pointer, .*; run git lfs pull")),
+    Row("a class that the file lacks", class_that_is_not_there, Refused("nets.py has no 'Nope'")),
     Row("numpy scalars, settings and paths beside the weights", loaded(training), 0),
     Row("the same in the format before PyTorch 1.6", old(training), 0),
     Row("the same as pickle protocol 4", loaded(training, pickle_protocol=4), 0),
