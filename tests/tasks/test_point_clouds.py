@@ -162,7 +162,7 @@ def test_a_damaged_archive_is_refused_in_one_line(tmp_path, arrays, message):
 
 def test_an_archive_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK, but no archive")
-    with pytest.raises(BadInputError, match="cannot be read"):
+    with pytest.raises(BadInputError, match="must be an npz archive; it is damaged"):
         load_clouds(tmp_path / "a.npz")
     pickled = save(tmp_path / "b.npz", points=np.array([{}]), labels=np.zeros(1, int))
     with pytest.raises(BadInputError, match="cannot be read"):
