@@ -186,7 +186,8 @@ def fisher_diagonal(
         form: ``"true"`` or ``"empirical"``.
         batch_size: Samples per backward pass; smaller is less noisy and slower.
         pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
-        each: Called before each batch with the number of batches that are done, and of all.
+        each: Called before each batch, and after the last, with the number of batches that are
+            done and of all.
 
     Returns:
         One tensor a coordinate, of its shape.
@@ -202,10 +203,11 @@ def fisher_diagonal(
             add_up(summed, pull_back(found))
         return summed
 
+    count = -(-len(samples) // batch_size)
     with mode(model, train=False):
         for number, batch in enumerate(batches(samples, batch_size)):
             if each is not None:
-                each(number, -(-len(samples) // batch_size))
+                each(number, count)
             gradient = fitted(
                 partial(gradient_of, batch),
                 len(batch),  # type: ignore[arg-type]
@@ -214,6 +216,8 @@ def fisher_diagonal(
                 generator,
             )
             torch._foreach_add_(total, torch._foreach_mul(gradient, gradient))
+    if each is not None:
+        each(count, count)
     torch._foreach_div_(total, len(samples))
     return total
 

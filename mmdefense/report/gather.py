@@ -6,7 +6,8 @@ does not fit is left out, and that is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -183,21 +184,27 @@ class _Gathering:
 
     def run(self) -> None:
         """Measure piece after piece, the cheapest first where there is no time for all."""
-        self.tell(Event("evidence", 0, 3))
         if self._fits("the change of each layer", 0.0):
-            self.layers = layer_changes(self.before, self.after)
-        self.tell(Event("evidence", 1, 3))
-        pieces = [
-            (self._cost_of("the map of the penultimate layer", self._map_cost), self._map),
-            (self._cost_of("the curvature", self._product_cost), self._curvature),
-        ]
+            with self._stage("layers"):
+                self.layers = layer_changes(self.before, self.after)
+        with self._stage("estimate"):
+            pieces = [
+                (self._cost_of("the map of the penultimate layer", self._map_cost), self._map),
+                (self._cost_of("the curvature", self._product_cost), self._curvature),
+            ]
         needed = sum(cost or 0.0 for cost, _ in pieces)
         if needed > self.limit.left:  # else the curvature, of which there may be more, comes last
             pieces.sort(key=lambda pair: pair[0] or 0.0)
-        for number, (cost, piece) in enumerate(pieces, 2):
+        for cost, piece in pieces:
             if cost is not None:
                 piece(cost)
-            self.tell(Event("evidence", number, 3))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Tell that a stage of one step begins, and that it is done."""
+        self.tell(Event(f"evidence: {name}", 0, 1))
+        yield
+        self.tell(Event(f"evidence: {name}", 1, 1))
 
     def _fits(self, what: str, cost: float) -> bool:
         """Say whether there is time for a piece; note it as left out if there is not."""
@@ -257,7 +264,8 @@ class _Gathering:
 
     def _map(self, cost: float) -> None:
         if self._fits("the map of the penultimate layer", cost):
-            self.embedding = embedding_figure(self.before, self.after, self.samples)
+            with self._stage("map"):
+                self.embedding = embedding_figure(self.before, self.after, self.samples)
 
     def _product_cost(self) -> float | None:
         """Return what the least of the curvature costs: its trace, on the fewest samples."""
@@ -301,7 +309,7 @@ class _Gathering:
 
         def watch(products: int) -> None:
             done = steps * len(found) + products
-            self.tell(Event("curvature", done, total))
+            self.tell(Event("evidence: curvature", done, total))
             if self.limit.passed:
                 raise OutOfTime(f"product {done} of {total}")
 
@@ -311,7 +319,7 @@ class _Gathering:
         except OutOfTime as over:
             self._leave_out("the curvature", f"the time was up in {over}")
             return
-        self.tell(Event("curvature", total, total))
+        self.tell(Event("evidence: curvature", total, total))
         self.curvature = Curvature(found[0], found[1], parts, len(part))
 
 

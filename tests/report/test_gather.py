@@ -106,7 +106,7 @@ def test_a_model_that_is_far_too_slow_is_told_by_one_gradient(measure, clock):
 
 def test_what_turns_out_slower_than_it_seemed_is_cut_off(measure, clock):
     def slower(event):
-        if event.stage == "curvature" and event.step == 3:
+        if event.stage == "evidence: curvature" and event.step == 3:
             clock.now += 1000
 
     found = measure(seconds=1000.0, progress=slower)
@@ -123,5 +123,8 @@ def test_no_evidence_runs_nothing(measure, clock):
 def test_its_steps_are_told(measure):
     heard = []
     measure(progress=heard.append)
-    assert [e.step for e in heard if e.stage == "evidence"] == [0, 1, 2, 3]
-    assert [e.step for e in heard if e.stage == "curvature"][-1] == 32
+    stages = {e.stage: (e.step, e.total) for e in heard}
+    assert set(stages) == {
+        f"evidence: {name}" for name in ("layers", "estimate", "map", "curvature")
+    }
+    assert all(step == total for step, total in stages.values())
