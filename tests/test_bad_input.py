@@ -143,7 +143,7 @@ def test_fewer_samples_than_classes(place, mmdefense):
         (("--max-utility-drop", "2"), ("max_utility_drop must lie in [0, 1]", "2")),
         (("--device", "warp"), ("device 'warp'",)),
         (("--mean", "0.5"), ("mean and std",)),
-        (("--mean", "0.5,0.5", "--std", "1,1"), ("2 channels", "(1, 8, 8)")),
+        (("--mean", "0.5,0.5", "--std", "1,1"), ("a value for each channel", "got 2", "(1, 8, 8)")),
     ],
 )
 def test_settings_that_cannot_be(place, mmdefense, arguments, words):

@@ -183,9 +183,9 @@ def _boxes_in(held: Any) -> int:
 def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
     """Read COCO json: boxes are x, y, width, height."""
     held = read_json(path)
-    if isinstance(held, Mapping) and "images" in held and "categories" not in held:
+    if isinstance(held, Mapping) and "annotations" in held and "categories" not in held:
         raise BadInputError(
-            f"{path} has images but no categories, as captions have, and so no boxes; give the "
+            f"{path} has annotations but no categories, as captions have, and so no boxes; give the "
             "file of instances"
         )
     images = _Images([path.parent, folder / "images", folder], split)

@@ -138,7 +138,7 @@ def test_data_that_does_not_fit_is_refused_in_one_line(images, labels, name, cha
 
 def test_channels_must_match_mean_and_std(labels):
     grey = torch.rand(6, 1, SIDE, SIDE)
-    with pytest.raises(BadInputError, match="must have 3 channels"):
+    with pytest.raises(BadInputError, match="for each channel of the images, got 3 for shape"):
         adapt(build("small-resnet"), mean=[0.5] * 3, std=[0.5] * 3).samples((grey, labels))
 
 
