@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 BEFORE = re.compile(
-    r"[\w -]+: (done|\d+ of \d+|stopped at \d+ of \d+)( in \S+ s)?(, .*)?|.* \.\.\."
+    r"[\w :-]+: (done|\d+ of \d+|stopped at \d+ of \d+)( in \S+ s)?(, .*)?|.* \.\.\."
     r"|mmdefense: note: .*"
 )
 

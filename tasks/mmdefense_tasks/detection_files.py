@@ -185,8 +185,8 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
     held = read_json(path)
     if isinstance(held, Mapping) and "annotations" in held and "categories" not in held:
         raise BadInputError(
-            f"{path} has annotations but no categories, as captions have, and so no boxes; give the "
-            "file of instances"
+            f"{path} has annotations but no categories, as captions have, and so no boxes; give "
+            "the file of instances"
         )
     images = _Images([path.parent, folder / "images", folder], split)
     try:
