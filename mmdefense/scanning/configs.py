@@ -14,6 +14,7 @@ from typing import Any
 from mmdefense.checkpoints.faults import Fault, read_json, remote_code, shard_faults
 from mmdefense.errors import BadInputError
 from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.scanning.templates import scan_template
 
 __all__ = ["scan_json", "scan_python", "scan_template"]
 
@@ -100,38 +101,6 @@ def _templates(content: Any) -> Iterator[str]:
         template = item.get("template") if isinstance(item, Mapping) else item
         if isinstance(template, str):
             yield template
-
-
-def scan_template(template: str, subject: str) -> Iterator[Finding]:
-    """Yield what a Jinja template names beyond what formatting messages needs.
-
-    References:
-        The sandbox of Jinja2 refuses names that start with an underscore; so does this, unrendered.
-    """
-    from jinja2 import Environment, TemplateError, nodes
-
-    try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_marks(template))
-    except (TemplateError, RecursionError):
-        walk = _WALK.search(template)
-        if walk:
-            yield TEMPLATE.found(subject, f"{walk[0]} in a template that cannot be parsed")
-        return
-    wanted = {
-        *(n.attr for n in tree.find_all(nodes.Getattr) if _ATTRIBUTES.match(n.attr)),
-        *(n.name for n in tree.find_all(nodes.Name) if n.name in _NAMES and n.ctx == "load"),
-        *(n.name for n in tree.find_all(nodes.Filter) if n.name in {"attr", "map_attr"}),
-        *(n.value for n in tree.find_all(nodes.Const) if _WALK.search(str(n.value))),
-        *(type(n).__name__.lower() for n in tree.find_all((nodes.Include, nodes.Extends))),
-        *(type(n).__name__.lower() for n in tree.find_all((nodes.Import, nodes.FromImport))),
-    }
-    for name in sorted(map(str, wanted)):
-        yield TEMPLATE.found(subject, name)
-
-
-def _without_marks(template: str) -> str:
-    """Return a template without the tags that Transformers adds to the language."""
-    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
 
 
 def scan_python(path: Path, subject: str) -> Iterator[Finding]:
