@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdefense.errors import BadInputError
+
 if TYPE_CHECKING:
     from mmdefense.evaluating import AttackChoice
 
@@ -145,7 +147,7 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     try:
         return None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(
+        raise BadInputError(
             f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
         ) from None
 
@@ -156,7 +158,7 @@ def duration(text: str | None) -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if found is None:
-        raise typer.BadParameter(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
+        raise BadInputError(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
@@ -166,7 +168,7 @@ def key_values(settings: list[str] | None) -> dict[str, Any]:
     for setting in settings or []:
         name, sign, value = setting.partition("=")
         if not sign:
-            raise typer.BadParameter(f"--set and --read must be KEY=VALUE, got {setting!r}")
+            raise BadInputError(f"--set and --read must be KEY=VALUE, got {setting!r}")
         parsed[name] = _literal(value)
     return parsed
 

@@ -38,7 +38,7 @@ from mmdefense.arguments import (
     key_values,
     reading_options,
 )
-from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
 if TYPE_CHECKING:
@@ -59,11 +59,19 @@ app = typer.Typer(
 )
 
 
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
+"""The error of click, which some versions of typer bring under a name of their own."""
+
+
 def main() -> None:
     """Run the command line, with one clear line in place of a traceback."""
     try:
         with notes_written():
-            app()
+            sys.exit(app(prog_name="mmdefense", standalone_mode=False))
+    except _UsageError as error:
+        _refuse_usage(error)
+    except typer.Abort:
+        sys.exit(130)
     except UnsupportedError as error:
         _fail(error, 3)
     except ImportError as error:  # of an optional library that no reader has told of
@@ -81,8 +89,19 @@ def main() -> None:
 def _fail(message: object, code: int) -> NoReturn:
     if os.environ.get("MMDEFENSE_DEBUG"):
         raise  # called from the handlers of main alone
-    typer.echo(f"mmdefense: {message}", err=True)
+    typer.echo(f"mmdefense: {printable(str(message))}", err=True)
     sys.exit(code)
+
+
+def _refuse_usage(error: typer.BadParameter) -> NoReturn:
+    """Say in one line what is wrong with a command; where there is none, show what there is."""
+    said, command = error.format_message().strip(), "mmdefense"
+    if "\n" in said:
+        typer.echo(said, err=True)
+        sys.exit(2)
+    if error.ctx is not None:
+        command = error.ctx.command_path
+    _fail(f"{said[:1].lower()}{said[1:].rstrip('.')}; {command} --help shows what it takes", 2)
 
 
 def _say_version(asked: bool) -> None:
@@ -264,7 +283,7 @@ def evaluate(
     from mmdefense.sources import Source
 
     if out is not None and not out.absolute().parent.is_dir():
-        raise typer.BadParameter(f"-o must name a file in a folder that exists, got {out}")
+        raise BadInputError(f"-o must name a file in a folder that exists, got {out}")
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model,
@@ -325,10 +344,10 @@ def scan(
     from mmdefense.scanning.formats import FORMATS
 
     if format_ not in FORMATS:
-        raise typer.BadParameter(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+        raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
     level = next((level for level in FAILING if level == fail_on), None)
     if level is None:
-        raise typer.BadParameter(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
+        raise BadInputError(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
     with ProgressDisplay() as progress:
         record = look_into(
             model,
@@ -366,7 +385,7 @@ def report(
     if len(outs) == 1:
         page = rebuild(outs[0], page)
     elif page is None:
-        raise typer.BadParameter("to compare several outputs, say where to: -o PAGE")
+        raise BadInputError("to compare several outputs, say where to: -o PAGE")
     else:
         compare(outs, page)
     for fault in faults:
@@ -392,7 +411,7 @@ def list_(
     from mmdefense.catalogue import KINDS, details, known
 
     if kind not in {None, *KINDS}:
-        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise BadInputError(f"what is listed must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind is not None and name is not None:
         about, option, settings = details(kind, name)
         typer.echo(about)
@@ -471,7 +490,7 @@ def grid(
 
     how = next((known for known in VIEWS if known == views), None)
     if how is None:
-        raise typer.BadParameter(f"--views must be one of {', '.join(VIEWS)}, got {views!r}")
+        raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {views!r}")
     chosen = Grid(
         cases=named_cases(cases),
         defenses=defenses or list(DEFENSES),

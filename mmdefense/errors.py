@@ -12,6 +12,7 @@ __all__ = [
     "MMDefenseError",
     "UnsupportedError",
     "one_line",
+    "printable",
 ]
 
 
@@ -47,3 +48,8 @@ def one_line(error: BaseException) -> str:
     """Return the first line of another library's error, for use in a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def printable(text: str) -> str:
+    """Return text on one line that a terminal shows as it is: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmdefense.errors import printable
+
 __all__ = ["Note", "note", "notes_written"]
 
 
@@ -40,7 +42,7 @@ def notes_written() -> Iterator[None]:
                 others(message, category, *place)
             elif str(message) not in written:
                 written.add(str(message))
-                print(f"mmdefense: note: {message}", file=sys.stderr)
+                print(f"mmdefense: note: {printable(str(message))}", file=sys.stderr)
 
         warnings.showwarning = show  # type: ignore[assignment]
         yield

@@ -18,7 +18,8 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.errors import BadInputError, one_line, printable
+from mmdefense.files import read_json
 
 __all__ = [
     "Fault",
@@ -106,12 +107,7 @@ def _refuse(path: Path, faults: list[Fault]) -> None:
     if faults:
         is_damaged = faults[0].kind == "header"
         how = "cannot be read" if is_damaged else "was refused and nothing in it executed"
-        raise BadInputError(f"model {path} {how}: {_one_line(faults[0].text)}")
-
-
-def _one_line(text: str) -> str:
-    """Return a phrase in which names from the file cannot break the line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        raise BadInputError(f"model {path} {how}: {printable(faults[0].text)}")
 
 
 def safetensors_faults(path: Path) -> list[Fault]:
@@ -273,18 +269,6 @@ def _local_faults(file: IO[bytes], entries: list[zipfile.ZipInfo], end: int) -> 
             yield Fault("structure", f"entries {before!r} and {after!r} overlap: a zip bomb")
         elif begin > stop + MAX_GAP:
             yield Fault("structure", f"{begin - stop} bytes before {after!r} belong to no entry")
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        BadInputError: If it is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
 
 
 def remote_code(path: Path) -> list[Fault]:

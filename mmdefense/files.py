@@ -1,0 +1,93 @@
+"""Files that come from elsewhere, read within bounds: what is no plain file is not opened."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mmdefense.errors import BadInputError, one_line
+
+__all__ = ["parse_json", "plain_file", "read_bytes", "read_json"]
+
+MOST_BYTES = 1 << 29
+"""Bytes of a text file that is read at once; the largest JSON of COCO has 4.5e8. Ours."""
+
+_PLACE = re.compile(r" at line 1 column (\d+)$")
+
+
+def plain_file(path: Path) -> Path:
+    """Return a path that is a file; a pipe or a device would never end, or hang.
+
+    Raises:
+        BadInputError: If it is none.
+    """
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"file {str(path)!r:.300} cannot be read: {one_line(error)}") from error
+    if not is_file:
+        fault = "is no file (a folder, a pipe or a device)" if exists else "does not exist"
+        raise BadInputError(f"file {path} cannot be read: it {fault}")
+    return path
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Return the content of a file.
+
+    Args:
+        path: Of the file.
+        most: Bytes that it may have.
+
+    Raises:
+        BadInputError: If it cannot be read, or is larger.
+    """
+    try:
+        with plain_file(path).open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise BadInputError(f"file {path} cannot be read: {error.strerror or error}") from error
+    if len(content) > most:
+        raise BadInputError(f"file {path} must have at most {most} bytes to be read at once")
+    return content
+
+
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """Return the content of a JSON file; see :func:`parse_json`.
+
+    Args:
+        path: Of the file.
+        most: Bytes that it may have.
+
+    Raises:
+        BadInputError: If it is none, or is larger.
+    """
+    return parse_json(read_bytes(path, most), path)
+
+
+def parse_json(content: str | bytes, where: object) -> Any:
+    """Return what JSON says.
+
+    Text is sound UTF-8 without halves of surrogate pairs, values are nested at most 200 deep, and
+    whole numbers have at most 4300 digits. Of a name that stands twice in an object the last
+    counts, as it does for the readers of the libraries.
+
+    Args:
+        content: The JSON, with or without a byte order mark.
+        where: What it is called in messages.
+
+    Raises:
+        BadInputError: If it is none.
+    """
+    from pydantic_core import from_json
+
+    bare = content.removeprefix("\ufeff") if isinstance(content, str) else _unmarked(content)
+    try:
+        return from_json(bare, cache_strings="keys")
+    except (ValueError, MemoryError) as error:
+        said = _PLACE.sub(r" at column \1", one_line(error))
+        raise BadInputError(f"{where} must be JSON: {said}") from error
+
+
+def _unmarked(content: bytes) -> bytes:
+    return content.removeprefix(b"\xef\xbb\xbf")
