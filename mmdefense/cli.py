@@ -38,6 +38,7 @@ from mmdefense.arguments import (
     key_values,
     reading_options,
 )
+from mmdefense.cli_grid import grid_app, store_app
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
@@ -57,6 +58,10 @@ app = typer.Typer(
     help="Find and remove backdoors in models that you did not train.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(grid_app, name="grid")
+app.add_typer(store_app, name="store")
 
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
@@ -459,48 +464,6 @@ def demo(
         console = Console(width=110)
     console.print(results_table(record.rows, record.title, record.metric))
     typer.echo(f"wrote {out}/report.html")
-
-
-@app.command()
-def grid(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where cells are kept; resumable.")],
-    cases: Annotated[
-        list[str] | None, typer.Option("--case", help="A victim; by default all of them.")
-    ] = None,
-    defenses: Annotated[
-        list[str] | None, typer.Option("--defense", help="By default the five.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")] = 3,
-    baselines: Annotated[
-        bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
-    ] = True,
-    views: Annotated[
-        str,
-        typer.Option(
-            help="How clean samples are augmented: standard, as the field does, or insertions, "
-            "which imitate triggers."
-        ),
-    ] = "insertions",
-) -> None:
-    """Measure victims x defenses x seeds beside plain fine-tuning; print a Markdown table."""
-    from mmdefense.evaluation.demo import DEFENSES
-    from mmdefense.evaluation.grid import VIEWS, Grid, markdown
-    from mmdefense.evaluation.victims import named_cases
-    from mmdefense.report.terminal import ProgressDisplay
-
-    how = next((known for known in VIEWS if known == views), None)
-    if how is None:
-        raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {views!r}")
-    chosen = Grid(
-        cases=named_cases(cases),
-        defenses=defenses or list(DEFENSES),
-        seeds=range(seeds),
-        baselines=baselines,
-        views=how,
-    )
-    with ProgressDisplay() as progress:
-        measured = chosen.run(out, progress)
-    typer.echo(markdown(measured))
 
 
 def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:

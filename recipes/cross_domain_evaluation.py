@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mmdefense import registry
 from mmdefense.evaluation.demo import DEFENSES
-from mmdefense.evaluation.grid import Grid, markdown
+from mmdefense.evaluation.grid import Grid
+from mmdefense.evaluation.tables import markdown
 from mmdefense.report.terminal import ProgressDisplay
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
-import json
 import random
 import re
 import sys
@@ -33,11 +32,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from mmdefense import registry
-from mmdefense.evaluation.grid import Cell, Grid, Views
+from mmdefense.evaluation.grid import Cell, Grid, Views, cell_of
 from mmdefense.evaluation.victims import Case, named_cases
 from mmdefense.report.encoding import build
 from mmdefense.report.record import Rates
 from mmdefense.report.terminal import ProgressDisplay
+from mmdefense.store import Store
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results.csv"
 PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md")]
@@ -142,9 +142,10 @@ def _mean(case: str, defense: str, views: Views, rates: Sequence[Rates], commit:
 
 
 def record(folder: Path, commit: str) -> None:
-    """Take the cells of a grid's folder into the published file."""
-    paths = sorted(folder.glob("*/*.json"))
-    cells = [build(Cell, json.loads(p.read_text(encoding="utf-8")), str(p)) for p in paths]
+    """Take the cells of a grid's store into the published file."""
+    store = Store(folder, create=False)
+    entries = [entry for entry in store.entries("cell") if entry.status == "done"]
+    cells = [cell_of(store, entry) for entry in entries]
     known = {cell.key: cell for cell in read()}
     for cell in summarised(cells, commit):
         if cell.key not in known or known[cell.key].seeds <= cell.seeds:
@@ -186,7 +187,7 @@ def measured(published: Published) -> Published:
         defenses=[defense],
         seeds=range(published.seeds),
         baselines=published.defense.startswith(LIKE),
-        views=published.views,
+        views=[published.views],
     )
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay() as progress:
         cells = summarised(grid.run(folder, progress), "")

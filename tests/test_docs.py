@@ -35,32 +35,40 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NOT_RUN = {
     "make demo": "trains a victim and purifies it seven times",
     "mmdefense demo --task video-classification -o out/video": "as `make demo`",
-    "mmdefense grid -o out/grid --case moving-digits-small-badnets": "many minutes",
+    "mmdefense grid run -o out/grid --case moving-digits-small-badnets": "many minutes",
     "make test": "would run this very test again",
     "make check": "runs beside the tests, in .ci/run",
     "make bench": "repeats each measurement",
     ".ci/run": "runs this very test",
-    "mmdefense grid -o out/grid --case digits-badnets --case digits-blended": "many minutes",
-    "mmdefense grid -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
-    "mmdefense grid -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
-    "mmdefense grid -o out/grid --case digits-clean": "many minutes",
-    "mmdefense grid -o out/grid --views standard --no-baselines --defense fine-tuning --defense "
-    "fip --defense tsbd --defense baeraser --case digits-badnets --case digits-blended --case "
-    "digits-clean --case mnist-badnets --case mnist-blended --case mnist-vit-badnets --case "
+    "mmdefense grid run -o out/grid --case digits-badnets --case digits-blended": "many minutes",
+    "mmdefense grid run -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
+    "mmdefense grid run -o out/grid --case mnist-vit-badnets --case mnist-vit-blended": "an hour",
+    "mmdefense grid run -o out/grid --case digits-clean": "many minutes",
+    "mmdefense grid run -o out/grid --views standard --no-baselines --defense fine-tuning "
+    "--defense fip --defense tsbd --defense baeraser --case digits-badnets --case digits-blended "
+    "--case digits-clean --case mnist-badnets --case mnist-blended --case mnist-vit-badnets --case "
     "mnist-vit-blended": "an hour",
-    "mmdefense grid -o out/grid --case ucf101_mini-badnets --case radhar-pcba "
+    "mmdefense grid run -o out/grid --case ucf101_mini-badnets --case radhar-pcba "
     "--case bccd-object-generation --case multi30k-rare-token": "hours",
-    "mmdefense grid -o out/grid --no-baselines --defense fip "
+    "mmdefense grid run -o out/grid --no-baselines --defense fip "
     "--case ucf101_mini-clean --case bccd-clean": "many minutes",
-    "mmdefense grid -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
+    "mmdefense grid run -o out/grid --defense fip --case moving-digits-clean --case surfaces-clean "
     "--case small-language-clean --case digit-scenes-clean": "many minutes",
-    "mmdefense grid -o out/grid --case moving-digits-videomae-badnets "
+    "mmdefense grid run -o out/grid --case moving-digits-videomae-badnets "
     "--case surfaces-transformer-pcba --case small-language-llama-instruction": "many minutes",
-    "mmdefense grid -o out/grid --no-baselines --defense fip --case moving-digits-videomae-clean "
-    "--case small-language-llama-clean --case surfaces-transformer-clean "
-    "--case digit-scenes-rt-detr-clean": "many minutes",
-    "mmdefense grid -o out/grid --seeds 1 --no-baselines --defense fip "
+    "mmdefense grid run -o out/grid --no-baselines --defense fip "
+    "--case moving-digits-videomae-clean --case small-language-llama-clean "
+    "--case surfaces-transformer-clean --case digit-scenes-rt-detr-clean": "many minutes",
+    "mmdefense grid run -o out/grid --seeds 1 --no-baselines --defense fip "
     "--case multi30k-clean": "many minutes",
+    "mmdefense grid run grid.toml -o out/bench --workers 2": "many minutes",
+    "mmdefense grid run grid.toml -o out/bench --workers 2 --device cuda:0,cuda:1": "two GPUs",
+    "mmdefense grid report -o out/bench": "follows many minutes",
+    "mmdefense grid status -o out/bench": "follows many minutes",
+    "mmdefense grid export -o out/bench --format csv --to cells.csv": "follows many minutes",
+    "mmdefense store ls out/bench": "follows many minutes",
+    "mmdefense store verify out/bench": "follows many minutes",
+    "mmdefense store gc out/bench": "follows many minutes",
     'MMDEFENSE_SLOW=1 make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
@@ -69,7 +77,8 @@ NOT_RUN = {
     "--case small-language-rare-token": "many minutes",
     "python recipes/scan_calibration.py --first-seed 200 --seeds 2 --case moving-digits-badnets "
     "--case digit-scenes-regional-misclassification --case surfaces-pcba": "many minutes",
-    "mmdefense grid -o out/grid --case digit-scenes-rt-detr-regional-misclassification": "an hour",
+    "mmdefense grid run -o out/grid --case "
+    "digit-scenes-rt-detr-regional-misclassification": "an hour",
     "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
     "-o out": "takes the weights that others published",
     "python recipes/cross_domain_evaluation.py": "hours",

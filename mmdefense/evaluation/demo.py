@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Result, versions
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
-from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.kernels.run import Progress, Run, named
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.report import figures
 from mmdefense.report.evidence import defense_figures, embeddings, few, sharpness
@@ -68,7 +68,7 @@ def run_demo(
     """
     case = case or _demo_case(task)
     with new_folder(out, force=force) as folder:
-        victim = train_victim(case, _run(seed, "victim", progress))
+        victim = train_victim(case, Run(seed, named("victim", progress)))
         rows, results = _purified(victim, defenses, seed, progress)
         record = _record(case, victim, rows, seed)
         write_model(victim.adapter.model, folder)
@@ -80,21 +80,6 @@ def run_demo(
 def _demo_case(task: str) -> Case:
     cases: Sequence[Case] = registry.load("tasks", task)().cases()
     return next((case for case in cases if case.demo), cases[0])
-
-
-def _named(name: str, progress: Progress | None) -> Progress | None:
-    """Return a callback that puts ``name`` before each stage."""
-    if progress is None:
-        return None
-    shown: Callable[[Event], None] = progress
-    return lambda event: shown(
-        Event(f"{name}: {event.stage}", event.step, event.total, event.figures)
-    )
-
-
-def _run(seed: int, name: str, progress: Progress | None) -> Run:
-    callback = _named(name, progress)
-    return Run(seed) if callback is None else Run(seed, callback)
 
 
 def _purified(
@@ -109,7 +94,7 @@ def _purified(
     rows, results = [], {}
     for name, defense in chosen.items():
         baseline = "" if name == _BASELINE else _BASELINE
-        row, purified = purified_row(victim, name, defense, baseline, _named(name, progress))
+        row, purified = purified_row(victim, name, defense, baseline, named(name, progress))
         rows.append(row)
         if purified is not None:
             results[name] = purified.result

@@ -1,26 +1,31 @@
-"""Victim x defense x seed, each measured once and kept; mean and spread over the seeds."""
+"""A grid of measurements: cases x defenses x views x shares of clean data x seeds.
+
+Each victim is trained once and each cell is measured once; both are kept in a store under all that
+they depend on. Any number of processes may work on one grid: each claims a cell before it begins.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, Literal
 
-from mmdefense import registry
-from mmdefense.checkpoints.runs import RunStore, write_atomically
-from mmdefense.defenses.base import Defense, versions
-from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case, Victim, baseline_of, purified_row, train_victim
-from mmdefense.kernels.run import Event, Progress, Run
-from mmdefense.metrics.definitions import heading
-from mmdefense.report.encoding import build, plain
-from mmdefense.report.formats import number
-from mmdefense.report.record import Rates, Row
+import torch
 
-__all__ = ["VIEWS", "Cell", "Grid", "Views", "markdown"]
+from mmdefense.defenses.base import Defense, versions
+from mmdefense.evaluation.identity import cell_identity, victim_identity
+from mmdefense.evaluation.kept import kept_victim
+from mmdefense.evaluation.victims import Case, Victim, baseline_of, purified_row
+from mmdefense.kernels.run import Progress, named
+from mmdefense.purification import configured
+from mmdefense.report.encoding import build, plain
+from mmdefense.report.record import Row
+from mmdefense.store import Entry, Identity, Store
+
+__all__ = ["VIEWS", "Cell", "Grid", "Lineup", "Planned", "Views", "cell_of"]
 
 Views = Literal["insertions", "standard"]
 """How clean samples are augmented for a defense.
@@ -32,7 +37,8 @@ so imitates triggers of that kind.
 
 VIEWS: tuple[Views, ...] = ("insertions", "standard")
 
-_COLUMNS = ("acc", "asr", "ra", "der")
+_POLL = 0.5
+"""Seconds between two looks at cells that other processes are at work on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class Cell:
         case: The description of the victim, as plain values.
         versions: Of what computed it.
         views: How the clean samples were augmented.
+        threads: Of each process that computed it.
     """
 
     seed: int
@@ -52,183 +59,241 @@ class Cell:
     case: Mapping[str, Any]
     versions: Mapping[str, str]
     views: Views = "insertions"
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineup:
+    """A defense in a grid.
+
+    Attributes:
+        defense: Its registered name.
+        settings: Those that are not at their defaults.
+        label: What tables call it; by default its name, with the settings behind it.
+    """
+
+    defense: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        given = ", ".join(f"{key}={value}" for key, value in self.settings.items())
+        return self.label or (f"{self.defense} ({given})" if given else self.defense)
+
+    def build(self, seed: int) -> Defense:
+        """Return the defense with its settings.
+
+        Raises:
+            BadInputError: If the name, a setting or a value is unknown.
+        """
+        return configured(self.defense, {**self.settings, "seed": seed})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell to be measured.
+
+    Attributes:
+        case: The victim.
+        label: What tables call the defense.
+        defense: With its settings and the seed, which is the victim's as well.
+        baseline: The label of plain fine-tuning with its budget; empty where there is none.
+        views: How the clean samples are augmented.
+        device: What computes, for example ``"cuda:1"``.
+    """
+
+    case: Case
+    label: str
+    defense: Defense
+    baseline: str
+    views: Views
+    device: str = "cpu"
+
+    @cached_property
+    def identity(self) -> Identity:
+        """All that the cell depends on."""
+        return cell_identity(self.case, self.label, self.defense, self.views, self.device)
+
+    @cached_property
+    def victim(self) -> Identity:
+        """All that its victim depends on."""
+        return victim_identity(self.case, self.defense.seed, self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is measured. Cells that are already in the folder are not measured again.
+    """What is measured: every combination of the axes.
 
     Attributes:
         cases: The victims.
-        defenses: Names of defenses, each at its defaults: no tuning per victim.
+        defenses: Defenses with their settings; a name alone stands for its defaults.
         seeds: One victim and one purification each.
         baselines: Whether each defense that trains gets plain fine-tuning with the same steps,
             learning rate and augmentation beside it.
         views: How the clean samples are augmented.
+        clean: Shares of the training set that the defenses are given; by default as each case says.
+        device: What computes.
     """
 
     cases: Sequence[Case]
-    defenses: Sequence[str]
+    defenses: Sequence[Lineup | str]
     seeds: Sequence[int] = (0, 1, 2)
     baselines: bool = True
-    views: Views = "insertions"
+    views: Sequence[Views] = ("insertions",)
+    clean: Sequence[float] = ()
+    device: str = "cpu"
 
-    def run(self, folder: str | Path, progress: Progress | None = None) -> list[Cell]:
-        """Measure every cell that ``folder`` lacks, and return all.
-
-        A cell is kept as ``folder/case/defense-seed.json`` as soon as it is measured, one with
-        standard views as ``folder/case/defense-standard-views-seed.json``, and a victim as
-        ``folder/case/victim-seed/``. A kept cell of other settings or another case of the same
-        name is measured anew.
-
-        Args:
-            folder: Made where it is missing.
-            progress: Called with each sign of progress.
+    def planned(self) -> list[Planned]:
+        """Return the cells in order, those of one victim beside each other.
 
         Raises:
-            BadInputError: If a name is unknown or a kept file is damaged.
+            BadInputError: If a name or setting is unknown.
         """
-        root = Path(folder)
-        cells: list[Cell] = []
-        for case in self.cases:
-            for seed in self.seeds:
-                cells += self._of_victim(case, seed, root / case.name, progress)
-        return cells
+        return [
+            cell
+            for case in self.cases
+            for seed in self.seeds
+            for share in self.clean or (case.clean,)
+            for views in self.views
+            for cell in self._of(replace(case, clean=share), seed, views)
+        ]
 
-    def _of_victim(
-        self, case: Case, seed: int, folder: Path, progress: Progress | None
-    ) -> Iterator[Cell]:
-        victim: Victim | None = None  # trained, or read from its store, only where it is needed
-        for name, defense, baseline in self._lineup(seed):
-            views = "" if self.views == "insertions" else f"-{self.views}-views"
-            path = folder / f"{name.replace(' ', '-')}{views}-{seed}.json"
-            cell = _kept(path, case, defense)
-            if cell is None:
-                show = _prefixed(f"{case.name}/{seed}: {name}", progress)
-                victim = victim or _victim(case, seed, folder / f"victim-{seed}", self.views, show)
-                cell = _measure(case, victim, name, defense, baseline, show)
-                cell = replace(cell, views=self.views)
-                write_atomically(path, _writer(cell))
-            yield cell
-
-    def _lineup(self, seed: int) -> Iterator[tuple[str, Defense, str]]:
-        """Yield each defense with its name and that of its baseline, baselines right after."""
-        for name in self.defenses:
-            defense = registry.load("defenses", name)(seed=seed)
+    def _of(self, case: Case, seed: int, views: Views) -> Iterator[Planned]:
+        """Yield each defense, and plain fine-tuning with its budget right after it."""
+        for given in self.defenses:
+            entry = Lineup(defense=given) if isinstance(given, str) else given
+            defense = entry.build(seed)
             plain_training = baseline_of(defense) if self.baselines else None
-            baseline = f"fine-tuning like {name}" if plain_training else ""
-            yield name, defense, baseline
+            baseline = f"fine-tuning like {entry.name}" if plain_training else ""
+            yield Planned(case, entry.name, defense, baseline, views, self.device)
             if plain_training:
-                yield baseline, plain_training, ""
+                yield Planned(case, baseline, plain_training, "", views, self.device)
+
+    def run(
+        self,
+        folder: str | Path,
+        progress: Progress | None = None,
+        *,
+        retry_failed: bool = False,
+    ) -> list[Cell]:
+        """Measure every cell that the store lacks, in this process, and return those that are done.
+
+        A cell that failed is kept with its error, and is not tried again unless that is asked for.
+
+        Args:
+            folder: Of the store; made where it is missing.
+            progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+            retry_failed: Whether cells and victims that failed are tried again.
+
+        Raises:
+            BadInputError: If a name is unknown, or a kept file is damaged.
+        """
+        store, cells = Store(folder), self.planned()
+        if retry_failed:
+            forget_failures(store, cells)
+        work(store, cells, progress)
+        return self.measured(store)
+
+    def measured(self, store: Store) -> list[Cell]:
+        """Return the cells that are done, in the order of the plan."""
+        found = [store.find(cell.identity) for cell in self.planned()]
+        return [cell_of(store, entry) for entry in found if entry and entry.status == "done"]
 
 
-def _prefixed(name: str, progress: Progress | None) -> Progress:
-    if progress is None:
-        return lambda event: None
-    shown: Callable[[Event], None] = progress
-    return lambda event: shown(
-        Event(f"{name}, {event.stage}", event.step, event.total, event.figures)
+def cell_of(store: Store, entry: Entry) -> Cell:
+    """Return the cell of an entry that is done.
+
+    Raises:
+        BadInputError: If its file is missing or damaged.
+    """
+    cell: Cell = build(Cell, store.content(entry), f"cell {entry.name}")
+    return cell
+
+
+def forget_failures(store: Store, cells: Sequence[Planned]) -> None:
+    """Forget what failed of these cells and their victims, so that it is tried again."""
+    for cell in cells:
+        for identity in (cell.identity, cell.victim):
+            entry = store.find(identity)
+            if entry is not None and entry.status == "failed":
+                store.forget(entry)
+
+
+def work(store: Store, cells: Sequence[Planned], progress: Progress | None = None) -> None:
+    """Measure the cells that nobody has measured, until there is none left.
+
+    A cell that another process is at work on, or whose victim it is training, is left to it; this
+    returns when all of them are done or failed.
+    """
+    victims = _Victims(store)
+    left = list(cells)
+    while left:
+        before = len(left)
+        for cell in list(left):
+            if store.find(cell.identity) is not None or _measured(store, cell, victims, progress):
+                left.remove(cell)
+        if len(left) == before:  # others are at work on all of them
+            time.sleep(_POLL)
+
+
+def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress | None) -> bool:
+    """Measure a cell and keep it, or its failure; say no where it is not this process's turn."""
+    with store.claim(cell.identity) as mine:
+        if not mine:
+            return False
+        if store.find(cell.identity) is not None:
+            return True
+        show = named(f"{cell.case.name}/{cell.defense.seed}: {cell.label}", progress, ", ")
+        try:
+            victim = victims.of(cell, show)
+            if victim is None:
+                return False
+            store.put(cell.identity, plain(_measure(cell, victim, show)))
+        except OSError:  # a full disk ends the grid
+            raise
+        except Exception as error:  # whatever else ends this cell alone
+            store.fail(cell.identity, error)
+        return True
+
+
+def _measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
+    baseline = cell.baseline
+    row = purified_row(victim, cell.label, cell.defense, baseline, progress)[0]
+    return Cell(
+        seed=cell.defense.seed,
+        row=replace(row, victim=cell.case.name),
+        case=plain(cell.case),
+        versions=versions(),
+        views=cell.views,
+        threads=torch.get_num_threads(),
     )
 
 
-def _victim(case: Case, seed: int, folder: Path, views: Views, progress: Progress) -> Victim:
-    victim = train_victim(case, Run(seed, progress, RunStore(folder)))
-    if views == "insertions":
-        return victim
-    return replace(victim, clean=victim.task.for_training(victim.clean))
+class _Victims:
+    """The victims of a grid as their defenses see them; the last one stays at hand."""
 
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._key: tuple[Any, ...] = ()
+        self._last: Victim | None = None
 
-def _measure(
-    case: Case, victim: Victim, name: str, defense: Defense, baseline: str, progress: Progress
-) -> Cell:
-    row = purified_row(victim, name, defense, baseline, progress)[0]
-    named = replace(row, victim=case.name)
-    return Cell(seed=defense.seed, row=named, case=plain(case), versions=versions())
+    def of(self, cell: Planned, progress: Progress) -> Victim | None:
+        """Return the victim of a cell; none while another process trains it.
 
-
-def _writer(cell: Cell) -> Callable[[Any], object]:
-    return lambda file: file.write((json.dumps(plain(cell), indent=2) + "\n").encode())
-
-
-def _kept(path: Path, case: Case, defense: Defense) -> Cell | None:
-    """Return the cell in a file, if there is one of this case with these settings."""
-    if not path.exists():
-        return None
-    try:
-        cell: Cell = build(Cell, json.loads(path.read_text(encoding="utf-8")), "cell")
-    except (ValueError, OSError) as error:
-        raise BadInputError(f"cell {path} cannot be read; remove it to measure anew") from error
-    same = cell.case == plain(case) and cell.row.settings == plain(defense)
-    return cell if same else None
-
-
-def markdown(cells: Iterable[Cell]) -> str:
-    """Return the table of a grid as Markdown: rates in percent, mean and standard deviation.
-
-    Where the victims are of tasks with other metrics than accuracy, these stand by the victim.
-
-    Args:
-        cells: In the order of the table; those of one case and defense are averaged.
-    """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    metrics: dict[str, str] = {}
-    for cell in cells:
-        groups.setdefault((cell.row.victim, cell.row.defense), []).append(cell.row)
-        metrics[cell.row.victim] = _metric(cell)
-    mixed = len(set(metrics.values())) > 1
-    metric = "task metric" if mixed else heading(next(iter(metrics.values()), "accuracy"))
-    head = ["victim", "defense", metric, "ASR", "RA", "DER", "seconds", "beats its baseline"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 5 + "---|"]
-    shown = ""
-    for (victim, defense), rows in groups.items():
-        if victim != shown:
-            shown = victim
-            before = f"*before*, {metrics[victim]}" if mixed else "*before*"
-            lines.append(_line([victim, before, *_rates([r.before for r in rows]), "", ""]))
-        beats = _beats(rows, groups.get((victim, rows[0].baseline)))
-        guard = "; ".join(
-            f"{what} in {count} of {len(rows)}"
-            for what, count in (
-                ("guard violated", sum(row.violated for row in rows)),
-                ("guard not decidable", sum(bool(row.undecided) for row in rows)),
-                ("another state than the final one", sum(bool(row.instead) for row in rows)),
-            )
-            if count
-        )
-        seconds = f"{fmean(row.seconds for row in rows):.1f}"
-        rates = _rates([row.after for row in rows])
-        note = "; ".join(part for part in (rows[0].note, beats, guard) if part)
-        lines.append(_line([victim, defense, *rates, seconds, note]))
-    return "\n".join(lines) + "\n"
-
-
-def _metric(cell: Cell) -> str:
-    """Return the metric of a cell's task; of a task that is not known here, the accuracy."""
-    task = str(cell.case.get("task"))
-    known = task in registry.names("tasks")
-    return str(registry.load("tasks", task).metric) if known else "accuracy"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rates(rates: Sequence[Rates]) -> list[str]:
-    return [_mean([getattr(rate, field) for rate in rates]) for field in _COLUMNS]
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return number(None)
-    spread = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{number(fmean(known))}{spread}"
-
-
-def _beats(rows: Sequence[Row], baseline: Sequence[Row] | None) -> str:
-    """Say whether the mean DER is above that of plain fine-tuning with the same budget."""
-    own, other = ([r.after.der for r in part if r.after.der is not None]
-                  for part in (rows, baseline or ()))  # fmt: skip
-    if not own or not other:
-        return ""
-    return "yes" if fmean(own) > fmean(other) else "no"
+        Raises:
+            DivergenceError: If its training has failed, now or earlier.
+        """
+        key = (cell.victim.digest, cell.case.clean)
+        if key != self._key:
+            seed, device = cell.defense.seed, cell.device
+            victim = kept_victim(self.store, cell.case, seed, progress, device)
+            if victim is None:
+                return None
+            self._key, self._last = key, victim
+        victim = self._last
+        assert victim is not None
+        if cell.views == "insertions":
+            return victim
+        return replace(victim, clean=victim.task.for_training(victim.clean))

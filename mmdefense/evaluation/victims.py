@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
@@ -32,8 +32,10 @@ __all__ = [
     "all_cases",
     "baseline_of",
     "compared",
+    "kept_tensors",
     "named_cases",
     "purified_row",
+    "restore_victim",
     "train_victim",
 ]
 
@@ -81,6 +83,7 @@ class Victim:
         attack: The attack to stamp with; none for a clean model.
         clean: What a defense is given.
         test: What a judge measures on; no defense sees it.
+        known: The rates of the victim, where they were measured before.
     """
 
     task: Task
@@ -88,11 +91,12 @@ class Victim:
     attack: Attack[Any] | None
     clean: Samples[Any]
     test: Samples[Any]
+    known: Rates | None = None
 
     @cached_property
     def before(self) -> Rates:
         """Task metric, ASR and RA of the victim."""
-        return _rates(self.task, self.adapter, self.attack, self.test)
+        return self.known or _rates(self.task, self.adapter, self.attack, self.test)
 
     def after(self, adapter: TaskAdapter[Any]) -> Rates:
         """Return task metric, ASR, RA and DER of a purified model."""
@@ -103,22 +107,52 @@ class Victim:
         return replace(rates, der=der)
 
 
-def train_victim(case: Case, run: Run) -> Victim:
-    """Train the victim of a case, or take it from the store of ``run`` where it is kept."""
+def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
+    """Train the victim of a case; a training that was cut off goes on from the store of ``run``."""
+    victim, planted = _untrained(case, run, device)
+    adapter = victim.adapter
+    if victim.attack is None:
+        train(adapter, adapter.samples(planted), case.training, run, stage="victim")
+        return victim
+    return replace(victim, attack=victim.attack.plant(adapter, planted, case.training, run))
+
+
+def kept_tensors(victim: Victim) -> dict[str, Tensor]:
+    """Return what training has made of a victim: its weights, and what its attack has learnt."""
+    state = {f"model.{name}": value for name, value in victim.adapter.model.state_dict().items()}
+    learnt = victim.attack.fitted if victim.attack else {}
+    return state | {f"attack.{name}": value for name, value in learnt.items()}
+
+
+def restore_victim(
+    case: Case, seed: int, tensors: Mapping[str, Tensor], before: Rates, device: str = "cpu"
+) -> Victim:
+    """Return a trained victim from what :func:`kept_tensors` returned, and its rates."""
+    victim, _ = _untrained(case, Run(seed), device)
+    victim.adapter.model.load_state_dict(_within("model.", tensors))
+    victim.adapter.model.eval()
+    attack = victim.attack and replace(victim.attack, fitted=_within("attack.", tensors))
+    return replace(victim, attack=attack, known=before)
+
+
+def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _untrained(case: Case, run: Run, device: str) -> tuple[Victim, Samples[Any]]:
+    """Return the victim of a case before its training, and what it is trained on."""
+    place = torch.device(device)
     task: Task = registry.load("tasks", case.task)()
     train_set, test = (in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
-    model = _fresh_model(case, task.describe(train_set), run)
+    model = _fresh_model(case, task.describe(train_set), run).to(place)
     adapter = registry.adapt(model, **task.adapter_options(train_set))
     rest, clean = split(train_set, case.clean, run.seed)
     planted = task.for_training(train_set if case.seen else rest)
     adapter.samples(planted)
     attack: Attack[Any] | None = None
     if case.attack is not None:
-        kind = registry.load("attacks", case.attack)
-        attack = kind(seed=run.seed, **case.settings).plant(adapter, planted, case.training, run)
-    else:
-        train(adapter, adapter.samples(planted), case.training, run, stage="victim")
-    return Victim(task, adapter, attack, clean, test)
+        attack = registry.load("attacks", case.attack)(seed=run.seed, **case.settings)
+    return Victim(task, adapter, attack, clean.to(place), test.to(place)), planted.to(place)
 
 
 def _fresh_model(case: Case, filled: Mapping[str, Any], run: Run) -> nn.Module:

@@ -17,7 +17,7 @@ from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.memory import Room
 from mmdefense.kernels.parts import Parts
 
-__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state"]
+__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,17 @@ def _silent(event: Event) -> None:
     """Show nothing but what the user must be told."""
     if event.note:
         warnings.warn(event.note, RuntimeWarning, stacklevel=2)
+
+
+def named(name: str, progress: Progress | None, mark: str = ": ") -> Progress:
+    """Return a callback that puts a name and a mark before each stage; silent without ``progress``.
+
+    Notes pass as they are.
+    """
+    if progress is None:
+        return lambda event: None
+    shown: Progress = progress
+    return lambda event: shown(replace(event, stage=f"{name}{mark}{event.stage}"))
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
@@ -134,10 +145,7 @@ class Run:
 
         Seed, deadline and the room in memory are shared; its signs of progress are named.
         """
-
-        def progress(event: Event) -> None:
-            self.progress(replace(event, stage=f"{name}: {event.stage}"))
-
+        progress = named(name, self.progress)
         store = self.store.part(name) if self.store else None
         every = self.checkpoint_every
         part = Run(self.seed, progress, store, checkpoint_every=every, deadline=self.deadline)

@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmdefense.checkpoints.runs import RunStore, write_atomically
 from mmdefense.defenses.base import versions
-from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case, train_victim
-from mmdefense.kernels.run import Event, Progress, Run
+from mmdefense.evaluation.identity import code_version, victim_identity
+from mmdefense.evaluation.kept import kept_victim
+from mmdefense.evaluation.victims import Case, Victim
+from mmdefense.kernels.run import Progress, named
 from mmdefense.report.encoding import build, plain
 from mmdefense.scanning import scan
 from mmdefense.scanning.behaviour import APART, COMMON, SEARCH, TRIGGER
 from mmdefense.scanning.findings import Finding
+from mmdefense.store import Identity, Store
 
 __all__ = ["Scanned", "calibrate", "clean_twin", "markdown"]
 
@@ -41,7 +42,7 @@ class Scanned:
         works: Triggers that work, and do not stand apart.
         others: The ids of all other findings.
         seconds: Of the scan.
-        settings: Of the case and the search, so that a cell of others is measured anew.
+        settings: Of the case and the search.
         versions: Of what computed it.
     """
 
@@ -73,13 +74,12 @@ def calibrate(
 ) -> list[Scanned]:
     """Scan the victim of every case and every clean twin, with every seed.
 
-    A model is kept as ``folder/case/victim-seed/`` and a scan as ``folder/case/scan-seed.json`` as
-    soon as it is done; what is there is not done again.
+    Models and scans are kept in a store; what is there is not done again.
 
     Args:
         cases: The victims; one without an attack is a clean model.
         seeds: One model and one scan each. Take seeds that nothing was chosen on.
-        folder: Made where it is missing.
+        folder: Of the store; made where it is missing.
         progress: Called with each :class:`~mmdefense.kernels.run.Event`.
 
     Raises:
@@ -89,18 +89,25 @@ def calibrate(
     for case in (*cases, *map(clean_twin, cases)):
         if case not in every:
             every.append(case)
-    return [
-        _cell(case, seed, Path(folder) / case.name, progress) for case in every for seed in seeds
-    ]
+    store = Store(folder)
+    return [_cell(case, seed, store, progress) for case in every for seed in seeds]
 
 
-def _cell(case: Case, seed: int, folder: Path, progress: Progress | None) -> Scanned:
-    path = folder / f"scan-{seed}.json"
-    kept = _kept(path, case)
-    if kept is not None:
-        return kept
-    show = _named(f"{case.name}/{seed}", progress)
-    victim = train_victim(case, Run(seed, show, RunStore(folder / f"victim-{seed}")))
+def _cell(case: Case, seed: int, store: Store, progress: Progress | None) -> Scanned:
+    victim = victim_identity(case, seed)
+    parts = {"victim": victim.digest, "clean": case.clean, "search": plain(SEARCH)}
+    identity = Identity("scan", f"{case.name}/{seed}", {**parts, "code": code_version()})
+    entry = store.find(identity)
+    if entry is None or entry.status == "failed":
+        show = named(f"{case.name}/{seed}", progress, ", ")
+        while (model := kept_victim(store, case, seed, show)) is None:
+            time.sleep(1)  # another process trains it
+        entry = store.put(identity, plain(_scanned(case, model, seed, show)))
+    found: Scanned = build(Scanned, store.content(entry), f"scan {entry.name}")
+    return found
+
+
+def _scanned(case: Case, victim: Victim, seed: int, show: Progress) -> Scanned:
     start = time.perf_counter()
     found = scan(
         victim.adapter,
@@ -109,7 +116,7 @@ def _cell(case: Case, seed: int, folder: Path, progress: Progress | None) -> Sca
         progress=show,
         accept_low_utility=True,  # it was trained on data of this very form
     ).findings
-    cell = Scanned(
+    return Scanned(
         case=case.name,
         planted=case.attack is not None,
         seed=seed,
@@ -119,15 +126,9 @@ def _cell(case: Case, seed: int, folder: Path, progress: Progress | None) -> Sca
         works=_of(found, TRIGGER.id, COMMON.id),
         others=tuple(f.id for f in found if f.id not in {APART.id, TRIGGER.id, COMMON.id}),
         seconds=time.perf_counter() - start,
-        settings=_settings(case),
+        settings={"case": plain(case), "search": plain(SEARCH)},
         versions=dict(versions()),
     )
-    write_atomically(path, lambda file: file.write((json.dumps(plain(cell)) + "\n").encode()))
-    return cell
-
-
-def _settings(case: Case) -> dict[str, Any]:
-    return {"case": plain(case), "search": plain(SEARCH)}
 
 
 def _number(value: float | None) -> float:
@@ -136,26 +137,6 @@ def _number(value: float | None) -> float:
 
 def _of(findings: Iterable[Finding], *rules: str) -> tuple[str, ...]:
     return tuple(f"{found.subject}: {found.value}" for found in findings if found.id in rules)
-
-
-def _named(name: str, progress: Progress | None) -> Progress:
-    if progress is None:
-        return lambda event: None
-    shown: Progress = progress
-    return lambda event: shown(
-        Event(f"{name}, {event.stage}", event.step, event.total, event.figures)
-    )
-
-
-def _kept(path: Path, case: Case) -> Scanned | None:
-    """Return the scan in a file, if there is one of this case with this search."""
-    if not path.exists():
-        return None
-    try:
-        cell: Scanned = build(Scanned, json.loads(path.read_text(encoding="utf-8")), "scan")
-    except (ValueError, OSError) as error:
-        raise BadInputError(f"{path} cannot be read; remove it to scan anew") from error
-    return cell if cell.settings == _settings(case) else None
 
 
 def markdown(cells: Sequence[Scanned]) -> str:

@@ -29,3 +29,11 @@ class Quick(FineTuning):
     def _run(self, work):
         super()._run(work)
         work.figures["pruning_curve"] = (torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.1]), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(FineTuning):
+    """Ends in an error."""
+
+    def _run(self, work):
+        raise ValueError("it breaks")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import random
+import subprocess
+import sys
 
+import pandas
 import pytest
+import torch
 from quick import CASE
 
 from mmdefense import registry
@@ -13,11 +19,18 @@ from mmdefense.augment import random_shift
 from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
-from mmdefense.evaluation import victims
-from mmdefense.evaluation.grid import Cell, Grid, markdown
+from mmdefense.evaluation import identity, victims
+from mmdefense.evaluation import kept as kept_module
+from mmdefense.evaluation.export import rows_of
+from mmdefense.evaluation.grid import Cell, Grid, Lineup
+from mmdefense.evaluation.spec import read_spec
+from mmdefense.evaluation.tables import markdown
 from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
+from mmdefense.evaluation.workers import run_workers
 from mmdefense.kernels.run import Run
+from mmdefense.report.leaderboard import leaderboard
 from mmdefense.report.record import Rates, Row
+from mmdefense.store import Store
 
 
 @pytest.fixture
@@ -30,26 +43,41 @@ def grid(plug):
 def measured(monkeypatch):
     """Count the cells that are measured."""
     names = []
-    genuine = grid_module._measure
+    genuine = grid_module.purified_row
 
-    def measure(case, victim, name, *rest):
+    def measure(victim, name, *rest):
         names.append(name)
-        return genuine(case, victim, name, *rest)
+        return genuine(victim, name, *rest)
 
-    monkeypatch.setattr(grid_module, "_measure", measure)
+    monkeypatch.setattr(grid_module, "purified_row", measure)
     return names
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Count the victims that are trained."""
+    cases = []
+    genuine = kept_module.train_victim
+
+    def train(case, *rest):
+        cases.append(case)
+        return genuine(case, *rest)
+
+    monkeypatch.setattr(kept_module, "train_victim", train)
+    return cases
 
 
 def without_time(cells):
     return [dataclasses.replace(c, row=dataclasses.replace(c.row, seconds=0.0)) for c in cells]
 
 
-def test_a_grid_measures_each_cell_once(grid, measured, tmp_path):
+def test_a_grid_measures_each_cell_and_trains_each_victim_once(grid, measured, trained, tmp_path):
     first = grid.run(tmp_path)
     assert [cell.row.defense for cell in first] == ["quick", "fine-tuning like quick"]
     assert measured == ["quick", "fine-tuning like quick"]
+    assert len(trained) == 1
     assert grid.run(tmp_path) == first
-    assert len(measured) == 2
+    assert (len(measured), len(trained)) == (2, 1)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -70,7 +98,7 @@ def test_clean_samples_are_among_those_of_the_attacker_where_a_case_says_so(monk
 
 
 def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own(
-    grid, measured, tmp_path, monkeypatch
+    grid, measured, trained, tmp_path, monkeypatch
 ):
     grid.run(tmp_path)
     given = []
@@ -81,41 +109,151 @@ def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own
         return genuine(adapter, clean, *rest, **more)
 
     monkeypatch.setattr(victims, "purify", purify)
-    standard = dataclasses.replace(grid, views="standard").run(tmp_path)
+    standard = dataclasses.replace(grid, views=["standard"]).run(tmp_path)
     assert given == [random_shift, random_shift]
     assert [cell.views for cell in standard] == ["standard", "standard"]
-    assert [cell.views for cell in grid.run(tmp_path)] == ["insertions", "insertions"]
-    assert len(measured) == 4
+    both = dataclasses.replace(grid, views=["insertions", "standard"]).run(tmp_path)
+    assert [cell.views for cell in both] == ["insertions"] * 2 + ["standard"] * 2
+    assert (len(measured), len(trained)) == (4, 1)
 
 
-def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, tmp_path):
+def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, trained, tmp_path):
     first = grid.run(tmp_path)
-    (tmp_path / "quick" / "quick-0.json").unlink()
+    store = Store(tmp_path)
+    store.forget(store.entries("cell")[0])
     assert without_time(grid.run(tmp_path)) == without_time(first)
     assert measured == ["quick", "fine-tuning like quick", "quick"]
+    assert len(trained) == 1
 
 
-def test_a_cell_of_another_case_is_measured_again(grid, measured, tmp_path):
-    grid.run(tmp_path)
-    other = dataclasses.replace(CASE, clean=0.1)
-    dataclasses.replace(grid, cases=[other], baselines=False).run(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "victims_trained"),
+    [
+        ({"training": dataclasses.replace(CASE.training, lr=0.05)}, 2),
+        ({"training": dataclasses.replace(CASE.training, steps=41)}, 2),
+        ({"settings": {"ratio": 0.2}}, 2),
+        ({"attack": "blended"}, 2),
+        ({"model": "commands:Net(classes={classes}) "}, 2),
+        ({"clean": 0.1}, 1),  # the victim is trained on all samples
+        ({"clean": 0.1, "seen": False}, 2),
+    ],
+    ids=str,
+)
+def test_a_changed_case_of_the_same_name_has_a_victim_of_its_own(
+    grid, measured, trained, tmp_path, change, victims_trained
+):
+    alone = dataclasses.replace(grid, baselines=False)
+    alone.run(tmp_path)
+    other = dataclasses.replace(CASE, **change)
+    dataclasses.replace(alone, cases=[other]).run(tmp_path)
+    assert measured == ["quick", "quick"]
+    assert len(trained) == victims_trained
+
+
+def test_cells_of_other_code_or_another_setting_are_measured_again(
+    grid, measured, tmp_path, monkeypatch
+):
+    alone = dataclasses.replace(grid, baselines=False)
+    alone.run(tmp_path)
+    other = Lineup(defense="quick", settings={"lr": 0.01})
+    dataclasses.replace(alone, defenses=[other]).run(tmp_path)
+    assert measured == ["quick", "quick (lr=0.01)"]
+    monkeypatch.setattr(identity, "code_version", lambda *_: "of tomorrow")
+    alone.run(tmp_path)
     assert measured[2:] == ["quick"]
 
 
+def test_a_victim_from_the_store_is_the_one_that_was_trained(tmp_path):
+    fresh = train_victim(CASE, Run(0))
+    for _ in range(2):
+        kept = kept_module.kept_victim(Store(tmp_path), CASE, 0, lambda event: None)
+        assert hash_weights(kept.adapter.model) == hash_weights(fresh.adapter.model)
+        assert kept.before == fresh.before
+        assert kept.attack == fresh.attack
+        assert kept.clean.fingerprint() == fresh.clean.fingerprint()
+
+
+def test_what_an_attack_has_learnt_is_in_the_store(tmp_path):
+    case = dataclasses.replace(CASE, attack="trojannn", settings={})
+    before = [
+        kept_module.kept_victim(Store(tmp_path), case, 0, lambda event: None).attack.fitted
+        for _ in range(2)
+    ]
+    assert before[0].keys() == before[1].keys() != set()
+    assert all(torch.equal(before[0][name], before[1][name]) for name in before[0])
+
+
+def test_a_cell_that_fails_is_a_row_and_the_others_are_measured(plug, tmp_path, monkeypatch):
+    plug("defenses", quick="quick:Quick", broken="quick:Broken")
+    grid = Grid(cases=[CASE], defenses=["broken", "quick"], seeds=(0,), baselines=False)
+    assert [cell.row.defense for cell in grid.run(tmp_path)] == ["quick"]
+    store = Store(tmp_path)
+    failed = next(entry for entry in store.entries() if entry.status == "failed")
+    assert failed.error == "it breaks"
+    assert "in _run" in failed.trace
+    monkeypatch.setattr("quick.Broken._run", lambda self, work: None)
+    assert len(grid.run(tmp_path)) == 1
+    assert len(grid.run(tmp_path, retry_failed=True)) == 2
+
+
+def test_a_victim_that_cannot_be_trained_fails_its_cells_alone(grid, tmp_path):
+    wild = dataclasses.replace(CASE, name="wild", settings={"ratio": 5})
+    both = dataclasses.replace(grid, cases=[wild, CASE], baselines=False)
+    assert [cell.row.victim for cell in both.run(tmp_path)] == ["quick"]
+    errors = [entry.error for entry in Store(tmp_path).entries() if entry.error]
+    assert len(errors) == 2
+    assert errors[1].startswith("the victim could not be trained")
+
+
 def test_a_damaged_cell_is_named(grid, tmp_path):
-    path = tmp_path / "quick" / "quick-0.json"
-    path.parent.mkdir()
+    grid.run(tmp_path)
+    store = Store(tmp_path)
+    path = tmp_path / store.content_path(store.entries("cell")[0])
     path.write_text("{}")
-    with pytest.raises(BadInputError, match=r"quick-0\.json cannot be read"):
+    with pytest.raises(BadInputError, match="is damaged; `mmdefense store rm"):
         grid.run(tmp_path)
 
 
 def test_a_cell_names_what_it_was_measured_with(grid, tmp_path):
     cell = grid.run(tmp_path)[0]
-    held = json.loads((tmp_path / "quick" / "quick-0.json").read_text("utf-8"))
-    assert held["case"]["training"]["steps"] == 40
-    assert held["row"]["settings"]["steps"] == 3
+    assert cell.case["training"]["steps"] == 40
+    assert cell.row.settings["steps"] == 3
     assert cell.versions.keys() >= {"torch", "mmdefense"}
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_cells_of_one(tmp_path):
+    grid = Grid(cases=named_cases(["digits-badnets"]), defenses=["fine-tuning"], seeds=(0, 1))
+    run_workers(grid, tmp_path / "two", 2)
+    torch.set_num_threads(1)
+    alone = grid.run(tmp_path / "one")
+    assert without_time(grid.measured(Store(tmp_path / "two"))) == without_time(alone)
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_nothing_and_do_nothing_twice(tmp_path):
+    command = [sys.executable, "-m", "mmdefense.cli", "grid", "run", "-o", str(tmp_path / "s")]
+    command += ["--case", "digits-badnets", "--defense", "fine-tuning", "--defense", "tsbd"]
+    command += ["--seeds", "1", "--no-baselines"]
+    draw = random.Random(0)
+    kept = set()
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(draw.uniform(5, 25))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if (tmp_path / "s" / "index.sqlite").exists():
+            store = Store(tmp_path / "s")
+            now = {(entry.digest, entry.created) for entry in store.entries()}
+            assert kept <= now
+            assert store.verify() == []
+            kept = now
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    entries = Store(tmp_path / "s").entries()
+    assert [entry.kind for entry in entries] == ["victim", "cell", "cell"]
+    assert kept <= {(entry.digest, entry.created) for entry in entries}
 
 
 def test_the_clean_control_has_an_accuracy_and_no_asr():
@@ -176,11 +314,95 @@ def test_the_standing_cases_have_names_of_their_own():
 
 def test_the_command_prints_markdown(grid, tmp_path, mmdefense, monkeypatch):
     monkeypatch.setattr("mmdefense.evaluation.victims.all_cases", lambda: {CASE.name: CASE})
-    outcome = mmdefense("grid", "-o", tmp_path, "--defense", "quick", "--seeds", "1")
+    outcome = mmdefense("grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1")
     assert outcome.code == 0
     assert outcome.out.startswith("| victim | defense | ACC |")
     assert "fine-tuning like quick" in outcome.out
     alone = mmdefense(
-        "grid", "-o", tmp_path, "--defense", "quick", "--seeds", "1", "--no-baselines"
+        "grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1", "--no-baselines"
     )
     assert "fine-tuning like quick" not in alone.out
+
+
+def test_the_commands_show_export_check_and_clean_a_store(grid, tmp_path, mmdefense, monkeypatch):
+    monkeypatch.setattr("mmdefense.evaluation.victims.all_cases", lambda: {CASE.name: CASE})
+    assert mmdefense("grid", "status", "-o", tmp_path / "none").code == 2
+    run = ["grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1"]
+    assert mmdefense(*run).code == 0
+    assert mmdefense("grid", "status", "-o", tmp_path).out.startswith("2 done, 0 failed")
+    rows = list(csv.DictReader(mmdefense("grid", "export", "-o", tmp_path).out.splitlines()))
+    assert [row["defense"] for row in rows] == ["quick", "fine-tuning like quick"]
+    assert (tmp_path / rows[0]["record"]).is_file()
+    held = json.loads(mmdefense("grid", "export", "-o", tmp_path, "--format", "json").out)
+    assert held[0]["asr_before"] == float(rows[0]["asr_before"])
+    latex = mmdefense("grid", "export", "-o", tmp_path, "--format", "latex").out
+    assert latex.startswith(r"\begin{tabular}")
+    table = tmp_path / "cells.parquet"
+    mmdefense("grid", "export", "-o", tmp_path, "--format", "parquet", "--to", table)
+    assert len(pandas.read_parquet(table)) == 2
+    digest = rows[0]["digest"]
+    assert digest[:12] in mmdefense("store", "ls", tmp_path).out
+    shown = json.loads(mmdefense("store", "show", tmp_path, digest[:12]).out)
+    assert shown["content"]["row"]["defense"] == "quick"
+    assert mmdefense("store", "verify", tmp_path).code == 0
+    (tmp_path / rows[0]["record"]).write_text("{}")
+    broken = mmdefense("store", "verify", tmp_path)
+    assert broken.code == 1
+    assert "is damaged" in broken.out
+    assert mmdefense("store", "rm", tmp_path, digest).code == 0
+    assert mmdefense("store", "verify", tmp_path).code == 0
+    assert mmdefense("store", "gc", tmp_path).out.startswith("removed 0 files")  # it is young
+    assert mmdefense(*run).code == 0
+    assert mmdefense("store", "verify", tmp_path).code == 0
+
+
+def test_the_leaderboard_holds_every_cell_and_no_foreign_markup(grid, tmp_path):
+    grid.run(tmp_path)
+    rows = [{**row, "case": "</script><b>"} for row in rows_of(Store(tmp_path))]
+    html = leaderboard(rows)
+    assert "</script><b>" not in html
+    data = html.partition('id="data">')[2].partition("</script>")[0]
+    groups = json.loads(data)
+    assert {group["defense"] for group in groups} == {"quick", "fine-tuning like quick"}
+    assert groups[0]["records"] == [["0", rows[0]["record"]]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cases = [", "cannot be read as TOML"),
+        ("defence = []", "has no key 'defence'; known are"),
+        ("cases = ['quick']", "must list its defenses"),
+        ("defenses = ['fip']\nviews = ['crop']", "views of .* must be of"),
+        ("defenses = ['fip']\nclean = [2]", "shares between 0 and 1"),
+        ("defenses = ['fip']\nseeds = 'two'", "seeds of .* must be a list of int"),
+        ("defenses = [{ settings = {} }]", "must be a name or a table"),
+        ("defenses = [{ name = 'fip', lr = 1 }]", "has no key 'lr'"),
+        ("defenses = ['fip']\ncases = ['none']", "unknown case 'none'"),
+    ],
+)
+def test_a_bad_spec_is_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(BadInputError, match=words):
+        read_spec(path)
+
+
+def test_a_spec_says_what_is_measured(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "cases = ['digits-clean']\nseeds = 2\nviews = ['standard']\nclean = [0.05, 0.1]\n"
+        "baselines = false\n"
+        "defenses = ['tsbd', { name = 'fip', label = 'strong', settings = { strength = 0.5 } }]\n"
+    )
+    cells = read_spec(path).planned()
+    assert len(cells) == 8
+    assert {(cell.label, cell.case.clean, cell.defense.seed) for cell in cells} == {
+        (label, share, seed)
+        for label in ("tsbd", "strong")
+        for share in (0.05, 0.1)
+        for seed in (0, 1)
+    }
+    assert next(cell for cell in cells if cell.label == "strong").defense.strength == 0.5
+    assert len({cell.identity.digest for cell in cells}) == 8
+    assert len({cell.victim.digest for cell in cells}) == 2

@@ -10,7 +10,8 @@ from everyday.rows import Refused, Row
 from language_models import build, texts, tokenizer
 
 import mmdefense as mmd
-from mmdefense.evaluation.grid import Cell, markdown
+from mmdefense.evaluation.grid import Cell
+from mmdefense.evaluation.tables import markdown
 from mmdefense.metrics.definitions import DEFINITIONS
 from mmdefense.report.page import page
 from mmdefense.report.record import Rates

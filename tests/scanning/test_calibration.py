@@ -15,6 +15,7 @@ from mmdefense.scanning import calibration
 from mmdefense.scanning.behaviour import APART, SMOOTHNESS, TRIGGER
 from mmdefense.scanning.calibration import calibrate, clean_twin, markdown
 from mmdefense.scanning.findings import ScanRecord
+from mmdefense.store import Store
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "scan_calibration.py"
 
@@ -48,8 +49,9 @@ def test_a_scan_is_kept_and_not_done_again(scans, tmp_path):
     again = calibrate(cases("digits-badnets"), [7], tmp_path)
     assert len(scans) == 2
     assert [replace(cell, asr=0.0) for cell in again] == [replace(cell, asr=0.0) for cell in first]
-    (tmp_path / "digits-badnets" / "scan-7.json").write_text("{")
-    with pytest.raises(BadInputError, match="remove it to scan anew"):
+    store = Store(tmp_path)
+    (tmp_path / store.content_path(store.entries("scan")[0])).write_text("{")
+    with pytest.raises(BadInputError, match="is damaged; `mmdefense store rm"):
         calibrate(cases("digits-badnets"), [7], tmp_path)
 
 

@@ -1,0 +1,269 @@
+"""`mmdefense grid` and `mmdefense store`: measure victims x defenses, and look at what was kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmdefense.arguments import aligned
+from mmdefense.errors import BadInputError
+
+if TYPE_CHECKING:
+    from mmdefense.evaluation.grid import Grid
+    from mmdefense.store import Store
+
+__all__ = ["grid_app", "store_app"]
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+grid_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=_HELP,
+    help="Measure victims x defenses x seeds beside plain fine-tuning.",
+)
+store_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=_HELP,
+    help="Look at the store of a grid: list, show, check and clean it.",
+)
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")]
+Spec = Annotated[Path | None, typer.Argument(metavar="SPEC.toml", help="The axes, as a file.")]
+Cases = Annotated[
+    list[str] | None, typer.Option("--case", help="A victim; by default all of them.")
+]
+Defenses = Annotated[
+    list[str] | None, typer.Option("--defense", help="By default the five of the demo.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]
+Baselines = Annotated[
+    bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
+]
+Views = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--views",
+        help="How clean samples are augmented: standard, as the field does, or insertions (the "
+        "default), which imitate triggers. May be given twice.",
+    ),
+]
+
+
+def _grid(
+    spec: Path | None,
+    cases: list[str] | None,
+    defenses: list[str] | None,
+    seeds: int,
+    baselines: bool,
+    views: list[str] | None,
+) -> Grid:
+    """Return the grid of a file, or of the options."""
+    from mmdefense.evaluation.demo import DEFENSES
+    from mmdefense.evaluation.grid import VIEWS, Grid
+    from mmdefense.evaluation.spec import read_spec
+    from mmdefense.evaluation.victims import named_cases
+
+    if spec is not None:
+        if cases or defenses or views:
+            raise BadInputError(
+                f"{spec} says what is measured; leave --case, --defense, --views out"
+            )
+        return read_spec(spec)
+    chosen = [known for known in VIEWS if known in (views or VIEWS[:1])]
+    if unknown := [name for name in views or () if name not in VIEWS]:
+        raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {unknown[0]!r}")
+    return Grid(
+        cases=named_cases(cases),
+        defenses=defenses or list(DEFENSES),
+        seeds=range(seeds),
+        baselines=baselines,
+        views=chosen,
+    )
+
+
+@grid_app.command("run")
+def run(
+    out: Out,
+    spec: Spec = None,
+    cases: Cases = None,
+    defenses: Defenses = None,
+    seeds: Seeds = 3,
+    baselines: Baselines = True,
+    views: Views = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each process; results depend on it in their last bits.")
+    ] = 1,
+    device: Annotated[
+        str, typer.Option(help="Such as cpu, or cuda:0,cuda:1: dealt out to the workers in turn.")
+    ] = "cpu",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what ended in an error.")
+    ] = False,
+) -> None:
+    """Measure what the store lacks, and print a Markdown table.
+
+    Run it again after a cut: what is done is kept.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from mmdefense.evaluation.grid import forget_failures, work
+    from mmdefense.evaluation.tables import markdown
+    from mmdefense.evaluation.workers import run_workers
+    from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.store import Store
+
+    devices = device.split(",")
+    grid = replace(_grid(spec, cases, defenses, seeds, baselines, views), device=devices[0])
+    store, cells = Store(out), grid.planned()
+    if retry_failed:
+        forget_failures(store, cells)
+    (out / "grid.json").write_text(
+        json.dumps([[cell.identity.digest, cell.identity.name] for cell in cells]), "utf-8"
+    )
+    with ProgressDisplay() as progress:
+        if workers > 1:
+            run_workers(grid, out, workers, devices=devices, threads=threads, progress=progress)
+        else:
+            torch.set_num_threads(threads)
+            work(store, cells, progress)
+    typer.echo(markdown(grid.measured(store)))
+    failed = [entry for cell in cells if (entry := store.find(cell.identity)) and entry.error]
+    for entry in failed:
+        typer.echo(f"failed: {entry.name}: {entry.error}", err=True)
+    if failed:
+        typer.echo(
+            f"{len(failed)} cells failed; `mmdefense store show {out} DIGEST` shows the traceback, "
+            "--retry-failed tries them again",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+@grid_app.command("status")
+def status(out: Out) -> None:
+    """Say how many cells of the last run are done, failed and running."""
+    store = _opened(out)
+    try:
+        planned = json.loads((out / "grid.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            f"{out} holds no plan of a grid; `mmdefense grid run` makes one"
+        ) from error
+    entries = {entry.digest: entry for entry in store.entries("cell")}
+    claimed = store.claimed()
+    states = {
+        digest: entries[digest].status
+        if digest in entries
+        else ("running" if digest in claimed else "to do")
+        for digest, _ in planned
+    }
+    reached = list(states.values())
+    shown = [f"{reached.count(state)} {state}" for state in ("done", "failed", "running", "to do")]
+    typer.echo(", ".join(shown))
+    rows = [
+        (states[digest], name, entries[digest].error if digest in entries else "")
+        for digest, name in planned
+        if states[digest] in {"running", "failed"}
+    ]
+    if rows:
+        typer.echo(aligned(rows))
+
+
+@grid_app.command("export")
+def export(
+    out: Out,
+    form: Annotated[str, typer.Option("--format", help="csv, json, latex or parquet.")] = "csv",
+    target: Annotated[
+        Path | None, typer.Option("--to", help="The file; by default standard output.")
+    ] = None,
+) -> None:
+    """Write every measured cell, a row each, with its rates, settings and digest."""
+    from mmdefense.evaluation.export import FORMATS, exported
+
+    if form not in FORMATS:
+        raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if form == "parquet" and target is None:
+        raise BadInputError("parquet is no text; name a file: --to FILE.parquet")
+    data = exported(_opened(out), form)
+    if target is None:
+        typer.echo(data.decode(), nl=False)
+    else:
+        target.write_bytes(data)
+
+
+@grid_app.command("report")
+def report(out: Out) -> None:
+    """Write OUT/leaderboard.html: a page to sort and filter, which needs no network."""
+    from mmdefense.evaluation.export import rows_of
+    from mmdefense.report.leaderboard import write_leaderboard
+
+    page = write_leaderboard(rows_of(_opened(out)), out / "leaderboard.html")
+    typer.echo(f"wrote {page}")
+
+
+Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="The beginning of a digest.")]
+
+
+@store_app.command("ls")
+def list_entries(folder: Folder) -> None:
+    """List the entries: digest, kind, state, time and name."""
+    rows = [
+        (entry.digest[:12], entry.kind, entry.status, entry.created[:19], entry.name)
+        for entry in _opened(folder).entries()
+    ]
+    if rows:
+        typer.echo(aligned(rows))
+
+
+@store_app.command("show")
+def show(folder: Folder, digest: Digest) -> None:
+    """Print an entry as JSON: what it depends on, its content, or its error and traceback."""
+    from dataclasses import asdict
+
+    store = _opened(folder)
+    entry = store.named(digest)
+    content = store.content(entry) if entry.content else None
+    typer.echo(json.dumps({**asdict(entry), "content": content}, indent=2))
+
+
+@store_app.command("verify")
+def verify(folder: Folder) -> None:
+    """Check the files of every entry against their SHA-256; exit code 1 where one differs."""
+    store = _opened(folder)
+    faults = store.verify()
+    for fault in faults:
+        typer.echo(fault)
+    typer.echo(f"{len(store.entries())} entries, {len(faults)} faults")
+    if faults:
+        raise typer.Exit(1)
+
+
+@store_app.command("rm")
+def remove(folder: Folder, digest: Digest) -> None:
+    """Remove an entry, so that it is computed again."""
+    store = _opened(folder)
+    entry = store.named(digest)
+    store.forget(entry)
+    typer.echo(f"removed {entry.kind} {entry.name}")
+
+
+@store_app.command("gc")
+def clean_up(folder: Folder) -> None:
+    """Remove files that no entry needs."""
+    freed = _opened(folder).gc()
+    typer.echo(f"removed {freed.files} files, {freed.size / 1e6:.1f} MB")
+
+
+def _opened(folder: Path) -> Store:
+    from mmdefense.store import Store
+
+    return Store(folder, create=False)

@@ -1,0 +1,104 @@
+"""The cells of a store as rows of plain values: CSV, JSON, LaTeX, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mmdefense.evaluation.grid import cell_of
+from mmdefense.libraries import needed
+from mmdefense.store import Store
+
+__all__ = ["FORMATS", "exported", "rows_of"]
+
+
+def rows_of(store: Store) -> list[dict[str, Any]]:
+    """Return a row for each cell that is done; rates are fractions, none where not measured.
+
+    ``record`` is the JSON file with all that was measured, within the store.
+    """
+    rows = []
+    for entry in store.entries("cell"):
+        if entry.status != "done":
+            continue
+        cell = cell_of(store, entry)
+        row, case = cell.row, cell.case
+        rates = {
+            f"{name}_{when}": getattr(part, name)
+            for when, part in (("before", row.before), ("after", row.after))
+            for name in ("acc", "asr", "ra")
+        }
+        rows.append(
+            {
+                "task": case.get("task"),
+                "case": row.victim,
+                "data": case.get("data"),
+                "net": case.get("model"),
+                "attack": case.get("attack") or "none",
+                "defense": row.defense,
+                "views": cell.views,
+                "clean": case.get("clean"),
+                "seed": cell.seed,
+                **rates,
+                "der": row.after.der,
+                "seconds": row.seconds,
+                "guard_violated": row.violated,
+                "note": row.note,
+                "settings": json.dumps(row.settings, sort_keys=True),
+                "device": cell.versions.get("device"),
+                "digest": entry.digest,
+                "record": store.content_path(entry),
+            }
+        )
+    return rows
+
+
+def exported(store: Store, form: str) -> bytes:
+    """Return the cells of a store in one of :data:`FORMATS`.
+
+    Raises:
+        UnsupportedError: If a library that the format takes is not installed.
+    """
+    return FORMATS[form](rows_of(store))
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _json(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return (json.dumps(rows, indent=1) + "\n").encode()
+
+
+def _latex(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    with needed("LaTeX tables"):
+        import pandas as pd
+    shown = ["case", "defense", "views", "seed", "acc_after", "asr_after", "ra_after", "der"]
+    frame = pd.DataFrame(rows, columns=shown)
+    text: str = frame.to_latex(index=False, escape=True, float_format="%.3f")
+    return text.encode()
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    with needed("Parquet files"):
+        import pandas as pd
+        import pyarrow  # noqa: F401
+    data: bytes = pd.DataFrame(rows).to_parquet(index=False)
+    return data
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], bytes]] = {
+    "csv": _csv,
+    "json": _json,
+    "latex": _latex,
+    "parquet": _parquet,
+}
+"""Each format and what writes it."""

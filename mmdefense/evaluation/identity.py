@@ -1,0 +1,138 @@
+"""What a measured figure depends on: data, settings, seed, device and code, as one identity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any, get_args
+
+from mmdefense import registry
+from mmdefense.batches import in_memory
+from mmdefense.defenses.base import Defense
+from mmdefense.evaluation.victims import Case
+from mmdefense.report.encoding import plain
+from mmdefense.store import Identity
+
+__all__ = ["cell_identity", "code_version", "data_fingerprint", "victim_identity"]
+
+_TALKING = {
+    *("arguments", "catalogue", "cli", "cli_grid", "doctor", "evaluating", "jobs", "libraries"),
+    *("notes", "planning", "report", "scanning", "shown", "store"),
+}
+"""Rooms of mmdefense that change no figure of a grid."""
+
+_DEFENDING = {"defenses", "purification"}
+"""Rooms that no victim depends on."""
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")
+
+
+def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
+    """Return what the trained victim of a case depends on.
+
+    Its name is no part of that; nor is the share of clean samples where the victim is trained on
+    these as well, so that cells of several shares have one victim.
+    """
+    described = plain(case)
+    for name in ("name", "demo", *(["clean"] if case.seen else [])):
+        del described[name]
+    return Identity(
+        "victim",
+        f"{case.name}/{seed}",
+        {
+            "case": described,
+            "seed": seed,
+            "data": data_fingerprint(case.task, case.data),
+            "device": device.partition(":")[0],
+            "code": code_version(*_TALKING, *_DEFENDING),
+            "libraries": _versions(),
+        },
+    )
+
+
+def cell_identity(
+    case: Case, label: str, defense: Defense, views: str, device: str = "cpu"
+) -> Identity:
+    """Return what the measurement of a defense on a victim depends on.
+
+    Args:
+        case: The victim.
+        label: What tables call the defense.
+        defense: With its settings and the seed, which is the victim's as well.
+        views: How the clean samples are augmented.
+        device: What computes.
+    """
+    victim = victim_identity(case, defense.seed, device)
+    return Identity(
+        "cell",
+        f"{case.name}/{defense.seed}: {label}, {views} views",
+        {
+            "victim": victim.digest,
+            "defense": f"{type(defense).__module__}:{type(defense).__qualname__}",
+            "settings": plain(asdict(defense)),
+            "views": views,
+            "clean": case.clean,
+            "code": code_version(*_TALKING),
+        },
+    )
+
+
+@cache
+def data_fingerprint(task: str, data: str) -> tuple[str, ...]:
+    """Return a hash of the train and of the test part of a data set."""
+    known = registry.load("tasks", task)()
+    parts = (known.load(data, split=split) for split in ("train", "test"))
+    return tuple(in_memory(part).fingerprint() for part in parts)
+
+
+@cache
+def code_version(*without: str) -> str:
+    """Return a hash over the sources of mmdefense and of every registered plug-in.
+
+    Args:
+        without: Rooms of mmdefense that are left out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_sources(set(without))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(without: set[str]) -> Iterator[Path]:
+    for package in sorted({"mmdefense", *_registered()}):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            continue
+        if not spec.submodule_search_locations:  # a plug-in of one file
+            yield Path(str(spec.origin))
+        for folder in map(Path, spec.submodule_search_locations or ()):
+            for path in folder.rglob("*.py"):
+                room = path.relative_to(folder).parts[0].removesuffix(".py")
+                if package != "mmdefense" or room not in without:
+                    yield path
+
+
+def _registered() -> Iterable[str]:
+    """Return the packages that hold what is registered."""
+    kinds: Iterable[Any] = get_args(registry.Kind)
+    return {
+        point.value.partition(":")[0].partition(".")[0]
+        for kind in kinds
+        for point in entry_points(group=f"mmdefense.{kind}")
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,95 @@
+"""A grid as a file: TOML with the axes as lists."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.grid import VIEWS, Grid, Lineup
+from mmdefense.evaluation.victims import named_cases
+
+__all__ = ["read_spec"]
+
+_KEYS = {"cases", "seeds", "baselines", "views", "clean", "device", "defenses"}
+_OF_DEFENSE = {"name", "label", "settings"}
+
+
+def read_spec(path: Path) -> Grid:
+    """Return the grid that a file describes.
+
+    Args:
+        path: TOML such as::
+
+            cases = ["digits-badnets", "digits-blended"]
+            seeds = 3                     # a number, or a list of seeds
+            views = ["standard"]
+            clean = [0.05, 0.1]
+            defenses = ["tsbd", { name = "fip", settings = { strength = 0.5 } }]
+
+    Raises:
+        BadInputError: If it cannot be read, or a key, name or value is unknown.
+    """
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"grid {path} cannot be read as TOML: {error}") from error
+    _known(held, _KEYS, path)
+    if "defenses" not in held or not isinstance(held["defenses"], list):
+        raise BadInputError(f"grid {path} must list its defenses, such as defenses = ['fip']")
+    seeds = held.get("seeds", 3)
+    if isinstance(seeds, int):
+        seeds = list(range(seeds))
+    views = _listed(held, "views", str, path) or [VIEWS[0]]
+    for name in views:
+        if name not in VIEWS:
+            raise BadInputError(f"views of {path} must be of {', '.join(VIEWS)}, got {name!r}")
+    clean = _listed(held, "clean", float, path)
+    if not all(0 < share < 1 for share in clean):
+        raise BadInputError(f"clean of {path} must hold shares between 0 and 1, got {clean}")
+    return Grid(
+        cases=named_cases(_listed(held, "cases", str, path) or None),
+        defenses=[_lineup(entry, path) for entry in held["defenses"]],
+        seeds=_listed({"seeds": seeds}, "seeds", int, path),
+        baselines=bool(held.get("baselines", True)),
+        views=views,
+        clean=clean,
+        device=str(held.get("device", "cpu")),
+    )
+
+
+def _known(held: Mapping[str, Any], keys: set[str], path: Path) -> None:
+    for key in held:
+        if key not in keys:
+            raise BadInputError(
+                f"grid {path} has no key {key!r}; known are {', '.join(sorted(keys))}"
+            )
+
+
+def _listed(held: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
+    values = held.get(key, [])
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(values, list) or not all(
+        isinstance(value, kinds) and not isinstance(value, bool) for value in values
+    ):
+        raise BadInputError(
+            f"{key} of {path} must be a list of {kind.__name__} values, got {values!r}"
+        )
+    return values
+
+
+def _lineup(entry: Any, path: Path) -> Lineup:
+    if isinstance(entry, str):
+        return Lineup(defense=entry)
+    if not isinstance(entry, Mapping) or "name" not in entry:
+        raise BadInputError(
+            f"a defense of {path} must be a name or a table with one, got {entry!r}"
+        )
+    _known(entry, _OF_DEFENSE, path)
+    return Lineup(
+        defense=str(entry["name"]),
+        settings=dict(entry.get("settings", {})),
+        label=str(entry.get("label", "")),
+    )

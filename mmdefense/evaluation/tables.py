@@ -1,0 +1,88 @@
+"""The cells of a grid as a table: mean and spread over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
+
+from mmdefense import registry
+from mmdefense.evaluation.grid import Cell
+from mmdefense.metrics.definitions import heading
+from mmdefense.report.formats import number
+from mmdefense.report.record import Rates, Row
+
+__all__ = ["markdown"]
+
+_COLUMNS = ("acc", "asr", "ra", "der")
+
+
+def markdown(cells: Iterable[Cell]) -> str:
+    """Return the table of a grid as Markdown: rates in percent, mean and standard deviation.
+
+    Where the victims are of tasks with other metrics than accuracy, these stand by the victim.
+
+    Args:
+        cells: In the order of the table; those of one case and defense are averaged.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    metrics: dict[str, str] = {}
+    for cell in cells:
+        groups.setdefault((cell.row.victim, cell.row.defense), []).append(cell.row)
+        metrics[cell.row.victim] = _metric(cell)
+    mixed = len(set(metrics.values())) > 1
+    metric = "task metric" if mixed else heading(next(iter(metrics.values()), "accuracy"))
+    head = ["victim", "defense", metric, "ASR", "RA", "DER", "seconds", "beats its baseline"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 5 + "---|"]
+    shown = ""
+    for (victim, defense), rows in groups.items():
+        if victim != shown:
+            shown = victim
+            before = f"*before*, {metrics[victim]}" if mixed else "*before*"
+            lines.append(_line([victim, before, *_rates([r.before for r in rows]), "", ""]))
+        beats = _beats(rows, groups.get((victim, rows[0].baseline)))
+        guard = "; ".join(
+            f"{what} in {count} of {len(rows)}"
+            for what, count in (
+                ("guard violated", sum(row.violated for row in rows)),
+                ("guard not decidable", sum(bool(row.undecided) for row in rows)),
+                ("another state than the final one", sum(bool(row.instead) for row in rows)),
+            )
+            if count
+        )
+        seconds = f"{fmean(row.seconds for row in rows):.1f}"
+        rates = _rates([row.after for row in rows])
+        note = "; ".join(part for part in (rows[0].note, beats, guard) if part)
+        lines.append(_line([victim, defense, *rates, seconds, note]))
+    return "\n".join(lines) + "\n"
+
+
+def _metric(cell: Cell) -> str:
+    """Return the metric of a cell's task; of a task that is not known here, the accuracy."""
+    task = str(cell.case.get("task"))
+    known = task in registry.names("tasks")
+    return str(registry.load("tasks", task).metric) if known else "accuracy"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rates(rates: Sequence[Rates]) -> list[str]:
+    return [_mean([getattr(rate, field) for rate in rates]) for field in _COLUMNS]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return number(None)
+    spread = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{number(fmean(known))}{spread}"
+
+
+def _beats(rows: Sequence[Row], baseline: Sequence[Row] | None) -> str:
+    """Say whether the mean DER is above that of plain fine-tuning with the same budget."""
+    own, other = ([r.after.der for r in part if r.after.der is not None]
+                  for part in (rows, baseline or ()))  # fmt: skip
+    if not own or not other:
+        return ""
+    return "yes" if fmean(own) > fmean(other) else "no"

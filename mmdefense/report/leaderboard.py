@@ -1,0 +1,71 @@
+"""A grid as one page to sort and filter: it opens from disk and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from markupsafe import Markup
+
+from mmdefense.checkpoints.runs import write_atomically
+from mmdefense.report.page import template
+
+__all__ = ["leaderboard", "write_leaderboard"]
+
+_AXES = ("task", "case", "net", "attack", "defense", "views", "clean")
+_RATES = ("acc_after", "asr_after", "ra_after", "der", "acc_before", "asr_before", "seconds")
+
+
+def write_leaderboard(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write the page of a grid, atomically, and return its path; see :func:`leaderboard`."""
+    text = leaderboard(rows)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def leaderboard(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the page of measured cells as HTML.
+
+    Args:
+        rows: A row for each cell, rates as fractions; ``record`` is a link to its record.
+    """
+    script = files("mmdefense.report").joinpath("templates/leaderboard.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    groups = list(_groups(rows))
+    # '<' would end the element that holds the data
+    data = json.dumps(groups).replace("<", "\\u003c")
+    return template("leaderboard.html.j2").render(
+        groups=groups,
+        filters=[axis for axis in ("task", "attack", "net", "defense", "views") if groups],
+        data=Markup(data),
+        script=Markup(script),
+        digest=digest,
+    )
+
+
+def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield one row for the seeds of a cell: means and standard deviations."""
+    cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row.get(axis) for axis in _AXES), []).append(row)
+    for key, seeds in cells.items():
+        seeds = sorted(seeds, key=lambda row: int(row["seed"]))
+        yield {
+            **dict(zip(_AXES, key, strict=True)),
+            **{name: _mean(seeds, name) for name in _RATES},
+            "records": [[str(row["seed"]), row["record"]] for row in seeds],
+        }
+
+
+def _mean(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, float] | None:
+    known = [float(row[name]) for row in rows if row[name] is not None]
+    if not known:
+        return None
+    spread = {"sd": stdev(known)} if len(known) > 1 else {}
+    return {"mean": fmean(known), **spread}
