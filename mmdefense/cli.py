@@ -343,6 +343,7 @@ def scan(
 
     No code that comes with the model is run.
     """
+    from mmdefense import sandbox
     from mmdefense.report.terminal import ProgressDisplay
     from mmdefense.scanning import scan as look_into
     from mmdefense.scanning.findings import FAILING, reaches
@@ -353,6 +354,7 @@ def scan(
     level = next((level for level in FAILING if level == fail_on), None)
     if level is None:
         raise BadInputError(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
+    sandbox.fresh()
     with ProgressDisplay() as progress:
         record = look_into(
             model,

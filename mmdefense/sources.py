@@ -18,7 +18,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
 from mmdefense.settings import checked_value
 
-__all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source"]
+__all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
 
 AUTO = "auto"
 """In place of a task: that of the model's adapter."""
@@ -82,7 +82,7 @@ class Source:
                 option is none of theirs.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
-        device = _device(self.device)
+        device = usable_device(self.device)
         asked = None if self.task == AUTO else self.task
         if asked is not None:
             registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
@@ -158,7 +158,12 @@ def _options(call: Any) -> dict[str, Any]:
     return {name: hints[name] for name in names if name not in NOT_WRITTEN}
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        BadInputError: If it cannot be used here.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

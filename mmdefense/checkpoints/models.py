@@ -8,7 +8,7 @@ the class that the user names, never from the checkpoint.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from mmdefense.checkpoints.huggingface import (
 from mmdefense.checkpoints.states import that_fit
 from mmdefense.checkpoints.weights import check_finite, read_checkpoint, write_state
 from mmdefense.errors import BadInputError
+from mmdefense.libraries import needed
 from mmdefense.notes import note
+from mmdefense.sandbox import Channel, Network, apart, inside, total_size
 
 __all__ = [
     "hash_file",
@@ -68,14 +70,48 @@ def load_model(
         UnsupportedError: If a library that it needs is not installed, or the file is a program,
             such as TorchScript.
     """
-    if _is_state_file(where):
-        model = _load_state_model(Path(where), arch, weights)
-    elif weights is not None:
+    if not _is_state_file(where) and weights is not None:
         raise BadInputError(f"weights {weights!r} has no effect on {where}, which is no file")
-    else:
-        model = load_folder(local_folder(where), task)
-    check_finite(model.state_dict(), where)
-    return model.eval()
+    place = Path(where) if _is_state_file(where) else local_folder(where)
+
+    def load() -> nn.Module:
+        if _is_state_file(place):
+            model = _load_state_model(place, arch, weights)
+        else:
+            model = load_folder(place, task)
+        check_finite(model.state_dict(), where)
+        return model.eval()
+
+    _rehearse(load, place, of_the_user=arch is not None)
+    return load()
+
+
+def _rehearse(load: Callable[[], nn.Module], place: Path, *, of_the_user: bool) -> None:
+    """Load a model in a child process first, so that one that floods or crashes does so there.
+
+    Args:
+        load: Loads it.
+        place: Its file or folder.
+        of_the_user: Whether code of the user's own is run too, which may do what it likes.
+
+    Raises:
+        MMDefenseError: As loading it here would, or since it goes beyond the bounds.
+    """
+    if inside() or not place.exists():
+        return
+    folders = [place]
+    if place.is_dir():
+        with needed("a Hugging Face model"):  # here, so that it is loaded once
+            import transformers.modeling_utils  # noqa: F401
+        if (place / "adapter_config.json").is_file():
+            folders.append(base_folder(place))
+    size = sum(total_size(folder) for folder in folders)
+
+    def rehearsed(_: Channel) -> None:
+        load()
+
+    network: Network = "always" if of_the_user else "never"
+    apart(rehearsed, what=f"loading {place}", size=size, network=network, quiet=True)
 
 
 def _is_state_file(where: str | Path) -> bool:

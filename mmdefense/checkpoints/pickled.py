@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mmdefense.checkpoints.faults import is_zip
 from mmdefense.checkpoints.names import DATA, is_dangerous
-from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 
 __all__ = ["Array", "Object", "read_pickled"]
 
@@ -260,18 +260,14 @@ def read_pickled(path: Path) -> tuple[Any, list[str]]:
     except _Refused as error:
         raise BadInputError(
             f"model {path} was refused and nothing in it executed: loading it would run "
-            f"{_printable(str(error))}; it must hold tensors and plain data only, as safetensors "
+            f"{printable(str(error))}; it must hold tensors and plain data only, as safetensors "
             "or torch.save(model.state_dict(), ...) write them"
         ) from error
     except Exception as error:  # a damaged file fails in many ways
         raise BadInputError(
-            f"model file {path} cannot be read: {_printable(one_line(error))}; it is damaged, or "
+            f"model file {path} cannot be read: {one_line(error)}; it is damaged, or "
             "not what torch.save writes"
         ) from error
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _from_zip(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:

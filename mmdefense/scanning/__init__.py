@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmdefense.batches import Samples
@@ -15,19 +17,24 @@ from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.kernels.precision import in_float32
-from mmdefense.kernels.run import Progress
+from mmdefense.kernels.run import Event, Progress
 from mmdefense.metrics.utility import check_utility
 from mmdefense.protocol import TaskAdapter
+from mmdefense.report.encoding import plain
 from mmdefense.report.terminal import shown
+from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
-from mmdefense.scanning.files import hash_all, scan_files
+from mmdefense.scanning.files import BEYOND, hash_all, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
-from mmdefense.sources import AUTO, Source
+from mmdefense.sources import AUTO, Source, usable_device
 
 __all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_Step = tuple[str, list[Finding]]
+"""A part that was looked at, empty where it could not be, and what was found there."""
 
 _Seen = tuple[TaskAdapter[Any], Samples[Any]]
 
@@ -77,28 +84,145 @@ def scan(
         >>> print(mmd.scan("a-folder", data="images").verdict.text)  # doctest: +SKIP
     """
     name, files, findings = _named(model), {}, []
+    source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
+    source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
     if isinstance(model, str | Path):
         model = _at_hand(model)
         files, findings = hash_all(model), scan_files(model)
-    parts = ["files"] if files else []
-    looked_at = _weights(model, arch, weights, findings)
-    if looked_at:
-        ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
-        findings = [*findings, *scan_weights(looked_at, ordered=ordered)]
-        parts.append("weights")
-    if data is not None:
-        source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
-        source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
-        opened = _opened(model, data, findings, source)
-        if isinstance(opened, Finding):
-            findings = [*findings, opened]
-        else:
-            with shown(progress) as display:
-                findings = [*findings, *scan_behaviour(*opened, seed=seed, progress=display)]
-            parts.append("behaviour")
+    with shown(progress) as display:
+        look = _Look(model, data, source, seed, display or (lambda _: None), findings)
+        parts = [*(["files"] if files else []), *look.taken()]
     return ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
     )
+
+
+@dataclass
+class _Look:
+    """A look at the weights and the behaviour of a model.
+
+    Of files, it is taken in a child process, in which the model is built: what the files make of it
+    is not known. Bounds of time and memory hold until it has been built; see
+    :mod:`mmdefense.sandbox`. The one exception is a CUDA device that this process uses already,
+    for none can be used in a fork then: the child builds the model and looks at its weights, and
+    the behaviour is looked at here.
+
+    Attributes:
+        model: As :func:`scan` has it.
+        data: As :func:`scan` has it; none leaves the behaviour out.
+        source: Further arguments of a :class:`~mmdefense.sources.Source`.
+        seed: Makes the findings reproducible.
+        progress: Is called with each event.
+        findings: Those of the files; what is found is added.
+        channel: In the child process, what it tells this one by.
+        built: There, the model of the files, once it has been built.
+    """
+
+    model: Path | nn.Module | TaskAdapter[Any]
+    data: Any
+    source: dict[str, Any]
+    seed: int
+    progress: Progress
+    findings: list[Finding]
+    channel: Channel | None = None
+    built: nn.Module | None = None
+
+    def taken(self) -> list[str]:
+        """Return the parts that were looked at.
+
+        Raises:
+            LowUtilityError: If the model does not work on the data as it was read.
+            BadInputError: If the data cannot be read, or the model cannot with data.
+            UnsupportedError: If a library is not installed, or no adapter accepts the model.
+        """
+        parts: list[str] = []
+        is_file = isinstance(self.model, Path)
+        if is_file and worst_level(self.findings) != "high":
+            whole = self.data is None or not self._uses_cuda()
+            self._apart(parts, self._steps() if whole else self._weights())
+            if whole:
+                return parts
+        for part, found in self._behaviour() if is_file else self._steps():
+            self.findings += found
+            parts += [part] if part else []
+        return parts
+
+    def _uses_cuda(self) -> bool:
+        used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return used and self.source["device"].startswith("cuda")
+
+    def _apart(self, parts: list[str], steps: Iterator[_Step]) -> None:
+        """Take steps in a child process; one that is ended by its bounds is a finding."""
+        assert isinstance(self.model, Path)
+
+        def work(channel: Channel) -> None:
+            self.channel = channel
+            self.progress = lambda event: channel.tell(["event", asdict(event)])
+            for part, found in steps:
+                self.findings += found
+                told = [{**plain(finding), "value": finding.value} for finding in found]
+                channel.tell([part, told])
+
+        def hear(message: Any) -> None:
+            part, content = message
+            if part == "event":
+                self.progress(Event(**content))
+            else:
+                self.findings += [Finding(**finding) for finding in content]
+                parts.extend([part] if part else [])
+
+        network: Network = "never" if Path(str(self.data)).exists() else "later"
+        if self.source["arch"] is not None:
+            network = "always"  # the user's own code may do what it likes
+        size = total_size(self.model)
+        try:
+            apart(work, hear, what=f"loading {self.model.name}", size=size, network=network)
+        except BeyondBoundsError as error:
+            self.findings.append(BEYOND.found(self.model.name, str(error)))
+            if self.data is not None:
+                self.findings.append(NOT_LOOKED.found("behaviour", str(error), level="low"))
+
+    def _steps(self) -> Iterator[_Step]:
+        yield from self._weights()
+        yield from self._behaviour()
+
+    def _weights(self) -> Iterator[_Step]:
+        """Yield what stands apart in the weights, as far as they can be read."""
+        looked_at: nn.Module | Mapping[str, Tensor] | None
+        if isinstance(self.model, Path):
+            looked_at = self._loaded(self.model)
+        else:
+            looked_at = self.model if isinstance(self.model, nn.Module) else self.model.model
+        if looked_at:
+            ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
+            yield "weights", scan_weights(looked_at, ordered=ordered)
+
+    def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | None:
+        """Return a model, or the tensors of files that do not tell which one they belong to.
+
+        None where they are not there.
+        """
+        task = None if self.source["task"] == AUTO else self.source["task"]
+        arch, weights = self.source["arch"], self.source["weights"]
+        try:
+            self.built = load_model(where, arch=arch, task=task, weights=weights)
+            return self.built
+        except MMDefenseError:
+            return _tensors(where, weights)  # what speaks against the file is among the findings
+
+    def _behaviour(self) -> Iterator[_Step]:
+        if self.data is None:
+            return
+        if self.channel is not None:
+            self.channel.lift()
+        model = self.model
+        if self.built is not None:  # not from its files again, for bounds hold no more
+            model = self.built.to(usable_device(self.source["device"]))
+        opened = _opened(model, self.data, self.findings, self.source)
+        if isinstance(opened, Finding):
+            yield "", [opened]
+        else:
+            yield "behaviour", scan_behaviour(*opened, seed=self.seed, progress=self.progress)
 
 
 def scan_loaded(where: str | Path, model: nn.Module) -> ScanRecord:
@@ -130,26 +254,6 @@ def _named(model: str | Path | nn.Module | TaskAdapter[Any]) -> str:
 def _at_hand(where: str | Path) -> Path:
     """Return a model's folder or file, with all of its files downloaded if it is a hub id."""
     return Path(where) if Path(where).exists() else download(where)
-
-
-def _weights(
-    model: Path | nn.Module | TaskAdapter[Any],
-    arch: str | None,
-    weights: str | None,
-    findings: list[Finding],
-) -> nn.Module | Mapping[str, Tensor] | None:
-    """Return a model, or the tensors of files that do not tell which one they belong to.
-
-    None where they are not safe or not there.
-    """
-    if not isinstance(model, Path):
-        return model if isinstance(model, nn.Module) else model.model
-    if worst_level(findings) == "high":
-        return None
-    try:
-        return load_model(model, arch=arch, weights=weights)
-    except MMDefenseError:
-        return _tensors(model, weights)  # what speaks against the file is among the findings
 
 
 def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | None:

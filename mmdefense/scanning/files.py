@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mmdefense.checkpoints.faults import link_faults, safetensors_faults
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.report.encoding import plain
+from mmdefense.sandbox import BeyondBoundsError, Channel, apart
 from mmdefense.scanning.configs import scan_json, scan_python, scan_template
 from mmdefense.scanning.contents import UNSEEN, scan_content
-from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.scanning.findings import Finding, Level, Rule
 
 __all__ = ["hash_all", "scan_files"]
 
@@ -50,12 +54,36 @@ UNREADABLE = Rule(
     blind_spot="its content.",
 )
 
-MAX_TEXT = 1 << 26
+BEYOND = Rule(
+    id="file-beyond-bounds",
+    level="medium",
+    measured="time and memory that a look into it takes",
+    reference="bounds that grow with the size of the file",
+    meaning="It may be made to exhaust whoever reads it, or to crash the reader.",
+    blind_spot="what it holds: it was not read to its end.",
+)
+MORE = Rule(
+    id="file-more-findings",
+    level="medium",
+    measured="how many findings there are of one file",
+    reference="the first of each level",
+    meaning="The others are left out, so that the first can be read.",
+    blind_spot="what they say; they are of the levels that they are counted by.",
+)
+
+MAX_TEXT = 1 << 24
 """Bytes of a text file that is parsed. Ours."""
+MOST = 100
+"""Findings of one level that are told of one file. Ours."""
+_ATTEMPTS = 3
+"""Files that may end their reader before the others are left out as well. Ours."""
 
 
 def scan_files(path: str | Path) -> list[Finding]:
     """Return what speaks against the files of a model; none of them is run or unpacked to disk.
+
+    They are read in a child process; see :mod:`mmdefense.sandbox`. A file that ends it is a
+    finding, and the others are read in another one.
 
     Args:
         path: A folder, or a single file.
@@ -66,7 +94,65 @@ def scan_files(path: str | Path) -> list[Finding]:
     root = Path(path)
     if not root.exists():
         raise BadInputError(f"model {str(path)!r} must be a file or a folder; none found")
-    return [finding for file in _all_files(root) for finding in _scan_file(file, root)]
+    files, found = _all_files(root), list[Finding]()
+    for _ in range(_ATTEMPTS):
+        files, ended = _look_into(files, root, found)
+        if not files:
+            break
+        found.append(BEYOND.found(_name(files[0], root), ended))
+        files = files[1:]
+    found += [BEYOND.found(_name(file, root), "not begun, after others") for file in files[:MOST]]
+    if len(files) > MOST:
+        found.append(MORE.found("files", f"{len(files) - MOST} files were not begun"))
+    return found
+
+
+def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[list[Path], str]:
+    """Look into files apart; add to ``found``.
+
+    Returns:
+        The files that are left, the first of which ended the reader, and how it did.
+    """
+    done = 0
+
+    def look(channel: Channel) -> None:
+        for file in files:
+            channel.begin(f"reading {_name(file, root)}", _size(file))
+            for finding in _capped(_scan_file(file, root), _name(file, root)):
+                channel.tell(plain(finding))
+            channel.tell(None)
+
+    def hear(message: Any) -> None:
+        nonlocal done
+        if message is None:
+            done += 1
+        else:
+            found.append(Finding(**message))
+
+    try:
+        apart(look, hear, what=f"reading {root.name}", size=0)
+    except BeyondBoundsError as error:
+        return files[done:], str(error)
+    return [], ""
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # a link that leads nowhere
+        return 0
+
+
+def _capped(findings: Iterable[Finding], subject: str) -> Iterator[Finding]:
+    """Yield the first findings of each level of a file, and how many more there are."""
+    counts = Counter[Level]()
+    for finding in findings:
+        counts[finding.level] += 1
+        if counts[finding.level] <= MOST:
+            yield finding
+    for level, count in counts.items():
+        if count > MOST:
+            yield MORE.found(subject, f"{count - MOST} more of {level} level", level=level)
 
 
 def hash_all(path: str | Path) -> dict[str, str]:
@@ -113,8 +199,8 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
     else:
         try:
             yield from _scan_plain(file, subject)
-        except OSError as error:
-            yield UNREADABLE.found(subject, one_line(error))
+        except Exception as error:  # whatever a reader stumbles over, the file was not read
+            yield UNREADABLE.found(subject, f"{type(error).__name__}: {one_line(error)}")
 
 
 def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:

@@ -29,6 +29,9 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 FAILING: tuple[Level, ...] = LEVELS[1:]
 """Those that a pipeline may fail on: what any model has is none of them."""
 
+MAX_TEXT = 2000
+"""Characters of a subject or value that come from a file; what is longer is cut. Ours."""
+
 PARTS = ("files", "weights", "behaviour")
 
 
@@ -65,6 +68,11 @@ class Finding:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise BadInputError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}")
+        for name in ("subject", "value"):
+            text = getattr(self, name)
+            if isinstance(text, str) and len(text) > MAX_TEXT:
+                short = f"{text[: MAX_TEXT // 2]} ... {text[-MAX_TEXT // 2 :]}"
+                object.__setattr__(self, name, f"{short} ({len(text)} characters)")
 
 
 @dataclass(frozen=True, kw_only=True)

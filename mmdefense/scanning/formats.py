@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmdefense.errors import printable
 from mmdefense.report.encoding import plain
 from mmdefense.report.findings import ScanSummary, alike, scan_of
 from mmdefense.report.page import scan_page
@@ -48,27 +49,22 @@ def to_text(record: ScanRecord) -> str:
 
 
 def _table(record: ScanRecord) -> Table:
-    table = Table(title=Text(f"scan of {_printable(record.model)}"), title_justify="left")
+    table = Table(title=Text(f"scan of {printable(record.model)}"), title_justify="left")
     for heading in ("level", "where", "what", "what it means, and what it cannot see"):
         table.add_column(heading, overflow="fold")
     for group in alike(record.findings):
         found = group.first
         table.add_row(
             Text(found.level, style=_STYLES[found.level]),
-            Text(_printable(group.where)),
-            Text(_printable(f"{found.id}: {group.what} (against: {found.reference})")),
+            Text(printable(group.where)),
+            Text(printable(f"{found.id}: {group.what} (against: {found.reference})")),
             Text(f"{found.meaning} Cannot see: {found.blind_spot}"),
         )
     return table
 
 
 def _shown(found: Finding) -> str:
-    return f"{found.value:.3g}" if isinstance(found.value, float) else _printable(found.value)
-
-
-def _printable(text: str) -> str:
-    """Return text of unknown origin without what would steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"{found.value:.3g}" if isinstance(found.value, float) else printable(found.value)
 
 
 def to_json(record: ScanRecord) -> str:
