@@ -265,7 +265,7 @@ def read_pickled(path: Path) -> tuple[Any, list[str]]:
         ) from error
     except Exception as error:  # a damaged file fails in many ways
         raise BadInputError(
-            f"model file {path} cannot be read: {one_line(error)}; it is damaged, or "
+            f"model file {path} cannot be read: {printable(one_line(error))}; it is damaged, or "
             "not what torch.save writes"
         ) from error
 

@@ -71,8 +71,8 @@ MORE = Rule(
     blind_spot="what they say; they are of the levels that they are counted by.",
 )
 
-MAX_TEXT = 1 << 24
-"""Bytes of a text file that is parsed. Ours."""
+MAX_JSON, MAX_TEXT = 1 << 26, 1 << 22
+"""Bytes of JSON and of other text that is parsed; vocabularies are JSON, and large. Ours."""
 MOST = 100
 """Findings of one level that are told of one file. Ours."""
 _ATTEMPTS = 3
@@ -215,7 +215,7 @@ def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:
 
 
 def _scan_text(file: Path, subject: str, suffix: str) -> Iterator[Finding]:
-    if file.stat().st_size > MAX_TEXT:
+    if file.stat().st_size > (MAX_JSON if suffix == ".json" else MAX_TEXT):
         yield UNSEEN.found(subject, f"{file.stat().st_size} bytes of text", level="medium")
     elif suffix == ".json":
         yield from scan_json(file, subject)
