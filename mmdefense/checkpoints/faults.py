@@ -22,6 +22,7 @@ from mmdefense.errors import BadInputError, one_line, printable
 from mmdefense.files import read_json
 
 __all__ = [
+    "CODE_KEYS",
     "Fault",
     "check_file",
     "check_folder",
@@ -43,6 +44,8 @@ MAX_ENTRIES = 100_000
 """Entries of an archive; a checkpoint has one a tensor. Ours."""
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 25
 """An archive that unpacks to this many bytes, and to this multiple of its own, is a bomb. Ours."""
+CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
+"""Names in a configuration under which it asks for code of its own."""
 MAX_GAP = 24
 """Bytes between the entries of a zip: the longest data descriptor has 24."""
 
@@ -277,7 +280,7 @@ def remote_code(path: Path) -> list[Fault]:
     return [
         Fault("code", f"{path.name} asks for code of its own: {key} = {json.dumps(value)}")
         for key, value in found.items()
-        if key.split(".")[-1] in {"auto_map", "custom_pipelines", "trust_remote_code"} and value
+        if key.split(".")[-1] in CODE_KEYS and value
     ]
 
 

@@ -1,22 +1,25 @@
-"""What the text files of a model folder ask for: code of their own, files from elsewhere.
+"""What JSON, YAML and TOML of a model folder ask for: code of their own, objects, other files.
 
-Nothing is imported or rendered: JSON is parsed, Python and Jinja are read as syntax trees.
+Nothing is built from them: they are parsed to plain values, and those are looked through.
 """
 
 from __future__ import annotations
 
-import ast
+import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdefense.checkpoints.faults import Fault, read_json, remote_code, shard_faults
-from mmdefense.errors import BadInputError
-from mmdefense.scanning.findings import Finding, Rule
-from mmdefense.scanning.templates import scan_template
+from mmdefense.checkpoints.faults import CODE_KEYS, leads_outside
+from mmdefense.checkpoints.names import DATA, is_dangerous
+from mmdefense.errors import BadInputError, one_line
+from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.scanning.templates import MAX_TEMPLATE, scan_template
+from mmdefense.scanning.yaml_values import Tagged, parse_yaml
 
-__all__ = ["scan_json", "scan_python", "scan_template"]
+__all__ = ["parse_config", "scan_values"]
 
 REMOTE_CODE = Rule(
     id="config-remote-code",
@@ -34,102 +37,178 @@ SHARD = Rule(
     meaning="Loading would read a file that is no part of the model.",
     blind_spot="what lies there.",
 )
-BAD_JSON = Rule(
+UNREADABLE = Rule(
     id="config-unreadable",
     level="medium",
-    measured="whether the file is JSON",
-    reference="JSON",
+    measured="whether the file is what its name says",
+    reference="JSON, YAML or TOML",
     meaning="It is damaged, or meant for a reader that is more forgiving.",
     blind_spot="its content.",
 )
-CODE = Rule(
-    id="code-python",
+BUILDS = Rule(
+    id="config-builds-objects",
     level="medium",
-    measured="Python in the model's folder",
-    reference="a model folder holds data",
-    meaning="With trust_remote_code, or by hand, it is run.",
-    blind_spot="what it does: names are looked at, not behaviour.",
-)
-TEMPLATE = Rule(
-    id="template-escape",
-    level="high",
-    measured="attributes, names and tags in a chat template",
-    reference="what formatting messages needs",
-    meaning="It walks towards Python's internals; where it is rendered unsandboxed, code runs.",
-    blind_spot="what it writes into the prompt, such as hidden instructions.",
+    measured="names of classes and functions, and tags, in a configuration",
+    reference="plain values",
+    meaning="A reader that builds objects from it calls what it names: Hydra, jsonpickle, and the "
+    "full loaders of YAML do.",
+    blind_spot="what the class does; whether any reader builds it.",
 )
 
-_CALLS = {
-    *("eval", "exec", "compile", "__import__", "system", "popen", "Popen", "check_output", "call"),
-    *("run_path", "import_module", "urlopen", "urlretrieve", "spawn", "fork", "execv", "execve"),
-    *("b64decode", "CDLL", "create_connection", "check_call", "getoutput"),
+MAX_JSON, MAX_VALUES = 40 << 20, 4_000_000
+MAX_TOML = 1 << 20
+"""Bytes, and values told by separators, of a file that is parsed; the largest tokenizers have 33
+million bytes and 3 million values. Ours."""
+_MOST = 20
+_TARGETS = {"_target_", "class_path", "py/object", "py/function", "py/type", "py/reduce", "py/repr"}
+_ASKED = _TARGETS | CODE_KEYS
+_PLAIN_TAGS = {
+    *("none", "bool", "str", "unicode", "bytes", "int", "long", "float", "complex", "list"),
+    *("tuple", "dict"),
 }
-_MODULES = {"subprocess", "socket", "ctypes", "pty", "marshal", "pickle", "requests", "urllib"}
-_NAMES = {"self", "cycler", "lipsum", "joiner", "request", "config", "os", "sys", "subprocess"}
-_ATTRIBUTES = re.compile(r"__\w+|mro|func_globals|gi_frame|f_globals|popen|system|import_module")
-_WALK = re.compile(r"__(class|base|bases|mro|subclasses|globals|builtins|import|init|dict)__|\\x5f")
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*\.\w+")
 
 
-def scan_json(path: Path, subject: str) -> Iterator[Finding]:
-    """Yield what speaks against a JSON file of a model folder."""
+def parse_config(data: bytes, suffix: str) -> Any:
+    """Return what a configuration says, as plain values.
+
+    Args:
+        data: Its bytes.
+        suffix: What it is, by the suffix of its name.
+
+    Raises:
+        BadInputError: If it is not that.
+        OverflowError: If it is larger than what is parsed.
+    """
+    if suffix in {".yaml", ".yml"}:
+        return parse_yaml(data)
     try:
-        content = read_json(path)
-        asked = remote_code(path)
-        shards = shard_faults(path) if path.name.endswith(".index.json") else []
-    except BadInputError as error:
-        yield BAD_JSON.found(subject, str(error))
-        return
-    for fault in asked:
-        yield REMOTE_CODE.found(subject, fault.text, level=_how_far(fault, path.parent))
-    for fault in shards:
-        yield SHARD.found(subject, fault.text)
-    for template in _templates(content):
-        yield from scan_template(template, subject)
+        if suffix == ".toml":
+            if len(data) > MAX_TOML:
+                raise OverflowError(f"{len(data)} bytes of TOML")
+            return tomllib.loads(data.decode("utf-8"))
+        values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+        if values > MAX_VALUES:
+            raise OverflowError(f"about {values} values of JSON")
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"it must be {suffix[1:].upper()}: {one_line(error)}") from error
 
 
-def _how_far(fault: Fault, folder: Path) -> Any:
+def scan_values(content: Any, subject: str, folder: Path | None = None) -> Iterator[Finding]:
+    """Yield what speaks against the values of a configuration, however deep they stand.
+
+    Args:
+        content: Plain values; see :func:`parse_config`.
+        subject: Where they were found.
+        folder: In which the file lies, to see whether code that it asks for lies there too.
+    """
+    name = subject.split("!")[-1].rpartition("/")[2]
+    found = 0
+    for where, key, value in _walk(content):
+        for finding in _of_value(key, value, where, subject, folder):
+            found += 1
+            if found <= _MOST:
+                yield finding
+    if name.endswith(".index.json"):
+        yield from _shards(content, name, subject)
+
+
+def _walk(content: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Yield each value with the chain of names above it and the last name of them, once each."""
+    waiting: list[tuple[Any, Any]] = [(content, None)]
+    seen: set[int] = set()
+    while waiting:
+        held, where = waiting.pop()
+        if isinstance(held, Tagged):
+            yield where, "", held
+            held = held.value
+        if not isinstance(held, (dict, list)) or id(held) in seen:
+            continue
+        seen.add(id(held))
+        named = held.items() if isinstance(held, dict) else enumerate(held)
+        for name, value in named:
+            if isinstance(value, (dict, list, Tagged)):
+                waiting.append((value, (name, where)))
+            is_asked = isinstance(name, str) and (name in _ASKED or name == "type")
+            if is_asked or (isinstance(value, str) and ("{" in value or len(value) > MAX_TEMPLATE)):
+                yield (name, where), str(name), value
+
+
+def _dotted(where: Any) -> str:
+    names: list[str] = []
+    while where is not None and len(names) < 50:
+        name, where = where
+        names.append(str(name))
+    return ".".join(reversed(names))
+
+
+def _is_template(where: Any) -> bool:
+    """Whether any name above a text says that it is a template."""
+    while where is not None:
+        name, where = where
+        if isinstance(name, str) and "chat_template" in name.lower():
+            return True
+    return False
+
+
+def _of_value(
+    key: str, value: Any, where: Any, subject: str, folder: Path | None
+) -> Iterator[Finding]:
+    if isinstance(value, Tagged):
+        yield from _tag(value, subject)
+    elif isinstance(value, str):
+        is_template = _is_template(where)
+        if is_template or "{{" in value or "{%" in value:
+            yield from scan_template(value, subject, is_template=is_template)
+    if key in CODE_KEYS and value:
+        said = f"{_dotted(where)} = {json.dumps(value, default=str):.300}"
+        level = _how_far(value, folder)
+        yield REMOTE_CODE.found(subject, f"asks for code of its own: {said}", level=level)
+    elif key in _TARGETS and value:
+        yield from _target(f"{key}: ", value, subject)
+    elif key == "type" and subject.endswith("modules.json") and not _is_own(value):
+        yield from _target("type: ", value, subject)
+
+
+def _is_own(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("sentence_transformers.")
+
+
+def _how_far(value: Any, folder: Path | None) -> Level:
     """Return high where the code comes from another repository, or is not in the folder."""
-    modules = re.findall(r'"([\w./-]+)\.\w+"', fault.text)
-    here = all("--" not in name and (folder / f"{name}.py").is_file() for name in modules)
+    modules = re.findall(r'"([\w./-]+)\.\w+"', json.dumps(value, default=str))
+    here = all(
+        "--" not in name and (folder is None or (folder / f"{name}.py").is_file())
+        for name in modules
+    )
     return "medium" if here else "high"
 
 
-def _templates(content: Any) -> Iterator[str]:
-    """Yield the chat templates of a tokenizer's or processor's configuration."""
-    held = content.get("chat_template") if isinstance(content, Mapping) else None
-    for item in held if isinstance(held, list) else [held]:
-        template = item.get("template") if isinstance(item, Mapping) else item
-        if isinstance(template, str):
-            yield template
+def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
+    """Yield that a configuration names what a reader would call."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    names = _DOTTED.findall(text)
+    high = any(is_dangerous(*name.rsplit(".", 1)) for name in names)
+    yield BUILDS.found(subject, f"{said}{text:.200}", level="high" if high else "medium")
 
 
-def scan_python(path: Path, subject: str) -> Iterator[Finding]:
-    """Yield that there is Python, and more strongly where it starts processes or talks abroad."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        yield CODE.found(subject, "Python that cannot be parsed", level="high")
+def _tag(tagged: Tagged, subject: str) -> Iterator[Finding]:
+    """Yield that a tag of YAML asks its reader to build an object."""
+    tag = tagged.tag.removeprefix("tag:yaml.org,2002:")
+    kind, _, name = tag.partition("python/")
+    if kind == "" and name in _PLAIN_TAGS:
         return
-    wanted = sorted(set(_calls(tree)))
-    if wanted:
-        yield CODE.found(subject, f"names {', '.join(wanted)}", level="high")
+    if name:
+        is_data = name.partition(":")[2] in DATA
+        level: Level = "medium" if is_data else "high"
+        yield BUILDS.found(subject, f"the tag {tag:.200}", level=level)
     else:
-        yield CODE.found(subject, "Python")
+        yield from _target("the tag ", tag, subject)
 
 
-def _calls(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
-            if name in _CALLS and not _is_method_of_model(node):
-                yield str(name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            module = getattr(node, "module", None)
-            names = [module] if module else [alias.name for alias in node.names]
-            yield from (name for name in names if name.split(".")[0] in _MODULES)
-
-
-def _is_method_of_model(node: ast.Call) -> bool:
-    """Whether it is ``model.eval()`` or ``torch.compile(model)``, and no built-in function."""
-    name = getattr(node.func, "attr", None)
-    return name in {"eval", "compile", "call"} and isinstance(node.func, ast.Attribute)
+def _shards(content: Any, name: str, subject: str) -> Iterator[Finding]:
+    shards = content.get("weight_map") if isinstance(content, Mapping) else None
+    named = {str(shard) for shard in shards.values()} if isinstance(shards, Mapping) else set()
+    for shard in sorted(filter(leads_outside, named))[:_MOST]:
+        yield SHARD.found(subject, f"{name} names the shard {shard!r:.200} outside the folder")

@@ -15,9 +15,9 @@ from mmdefense.checkpoints.faults import link_faults, safetensors_faults
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import plain
 from mmdefense.sandbox import BeyondBoundsError, Channel, apart
-from mmdefense.scanning.configs import scan_json, scan_python, scan_template
-from mmdefense.scanning.contents import UNSEEN, scan_content
+from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content
 from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.scanning.texts import is_unknown, scan_text
 
 __all__ = ["hash_all", "scan_files"]
 
@@ -71,12 +71,11 @@ MORE = Rule(
     blind_spot="what they say; they are of the levels that they are counted by.",
 )
 
-MAX_JSON, MAX_TEXT = 1 << 26, 1 << 22
-"""Bytes of JSON and of other text that is parsed; vocabularies are JSON, and large. Ours."""
 MOST = 100
 """Findings of one level that are told of one file. Ours."""
 _ATTEMPTS = 3
 """Files that may end their reader before the others are left out as well. Ours."""
+_HEAD = 1 << 16
 
 
 def scan_files(path: str | Path) -> list[Finding]:
@@ -204,22 +203,18 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
 
 
 def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:
-    suffix = file.suffix.lower()
+    suffix, is_silent = file.suffix.lower(), True
     if suffix == ".safetensors":
         for fault in safetensors_faults(file):
             yield HEADER.found(subject, fault.text)
-    elif suffix in {".json", ".py", ".jinja", ".jinja2"}:
-        yield from _scan_text(file, subject, suffix)
     with file.open("rb") as stream:
-        yield from scan_content(stream, subject)
-
-
-def _scan_text(file: Path, subject: str, suffix: str) -> Iterator[Finding]:
-    if file.stat().st_size > (MAX_JSON if suffix == ".json" else MAX_TEXT):
-        yield UNSEEN.found(subject, f"{file.stat().st_size} bytes of text", level="medium")
-    elif suffix == ".json":
-        yield from scan_json(file, subject)
-    elif suffix == ".py":
-        yield from scan_python(file, subject)
-    else:
-        yield from scan_template(file.read_text(encoding="utf-8", errors="replace"), subject)
+        head = stream.read(_HEAD)
+        for finding in scan_text(stream, subject, file.name, file.parent):
+            is_silent = False
+            yield finding
+        stream.seek(0)
+        for finding in scan_content(stream, subject):
+            is_silent = False
+            yield finding
+    if is_silent and suffix not in PICKLE_SUFFIXES and is_unknown(file.name, head):
+        yield UNSEEN.found(subject, f"a {suffix} file" if suffix else "a file of no known kind")

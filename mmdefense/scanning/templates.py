@@ -99,13 +99,16 @@ def scan_template(template: str, subject: str, *, is_template: bool = True) -> I
     Args:
         template: Its text.
         subject: Where it was found.
-        is_template: Whether it is known to be one, so that one that cannot be parsed is told.
+        is_template: Whether it is known to be one. Of another text, which may have braces of its
+            own, only what leads to Python's internals is told.
 
     References:
         The sandbox of Jinja2 refuses attributes that start with an underscore; so does this,
         unrendered.
     """
     if len(template) > MAX_TEMPLATE:
+        if not is_template and not _WALK.search(template):
+            return
         yield UNPARSED.found(subject, f"not looked into: a template of {len(template)} characters")
         return
     from jinja2 import TemplateError
@@ -119,6 +122,8 @@ def scan_template(template: str, subject: str, *, is_template: bool = True) -> I
         elif is_template:
             yield UNPARSED.found(subject, type(error).__name__)
         return
+    if not is_template:
+        found = [item for item in found if item[1] == "high"]
     found.sort(key=lambda item: (item[1] != "high", item[2]))
     for rule, level, text in islice(found, _MOST):
         yield rule.found(subject, text, level=level)
