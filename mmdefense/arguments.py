@@ -145,11 +145,16 @@ def reading_options(
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
+        numbers = None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
         raise BadInputError(
             f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
         ) from None
+    return numbers
+
+
+_YEAR = 365 * 24 * 3600.0
+_MOST_BITS = 10_000  # a whole number of more cannot be written down in decimals
 
 
 def duration(text: str | None) -> float | None:
@@ -159,7 +164,10 @@ def duration(text: str | None) -> float | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if found is None:
         raise BadInputError(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    if not 0 < seconds < _YEAR:
+        raise BadInputError(f"--max-time must be more than 0 and less than a year, got {text!r}")
+    return seconds
 
 
 def key_values(settings: list[str] | None) -> dict[str, Any]:
@@ -176,9 +184,10 @@ def key_values(settings: list[str] | None) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     """Return the Python literal that a text is, and where it is none the text."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    return text if isinstance(value, int) and value.bit_length() > _MOST_BITS else value
 
 
 def chosen_attack(

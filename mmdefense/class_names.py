@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.files import parse_json, read_bytes
 
 __all__ = ["UnknownNameError", "contradicted", "few", "match", "read_class_names"]
+
+
+_MOST_BYTES = 1 << 26
 
 
 class UnknownNameError(BadInputError):
@@ -32,9 +36,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         BadInputError: If it cannot be read, is empty, or has a label without a name.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        held = json.loads(text) if path.suffix.lower() == ".json" else _lines(text)
-    except (OSError, ValueError) as error:
+        content = read_bytes(path, _MOST_BYTES)
+        is_json = path.suffix.lower() == ".json"
+        held = parse_json(content, "it") if is_json else _lines(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise BadInputError(f"class names {path} cannot be read: {one_line(error)}") from error
     if isinstance(held, dict):
         held = held.get("id2label", held.get("label2id", held))
@@ -54,7 +59,7 @@ def _lines(text: str) -> list[str]:
 def _by_label(held: Mapping[str, Any]) -> list[Any] | None:
     """Return the names of a map in order, where its labels are 0, 1, ... without a gap."""
     for labels, names in ((held.keys(), held.values()), (held.values(), held.keys())):
-        if all(re.fullmatch(r"\d+", str(label)) for label in labels):
+        if all(re.fullmatch(r"[0-9]{1,9}", str(label)) for label in labels):
             placed = dict(zip(map(int, labels), names, strict=True))
             if sorted(placed) == list(range(len(held))):
                 return [placed[label] for label in range(len(placed))]

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["parse_json", "plain_file", "read_bytes", "read_json"]
+__all__ = ["MOST_BYTES", "parse_json", "plain_file", "read_bytes", "read_json"]
 
 MOST_BYTES = 1 << 29
 """Bytes of a text file that is read at once; the largest JSON of COCO has 4.5e8. Ours."""

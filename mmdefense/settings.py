@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmdefense.errors import BadInputError
 
-__all__ = ["checked_settings", "checked_value", "described_type", "fields_of"]
+__all__ = ["check_seed", "checked_settings", "checked_value", "described_type", "fields_of"]
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields of a dataclass that it is made with."""
     return [entry for entry in dataclasses.fields(kind) if entry.init]
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some generator does not take.
+
+    Raises:
+        BadInputError: If it is negative, or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise BadInputError(f"seed must lie in 0..{2**32 - 1}, got {seed}")
 
 
 def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +60,15 @@ def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
     parts = tuple(value.split(",")) if isinstance(value, str) else (value,)
     if _fits(parts, hint):
         return parts
-    raise BadInputError(f"{name} of {owner} must be {described_type(hint)}, got {value!r}")
+    needed = described_type(hint) + (", finite and of 64 bits" if _is_beyond(value) else "")
+    raise BadInputError(f"{name} of {owner} must be {needed}, got {value!r:.80}")
+
+
+def _is_beyond(value: Any) -> bool:
+    """Say whether a value is a number that a tensor does not hold, NaN and infinity included."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -63,7 +82,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (tuple, list)) and _all_fit(value, inner)
     if hint in {int, float}:
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
-        return number and not isinstance(value, bool)
+        return number and not isinstance(value, bool) and not _is_beyond(value)
     if hint in {bool, str, types.NoneType}:
         return isinstance(value, hint)
     return True

@@ -166,7 +166,7 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which the device "meta" does not hold
     except Exception as error:  # each backend raises its own kind
         raise BadInputError(f"device {name!r} is not usable here; try --device cpu") from error
     return device

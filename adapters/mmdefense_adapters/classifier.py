@@ -16,7 +16,7 @@ from mmdefense.class_names import contradicted, few
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.notes import note
-from mmdefense_adapters.given import check_values
+from mmdefense_adapters.given import check_scaling, check_values
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.outputs import (
     Form,
@@ -64,8 +64,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
             example: One input batch, shape ``(1, ...)``, to trace the model with; by default the
                 first that the adapter sees.
         """
-        if (mean is None) != (std is None):
-            raise BadInputError("mean and std must be given together, got one of them")
+        check_scaling(mean, std)
         check_problem(model)
         self.model = usable(model)
         self.mean, self.std = mean, std

@@ -14,6 +14,7 @@ from mmdefense.errors import BadInputError, one_line
 
 __all__ = [
     "INPUT_NAMES",
+    "check_scaling",
     "check_values",
     "is_array",
     "labelled_tensors",
@@ -186,6 +187,26 @@ def check_values(values: Tensor, name: str, *, bounded: bool) -> None:
         raise BadInputError(
             f"{name} must lie in [0, 1], got {least:.3g} to {most:.3g}; {_why(least, most)}"
         )
+
+
+def check_scaling(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse what inputs cannot be normalised by.
+
+    Raises:
+        BadInputError: If one of the two is missing, a value is not finite, or a deviation is not
+            above 0.
+    """
+    if (mean is None) != (std is None):
+        raise BadInputError("mean and std must be given together, got one of them")
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            given = [float(value) for value in values or ()]
+        except (TypeError, ValueError) as error:
+            raise BadInputError(f"{name} must be numbers, got {values!r:.80}") from error
+        wrong = [v for v in given if not np.isfinite(v) or (name == "std" and v <= 0)]
+        if wrong:
+            rule = "finite" if name == "mean" else "finite and above 0"
+            raise BadInputError(f"{name} must be {rule} for each channel, got {wrong[0]}")
 
 
 def _why(least: float, most: float) -> str:

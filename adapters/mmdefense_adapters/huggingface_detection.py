@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdefense.batches import DetectionBatch, Detections
 from mmdefense_adapters.detector import Detector
+from mmdefense_adapters.given import check_scaling
 from mmdefense_adapters.huggingface_processor import is_of, preprocessing_of, said_by
 from mmdefense_adapters.peft_models import base_of
 
@@ -60,6 +61,7 @@ class HFDetector(Detector):
         self.preprocessing = preprocessing_of(processor, model, quiet=mean is not None)
         if mean is None and std is None and self.preprocessing is not None:
             mean, std = self.preprocessing.mean, self.preprocessing.std
+        check_scaling(mean, std)
         self.mean, self.std = mean, std
 
     @classmethod

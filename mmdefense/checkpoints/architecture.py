@@ -45,7 +45,7 @@ def build_architecture(arch: str) -> nn.Module:
         raise
     except ModuleNotFoundError as error:
         raise _without_module(arch, module_name, error) from error
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise BadInputError(
             f"arch {arch!r} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -69,7 +69,7 @@ def _parse_call(arch: str, call: str) -> tuple[list[str], list[Any], dict[str, A
         path = ast.unparse(node).split(".")
         if not all(name.isidentifier() for name in path):
             raise ValueError(call)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise BadInputError(
             "arch must be module:callable or path/file.py:callable, each also with arguments, as "
             f"in my_net:Net(width=8), got {arch!r}"

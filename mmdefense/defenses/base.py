@@ -29,6 +29,7 @@ from mmdefense.kernels.parts import Parts
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
+from mmdefense.settings import check_seed
 from mmdefense.shown import Shown
 
 __all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
@@ -113,6 +114,7 @@ class Defense(ABC):
     holdout: float = 0.2
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if not 0 <= self.max_utility_drop <= 1:
             raise BadInputError(f"max_utility_drop must lie in [0, 1], got {self.max_utility_drop}")
         if not 0 < self.holdout < 1:

@@ -31,6 +31,7 @@ from mmdefense.report.record import (
     Row,
     write_record,
 )
+from mmdefense.settings import check_seed
 
 __all__ = ["DEFENSES", "run_demo"]
 
@@ -66,6 +67,7 @@ def run_demo(
     Raises:
         BadInputError: If the folder exists or cannot be written.
     """
+    check_seed(seed)
     case = case or _demo_case(task)
     with new_folder(out, force=force) as folder:
         victim = train_victim(case, Run(seed, named("victim", progress)))

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.files import plain_file
 from mmdefense.kernels.loop import scores
 from mmdefense.metrics.utility import check_utility
+from mmdefense.pictures import open_picture
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.evaluation import Share
 
@@ -107,9 +108,7 @@ def read_trigger(path: str | Path, target: int = 0) -> FileTrigger:
     Raises:
         BadInputError: If there is no such file, or it holds no trigger.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInputError(f"trigger file {path} does not exist")
+    path = plain_file(Path(path))
     try:
         pattern, mask = _archive(path) if path.suffix == ".npz" else _picture(path)
     except BadInputError:
@@ -126,7 +125,7 @@ def learnt_tensors(path: Path) -> dict[str, Tensor]:
         BadInputError: If the file cannot be read.
     """
     try:
-        return load_file(path)
+        return load_file(plain_file(path))
     except Exception as error:  # damaged files fail in many ways
         raise BadInputError(f"trigger file {path} cannot be read: {one_line(error)}") from error
 
@@ -147,7 +146,7 @@ def _unit(array: Any, path: Path) -> Tensor:
 
 
 def _picture(path: Path) -> tuple[Tensor, Tensor]:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         if "A" not in image.getbands():
             raise BadInputError(
                 f"trigger {path} must have an alpha channel that says where the trigger is, got "

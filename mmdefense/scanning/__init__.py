@@ -27,6 +27,7 @@ from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, hash_all, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
+from mmdefense.settings import check_seed
 from mmdefense.sources import AUTO, Source, usable_device
 
 __all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"]
@@ -83,6 +84,7 @@ def scan(
         >>> import mmdefense as mmd
         >>> print(mmd.scan("a-folder", data="images").verdict.text)  # doctest: +SKIP
     """
+    check_seed(seed)
     name, files, findings = _named(model), {}, []
     source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
     source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdefense.class_names import read_class_names
+from mmdefense.checkpoints.faults import BOMB_BYTES, BOMB_RATIO
+from mmdefense.class_names import few, read_class_names
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.files import plain_file
+from mmdefense_tasks.class_labels import MOST_CLASSES
 from mmdefense_tasks.parts import PARTS, chosen_part
 
 __all__ = ["Array", "described", "labels_of", "names_beside", "read_archive"]
@@ -27,6 +30,10 @@ _NAMES = {
 }
 """What others call our arrays: ``x`` and ``y`` those of Keras, for example."""
 
+_KNOWN = frozenset({"images", "points", "points_int8", "labels", "jpeg", "offsets"})
+_MOST_ARRAYS = 20  # ours; that are read of an archive with none of these, to be told of
+_MOST_BYTES = 1 << 34  # ours; of one array
+
 
 def read_archive(path: Path, split: str) -> dict[str, Array]:
     """Return the arrays of one part by our names, such as ``images`` and ``labels``.
@@ -38,23 +45,51 @@ def read_archive(path: Path, split: str) -> dict[str, Array]:
         BadInputError: If the archive is damaged, or holds the other part alone.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name.casefold(): archive[name] for name in archive.files}
+        with np.load(plain_file(path), allow_pickle=False) as archive:
+            files = {name.casefold(): name for name in archive.files}
+            wanted = _wanted(list(files), split, path)
+            for name in wanted.values():
+                _check_entry(archive.zip, files[name])
+            held = {name: archive[files[name]] for name in set(wanted.values())}
+            arrays = {ours: held[name] for ours, name in wanted.items()}
+    except BadInputError:
+        raise
     except Exception as error:  # a damaged archive fails in many ways
         if not zipfile.is_zipfile(path):
             raise BadInputError(
                 f"data {path} must be an npz archive; it is damaged, or none"
             ) from error
         raise BadInputError(f"data archive {path} cannot be read: {one_line(error)}") from error
-    splits = {name: _split(name) for name in arrays}
+    found = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    if len(found) < len(arrays):
+        raise BadInputError(
+            f"data {path} must be an npz archive of arrays, got {few(sorted(arrays))}; is it a "
+            "model?"
+        )
+    return found
+
+
+def _wanted(names: Sequence[str], split: str, path: Path) -> dict[str, str]:
+    """Return which arrays of an archive are read, by our names."""
+    splits = {name: _split(name) for name in names}
     part = chosen_part({part for part, _ in splits.values() if part}, split, path)
+    wanted = {name: name for name in names}
     if part is not None:
-        arrays = {splits[n][1]: array for n, array in arrays.items() if splits[n][0] == part}
+        wanted = {splits[name][1]: name for name in names if splits[name][0] == part}
     for ours, theirs in _NAMES.items():
-        other = next((name for name in theirs if name in arrays), None)
-        if ours not in arrays and other is not None:
-            arrays[ours] = arrays[other]
-    return arrays
+        other = next((name for name in theirs if name in wanted), None)
+        if ours not in wanted and other is not None:
+            wanted[ours] = wanted[other]
+    known = _KNOWN & wanted.keys()
+    return {name: wanted[name] for name in sorted(known or wanted)[:_MOST_ARRAYS]}
+
+
+def _check_entry(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array that unpacks to what does not fit into memory, or to far more than it is."""
+    entry = next(e for e in archive.infolist() if e.filename in {name, f"{name}.npy"})
+    size, packed = entry.file_size, entry.compress_size
+    if size > _MOST_BYTES or (size > BOMB_BYTES and size > BOMB_RATIO * packed):
+        raise ValueError(f"its array {name!r} unpacks from {packed} bytes to {size}")
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -90,10 +125,19 @@ def labels_of(
     if labels is not None and labels.ndim == 2 and _is_one_hot(labels):
         labels = labels.argmax(1)
     if labels is not None and labels.dtype.kind == "f" and (labels == np.round(labels)).all():
-        labels = labels.astype(np.int64)
+        labels = _in_range(labels, path).astype(np.int64)
     if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
+    labels = _in_range(labels, path)
     return torch.from_numpy(labels.astype(np.int64)), names_beside(path), False
+
+
+def _in_range(labels: Array, path: Path) -> Array:
+    """Return whole numbers that can be those of classes."""
+    if len(labels) and not (labels.min() >= 0 and labels.max() <= MOST_CLASSES):
+        wrong = next(label for label in labels.tolist() if not 0 <= label <= MOST_CLASSES)
+        raise BadInputError(f"labels of {path} must lie in 0..{MOST_CLASSES}, got {wrong}")
+    return labels
 
 
 def _is_one_hot(labels: Array) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFile
         (child for child in folder.iterdir() if child.is_dir() and not _is_litter(child.name)),
         key=lambda child: child.name,
     )
+    for child in folders:
+        if any(unicodedata.category(letter) in {"Cc", "Cs"} for letter in child.name):
+            raise BadInputError(
+                f"class folders of {folder} must have names in UTF-8 without control "
+                f"characters, got {child.name!r}"
+            )
     held = {child: _files(child, suffixes, skipped) for child in folders}
     full = {child: files for child, files in held.items() if files}
     loose = [path for path in folder.iterdir() if _is_sample(path, suffixes)]

@@ -15,10 +15,13 @@ from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 from mmdefense_tasks.options import Options
 
-__all__ = ["Named", "Order", "under_the_models_labels"]
+__all__ = ["MOST_CLASSES", "Named", "Order", "under_the_models_labels"]
 
 Order = Literal["text", "number"]
 """How class folders are numbered: as text, or by the numbers that they are named by."""
+
+MOST_CLASSES = 10**6
+"""The largest label; ours."""
 
 _SYNSET = re.compile(r"n\d{8}")  # an id of WordNet, by which ImageNet names its folders
 
@@ -91,7 +94,12 @@ def _check_count(names: Sequence[str], said: Sequence[str]) -> None:
 
 
 def _checked(names: tuple[str, ...], labels: Tensor, where: object) -> tuple[str, ...]:
-    """Return the names, of which there must be one a label."""
+    """Return the names, of which there must be one a label; labels count from 0."""
+    if len(labels) and int(labels.min()) < 0:
+        raise BadInputError(
+            f"labels of {where} must count from 0, got {int(labels.min())}; drop the samples that "
+            "have no label"
+        )
     if names and len(labels) and int(labels.max()) >= len(names):
         raise BadInputError(
             f"labels of {where} must have a class name each, got {len(names)} names ({few(names)}) "
@@ -135,6 +143,11 @@ def _numbers(own: Sequence[str], where: object) -> list[int]:
     if wrong := [name for name in own if not name.isdecimal()]:
         raise BadInputError(
             f"for order=number class folders of {where} must be whole numbers, got {few(wrong)}"
+        )
+    if large := [name for name in own if len(name) > 9 or int(name) > MOST_CLASSES]:
+        raise BadInputError(
+            f"class folders of {where} that are named by numbers must be labels, at most "
+            f"{MOST_CLASSES}, got {few(large)}"
         )
     numbers = [int(name) for name in own]
     if twice := [name for name in own if numbers.count(int(name)) > 1]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mmdefense.batches import Augmentation, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.files import plain_file
 from mmdefense.libraries import needed
+from mmdefense.pictures import check_size, open_picture
 from mmdefense_tasks.class_folders import class_files
 from mmdefense_tasks.image_sets import Fit, fitted
 from mmdefense_tasks.streamed import StreamedSamples
@@ -29,6 +31,7 @@ __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_cli
 
 _VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _PICTURES = frozenset({".jpeg", ".jpg", ".png"})
+_FORMATS = "avi,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,mpegvideo"  # of FFmpeg
 _WHOLE = 0.9  # ours: a healthy file may lack a few of the frames that its header counts
 
 
@@ -144,19 +147,20 @@ Chosen = Callable[[int], list[int]]
 
 def _read_picture(file: Path, chosen: Chosen, tiles: int) -> list[Image.Image]:
     """Return the chosen frames of a picture of ``tiles`` x ``tiles`` frames."""
-    with Image.open(file) as opened:
+    with open_picture(file) as opened:
         image = opened.convert("RGB")
     width, height = image.width // tiles, image.height // tiles
+    check_size(width, height)
     corners = [(i % tiles * width, i // tiles * height) for i in chosen(tiles * tiles)]
     return [image.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
 def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
     """Return the chosen frames of a video, which is decoded twice: headers miscount frames."""
-    av = _import_av(file)
-    with av.open(str(file)) as container:
+    with _container(file) as container:
         if not container.streams.video:
             raise BadInputError(f"clip {file} must have a video stream, got none")
+        check_size(container.streams.video[0].width, container.streams.video[0].height)
         announced = container.streams.video[0].frames
         count = sum(1 for _ in container.decode(video=0))
     if count < _WHOLE * announced:
@@ -165,7 +169,7 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
             "can be decoded"
         )
     wanted = set(chosen(count))
-    with av.open(str(file)) as container:
+    with _container(file) as container:
         return [
             frame.to_image()
             for index, frame in enumerate(container.decode(video=0))
@@ -173,10 +177,14 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
         ]
 
 
-def _import_av(file: Path) -> Any:
+def _container(file: Path) -> Any:
+    """Open a video of the known formats; a playlist would lead to other files, or to the network.
+
+    The path is absolute, so that no part of it is taken for the name of a protocol.
+    """
     with needed(f"decoding {file}"):
         import av
-    return av
+    return av.open(str(plain_file(file).absolute()), options={"format_whitelist": _FORMATS})
 
 
 def _fitted(image: Image.Image, side: int | None) -> Image.Image:

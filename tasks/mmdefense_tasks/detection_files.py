@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +11,12 @@ from typing import Any
 
 from mmdefense.class_names import read_class_names
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.files import parse_json, read_bytes, read_json
+from mmdefense.forms import checked_form
 from mmdefense.notes import note
+from mmdefense_tasks.detection_forms import COCO, LINE, Coco
 from mmdefense_tasks.parts import PARTS, tell_part
-from mmdefense_tasks.reading import lines_of, read_json, read_text
+from mmdefense_tasks.reading import lines_of, read_text
 
 __all__ = ["ObjectFile", "ObjectSet", "open_objects"]
 
@@ -114,23 +116,24 @@ def _json_lines(path: Path) -> ObjectSet:
     for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            crowded = [bool(flag) for flag in row.get("iscrowd") or [False] * len(row["boxes"])]
-            objects = zip(row["boxes"], row["labels"], crowded, strict=True)
-            kept = [(box, label) for box, label, crowd in objects if not crowd]
-            if wrong := [label for _, label in kept if label not in range(len(names))]:
-                raise ValueError(f"label {wrong[0]}")
-            boxes = [[float(value) for value in box] for box, _ in kept]
-            size = _stated(row.get("width"), row.get("height"))
-            entry = ObjectFile(path.parent / row["file"], boxes, [n for _, n in kept], size)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        where = f"line {number} of {path}"
+        row = checked_form(LINE, parse_json(line, where), where, "an image with boxes and labels")
+        crowded = row.iscrowd or [False] * len(row.boxes)
+        if not len(row.boxes) == len(row.labels) == len(crowded):
             raise BadInputError(
-                f"line {number} of {path} must hold file, boxes and labels of the {len(names)} "
-                f"classes: {type(error).__name__} {one_line(error)}"
-            ) from error
+                f"{where} must have a label for each box, and a flag where there is iscrowd, got "
+                f"{len(row.boxes)} boxes, {len(row.labels)} labels and {len(crowded)} flags"
+            )
+        objects = zip(row.boxes, row.labels, crowded, strict=True)
+        kept = [(list(box), label) for box, label, crowd in objects if not crowd]
+        if wrong := [label for _, label in kept if label >= len(names)]:
+            raise BadInputError(
+                f"{where} must have labels of the {len(names)} classes, got label {wrong[0]}"
+            )
+        size = _stated(row.width, row.height)
+        boxes, kinds = [box for box, _ in kept], [label for _, label in kept]
+        files.append(ObjectFile(path.parent / row.file, boxes, kinds, size))
         crowds += sum(crowded)
-        files.append(entry)
     _say_crowds(crowds, path)
     return ObjectSet(files, names)
 
@@ -140,9 +143,9 @@ def _say_crowds(count: int, path: Path) -> None:
         note(f"{count} crowd regions of {path.name} are left out")
 
 
-def _stated(width: Any, height: Any) -> tuple[int, int] | None:
+def _stated(width: int | None, height: int | None) -> tuple[int, int] | None:
     """Return a size that a file states; none where it is missing or 0, as some tools write."""
-    sides = int(width or 0), int(height or 0)
+    sides = width or 0, height or 0
     return sides if min(sides) > 0 else None
 
 
@@ -175,7 +178,7 @@ def _boxes_in(held: Any) -> int:
     try:
         boxed = {"bbox", "category_id"} <= set(held["annotations"][0])
         keypoints = any("keypoints" in category for category in held["categories"])
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError):  # what is no COCO json is told by its form
         return 0
     return (1 if keypoints else 2) if boxed else 0
 
@@ -188,46 +191,46 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
             f"{path} has annotations but no categories, as captions have, and so no boxes; give "
             "the file of instances"
         )
+    coco = checked_form(
+        COCO,
+        held,
+        path,
+        "COCO json with images, annotations (bbox, image_id, category_id) and categories",
+    )
+    names = {entry.id: entry.name for entry in coco.categories}
+    if len(names) < len(coco.categories):
+        raise BadInputError(f"{path} must be COCO json: two categories have one id")
+    if (unused := _roboflow_dummy(coco)) is not None:
+        del names[unused]
+    place = {key: index for index, key in enumerate(sorted(names))}
     images = _Images([path.parent, folder / "images", folder], split)
-    try:
-        names = {int(entry["id"]): str(entry["name"]) for entry in held["categories"]}
-        if len(names) < len(held["categories"]):
-            raise ValueError("two categories have one id")
-        if (unused := _roboflow_dummy(held)) is not None:
-            del names[unused]
-        place = {key: index for index, key in enumerate(sorted(names))}
-        files = {
-            entry["id"]: ObjectFile(
-                images.find(entry["file_name"]),
-                size=_stated(entry.get("width"), entry.get("height")),
+    files = {
+        entry.id: ObjectFile(images.find(entry.file_name), size=_stated(entry.width, entry.height))
+        for entry in coco.images
+    }
+    things = [entry for entry in coco.annotations if not entry.iscrowd]
+    for entry in things:
+        if entry.image_id not in files or entry.category_id not in place:
+            raise BadInputError(
+                f"{path} must be COCO json whose annotations refer to its images and categories, "
+                f"got image_id {entry.image_id!r:.60} and category_id {entry.category_id}"
             )
-            for entry in held["images"]
-        }
-        things = [entry for entry in held["annotations"] if not entry.get("iscrowd")]
-        for entry in things:
-            x, y, width, height = (float(value) for value in entry["bbox"])
-            files[entry["image_id"]].boxes.append([x, y, x + width, y + height])
-            files[entry["image_id"]].kinds.append(place[entry["category_id"]])
-    except BadInputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInputError(
-            f"{path} must be COCO json with images, annotations (bbox, image_id, category_id) and "
-            f"categories that refer to one another: {type(error).__name__} {one_line(error)}"
-        ) from error
-    _say_crowds(len(held["annotations"]) - len(things), path)
+        x, y, width, height = entry.bbox
+        files[entry.image_id].boxes.append([x, y, x + width, y + height])
+        files[entry.image_id].kinds.append(place[entry.category_id])
+    _say_crowds(len(coco.annotations) - len(things), path)
     ids = tuple(sorted(names))
     return ObjectSet(list(files.values()), tuple(names[key] for key in ids), ids)
 
 
-def _roboflow_dummy(held: Mapping[str, Any]) -> int | None:
+def _roboflow_dummy(coco: Coco) -> int | None:
     """Return the id of the category that Roboflow puts above the others, if it has no object."""
-    top = next((c for c in held["categories"] if c["id"] == 0), None)
-    others = [c for c in held["categories"] if c["id"] != 0]
-    if top is None or not others or any(c.get("supercategory") != top["name"] for c in others):
+    top = next((c for c in coco.categories if c.id == 0), None)
+    others = [c for c in coco.categories if c.id != 0]
+    if top is None or not others or any(c.supercategory != top.name for c in others):
         return None
-    used = any(entry["category_id"] == 0 for entry in held["annotations"])
-    return None if used or top.get("supercategory") != "none" else 0
+    used = any(entry.category_id == 0 for entry in coco.annotations)
+    return None if used or top.supercategory != "none" else 0
 
 
 class _Images:
@@ -311,8 +314,8 @@ def _voc_name(folder: Path, line: str) -> str:
 def _voc_root(folder: Path, name: str) -> ET.Element:
     path = folder / "Annotations" / f"{name}.xml"
     try:
-        root = ET.parse(path).getroot()  # expat in the library refuses entity bombs
-    except (OSError, ET.ParseError) as error:
+        root = ET.fromstring(read_bytes(path))  # expat in the library refuses entity bombs
+    except (ET.ParseError, ValueError, LookupError) as error:
         raise BadInputError(f"annotation {path} cannot be read: {one_line(error)}") from error
     if not all(_voc_classes(root)):
         raise BadInputError(f"annotation {path} must give each object a name, got none for one")
@@ -339,8 +342,11 @@ def _voc_file(name: str, root: ET.Element, images: _Images, place: Mapping[str, 
     path = images.of_stem(name) or images.find(root.findtext("filename", "").strip() or name)
     if not path.is_file():
         raise BadInputError(f"image {name} of Annotations/{name}.xml is not in {path.parent}")
-    try:
-        size = _stated(root.findtext("size/width"), root.findtext("size/height"))
-    except ValueError:
-        size = None
+    size = _stated(*(_pixels(root.findtext(f"size/{side}", "")) for side in ("width", "height")))
     return ObjectFile(path, boxes, [place[kind] for kind in _voc_classes(root)], size)
+
+
+def _pixels(text: str) -> int | None:
+    """Return a number of pixels; none where it is not stated as one."""
+    stated = re.fullmatch(r"\s*(\d{1,7})\s*", text)
+    return int(stated[1]) if stated else None

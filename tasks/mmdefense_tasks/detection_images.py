@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdefense.batches import DetectionSamples
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.notes import note
+from mmdefense.pictures import open_picture
 from mmdefense_tasks.detection_files import ObjectFile
 from mmdefense_tasks.image_sets import Fit, in_8_bits
 
@@ -88,7 +89,7 @@ def decode(
 def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Image.Image, Tensor]:
     """Return an image as it was annotated, and what its boxes are multiplied by in x and y."""
     try:
-        with Image.open(entry.path) as opened:
+        with open_picture(entry.path) as opened:
             orientation = opened.getexif().get(_ORIENTATION, 1)
             upright = ImageOps.exif_transpose(opened)
             turn, stretch = _matched(entry, opened.size, upright.size, orientation, counts)

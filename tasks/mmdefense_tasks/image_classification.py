@@ -267,7 +267,6 @@ def _read(
         return under_the_models_labels(digits, options, where, counted=False)
     image_size, channels = options.take("image_size"), options.take("channels")
     fit = options.take("fit")
-    _check_arguments(image_size, channels)
     images, name = _open(where, split, options)
     images = under_the_models_labels(images, options, where, counted=images.counted)
     augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
@@ -277,13 +276,6 @@ def _read(
         fit = None  # the model's adapter does it, so that triggers are of the size of the data
     samples = StreamedImages.of(images, fit, channels, augmentation)
     return samples if samples.bytes > memory_limit else samples.in_memory()
-
-
-def _check_arguments(image_size: int | None, channels: int | None) -> None:
-    if image_size is not None and image_size < 1:
-        raise BadInputError(f"image_size must be at least 1 pixel, got {image_size}")
-    if channels is not None and channels < 1:
-        raise BadInputError(f"channels must be at least 1, got {channels}")
 
 
 def _open(where: str | Path, split: str, options: Options) -> tuple[ImageSet, str]:

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from mmdefense.class_names import UnknownNameError, match
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.errors import BadInputError
 from mmdefense.libraries import needed
+from mmdefense.pictures import open_picture
+from mmdefense_tasks.data_sets import open_part, reading
 from mmdefense_tasks.image_sets import ImageSet
 from mmdefense_tasks.options import Options
-from mmdefense_tasks.parts import chosen_part
 
 __all__ = ["open_dataset"]
 
@@ -34,33 +35,22 @@ def open_dataset(where: str | Path, split: str, options: Options) -> ImageSet:
             several.
         UnsupportedError: If ``datasets`` is not installed.
     """
-    rows = _rows(where, split)
+    with needed(f"data set {where}"):
+        from datasets import Image as Encoded
+    rows = open_part(where, split)
     image = _image_column(rows, options.take("image"), where)
     label = _label_column(rows, options.take("label"), options.said("classes") or (), where)
-    labels, names, counted = _labels(rows, label, where)
+    with reading(where):
+        labels, names, counted = _labels(rows, label, where)
+        pictures = rows.select_columns([image]).cast_column(image, Encoded(decode=False))
 
     def opened(index: int) -> Image.Image:
-        found: Image.Image | None = rows[index][image]
+        found = pictures[index][image]
         if found is None:
             raise ValueError("the row has no image")
-        return found
+        return open_picture(Path(found["path"]) if found["bytes"] is None else found["bytes"])
 
     return ImageSet(opened, lambda index: f"{index} of {where}", labels, names, counted)
-
-
-def _rows(where: str | Path, split: str) -> Any:
-    with needed(f"data set {where}"):
-        from datasets import DatasetDict, load_dataset, load_from_disk
-    try:
-        held = load_from_disk(str(where)) if Path(where).is_dir() else load_dataset(str(where))
-    except Exception as error:  # the library raises many kinds: network, missing, damaged
-        raise BadInputError(f"data set {where} cannot be loaded: {one_line(error)}") from error
-    if not isinstance(held, DatasetDict):
-        return held
-    part = chosen_part(list(held), split, where)
-    if part is None:
-        raise BadInputError(f"data set {where} must have a {split!r} split, got {', '.join(held)}")
-    return held[part]
 
 
 def _image_column(rows: Any, wanted: str | None, where: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmdefense.errors import BadInputError
+from mmdefense.pictures import SUFFIXES, open_picture
 from mmdefense_tasks.archives import described, labels_of, read_archive
 from mmdefense_tasks.class_folders import class_files
 from mmdefense_tasks.image_sets import ImageSet
 
 __all__ = ["open_archive", "open_folder"]
-
-_KNOWN = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
-    ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-})  # fmt: skip
-Image.init()
-_SUFFIXES = {suffix for suffix in _KNOWN if Image.EXTENSION.get(suffix) in Image.OPEN}
 
 
 def open_folder(folder: Path) -> ImageSet:
@@ -31,9 +24,9 @@ def open_folder(folder: Path) -> ImageSet:
     Raises:
         BadInputError: If there is no class folder or no image.
     """
-    held = class_files(folder, _SUFFIXES, "images")
+    held = class_files(folder, SUFFIXES, "images")
     return ImageSet(
-        open=lambda index: Image.open(held.files[index]),
+        open=lambda index: open_picture(held.files[index]),
         name=lambda index: str(held.files[index]),
         labels=held.labels,
         classes=held.classes,
@@ -66,10 +59,20 @@ def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[int, Any]:
     if "offsets" not in arrays:
         raise BadInputError(f"{path} must hold 'offsets' with 'jpeg', got {described(arrays)}")
     content, offsets = arrays["jpeg"], arrays["offsets"]
+    ends = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 0
+    if content.ndim != 1 or content.dtype != np.uint8 or not ends:
+        raise BadInputError(
+            f"{path} must hold 'jpeg' as uint8 of shape (B,) and 'offsets' as whole numbers of "
+            f"shape (N + 1,), got {described(arrays)}"
+        )
+    if offsets.min() < 0 or offsets.max() > len(content) or (offsets[1:] < offsets[:-1]).any():
+        raise BadInputError(
+            f"'offsets' of {path} must rise within 0..{len(content)}, the bytes of 'jpeg'"
+        )
 
     def opened(index: int) -> Image.Image:
-        encoded = content[offsets[index] : offsets[index + 1]]
-        return Image.open(io.BytesIO(encoded.tobytes()))
+        encoded = content[int(offsets[index]) : int(offsets[index + 1])]
+        return open_picture(encoded.tobytes())
 
     return len(offsets) - 1, opened
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmdefense.batches import Augmentation
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.pictures import check_size
 from mmdefense_tasks.streamed import StreamedSamples
 
 __all__ = ["Fit", "ImageSet", "StreamedImages", "fitted", "in_8_bits", "squashed"]
@@ -78,8 +79,10 @@ class ImageSet:
         try:
             opened = self.open(index)
             if isinstance(opened, np.ndarray):
+                check_size(opened.shape[1], opened.shape[0])
                 pixels = opened[..., None] if opened.ndim == 2 else opened
             else:
+                check_size(*opened.size)
                 pixels = _decoded(opened, channels)
         except Exception as error:  # decoders raise many kinds, for damage of many kinds
             raise BadInputError(
@@ -132,7 +135,7 @@ def in_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((values * 255).round().astype(np.uint8))
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int64 if image.mode == "I" else np.int32)
     if values.min() < 0 or values.max() > _BITS_16:
         raise ValueError(
             f"whole numbers must be of 8 or 16 bits, got {values.min()} to {values.max()}"

@@ -263,10 +263,8 @@ def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
     if channels not in {None, 1, 3}:
         raise BadInputError(f"channels must be 1 or 3, got {channels}")
     size = (image_size,) * 2 if isinstance(image_size, int) else image_size
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise BadInputError(
-            f"image_size must be a height and a width of at least 1 pixel, got {image_size}"
-        )
+    if size is not None and len(size) != 2:
+        raise BadInputError(f"image_size must be a height and a width, got {image_size}")
     folder = Path(where) if Path(where).is_dir() else staged(str(where))
     if folder is None:
         raise BadInputError(

@@ -10,6 +10,24 @@ from mmdefense.errors import BadInputError
 __all__ = ["Options"]
 
 
+_BOUNDS = {
+    "image_size": (1, 8192),
+    "channels": (1, 4096),
+    "frames": (1, 4096),
+    "clips": (1, 1024),
+    "points": (1, 10**7),
+    "features": (3, 4096),
+}
+"""Of the numbers among the options; the upper ones are ours, and keep one sample in memory."""
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    least, most = _BOUNDS.get(name, (0, 0))
+    numbers = value if isinstance(value, tuple | list) else (value,)
+    if most and not all(number is None or least <= number <= most for number in numbers):
+        raise BadInputError(f"{name} must be at least {least} and at most {most}, got {value}")
+
+
 class Options:
     """Reading options by name: the user's, and behind them the model's as defaults.
 
@@ -32,9 +50,14 @@ class Options:
         Args:
             said: What the model states.
             **given: What the user says; None and an empty sequence stand for nothing.
+
+        Raises:
+            BadInputError: If a number is out of its bounds.
         """
         self._said = said
         self._given = {name: value for name, value in given.items() if value not in (None, ())}
+        for name, value in (*said.items(), *self._given.items()):
+            _check_bounds(name, value)
         self._used: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:

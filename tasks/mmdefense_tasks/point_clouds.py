@@ -212,9 +212,6 @@ def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
     check_split(split)
     points = options.take("points")
     features = options.take("features", 6 if options.given("values") else 3)
-    for name, value, least in (("points", points, 1), ("features", features, 3)):
-        if value is not None and value < least:
-            raise BadInputError(f"{name} must be at least {least}, got {value}")
     if str(where) == "surfaces":
         if features != 3:
             raise BadInputError(f"surfaces have 3 values a point, got features={features}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from mmdefense.batches import LabelledSamples
 from mmdefense.class_names import few
 from mmdefense.clouds import check_clouds, random_cloud_view, to_unit_sphere
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.files import plain_file
 from mmdefense.libraries import how_to_install, needed
 from mmdefense.notes import note
 from mmdefense_tasks.archives import Array, described, labels_of, read_archive
@@ -24,6 +26,14 @@ __all__ = ["Values", "read_cloud", "read_clouds"]
 
 _SUFFIXES = frozenset({".ply", ".pcd", ".obj", ".off"})
 _BY_TRIMESH = frozenset({".obj", ".off"})  # Open3D reads neither polygons nor glued headers
+_HEAD = 1 << 16  # bytes that a header may have
+_PACKED = 256  # ours; a pcd file may be compressed, by up to this
+_COUNTS = {
+    ".ply": re.compile(rb"^[ \t]*element[ \t]+\w+[ \t]+(\d{1,300})", re.MULTILINE),
+    ".pcd": re.compile(rb"^[ \t]*(?:POINTS|WIDTH|HEIGHT)[ \t]+(\d{1,300})", re.MULTILINE),
+    ".off": re.compile(rb"\A\s*\w*OFF\s*(?:#[^\n]*\n\s*)*(\d{1,300}\s+\d{1,300})"),
+}
+"""What stands in a header before the number of points or faces."""
 _MOST_VALUES = 9  # ours; values a point, beyond which an axis of an archive is that of the points
 
 Values = Literal["normals", "estimated", "colours"]
@@ -100,10 +110,11 @@ def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ..
 
 
 def _points_of(arrays: dict[str, Array]) -> Array | None:
-    if "points_int8" in arrays:
-        return arrays["points_int8"].astype(np.float32) / 127
+    points = arrays.get("points_int8")
+    if points is not None and points.dtype.kind == "i" and points.ndim == 3:
+        return points.astype(np.float32) / 127
     points = arrays.get("points")
-    if points is None or points.dtype.kind not in "fiu":
+    if points is None or points.dtype.kind not in "fiu" or points.ndim != 3:
         return None
     return points if points.dtype == np.float32 else points.astype(np.float64)
 
@@ -135,6 +146,7 @@ def read_cloud(
         BadInputError: If the file is damaged, holds no point or a NaN, or lacks such values.
         UnsupportedError: If Open3D or trimesh cannot be used.
     """
+    _check_counts(path)
     cloud = _opened(path, points)
     if voxel is not None:
         cloud = cloud.voxel_down_sample(voxel)
@@ -150,6 +162,25 @@ def read_cloud(
     found = torch.from_numpy(np.concatenate(columns, 1))
     check_clouds(found[None], f"cloud {path}")
     return found[torch.arange(points) % len(found)]
+
+
+def _check_counts(path: Path) -> None:
+    """Refuse a file whose header counts more points or faces than it has bytes.
+
+    Readers make room for as many as a header says before they look for them.
+    """
+    size = plain_file(path).stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    header = head.partition(b"end_header")[0] if head.startswith(b"ply") else head
+    pattern = _COUNTS.get(path.suffix.lower())
+    counts = [int(n) for found in pattern.findall(header) for n in found.split()] if pattern else []
+    most = size * (_PACKED if path.suffix.lower() == ".pcd" else 1)
+    if wrong := [count for count in counts if count > most]:
+        raise BadInputError(
+            f"file {path} cannot be read as a mesh or a cloud: its header counts {wrong[0]:.3g} "
+            f"points or faces, and it has {size} bytes"
+        )
 
 
 def _values(cloud: Any, values: Values, path: Path) -> Array:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import json
+import io
+import zlib
 from pathlib import Path
-from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.files import MOST_BYTES, read_bytes
 
-__all__ = ["lines_of", "read_json", "read_text"]
+__all__ = ["lines_of", "read_text"]
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8, gzipped or not, without a byte order mark.
 
     Raises:
-        BadInputError: If it cannot be read, or is in UTF-16.
+        BadInputError: If it cannot be read, is in UTF-16, or is too large to be read at once.
     """
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = _unpacked(content, path) if path.suffix == ".gz" else content
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise BadInputError(f"text {path} cannot be read: it is in UTF-16; save it as UTF-8")
         return content.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadInputError(f"text {path} cannot be read: {one_line(error)}") from error
+
+
+def _unpacked(content: bytes, path: Path) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        unpacked = file.read(MOST_BYTES + 1)
+    if len(unpacked) > MOST_BYTES:
+        raise BadInputError(f"text {path} must unpack to at most {MOST_BYTES} bytes")
+    return unpacked
 
 
 def lines_of(text: str) -> list[str]:
@@ -42,16 +51,3 @@ def lines_of(text: str) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        BadInputError: If it cannot be read, or is no JSON.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
-from mmdefense.libraries import needed
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.files import parse_json
 from mmdefense.notes import note
+from mmdefense_tasks.data_sets import open_part, reading
 from mmdefense_tasks.options import Options
-from mmdefense_tasks.parts import PARTS, chosen_part, tell_part
+from mmdefense_tasks.parts import PARTS, tell_part
 from mmdefense_tasks.reading import lines_of, read_text
 
 __all__ = ["Pairs", "open_dataset", "open_file", "open_folder"]
@@ -154,11 +154,7 @@ def _records(path: Path) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            where = path if len(lines) == 1 else f"line {number} of {path}"
-            raise BadInputError(f"{where} must be JSON: {one_line(error)}") from error
+        found = parse_json(line, path if len(lines) == 1 else f"line {number} of {path}")
         yield from found if isinstance(found, list) and len(lines) == 1 else [found]
 
 
@@ -248,18 +244,6 @@ def open_dataset(where: str | Path, split: str, options: Options) -> Pairs:
         BadInputError: If it cannot be read, or holds no text.
         UnsupportedError: If the library is not installed.
     """
-    with needed(f"data set {where}"):
-        import datasets
-    try:
-        found = datasets.load_from_disk(str(where)) if Path(where).is_dir() else None
-        found = datasets.load_dataset(str(where)) if found is None else found
-    except Exception as error:  # the library raises many kinds
-        raise BadInputError(f"data set {where} cannot be read: {one_line(error)}") from error
-    if isinstance(found, Mapping):
-        name = chosen_part(list(found), split, where)
-        if name is None:
-            raise BadInputError(
-                f"data set {where} must have a part {split!r}; it has {', '.join(sorted(found))}"
-            )
-        found = found[name]
-    return _of_records(found, where, options)
+    rows = open_part(where, split)
+    with reading(where):
+        return _of_records(rows, where, options)

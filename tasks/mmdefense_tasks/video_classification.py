@@ -320,7 +320,8 @@ def _read(
     channels, clips = options.take("channels"), options.take("clips", 1)
     fit = options.take("fit")
     check_split(split)
-    _check_arguments(frames, image_size, channels, clips)
+    if channels not in {None, 1, 3}:
+        raise BadInputError(f"channels must be 1 or 3, got {channels}")
     if str(where) == _EMBEDDED:
         known = under_the_models_labels(moving_digits(split), options, where, counted=False)
         return _checked_embedded(known, frames, image_size, channels, clips)
@@ -336,16 +337,6 @@ def _read(
         augmentation=partial(random_clip_view, flip=folder.name in _STAGED),
     )
     return samples if samples.bytes > memory_limit else samples.in_memory()
-
-
-def _check_arguments(
-    frames: int | None, image_size: int | None, channels: int | None, clips: int
-) -> None:
-    for name, value in (("frames", frames), ("image_size", image_size), ("clips", clips)):
-        if value is not None and value < 1:
-            raise BadInputError(f"{name} must be at least 1, got {value}")
-    if channels not in {None, 1, 3}:
-        raise BadInputError(f"channels must be 1 or 3, got {channels}")
 
 
 def _checked_embedded(samples: LabelledSamples, *asked: int | None) -> LabelledSamples:

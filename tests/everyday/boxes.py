@@ -279,7 +279,7 @@ ROWS = [
     Row("VOC: an image name of three words in a list", voc_list, 1),
     Row("VOC: trainval where val is the test part", voc_parts, [1, 1]),
     Row("json lines: a label below 0", lambda f: lines(f, {"boxes": [BOX], "labels": [-1]}),
-        Refused("line 1 .* of the 2 classes: ValueError label -1")),
+        Refused("line 1 .* labels.0: Input should be greater than or equal to 0, got -1")),
     Row("json lines: classes of an id2label map",
         lambda f: lines(f, {"boxes": [BOX], "labels": [0]}, classes='{"0": "cat", "1": "dog"}')
         .classes, ("cat", "dog")),

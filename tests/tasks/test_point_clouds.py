@@ -146,7 +146,7 @@ def test_class_names_are_mapped_to_the_models(tmp_path):
         ({"points": np.zeros((2, 0, 3)), "labels": np.zeros(2, int)}, "at least one point"),
         ({"points": np.full((2, 4, 3), np.nan), "labels": np.zeros(2, int)}, "NaN or infinity"),
         ({"points": np.zeros((2, 4, 2)), "labels": np.zeros(2, int)}, "of shape"),
-        ({"points": np.zeros((2, 4)), "labels": np.zeros(2, int)}, "shape"),
+        ({"points": np.zeros((2, 4)), "labels": np.zeros(2, int)}, r"must hold 'points' \(N, P"),
         ({"points": np.zeros((2, 4, 3)), "labels": np.zeros(3, int)}, "a label per cloud"),
         ({"points": np.zeros((0, 4, 3)), "labels": np.zeros(0, int)}, "at least one"),
         ({"points": np.zeros((2, 4, 3)), "labels": np.full(2, 0.5)}, "whole-number 'labels'"),

@@ -1,0 +1,48 @@
+"""Values that come from files, checked against the form that they must have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from mmdefense.errors import BadInputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+__all__ = ["checked_form"]
+
+T = TypeVar("T")
+
+
+def checked_form(form: TypeAdapter[T], value: object, where: object, needed: str) -> T:
+    """Return a value as its form has it: numbers as numbers, fields that nobody reads left out.
+
+    Args:
+        form: What it must be, for pydantic.
+        value: Plain values, as JSON gives them.
+        where: What it is called in messages.
+        needed: What it must be, in words.
+
+    Raises:
+        BadInputError: Naming the first place that differs, and what stands there.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return form.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        said = f"{place}: {first['msg']}" if place else first["msg"]
+        raise BadInputError(
+            f"{where} must be {needed}: {said}, got {_shown(first['input'])}"
+        ) from error
+
+
+def _shown(value: object) -> str:
+    """Return the start of a value; containers by their type alone, for they may be large."""
+    if isinstance(value, dict | list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 100:
+        return "a whole number of more than 30 digits"
+    return f"{value!r:.60}"
