@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
 
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, one_line
 
 __all__ = ["RunStore", "write_atomically"]
 
@@ -36,9 +38,52 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+_MARK = b"mmdefense state, sha256 "
+"""Begins every kept state; the digest of what follows and a line break come next."""
+
+
+class _Digesting:
+    """Passes on what is written, and digests it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_state(state: dict[str, Any], file: BinaryIO) -> None:
+    empty = b"0" * 2 * hashlib.sha256().digest_size
+    file.write(_MARK + empty + b"\n")
+    content = _Digesting(file)
+    torch.save(state, content)  # type: ignore[arg-type]  # it asks for no more than these two
+    file.seek(len(_MARK))
+    file.write(content.digest.hexdigest().encode())
+
+
+def _read_state(file: BufferedReader) -> Any:
+    """Return what :func:`_write_state` wrote.
+
+    Raises:
+        ValueError: If a bit of it is another.
+    """
+    head = file.readline(len(_MARK) + 128)
+    begin = file.tell()
+    if head != _MARK + hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n":
+        raise ValueError("its checksum is not that of its content")
+    file.seek(begin)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 @dataclass(frozen=True)
 class RunStore:
     """A folder of named states; each holds tensors and plain values, and is read as data only.
+
+    Each carries a checksum, so that a damaged one is refused.
 
     Attributes:
         folder: Created on the first write.
@@ -57,7 +102,7 @@ class RunStore:
             OSError: If it cannot be written, for example on a full disk.
         """
         try:
-            write_atomically(self.folder / f"{name}.pt", lambda file: torch.save(state, file))
+            write_atomically(self.folder / f"{name}.pt", lambda file: _write_state(state, file))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # PyTorch hides a full disk behind its own
                 raise error.__context__ from error
@@ -67,17 +112,19 @@ class RunStore:
         """Return the state kept under ``name``, or none.
 
         Raises:
-            BadInputError: If the file is not one that this class wrote.
+            BadInputError: If the file is not one that this class wrote, or is damaged.
         """
         path = self.folder / f"{name}.pt"
         if not path.exists():
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:
+                state = _read_state(file)
             if not isinstance(state, dict):
                 raise TypeError(f"it holds a {type(state).__name__}")
         except Exception as error:
             raise BadInputError(
-                f"checkpoint {path} cannot be read ({type(error).__name__}); remove it to restart"
+                f"kept state {path} is damaged, or of another version: {one_line(error)}; remove "
+                "it to restart what it is of"
             ) from error
         return state
