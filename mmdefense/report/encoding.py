@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, one_line
 
 __all__ = ["SCHEMA", "JsonRecord", "build", "parse_record", "plain"]
 
@@ -137,8 +137,8 @@ def parse_record(text: str) -> dict[str, Any]:
     """Return a record as plain values, also out of the statement that it is the predicate of."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise BadInputError(f"the record is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"the record is not JSON: {one_line(error)}") from error
     if isinstance(value, dict) and isinstance(value.get("predicate"), dict):
         value = {name: item for name, item in value["predicate"].items() if name != "materials"}
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:

@@ -175,7 +175,7 @@ def read_scan(path: Path) -> ScanSummary:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"scan {path} cannot be read: {one_line(error)}") from error
     return scan_of(value, f"scan {path}")
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import JsonRecord, parse_record, plain
 from mmdefense.report.evaluation import Evaluation
 from mmdefense.report.findings import ScanSummary
@@ -455,10 +455,10 @@ def read_record(path: Path) -> Record:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"record {path} cannot be read: {error}") from error
-    kind = parse_record(text).get("kind")
-    for record in (PurificationRecord, ComparisonRecord):
-        if record.kind == kind:
-            return record.from_json(text)
+        kind = parse_record(text).get("kind")
+        for record in (PurificationRecord, ComparisonRecord):
+            if record.kind == kind:
+                return record.from_json(text)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadInputError(f"record {path} cannot be read: {one_line(error)}") from error
     raise BadInputError(f"record {path} is of unknown kind {kind!r}")
