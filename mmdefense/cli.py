@@ -193,12 +193,13 @@ def purify(
         reading=reading,
         device=device,
         accept_low_utility=accept_low_utility,
+        also_read=() if classes is None else (classes,),
     )
     limit, level = duration(max_time), check_level(evidence)
     if dry_run:
         _show_plan(source, chosen, level)
         return
-    target = _hub_target(push_to_hub)
+    target = _hub_target(push_to_hub, source, force)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     try:
         with ProgressDisplay() as progress:
@@ -284,11 +285,11 @@ def evaluate(
     accept_low_utility: AcceptLowUtility = False,
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
+    from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
+    from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.evaluating import evaluate_files
     from mmdefense.sources import Source
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise BadInputError(f"-o must name a file in a folder that exists, got {out}")
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model,
@@ -300,12 +301,16 @@ def evaluate(
         reading=reading,
         device=device,
         accept_low_utility=accept_low_utility,
+        also_read=() if classes is None else (classes,),
     )
     choice = chosen_attack(attack, trigger, target, settings)
+    if out is not None:
+        read_too = [path for path in (trigger, record) if path is not None]
+        check_replaceable_file(out, EVALUATION_MARK, [*source.inputs(), *read_too])
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     found = evaluate_files(source, choice, record=record, command=command)
     if out is not None:
-        out.write_text(found.to_json(), encoding="utf-8")
+        write_atomically(out, lambda file: file.write(found.to_json().encode()))
     for line in found.lines():
         typer.echo(line)
     if record is not None:
@@ -475,10 +480,10 @@ def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
         typer.echo(line)
 
 
-def _hub_target(repo: str | None) -> HubTarget | None:
+def _hub_target(repo: str | None, source: Source, force: bool) -> HubTarget | None:
     from mmdefense.checkpoints.hub import HubTarget
 
-    return None if repo is None else HubTarget(repo)
+    return None if repo is None else HubTarget(repo, given=str(source.model), force=force)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.batches import in_memory
-from mmdefense.checkpoints.models import hash_file, hash_files
-from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.checkpoints.models import weight_names
+from mmdefense.checkpoints.seals import Seal, read_once
+from mmdefense.checkpoints.weights import hash_file, hash_weights
 from mmdefense.defenses.base import versions
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.measurement import learnt_tensors, measured, read_trigger
@@ -195,8 +196,9 @@ def evaluate_files(
             ``record`` is of other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
-    opened = source.open()
-    model = _model_info(source, opened)
+    with read_once(source.model) as seal:
+        opened = source.open()
+    model = _model_info(source, opened, seal)
     if record is not None:
         check_recordable(Path(record), model)
     task, data = opened.task, in_memory(opened.data)
@@ -237,9 +239,9 @@ def evaluate_files(
     return evaluation if record is None else add_evaluation(Path(record), evaluation)
 
 
-def _model_info(source: Source, opened: Opened) -> EvaluatedModel:
+def _model_info(source: Source, opened: Opened, seal: Seal | None) -> EvaluatedModel:
     model = opened.adapter.model
-    files = hash_files(source.model) if isinstance(source.model, (str, Path)) else {}
+    files = {} if seal is None else {n: seal.files[n] for n in weight_names(source.model)}
     return EvaluatedModel(
         name=_named(source.model, type(model).__name__),
         architecture=type(model).__name__,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["MOST_BYTES", "parse_json", "plain_file", "read_bytes", "read_json"]
+__all__ = ["MOST_BYTES", "open_plain", "parse_json", "plain_file", "read_bytes", "read_json"]
 
 MOST_BYTES = 1 << 29
 """Bytes of a text file that is read at once; the largest JSON of COCO has 4.5e8. Ours."""
@@ -32,6 +36,19 @@ def plain_file(path: Path) -> Path:
     return path
 
 
+def open_plain(path: Path) -> BufferedReader:
+    """Open a file to be read; never a pipe, a socket or a device, which could block or do harm.
+
+    Raises:
+        OSError: If it cannot be opened, or is no plain file.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return os.fdopen(opened, "rb")
+
+
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """Return the content of a file.
 
@@ -43,7 +60,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         BadInputError: If it cannot be read, or is larger.
     """
     try:
-        with plain_file(path).open("rb") as file:
+        with open_plain(plain_file(path)) as file:
             content = file.read(most + 1)
     except OSError as error:
         raise BadInputError(f"file {path} cannot be read: {error.strerror or error}") from error

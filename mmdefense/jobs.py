@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from mmdefense import __version__
-from mmdefense.checkpoints.folders import check_replaceable, clear_stale, hold
+from mmdefense.checkpoints.folders import reserved
+from mmdefense.checkpoints.outputs import check_apart
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.checkpoints.seals import read_once
 from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
@@ -80,38 +83,41 @@ def purify_files(
         DivergenceError: If a loss stopped being finite; the last good weights are kept.
     """
     deadline = Deadline.after(max_seconds)
-    clear_stale(out)
-    check_replaceable(out, force)
-    store = RunStore(partial_folder(out))
-    _check_resumable(store, resume)
-    tell = progress or (lambda _: None)
-    tell(Event("reading", 0, 1))
-    opened = source.open()
-    tell(Event("reading", 1, 1))
-    tell(Event("scan", 0, 1))
-    scanned = summary(scan_loaded(source.model, opened.adapter.model))
-    tell(Event("scan", 1, 1))
-    begin = deadline.clock()
-    held = _claim(store, _identity(source, opened, defense))
-    writing = writing_seconds(deadline.clock() - begin)
-    with _kept_or_cleared(store, held):
-        purified = purify(
-            opened.adapter,
-            opened.samples,
-            defense,
-            progress=progress,
-            store=store,
-            max_seconds=deadline.earlier(writing),
-            evidence=evidence,
-            accept_low_utility=source.accept_low_utility,
-        )
-        names = {"model": source.model, "data": source.data, "command": command}
-        purified = dataclasses.replace(purified, names=names, scan=scanned)
-        tell(Event("writing", 0, 1))
-        purified.save(out, source.model, weights=source.weights, force=force)
-        tell(Event("writing", 1, 1))
-    if not purified.result.stopped or not _holds_states(store):
-        shutil.rmtree(store.folder, ignore_errors=True)
+    store, inputs = RunStore(partial_folder(out)), source.inputs()
+    check_apart(store.folder, inputs)
+    with reserved(out, force=force, inputs=inputs) as place:
+        _check_resumable(store, resume)
+        tell = progress or (lambda _: None)
+        with read_once(source.model, every=True) as seal:
+            tell(Event("reading", 0, 1))
+            opened = source.open()
+            tell(Event("reading", 1, 1))
+            tell(Event("scan", 0, 1))
+            files = None if seal is None else seal.own
+            scanned = summary(scan_loaded(source.model, opened.adapter.model, files))
+            tell(Event("scan", 1, 1))
+        begin = deadline.clock()
+        _claim(store, _identity(source, opened, defense))
+        writing = writing_seconds(deadline.clock() - begin)
+        with _kept_or_cleared(store):
+            purified = purify(
+                opened.adapter,
+                opened.samples,
+                defense,
+                progress=progress,
+                store=store,
+                max_seconds=deadline.earlier(writing),
+                evidence=evidence,
+                accept_low_utility=source.accept_low_utility,
+            )
+            names = {"model": source.model, "data": source.data, "command": command}
+            purified = dataclasses.replace(purified, names=names, scan=scanned, seal=seal)
+            tell(Event("writing", 0, 1))
+            with place.writing() as folder:
+                purified.write(folder, source.model, weights=source.weights)
+            tell(Event("writing", 1, 1))
+        if not purified.result.stopped or not _holds_states(store):
+            shutil.rmtree(store.folder, ignore_errors=True)
     return purified
 
 
@@ -140,45 +146,62 @@ def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any
 
 
 def _check_resumable(store: RunStore, resume: bool) -> None:
+    _check_ours(store)
     if resume and not _holds_states(store):
         note(f"{store.folder} holds nothing to go on from: the run starts at its beginning")
-    if not resume and (_holds_states(store) or _is_held(store)):
+    if not resume and _holds_states(store):
         raise BadInputError(
             f"{store.folder} holds an unfinished run; add --resume to go on with it, or remove "
             "that folder to start afresh"
         )
 
 
-def _is_held(store: RunStore) -> bool:
-    """Say whether another process is at work in a store, though it has kept nothing yet."""
-    held = hold(store.folder) if store.folder.exists() else None
-    if held is not None:
-        os.close(held)
-    return store.folder.exists() and held is None
+def _check_ours(store: RunStore) -> None:
+    """Refuse a folder that stands where states are to be kept, and that no run has made.
 
-
-def _claim(store: RunStore, identity: dict[str, Any]) -> int | None:
-    """Note whose states the store holds, or refuse those of another job.
-
-    Returns:
-        What to close in the end: it tells others that the store is at work; see
-        :func:`~mmdefense.checkpoints.folders.hold`.
+    Raises:
+        BadInputError: If there is one: nothing is written into it, and nothing removed from it.
     """
-    kept = store.load(_IDENTITY)
+    folder = store.folder
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and not folder.is_symlink():
+        held = {path.name for path in folder.iterdir()}
+        begun = re.compile(rf"\.{_IDENTITY}\.pt\.[0-9a-f]{{8}}")  # by a run killed in that moment
+        if f"{_IDENTITY}.pt" in held or all(map(begun.fullmatch, held)):
+            return
+    raise BadInputError(
+        f"{folder} is where the unfinished run would be kept, but mmdefense did not make it; move "
+        "it away, or choose another output folder"
+    )
+
+
+def _claim(store: RunStore, identity: dict[str, Any]) -> None:
+    """Note whose states the store holds, or refuse those of another job."""
+    kept = _kept_identity(store)
     if kept is None or not _holds_states(store):
         try:
             store.save(_IDENTITY, identity)
         except OSError as error:
             shutil.rmtree(store.folder, ignore_errors=True)
             raise _unwritable(store, error) from error
-        return hold(store.folder)
+        return
     different = sorted(k for k in identity.keys() | kept.keys() if identity.get(k) != kept.get(k))
     if different:
         raise BadInputError(
             f"{store.folder} holds an unfinished run with another {', '.join(different)}; repeat "
             "its command, or remove that folder to start afresh"
         )
-    return hold(store.folder)
+
+
+def _kept_identity(store: RunStore) -> dict[str, Any] | None:
+    try:
+        return store.load(_IDENTITY)
+    except BadInputError as error:
+        raise BadInputError(
+            f"{store.folder} does not say any more whose run it holds ({error}): remove that "
+            "folder to start afresh"
+        ) from error
 
 
 def _holds_states(store: RunStore) -> bool:
@@ -187,13 +210,8 @@ def _holds_states(store: RunStore) -> bool:
 
 
 @contextmanager
-def _kept_or_cleared(store: RunStore, held: int | None) -> Iterator[None]:
-    """After a fault, keep the states that can be gone on from, and say so; else leave nothing.
-
-    Args:
-        store: Where they are.
-        held: What :func:`_claim` returned.
-    """
+def _kept_or_cleared(store: RunStore) -> Iterator[None]:
+    """After a fault, keep the states that can be gone on from, and say so; else leave nothing."""
     try:
         yield
     except DivergenceError as error:
@@ -209,18 +227,19 @@ def _kept_or_cleared(store: RunStore, held: int | None) -> Iterator[None]:
         else:
             shutil.rmtree(store.folder, ignore_errors=True)
         raise
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def _with_kept_state(error: DivergenceError, store: RunStore) -> DivergenceError:
     """Keep the last good weights; what leads to the same end again is not kept."""
-    shutil.rmtree(store.folder, ignore_errors=True)
     if error.state is None:
+        shutil.rmtree(store.folder, ignore_errors=True)
         return error
+    for kept in store.folder.iterdir():
+        if kept.is_dir():
+            shutil.rmtree(kept, ignore_errors=True)
+        elif kept.name != f"{_IDENTITY}.pt":  # which tells that a run has made the folder
+            kept.unlink()
     path = store.folder / "last_good.safetensors"
-    store.folder.mkdir(parents=True)
     write_state(error.state, path)
     return DivergenceError(f"{error}; its weights are in {path}", error.state)
 

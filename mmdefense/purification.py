@@ -16,9 +16,11 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.batches import Samples
 from mmdefense.checkpoints.folders import new_folder
-from mmdefense.checkpoints.models import hash_files, hash_inputs, weight_names, write_model
+from mmdefense.checkpoints.models import weight_names, write_model
+from mmdefense.checkpoints.outputs import CARD, FIGURES
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.checkpoints.weights import check_finite, hash_weights
+from mmdefense.checkpoints.seals import Seal, read_once
+from mmdefense.checkpoints.weights import check_finite, hash_file, hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
@@ -29,7 +31,7 @@ from mmdefense.metrics.utility import check_raise, check_utility
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
 from mmdefense.report.archive import write_figures
-from mmdefense.report.card import write_card
+from mmdefense.report.card import clear_card, write_card
 from mmdefense.report.compare import rebuild
 from mmdefense.report.evidence import defense_figures
 from mmdefense.report.figures import Figure
@@ -37,7 +39,7 @@ from mmdefense.report.findings import ScanSummary
 from mmdefense.report.formats import duration
 from mmdefense.report.gather import Evidence, Level, check_level, gather
 from mmdefense.report.record import PurificationRecord
-from mmdefense.report.statement import CARD, FIGURES, write_statement
+from mmdefense.report.statement import write_statement
 from mmdefense.report.terminal import shown
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
@@ -108,6 +110,7 @@ def purify(
     """
     deadline, level = Deadline.after(max_seconds), check_level(evidence)
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
+    seal: Seal | None = None
     paths = {"model": model, "data": clean}
     names = {name: str(given) for name, given in paths.items() if isinstance(given, str | Path)}
     if isinstance(model, nn.Module) and (adapter is not None or not names):
@@ -115,7 +118,7 @@ def purify(
     elif adapter is not None:
         raise BadInputError(f"adapter {adapter!r} is for a module, got {model!r}; name the task")
     if names:
-        opened = Source(
+        source = Source(
             model=model,
             data=clean,
             task=task,
@@ -123,7 +126,9 @@ def purify(
             weights=weights,
             reading=reading or {},
             device=device,
-        ).open()
+        )
+        with read_once(model) as seal:
+            opened = source.open()
         names |= {"weights": weights} if weights is not None else {}
         victim, clean = opened.adapter, opened.samples
     elif arch is not None or weights is not None or reading:
@@ -155,7 +160,12 @@ def purify(
             progress=display,
         )
     accepted = "; ".join(text for text in (near_chance, raised) if text)
-    return Purification(wide, result, samples, chosen, names, evidence=found, low_utility=accepted)
+    return Purification(
+        *(wide, result, samples, chosen, names),
+        evidence=found,
+        low_utility=accepted,
+        seal=seal,
+    )
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
@@ -185,6 +195,7 @@ class Purification:
         scan: What a look at the given model found before, for the record.
         evidence: What was measured beyond the verdict.
         low_utility: The low utility that was accepted, as a sentence; empty where there was none.
+        seal: What the files of the model were when they were read, where it came from files.
     """
 
     victim: TaskAdapter[Any]
@@ -195,6 +206,7 @@ class Purification:
     scan: ScanSummary | None = None
     evidence: Evidence = field(default_factory=Evidence, repr=False)
     low_utility: str = ""
+    seal: Seal | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         of = self.names.get("model", type(self.model).__name__)
@@ -289,28 +301,48 @@ class Purification:
             force: Whether an earlier output at ``out`` is replaced.
 
         Raises:
-            BadInputError: If the folder exists or cannot be written.
+            BadInputError: If the folder exists, is or holds or lies in what was read, or cannot be
+                written; or if the files of the model are not what they were when they were read.
+        """
+        given = [self.names.get(name) for name in ("model", "data")]
+        inputs = [one for one in (source, *given) if one is not None]
+        with new_folder(out, force=force, inputs=inputs) as folder:
+            self.write(folder, source, weights=weights)
+
+    def write(
+        self, folder: Path, source: str | Path | None = None, *, weights: str | None = None
+    ) -> None:
+        """Write the model with its evidence into a folder that exists and is empty.
+
+        Args:
+            folder: Where to.
+            source: As :meth:`save` has it.
+            weights: As :meth:`save` has it.
+
+        Raises:
+            BadInputError: If the files of the model are not what they were when they were read.
+            OSError: If a file cannot be written.
         """
         source = self.names.get("model") if source is None else source
         weights = self.names.get("weights") if weights is None else weights
-        with new_folder(out, force=force) as folder:
-            write_model(self.model, folder, source, weights=weights)
-            record = self.record()
-            inputs = hash_inputs(source) if source is not None else {}
-            read = weight_names(source) if source is not None else []
-            written = [hash_files(path) for path in sorted(folder.glob("*.safetensors"))]
-            after = {name: value for part in written for name, value in part.items()}
-            files = dataclasses.replace(
-                record.model,
-                files_before={name: inputs[name] for name in read},
-                files_after=after,
-            )
-            record = dataclasses.replace(record, model=files)
-            if not self.unchanged:
-                write_card(record, folder / CARD)
-            write_figures(self.figures(), folder / FIGURES)
-            write_statement(record, folder, inputs, known=after)
-            rebuild(folder)
+        with read_once(source) as again:
+            known = None if again is None else again.files
+            write_model(self.model, folder, source, weights=weights, known=known)
+            if again is not None and self.seal is not None and self.seal.where == again.where:
+                self.seal.check_same(again)
+            before = {} if source is None else {n: (known or {})[n] for n in weight_names(source)}
+        record = self.record()
+        weight_files = sorted(folder.rglob("*.safetensors"))
+        after = {path.relative_to(folder).as_posix(): hash_file(path) for path in weight_files}
+        hashed = dataclasses.replace(record.model, files_before=before, files_after=after)
+        record = dataclasses.replace(record, model=hashed)
+        if self.unchanged:
+            clear_card(folder / CARD)
+        else:
+            write_card(record, folder / CARD)
+        write_figures(self.figures(), folder / FIGURES)
+        write_statement(record, folder, known, known=after)
+        rebuild(folder)
 
     @property
     def _measured(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.batches import Samples
+from mmdefense.checkpoints.huggingface import named_base
 from mmdefense.checkpoints.models import load_model
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
@@ -62,6 +64,7 @@ class Source:
             is not given is as the model says, or as the data is.
         device: For example ``"cpu"`` or ``"cuda"``.
         accept_low_utility: Whether to go on where the model does not work on the data as read.
+        also_read: Further files that ``reading`` was read from, such as class names.
     """
 
     model: Any
@@ -73,6 +76,14 @@ class Source:
     reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     accept_low_utility: bool = False
+    also_read: tuple[Path, ...] = ()
+
+    def inputs(self) -> list[str | Path]:
+        """Return the paths that are read: of the model, its base, the data and the class names."""
+        given = [self.model, self.data, *self.reading.values(), *self.also_read]
+        paths = [one for one in given if isinstance(one, str | Path) and os.path.exists(one)]
+        base = named_base(self.model) if isinstance(self.model, str | Path) else None
+        return paths if base is None else [*paths, base]
 
     def open(self) -> Opened:
         """Return the model in its adapter, and the data as the task and the model read them.

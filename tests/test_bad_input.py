@@ -187,7 +187,7 @@ def test_an_output_folder_that_exists(place, mmdefense):
     place.out.mkdir()
     (place.out / "diary.txt").write_text("dear diary")
     refused(mmdefense(*place.purify()), "out", "--force")
-    refused(mmdefense(*place.purify("--force")), "holds no earlier model")
+    refused(mmdefense(*place.purify("--force")), "holds no record of an earlier output")
     assert [path.name for path in place.out.iterdir()] == ["diary.txt"]
 
 
@@ -276,11 +276,10 @@ def test_after_a_loss_that_turned_nan_another_try_begins_afresh(place, mmdefense
 
 
 def test_a_run_that_another_process_has_begun_is_left_alone(place, mmdefense):
-    from mmdefense.checkpoints.folders import hold
+    from mmdefense.checkpoints.folders import reserved
 
-    partial = place.folder / "out.partial"
-    partial.mkdir()
-    held = hold(partial)
-    refused(mmdefense(*place.purify()), "holds an unfinished run")
-    os.close(held)
+    for force in ((), ("--force",)):
+        with reserved(place.out):
+            refused(mmdefense(*place.purify(*force)), "another run is making", str(place.out))
+    assert place.files() == []
     assert mmdefense(*place.purify()).code == 0

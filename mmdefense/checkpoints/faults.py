@@ -24,12 +24,12 @@ from mmdefense.files import read_json
 __all__ = [
     "CODE_KEYS",
     "Fault",
+    "all_files",
     "check_file",
     "check_folder",
     "is_zip",
     "leads_outside",
     "link_faults",
-    "read_json",
     "remote_code",
     "safetensors_faults",
     "shard_faults",
@@ -46,6 +46,8 @@ BOMB_RATIO, BOMB_BYTES = 200, 1 << 25
 """An archive that unpacks to this many bytes, and to this multiple of its own, is a bomb. Ours."""
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
 """Names in a configuration under which it asks for code of its own."""
+_CACHED = "snapshots"
+"""Name of the folder of the hub's cache that holds the revisions of a repository."""
 MAX_GAP = 24
 """Bytes between the entries of a zip: the longest data descriptor has 24."""
 
@@ -94,8 +96,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         BadInputError: Naming the first fault.
     """
-    files = sorted(folder.glob("*"))
-    faults = [fault for path in files for fault in link_faults(path, folder)]
+    every = all_files(folder)
+    faults = [fault for path in every for fault in _place_faults(path, folder)]
+    files = [path for path in every if path.parent == folder and path.is_file()]
     for path in files if not faults else ():
         if path.name.endswith("config.json"):
             faults += remote_code(path)
@@ -104,6 +107,30 @@ def check_folder(folder: Path) -> None:
         elif path.suffix in {".safetensors", ".bin"}:
             check_file(path)
     _refuse(folder, faults)
+
+
+def all_files(root: Path) -> list[Path]:
+    """Return everything in a folder but its folders, hidden names as well; links not followed.
+
+    Of a file, that is the file.
+    """
+    if not root.is_dir():
+        return [root]
+    found = []
+    for folder, folders, names in os.walk(root):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        found += [Path(folder) / name for name in [*names, *links]]
+    return sorted(found)
+
+
+def _place_faults(path: Path, folder: Path) -> list[Fault]:
+    """Return whether an entry of a folder leads outside, or is a pipe, a socket or a device."""
+    if faults := link_faults(path, folder):
+        return faults
+    if path.is_dir() or path.is_file() or not path.exists():
+        return []
+    name = path.relative_to(folder).as_posix()
+    return [Fault("path", f"{name!r} is a pipe, a socket or a device; remove it")]
 
 
 def _refuse(path: Path, faults: list[Fault]) -> None:
@@ -317,9 +344,7 @@ def link_faults(path: Path, folder: Path) -> list[Fault]:
         return []
     target = Path(os.path.realpath(path))
     root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+    allowed = [root, *(above.parent / "blobs" for above in root.parents if above.name == _CACHED)]
     if any(target.is_relative_to(place) for place in allowed):
         return []
     name = path.relative_to(folder)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and are made by one run at a time."""
 
 from __future__ import annotations
 
@@ -7,52 +7,173 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from mmdefense.checkpoints.outputs import check_apart, is_output
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["check_replaceable", "clear_stale", "hold", "new_folder"]
+__all__ = ["Reserved", "new_folder", "reserved"]
 
 _OURS = "mmdefense"
 """Part of the names of hidden folders, so that no other program's are taken for ours."""
 
 
+@dataclass(frozen=True)
+class Reserved:
+    """A folder that this run alone is to make.
+
+    Attributes:
+        target: The folder.
+        force: Whether an earlier output is replaced.
+    """
+
+    target: Path
+    force: bool = False
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Yield a temporary folder beside it, which takes its place if the block ends well.
+
+        Raises:
+            BadInputError: If it cannot be written, or what has come to stand in its place is not
+                to be replaced; nothing is left behind.
+        """
+        temporary = _beside(self.target, "new")
+        held = None
+        try:
+            temporary.mkdir(parents=True)
+            held = _hold(temporary)
+            yield temporary
+            _check_replaceable(self.target, self.force)
+            _move_into_place(temporary, self.target, self.force)
+        except OSError as error:
+            raise _unwritable(self.target, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if held is not None:
+                os.close(held)
+
+
 @contextmanager
-def new_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+def reserved(
+    folder: str | Path, *, force: bool = False, inputs: Iterable[str | Path] = ()
+) -> Iterator[Reserved]:
+    """Keep a folder that is to be made for this run, until the block ends.
+
+    What killed runs have left beside it is cleared. The lock goes with the process, however it
+    ends.
+
+    Args:
+        folder: The folder to make.
+        force: Whether an earlier output is replaced. A folder without the record of one is refused
+            in any case.
+        inputs: What is read for it; see :func:`~mmdefense.checkpoints.outputs.check_apart`.
+
+    Yields:
+        What writes it.
+
+    Raises:
+        BadInputError: If it exists and is not to be replaced, is or holds or lies in an input,
+            another run is making it, or nothing can be written there.
+    """
+    target, given = _placed(folder), list(inputs)
+    for made in (target, *_stale(target)):
+        check_apart(made, given)
+    made_above = _make(target.parent)
+    try:
+        held = _lock(target)
+        try:
+            _clear_stale(target)
+            _check_replaceable(target, force)
+            yield Reserved(target, force)
+        finally:
+            _unlock(target, held)
+    finally:
+        for above in made_above:
+            if not any(above.iterdir()):
+                above.rmdir()
+
+
+@contextmanager
+def new_folder(
+    folder: str | Path, *, force: bool = False, inputs: Iterable[str | Path] = ()
+) -> Iterator[Path]:
     """Make a folder that appears under its name only when the block ends without an error.
 
     Args:
         folder: The folder to make.
-        force: Whether an earlier output is replaced. A folder that holds no safetensors is not
-            one, and is refused in any case.
+        force: Whether an earlier output is replaced; see :func:`reserved`.
+        inputs: What is read for it.
 
     Yields:
         A temporary folder beside it, to write into.
 
     Raises:
-        BadInputError: If the folder exists, or cannot be written; nothing is left behind.
+        BadInputError: As :func:`reserved`, or if it cannot be written; nothing is left behind.
     """
-    target = Path(folder).absolute()
-    clear_stale(target)
-    check_replaceable(target, force)
-    temporary = _beside(target, "new")
-    held = None
-    try:
-        temporary.mkdir(parents=True)
-        held = hold(temporary)
+    with reserved(folder, force=force, inputs=inputs) as place, place.writing() as temporary:
         yield temporary
-        _move_into_place(temporary, target)
+
+
+def _placed(folder: str | Path) -> Path:
+    """Return an absolute path that ends in a name, so that there is something beside it."""
+    path = Path(folder).absolute()
+    return path if path.name not in {"", ".."} else path.resolve()
+
+
+def _unwritable(target: Path, error: OSError) -> BadInputError:
+    return BadInputError(
+        f"output folder {target} cannot be written: {error.strerror or one_line(error)}; nothing "
+        "was left behind"
+    )
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and those above it; return those that were not there, the lowest first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInputError(
-            f"output folder {folder} cannot be written: {error.strerror or one_line(error)}; "
-            "nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if held is not None:
+        raise _unwritable(folder, error) from error
+    return missing
+
+
+def _lock(target: Path) -> int:
+    """Lock the name of a folder that is to be made; return what to close to let it go.
+
+    Raises:
+        BadInputError: If another run holds it, or nothing can be written there.
+    """
+    path = _lock_of(target)
+    while True:
+        try:
+            held = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(held)
+            raise BadInputError(
+                f"another run is making {target}; wait for its end, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks: the last rename still replaces nothing
+            return held
+        if os.fstat(held).st_nlink:
+            return held
+        os.close(held)  # it was let go and removed by another between the two
+
+
+def _unlock(target: Path, held: int) -> None:
+    _lock_of(target).unlink(missing_ok=True)
+    os.close(held)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{_OURS}-lock")
 
 
 def _beside(target: Path, kind: str) -> Path:
@@ -60,7 +181,7 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{_OURS}-{kind}-{uuid.uuid4().hex[:8]}")
 
 
-def hold(folder: Path) -> int | None:
+def _hold(folder: Path) -> int | None:
     """Lock a folder for as long as this process lives; return what to close to let it go.
 
     The lock goes with the process, however it ends: a folder without one was left behind.
@@ -80,33 +201,39 @@ def hold(folder: Path) -> int | None:
     return held
 
 
-def clear_stale(folder: str | Path) -> None:
+def _stale(target: Path) -> list[Path]:
+    """Return what runs that wrote this folder have left beside it, or are writing."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.{_OURS}-(new|old)-[0-9a-f]{{8}}")
+    beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+    return [path for path in beside if ours.fullmatch(path.name)]
+
+
+def _clear_stale(target: Path) -> None:
     """Remove what runs that were killed while they wrote this folder have left beside it.
 
     An earlier output that had stepped aside comes back where nothing has taken its place. What
     other processes are writing is left alone.
     """
-    target = Path(folder).absolute()
-    ours = re.compile(rf"\.{re.escape(target.name)}\.{_OURS}-(new|old)-[0-9a-f]{{8}}")
-    beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
-    for path in beside:
-        found = ours.fullmatch(path.name)
-        held = hold(path) if found else None
-        if found is None or held is None:
+    for path in _stale(target):
+        held = _hold(path)
+        if held is None:
             continue
-        if found[1] == "old" and not target.exists():
+        if f".{_OURS}-old-" in path.name and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
         os.close(held)
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename; an earlier folder steps aside, and comes back if anything goes wrong."""
+def _move_into_place(temporary: Path, target: Path, force: bool) -> None:
+    """Rename; an earlier folder steps aside, and comes back if anything goes wrong.
+
+    Without ``force`` the rename itself fails where there is more than an empty folder by now.
+    """
     old, held = _beside(target, "old"), None
     try:
-        if target.exists():
-            held = hold(target)  # so that no other run takes it for left behind
+        if force and target.exists():
+            held = _hold(target)  # so that no other run takes it for left behind
             target.rename(old)
         temporary.rename(target)
     except BaseException:
@@ -119,19 +246,23 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_replaceable(folder: str | Path, force: bool = False) -> None:
-    """Refuse a folder that :func:`new_folder` would refuse, before any work is done for it.
+def _check_replaceable(target: Path, force: bool) -> None:
+    """Refuse a folder that exists and is not to be replaced.
 
     Raises:
-        BadInputError: If it exists and is not to be replaced.
+        BadInputError: If it is so.
     """
-    target = Path(folder).absolute()
-    if target.is_dir() and not any(target.iterdir()):
+    if not os.path.lexists(target):
         return
-    if target.is_dir() and force and list(target.glob("*.safetensors")):
+    is_folder = target.is_dir() and not target.is_symlink()
+    if is_folder and (not any(target.iterdir()) or (force and is_output(target))):
         return
-    if target.exists():
-        remedy = "; it holds no earlier model" if force else ", or give --force to replace it"
-        raise BadInputError(
-            f"output folder {target} must be new, but it exists; choose another{remedy}"
-        )
+    if target.is_symlink():
+        remedy = "; it is a link, which is not replaced"
+    elif force:
+        remedy = "; it holds no record of an earlier output, and --force replaces nothing else"
+    else:
+        remedy = ", or give --force to replace it"
+    raise BadInputError(
+        f"output folder {target} must be new, but it exists; choose another{remedy}"
+    )

@@ -17,15 +17,23 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 class HubTarget:
     """A repository to upload to; that it can be is checked at once, before hours of work."""
 
-    def __init__(self, repo: str) -> None:
+    def __init__(self, repo: str, *, given: str = "", force: bool = False) -> None:
         """Check the name, the library and the login.
 
+        Args:
+            repo: ``OWNER/NAME``.
+            given: What the user called the given model, which is never uploaded over.
+            force: Whether files of a repository that exists are replaced.
+
         Raises:
-            BadInputError: If the name is none, or nobody is logged in.
+            BadInputError: If the name is none, nobody is logged in, or the repository is that of
+                the given model, or exists and is not to be replaced.
             UnsupportedError: If the library is not installed.
         """
         if not _ID.fullmatch(repo):
             raise BadInputError(f"a hub repository must be OWNER/NAME, got {repo!r}")
+        if repo.casefold() == given.casefold():
+            raise BadInputError(f"hub repository {repo} is the given model; name another")
         with needed("the hub"):
             from huggingface_hub import HfApi
         self.repo = repo
@@ -36,6 +44,18 @@ class HubTarget:
             raise BadInputError(
                 f"the hub does not know who you are: {one_line(error)}; run `hf auth login`, or "
                 "set HF_TOKEN"
+            ) from error
+        if not force and self._exists():
+            raise BadInputError(
+                f"hub repository {repo} exists; name another, or give --force to replace its files"
+            )
+
+    def _exists(self) -> bool:
+        try:
+            return bool(self._api.repo_exists(self.repo))
+        except Exception as error:  # the client raises many kinds
+            raise BadInputError(
+                f"the hub does not say whether {self.repo} exists: {one_line(error)}"
             ) from error
 
     def upload(self, folder: Path) -> str:

@@ -7,11 +7,12 @@ never run.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdefense import registry
-from mmdefense.checkpoints.faults import check_folder
+from mmdefense.checkpoints.faults import (
+    check_folder,
+    leads_outside,
+    link_faults,
+)
 from mmdefense.checkpoints.layout import rewrite
+from mmdefense.checkpoints.outputs import is_record
 from mmdefense.checkpoints.states import check_keys
-from mmdefense.checkpoints.weights import read_state, refused
+from mmdefense.checkpoints.weights import hash_file, read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.files import open_plain, read_json
 from mmdefense.libraries import missing, needed
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "download",
     "load_folder",
     "local_folder",
+    "named_base",
     "side_files",
     "weight_files",
     "write_folder",
@@ -304,10 +312,32 @@ def base_folder(folder: Path) -> Path:
     return found
 
 
-def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
+def named_base(where: str | Path) -> Path | None:
+    """Return where the base of a PEFT folder lies on this disk, if it names one that does."""
+    path = Path(where) / _PEFT_CONFIG
+    if not os.path.isfile(path):
+        return None
+    try:
+        said = read_json(path)
+    except BadInputError:
+        return None
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    return Path(base) if isinstance(base, str) and os.path.exists(base) else None
+
+
+def write_folder(
+    model: Any, folder: Path, origin: Path | None, known: Mapping[str, str] | None = None
+) -> None:
     """Write a model as its library does; then give it the keys, dtypes and files of ``origin``.
 
+    Args:
+        model: What to write.
+        folder: Where to.
+        origin: Where it came from.
+        known: SHA-256 of the files of the origin by name; others are not handed on.
+
     Raises:
+        BadInputError: If a file of the origin is not what it was.
         OSError: If a file cannot be written.
     """
     # peft would ask the hub whether embeddings were resized; what was stored is put back below.
@@ -325,16 +355,26 @@ def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
         if kept or not path.name.endswith(".index.json"):
             target = folder / path.relative_to(origin)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+            with open_plain(path) as given, target.open("wb") as copy:
+                shutil.copyfileobj(given, copy)
+            name = path.relative_to(origin).as_posix()
+            if known is not None and hash_file(target) != known.get(name):
+                raise BadInputError(f"{path} was changed since it was read; start again")
 
 
 def side_files(folder: Path) -> list[Path]:
     """Return the files of a folder that belong to the model beside its weights, in order.
 
-    Code is not among them, nor is an index of pickles, which are never written.
+    Code is not among them, nor is an index of pickles, which are never written; nor what would be
+    taken for a record of ours, for it is not about what is written.
     """
     found = {path for pattern in _SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not path.name.endswith(".bin.index.json"))
+    return sorted(
+        path
+        for path in found
+        if not (path.name.endswith(".bin.index.json") or is_record(path.name))
+        and not link_faults(path, folder)
+    )
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:
@@ -349,13 +389,26 @@ def weight_files(folder: Path) -> list[Path]:
     That is one safetensors file, else the shards that an index names, else any safetensors, else
     pickles. Other files of weights that a repository may hold, such as those of another library,
     are not among them.
+
+    Raises:
+        BadInputError: If the index cannot be read, or names a file outside the folder or none.
     """
     single = _ADAPTER if (folder / _PEFT_CONFIG).is_file() else _MODEL
     if (folder / single).is_file():
         return [folder / single]
     sharded = folder / f"{single}.index.json"
     if sharded.is_file():
-        names = set(json.loads(sharded.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(folder / name for name in names)
+        return _shards(sharded)
     pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
     return sorted(folder.glob("*.safetensors")) or pickles
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise BadInputError(f"{index} must have a weight_map of tensors to names of files")
+    for name in (names := sorted(set(shards.values()))):
+        if leads_outside(name) or not (index.parent / name).is_file():
+            raise BadInputError(f"{index} names {name!r}, which is no file of the folder")
+    return [index.parent / name for name in names]

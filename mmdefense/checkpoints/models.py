@@ -7,7 +7,6 @@ the class that the user names, never from the checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -32,10 +31,9 @@ from mmdefense.notes import note
 from mmdefense.sandbox import Channel, Network, apart, inside, total_size
 
 __all__ = [
-    "hash_file",
-    "hash_files",
-    "hash_inputs",
+    "input_files",
     "load_model",
+    "model_places",
     "save_model",
     "weight_names",
     "write_model",
@@ -79,6 +77,7 @@ def load_model(
             model = _load_state_model(place, arch, weights)
         else:
             model = load_folder(place, task)
+        _own_memory(model)
         check_finite(model.state_dict(), where)
         return model.eval()
 
@@ -114,6 +113,12 @@ def _rehearse(load: Callable[[], nn.Module], place: Path, *, of_the_user: bool) 
     apart(rehearsed, what=f"loading {place}", size=size, network=network, quiet=True)
 
 
+def _own_memory(model: nn.Module) -> None:
+    """Copy the weights out of the file that they may still lie in, so that they stay as read."""
+    for value in (*model.parameters(), *model.buffers()):
+        value.data = value.data.clone()
+
+
 def _is_state_file(where: str | Path) -> bool:
     return Path(where).is_file() or Path(where).suffix in _WEIGHT_SUFFIXES
 
@@ -143,7 +148,6 @@ def save_model(
     source: str | Path | None = None,
     *,
     weights: str | None = None,
-    force: bool = False,
 ) -> None:
     """Write ``model`` to a new folder as safetensors, whole or not at all.
 
@@ -154,12 +158,12 @@ def save_model(
             dtypes, and for a Hugging Face model its other files stand beside them. Of a training
             checkpoint, the state dict alone is written.
         weights: As it was loaded; see :func:`load_model`.
-        force: Whether an earlier output at ``folder`` is replaced.
 
     Raises:
-        BadInputError: If the folder exists, or cannot be written, for example on a full disk.
+        BadInputError: If the folder exists, is or holds or lies in the source, or cannot be
+            written, for example on a full disk.
     """
-    with new_folder(folder, force=force) as temporary:
+    with new_folder(folder, inputs=[] if source is None else [source]) as temporary:
         write_model(model, temporary, source, weights=weights)
 
 
@@ -169,14 +173,24 @@ def write_model(
     source: str | Path | None = None,
     *,
     weights: str | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> None:
     """Write the files of ``model`` into a folder that exists; see :func:`save_model`.
 
+    Args:
+        model: What to write.
+        folder: Where to.
+        source: Where the model was loaded from.
+        weights: As it was loaded.
+        known: SHA-256 of the files of the source by name; a file that is none of them is not
+            handed on. By default all of them are.
+
     Raises:
+        BadInputError: If a file of the source is not what it was.
         OSError: If a file cannot be written.
     """
     if hasattr(model, "save_pretrained") and not (source and _is_state_file(source)):
-        write_folder(model, folder, None if source is None else local_folder(source))
+        write_folder(model, folder, None if source is None else local_folder(source), known)
         return
     state = model.state_dict()
     if source is not None:
@@ -199,45 +213,35 @@ def _as_stored(state: Mapping[str, Tensor], source: Path, weights: str | None) -
     return {**(found.others or {}), **own}
 
 
-def hash_files(where: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of a model by name, as ``sha256sum`` prints it."""
-    return {path.name: _sha256(path) for path in _weight_files(where)}
-
-
 def weight_names(where: str | Path) -> list[str]:
-    """Return the names of the weight files of a model, as :func:`hash_files` has them."""
-    return [path.name for path in _weight_files(where)]
+    """Return the names of the weight files of a model, as :func:`input_files` has them."""
+    if _is_state_file(where):
+        return [Path(where).name]
+    folder = local_folder(where)
+    return [path.relative_to(folder).as_posix() for path in weight_files(folder)]
 
 
-def _weight_files(where: str | Path) -> list[Path]:
-    return [Path(where)] if _is_state_file(where) else weight_files(local_folder(where))
+def model_places(where: str | Path) -> dict[str, Path]:
+    """Return the file or the folder of a model, and the folder of the base that it is an update of.
 
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
-    return _sha256(path)
-
-
-def hash_inputs(where: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that is read of a model or handed on with it, by name.
-
-    The files of the base that a LoRA folder is an update of are named ``base/...``.
+    Each stands under what the names of its files begin with: nothing, and ``base/``.
     """
     if _is_state_file(where):
-        return hash_files(where)
+        return {"": Path(where)}
     folder = local_folder(where)
-    hashes = _hashed(folder)
-    if (folder / "adapter_config.json").is_file():
-        base = _hashed(base_folder(folder))
-        hashes |= {f"base/{name}": value for name, value in base.items()}
-    return hashes
+    base = base_folder(folder) if (folder / "adapter_config.json").is_file() else None
+    return {"": folder} if base is None else {"": folder, "base/": base}
 
 
-def _hashed(folder: Path) -> dict[str, str]:
-    files = [*weight_files(folder), *side_files(folder)]
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+def input_files(where: str | Path) -> dict[str, Path]:
+    """Return each file that is read of a model or handed on with it, by name.
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Those of the base that a LoRA folder is an update of are named ``base/...``.
+    """
+    if _is_state_file(where):
+        return {Path(where).name: Path(where)}
+    return {
+        prefix + path.relative_to(folder).as_posix(): path
+        for prefix, folder in model_places(where).items()
+        for path in (*weight_files(folder), *side_files(folder))
+    }

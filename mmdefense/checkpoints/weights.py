@@ -21,6 +21,7 @@ from mmdefense.notes import note
 
 __all__ = [
     "check_finite",
+    "hash_file",
     "hash_weights",
     "read_checkpoint",
     "read_state",
@@ -118,6 +119,12 @@ def write_state(state: Mapping[str, Tensor], path: Path) -> None:
     # Clones, for safetensors refuses tensors that share storage; the keys are what must survive.
     content = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     path.write_bytes(to_safetensors(content, metadata={"format": "pt"}))
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_weights(weights: nn.Module | Mapping[str, Tensor]) -> str:

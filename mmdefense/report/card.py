@@ -9,7 +9,7 @@ from mmdefense.report.formats import percent, points
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.verdict import limits, verdict
 
-__all__ = ["card_section", "write_card"]
+__all__ = ["card_section", "clear_card", "write_card"]
 
 _START, _END = "<!-- mmdefense: begin -->", "<!-- mmdefense: end -->"
 _SECTION = re.compile(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", re.DOTALL)
@@ -20,6 +20,7 @@ _TEXT = """\
 
 The weights of this model were changed by the backdoor purification {method} of mmdefense {version},
 with {samples:,} clean samples, in {when}. Architecture, names, shapes and types are as they were.
+What this card says outside this section came with the given model, and was not checked.
 {reference}
 | on held-out clean samples | before | after |
 |---|--:|--:|
@@ -50,6 +51,14 @@ def write_card(record: PurificationRecord, path: Path) -> None:
     """
     before = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
     path.write_bytes(_with_section(before, card_section(record)).encode("utf-8", "surrogateescape"))
+
+
+def clear_card(path: Path) -> None:
+    """Take a section of ours out of a model card that came with a model, for it is of others."""
+    before = path.read_bytes() if path.is_file() else b""
+    kept = _SECTION.sub("\n\n", before.decode("utf-8", "surrogateescape")).rstrip() + "\n"
+    if _START.encode() in before:
+        path.write_bytes(kept.encode("utf-8", "surrogateescape"))
 
 
 def _with_section(card: str, section: str) -> str:

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdefense.checkpoints.outputs import (
+    FIGURES,
+    PAGE,
+    PAGE_MARK,
+    RECORD,
+    SCAN,
+    check_replaceable_file,
+)
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.report.archive import read_figures
@@ -16,12 +24,9 @@ from mmdefense.report.formats import DASH, duration, percent, points
 from mmdefense.report.page import figure_contexts, provenance, render_page, template
 from mmdefense.report.plots import Curve, Curves
 from mmdefense.report.record import PurificationRecord, read_record
-from mmdefense.report.statement import FIGURES, PAGE, RECORD
 from mmdefense.report.verdict import verdict
 
 __all__ = ["Entry", "compare", "comparison_page", "purification_record", "rebuild"]
-
-SCAN = "scan.json"
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,14 @@ def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
         Where it was written.
 
     Raises:
-        BadInputError: If there is no record, or a file of it cannot be read.
+        BadInputError: If there is no record, a file of it cannot be read, or the page would take
+            the place of another file.
     """
     folder = Path(out)
-    target = folder / PAGE if page is None else Path(page)
+    target = folder / PAGE
+    if page is not None:
+        target = Path(page)
+        check_replaceable_file(target, PAGE_MARK)
     record, figures = purification_record(folder), folder / FIGURES
     drawn = read_figures(figures) if figures.is_file() else []
     render_page(record, drawn, target, _scan(folder / SCAN))
@@ -68,9 +77,15 @@ def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
 def compare(outs: Sequence[str | Path], page: str | Path) -> None:
     """Write one page that holds several outputs side by side.
 
+    Args:
+        outs: The folders that purifications made.
+        page: Where to write the page.
+
     Raises:
-        BadInputError: If one of them has no record.
+        BadInputError: If one of them has no record, or the page would take the place of another
+            file.
     """
+    check_replaceable_file(Path(page), PAGE_MARK)
     html = comparison_page([purification_record(Path(out)) for out in outs], _names(outs))
     write_atomically(Path(page), lambda file: file.write(html.encode()))
 

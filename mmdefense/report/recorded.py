@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from mmdefense.checkpoints.outputs import CARD
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
@@ -14,7 +15,7 @@ from mmdefense.report.card import write_card
 from mmdefense.report.compare import purification_record, rebuild
 from mmdefense.report.evaluation import EvaluatedModel, Evaluation, Share
 from mmdefense.report.record import AttackFigures, PurificationRecord, Rates
-from mmdefense.report.statement import CARD, differing, materials, subjects, write_statement
+from mmdefense.report.statement import differing, materials, subjects, write_statement
 
 __all__ = ["GIVEN", "PURIFIED", "add_evaluation", "check_recordable"]
 

@@ -16,27 +16,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdefense.checkpoints.outputs import PAGE, PREDICATE_TYPE, RECORD
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.record import PurificationRecord
 
-__all__ = [
-    "CARD",
-    "FIGURES",
-    "PAGE",
-    "PREDICATE_TYPE",
-    "RECORD",
-    "differing",
-    "materials",
-    "subjects",
-    "write_statement",
-]
-
-RECORD, PAGE, CARD, FIGURES = "purification.json", "report.html", "README.md", "report.npz"
-"""Names of the files that stand beside the model: record, page, model card, data of figures."""
+__all__ = ["differing", "materials", "subjects", "write_statement"]
 
 _TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "urn:mmdefense:purification:1"
 
 
 def write_statement(
@@ -99,7 +86,7 @@ def differing(folder: Path) -> list[str]:
         BadInputError: If there is no statement.
     """
     found = []
-    for name, digest in _named(_statement(folder).get("subject")).items():
+    for name, digest in _named(folder, _statement(folder).get("subject")).items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             found.append(f"{name} is missing")
@@ -114,7 +101,7 @@ def subjects(folder: Path) -> list[str]:
     Raises:
         BadInputError: If there is no statement.
     """
-    return list(_named(_statement(folder).get("subject")))
+    return list(_named(folder, _statement(folder).get("subject")))
 
 
 def materials(folder: Path) -> dict[str, str]:
@@ -124,21 +111,21 @@ def materials(folder: Path) -> dict[str, str]:
         BadInputError: If there is no statement.
     """
     predicate = _statement(folder).get("predicate")
-    return _named(predicate.get("materials") if isinstance(predicate, dict) else None)
+    return _named(folder, predicate.get("materials") if isinstance(predicate, dict) else None)
 
 
 def _statement(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"record {path} cannot be read: {one_line(error)}") from error
     if not isinstance(value, dict) or value.get("_type") != _TYPE:
         raise BadInputError(f"record {path} must be a statement of _type {_TYPE}")
     return value
 
 
-def _named(resources: Any) -> dict[str, str]:
+def _named(folder: Path, resources: Any) -> dict[str, str]:
     """Return the digests of resource descriptors by name.
 
     Raises:
@@ -147,4 +134,6 @@ def _named(resources: Any) -> dict[str, str]:
     try:
         return {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in resources}
     except (KeyError, TypeError) as error:
-        raise BadInputError("the statement must list files as {name, digest: {sha256}}") from error
+        raise BadInputError(
+            f"record {folder / RECORD} must list files as {{name, digest: {{sha256}}}}"
+        ) from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdefense.batches import Samples
 from mmdefense.checkpoints.huggingface import download, local_folder
 from mmdefense.checkpoints.models import load_model
+from mmdefense.checkpoints.seals import hash_all, unchanged
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.kernels.precision import in_float32
@@ -24,7 +25,7 @@ from mmdefense.report.encoding import plain
 from mmdefense.report.terminal import shown
 from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
-from mmdefense.scanning.files import BEYOND, hash_all, scan_files
+from mmdefense.scanning.files import BEYOND, scan_files
 from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
 from mmdefense.settings import check_seed
@@ -76,7 +77,8 @@ def scan(
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If there is no model, or the data cannot be read.
+        BadInputError: If there is no model, its files were changed meanwhile, or the data cannot be
+            read.
         UnsupportedError: If a library that it takes is not installed, or no adapter accepts the
             model.
 
@@ -90,8 +92,9 @@ def scan(
     source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
     if isinstance(model, str | Path):
         model = _at_hand(model)
-        files, findings = hash_all(model), scan_files(model)
-    with shown(progress) as display:
+    with unchanged(name, model), shown(progress) as display:
+        if isinstance(model, Path):
+            files, findings = hash_all(model), scan_files(model)
         look = _Look(model, data, source, seed, display or (lambda _: None), findings)
         parts = [*(["files"] if files else []), *look.taken()]
     return ScanRecord(
@@ -227,7 +230,9 @@ class _Look:
             yield "behaviour", scan_behaviour(*opened, seed=self.seed, progress=self.progress)
 
 
-def scan_loaded(where: str | Path, model: nn.Module) -> ScanRecord:
+def scan_loaded(
+    where: str | Path, model: nn.Module, files: Mapping[str, str] | None = None
+) -> ScanRecord:
     """Return what speaks against the files and weights of a model that was loaded from them.
 
     It needs no data, and reads each file once. Of a hub id, the files are those that were
@@ -236,13 +241,14 @@ def scan_loaded(where: str | Path, model: nn.Module) -> ScanRecord:
     Args:
         where: A folder, a file or a hub id.
         model: What was loaded.
+        files: SHA-256 of each file by name, where they are hashed already.
     """
     path = Path(where) if Path(where).is_file() else local_folder(where)
     return ScanRecord(
         model=str(where),
         findings=[*scan_files(path), *scan_weights(model)],
         parts=["files", "weights"],
-        files=hash_all(path),
+        files=hash_all(path) if files is None else files,
         version=version("mmdefense"),
     )
 

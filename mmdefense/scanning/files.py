@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mmdefense.checkpoints.faults import link_faults, safetensors_faults
+from mmdefense.checkpoints.faults import all_files, link_faults, safetensors_faults
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import plain
 from mmdefense.sandbox import BeyondBoundsError, Channel, apart
@@ -19,7 +16,7 @@ from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.texts import is_unknown, scan_text
 
-__all__ = ["hash_all", "scan_files"]
+__all__ = ["scan_files"]
 
 HEADER = Rule(
     id="safetensors-header",
@@ -93,7 +90,7 @@ def scan_files(path: str | Path) -> list[Finding]:
     root = Path(path)
     if not root.exists():
         raise BadInputError(f"model {str(path)!r} must be a file or a folder; none found")
-    files, found = _all_files(root), list[Finding]()
+    files, found = all_files(root), list[Finding]()
     for _ in range(_ATTEMPTS):
         files, ended = _look_into(files, root, found)
         if not files:
@@ -152,31 +149,6 @@ def _capped(findings: Iterable[Finding], subject: str) -> Iterator[Finding]:
     for level, count in counts.items():
         if count > MOST:
             yield MORE.found(subject, f"{count - MOST} more of {level} level", level=level)
-
-
-def hash_all(path: str | Path) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it.
-
-    Files that cannot be read are left out.
-    """
-    root = Path(path)
-    hashes = {}
-    for file in _all_files(root):
-        if file.is_file() and not _leaves(file, root):
-            with suppress(OSError), file.open("rb") as stream:  # that is among the findings
-                hashes[_name(file, root)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
-
-
-def _all_files(root: Path) -> list[Path]:
-    """Return everything in a folder but its folders, hidden names as well; links not followed."""
-    if not root.is_dir():
-        return [root]
-    found = []
-    for folder, folders, names in os.walk(root):
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        found += [Path(folder) / name for name in [*names, *links]]
-    return sorted(found)
 
 
 def _name(file: Path, root: Path) -> str:

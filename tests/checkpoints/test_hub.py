@@ -17,6 +17,10 @@ class Api:
 
     calls: ClassVar[list] = []
     fails: ClassVar[str] = ""
+    there: ClassVar[bool] = False
+
+    def repo_exists(self, repo):
+        return self.there
 
     def __getattr__(self, name):
         def call(*args, **options):
@@ -59,6 +63,17 @@ def test_what_the_hub_refuses_is_one_line(hub, tmp_path, step):
         HubTarget("me/net").upload(tmp_path)
     assert "\n" not in str(caught.value)
     assert ("HF_TOKEN" in str(caught.value)) == (step == "whoami")
+
+
+def test_what_is_there_already_is_not_uploaded_over(hub, monkeypatch, place, mmdefense):
+    with pytest.raises(BadInputError, match="is the given model"):
+        HubTarget("me/net", given="Me/Net", force=True)
+    monkeypatch.setattr(hub, "there", True)
+    outcome = mmdefense(*place.purify("--push-to-hub", "me/net"))
+    assert outcome.code == 2
+    assert "--force" in outcome.err
+    assert place.files() == []
+    assert HubTarget("me/net", force=True).repo == "me/net"
 
 
 def test_a_missing_library_is_said(monkeypatch):

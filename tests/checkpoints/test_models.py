@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmdefense.checkpoints import models
-from mmdefense.checkpoints.folders import clear_stale, new_folder
-from mmdefense.checkpoints.models import hash_files, load_model, save_model
-from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.checkpoints.folders import new_folder, reserved
+from mmdefense.checkpoints.models import load_model, save_model
+from mmdefense.checkpoints.weights import hash_file, hash_weights
 from mmdefense.errors import BadInputError
 
 ARCH = "nets:Net(classes=3)"
@@ -268,45 +268,101 @@ def test_hashes_tell_weights_apart(tmp_path, net):
     before = hash_weights(net)
     save_model(net, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
-    assert hash_files(path) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert hash_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     with torch.no_grad():
         net.head.bias[0] += 1e-6
     assert hash_weights(net) != before
 
 
+RECORD = json.dumps({"predicateType": "urn:mmdefense:purification:1"})
+
+
+def write_output(folder, text="first", force=False):
+    with new_folder(folder, force=force) as temporary:
+        (temporary / "model.safetensors").write_text(text)
+        (temporary / "purification.json").write_text(RECORD)
+
+
 def test_a_folder_that_exists_is_refused_without_force(tmp_path, net):
-    save_model(net, tmp_path / "out")
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with torch.no_grad():
-        net.head.bias.fill_(1)
+    out = tmp_path / "out"
+    write_output(out)
     with pytest.raises(BadInputError, match="--force"):
-        save_model(net, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    save_model(net, tmp_path / "out", force=True)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+        write_output(out, "second")
+    with pytest.raises(BadInputError, match="--force"):
+        save_model(net, out)
+    assert (out / "model.safetensors").read_text() == "first"
+    write_output(out, "second", force=True)
+    assert (out / "model.safetensors").read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_does_not_delete_what_is_no_model(tmp_path, net):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", "x"),
+        ("model.safetensors", "the weights of somebody"),
+        ("purification.json", "{}"),
+        ("purification.json", "[" * 100_000),
+        ("comparison.json", '{"kind": "of flowers"}'),
+    ],
+)
+def test_force_replaces_nothing_but_an_earlier_output(tmp_path, name, content):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(BadInputError, match="no earlier model"):
-        save_model(net, tmp_path / "home", force=True)
-    assert (tmp_path / "home" / "thesis.tex").exists()
+    (tmp_path / "home" / name).write_text(content)
+    with pytest.raises(BadInputError, match="no record of an earlier output"):
+        write_output(tmp_path / "home", force=True)
+    assert (tmp_path / "home" / name).read_text() == content
+
+
+def test_a_link_is_not_replaced(tmp_path):
+    write_output(tmp_path / "true")
+    (tmp_path / "out").symlink_to("true")
+    with pytest.raises(BadInputError, match="it is a link"):
+        write_output(tmp_path / "out", force=True)
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):
+    out = tmp_path / "above" / "out"
+    with new_folder(out) as folder:
+        (folder / "a").touch()
+        with pytest.raises(BadInputError, match="another run is making"):
+            write_output(out, force=True)
+    assert [p.name for p in out.iterdir()] == ["a"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_what_comes_into_the_place_meanwhile_is_not_replaced(tmp_path):
+    def write():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "a").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "diary.txt").touch()
+
+    with pytest.raises(BadInputError, match="must be new"):
+        write()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "diary.txt"]
 
 
 def test_a_full_disk_leaves_the_earlier_output_and_nothing_else(tmp_path, net, monkeypatch):
-    save_model(net, tmp_path / "out")
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    out = tmp_path / "out"
+    write_output(out)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def write():
+        with new_folder(out, force=True) as folder:
+            (folder / "half").touch()
+            full()
+
     with pytest.raises(BadInputError, match="No space left on device") as caught:
-        save_model(net, tmp_path / "out", force=True)
+        write()
     assert "\n" not in str(caught.value)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BadInputError, match="No space left on device"):
+        save_model(net, tmp_path / "other")
+    assert (out / "model.safetensors").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -339,7 +395,7 @@ def test_an_interrupted_folder_never_appears(tmp_path, error):
 KILLED = """
 import os, sys
 from pathlib import Path
-from mmdefense.checkpoints.folders import clear_stale, new_folder
+from mmdefense.checkpoints.folders import new_folder
 with new_folder(sys.argv[1], force=True) as folder:
     (folder / "model.safetensors").write_text("half")
     if sys.argv[2] == "old":  # as if the kill came between the two renames
@@ -364,35 +420,37 @@ def test_what_a_kill_left_behind_goes_with_the_next_run_of_the_same_output(tmp_p
     others = [".out.12345678", ".out.mmdefense-new-1234567", ".xout.mmdefense-new-12345678"]
     for name in others:
         (tmp_path / name).mkdir()
-    assert len(hidden(tmp_path)) == 5
+    assert len(hidden(tmp_path)) == 7
     with new_folder(out) as folder:
-        assert len([name for name in hidden(tmp_path) if name.startswith(".out.mm")]) == 2
+        assert len([name for name in hidden(tmp_path) if name.startswith(".out.mm")]) == 3
         (folder / "a").touch()
     left = hidden(tmp_path)
     assert set(others) < set(left)
-    assert [name[:7] for name in set(left) - set(others)] == [".out2.m"]  # another output's
+    # What is left is another output's.
+    assert [name[:7] for name in set(left) - set(others)] == [".out2.m", ".out2.m"]
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path):
     with new_folder(tmp_path / "out") as folder:
-        script = "import sys; from mmdefense.checkpoints.folders import clear_stale as clear; "
-        subprocess.run([sys.executable, "-c", f"{script}clear(sys.argv[1])", folder.parent / "out"])
+        other = [sys.executable, "-c", KILLED, str(tmp_path / "out"), "new"]
+        ended = subprocess.run(other, check=False, capture_output=True, text=True)
+        assert "another run is making" in ended.stderr
         assert folder.is_dir()
 
 
 def test_a_link_with_such_a_name_is_not_followed(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / ".out.mmdefense-new-12345678").symlink_to(tmp_path / "kept")
-    clear_stale(tmp_path / "out")
-    assert (tmp_path / "kept").is_dir()
+    with reserved(tmp_path / "out"):
+        assert (tmp_path / "kept").is_dir()
 
 
 def test_an_output_that_had_stepped_aside_for_a_killed_run_comes_back(tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "model.safetensors").write_text("first")
+    write_output(out)
     killed_while_it_writes(out, "old")
     assert not out.exists()
-    clear_stale(out)
+    with reserved(out, force=True):
+        pass
     assert (out / "model.safetensors").read_text() == "first"
     assert hidden(tmp_path) == []

@@ -11,14 +11,10 @@ import subprocess
 import pytest
 from records import CHOICE, purification
 
+from mmdefense.checkpoints.outputs import PREDICATE_TYPE
 from mmdefense.errors import BadInputError
 from mmdefense.report.record import AttackFigures, Rates, read_record
-from mmdefense.report.statement import (
-    PREDICATE_TYPE,
-    differing,
-    materials,
-    write_statement,
-)
+from mmdefense.report.statement import differing, materials, write_statement
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from hostile import FILES, FOLDERS, TEMPLATES
 from safetensors.torch import save_file
 
 from mmdefense.checkpoints.models import load_model
+from mmdefense.checkpoints.seals import hash_all
 from mmdefense.errors import BadInputError
-from mmdefense.scanning.files import hash_all, scan_files
+from mmdefense.scanning.files import scan_files
 from mmdefense.scanning.findings import reaches
 
 ROWS = [*FILES, *FOLDERS, *TEMPLATES]

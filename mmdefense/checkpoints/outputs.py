@@ -1,0 +1,137 @@
+"""What this package writes: the names of its files, and where they may go.
+
+An output is never an input, nor in one or around one; and what stands where it is to go is replaced
+only if it is an output itself, and the user says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from mmdefense.errors import BadInputError
+
+__all__ = [
+    "CARD",
+    "COMPARISON",
+    "EVALUATION_MARK",
+    "FIGURES",
+    "PAGE",
+    "PAGE_MARK",
+    "PREDICATE_TYPE",
+    "RECORD",
+    "SCAN",
+    "check_apart",
+    "check_replaceable_file",
+    "is_output",
+    "is_record",
+]
+
+RECORD, PAGE, CARD, FIGURES = "purification.json", "report.html", "README.md", "report.npz"
+"""Names of the files that stand beside the model: record, page, model card, data of figures."""
+SCAN, COMPARISON = "scan.json", "comparison.json"
+"""Names of the record of a scan that is kept with an output, and of that of a demo."""
+PREDICATE_TYPE = "urn:mmdefense:purification:1"
+PAGE_MARK = '<meta name="generator" content="mmdefense">'
+EVALUATION_MARK = '"kind": "evaluation"'
+"""Stand in the head of every page, and of every record of an evaluation, by which it is known."""
+
+_HEAD = 2048
+_LARGEST_RECORD = 1 << 28
+
+
+def is_record(name: str) -> bool:
+    """Say whether a file of that name is taken for a record of ours where it lies in an output."""
+    return name.casefold() in {RECORD, SCAN, COMPARISON, PAGE, FIGURES}
+
+
+def is_output(folder: Path) -> bool:
+    """Say whether a folder carries the record of a purification or of a demo."""
+    return any(_says(folder / name) for name in (RECORD, COMPARISON))
+
+
+def _says(path: Path) -> bool:
+    """Say whether a file is a record that this package wrote."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_RECORD:
+            return False
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict):
+        return False
+    return value.get("predicateType") == PREDICATE_TYPE or value.get("kind") == "comparison"
+
+
+def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that is an input, lies in one or holds one, by whatever name it is called.
+
+    Files and folders are told apart by what they are on the disk, so that links, ``..`` and the
+    case of letters do not matter.
+
+    Args:
+        out: A file or folder, which need not exist.
+        inputs: What is read; a name that is no path here is passed by.
+
+    Raises:
+        BadInputError: Naming the first such input.
+    """
+    above = _lineage(out)
+    for given in inputs:
+        if not os.path.exists(given):
+            continue
+        itself = _lineage(given)
+        how = ""
+        if above[0] == itself[0]:
+            how = "is the same as"
+        elif itself[0] in above:
+            how = "lies in"
+        elif above[0] in itself:
+            how = "holds"
+        if how:
+            raise BadInputError(f"output {out} {how} {given}, which is read; choose another place")
+
+
+def _lineage(path: str | Path) -> list[tuple[int, int] | None]:
+    """Return what a path is on the disk, and each folder above it; none for what is not there."""
+    real = Path(os.path.realpath(path))
+    found: list[tuple[int, int] | None] = []
+    for one in (real, *real.parents):
+        try:
+            seen = one.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((seen.st_dev, seen.st_ino))
+    return found if found[0] is not None else [(-1, -1), *found[1:]]
+
+
+def check_replaceable_file(path: Path, mark: str, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a file that is to be written, before any work is done for it.
+
+    Args:
+        path: The file.
+        mark: What stands near the beginning of every such file of ours.
+        inputs: What is read; see :func:`check_apart`.
+
+    Raises:
+        BadInputError: If it is an input or in one, no plain file, in a folder that is not there, or
+            another file than such a one.
+    """
+    check_apart(path, inputs)
+    if not path.absolute().parent.is_dir():
+        raise BadInputError(f"{path} must be a file in a folder that exists; make it first")
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BadInputError(f"{path} is no plain file, and is not replaced; choose another name")
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if mark.encode() not in head:
+        raise BadInputError(
+            f"{path} exists and is nothing that mmdefense wrote there; choose another name"
+        )

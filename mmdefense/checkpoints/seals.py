@@ -1,0 +1,159 @@
+"""What the files of a model were when they were read, and that nobody changed them meanwhile.
+
+A model's files are not copied, for they may be large. Their marks on the disk (inode, size, times
+of the last change of content and of anything) are taken before the first byte is read and compared
+after the last; in between every file is hashed. What was read is so what the hashes are of, unless
+somebody sets the clock back or writes past the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmdefense.checkpoints.faults import all_files, link_faults
+from mmdefense.checkpoints.models import input_files, model_places
+from mmdefense.checkpoints.weights import hash_file
+from mmdefense.errors import BadInputError
+from mmdefense.files import open_plain
+
+__all__ = ["Seal", "hash_all", "read_once", "unchanged"]
+
+_Mark = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Seal:
+    """The files of a model as they were read.
+
+    Attributes:
+        where: What the user called the model.
+        places: Its folder or file, and the folder of its base, by what their names begin with.
+        every: Whether all files of the folder are hashed, or only those that are read or handed on.
+    """
+
+    where: str
+    places: Mapping[str, Path]
+    every: bool = False
+
+    @cached_property
+    def own(self) -> Mapping[str, str]:
+        """SHA-256 of each file of the folder by its name, as ``sha256sum`` prints it."""
+        return hash_all(self.places[""], None if self.every else set(input_files(self.where)))
+
+    @cached_property
+    def files(self) -> Mapping[str, str]:
+        """The same of each file that is read or handed on, and of the base as ``base/...``."""
+        files = input_files(self.where)
+        base = self.places.get("base/")
+        return {
+            name: hash_file(path)
+            if base is not None and path.is_relative_to(base)
+            else self.own.get(name, "")
+            for name, path in files.items()
+        }
+
+    def check_same(self, later: Seal) -> None:
+        """Refuse files that are read again and are not what they were.
+
+        Raises:
+            BadInputError: If one of them is another, is gone or has come.
+        """
+        known = self.files.keys() | later.files.keys()
+        _refuse(self.where, [n for n in known if self.files.get(n) != later.files.get(n)])
+
+
+@contextmanager
+def read_once(where: Any, *, every: bool = False) -> Iterator[Seal | None]:
+    """Read a model: what is read within the block is what the hashes of its files are of.
+
+    Args:
+        where: A folder, a file or a hub id; of a module, which has no files, there is no seal.
+        every: As :class:`Seal` has it.
+
+    Yields:
+        What tells that it is the same when it is read again.
+
+    Raises:
+        BadInputError: If a file was changed, came or went before the block was over.
+    """
+    if not isinstance(where, str | Path):
+        yield None
+        return
+    seal = Seal(str(where), model_places(where), every)
+    with unchanged(where, *seal.places.values()):
+        yield seal
+        _ = seal.files
+
+
+@contextmanager
+def unchanged(where: Any, *places: Any) -> Iterator[None]:
+    """Refuse files that were changed, came or went before the block is over.
+
+    Args:
+        where: What the user called the model.
+        *places: Folders and files; what is no path is passed by.
+
+    Raises:
+        BadInputError: If it is so.
+    """
+    roots = [place for place in places if isinstance(place, Path)]
+    before = _marks_in(roots)
+    yield
+    after = _marks_in(roots)
+    _refuse(where, [name for name in before | after if before.get(name) != after.get(name)])
+
+
+def _marks_in(roots: list[Path]) -> dict[str, tuple[_Mark, ...]]:
+    """Return what tells that a file was changed or replaced, of each by its path."""
+    return {str(path): _marks(path) for root in roots for path in all_files(root)}
+
+
+def _refuse(where: str | Path, changed: list[str]) -> None:
+    if changed:
+        named = ", ".join(map(repr, sorted(changed)[:3]))
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise BadInputError(
+            f"model {where} was changed while it was in use ({named}{more}); start again when "
+            "nothing else writes to it"
+        )
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def _marks(path: Path) -> tuple[_Mark, ...]:
+    """Return the marks of a file and of the link that leads to it."""
+    found = []
+    for follow in (False, True):
+        with suppress(OSError):
+            seen = path.stat(follow_symlinks=follow)
+            times = (seen.st_mtime_ns, seen.st_ctime_ns)
+            found.append((seen.st_dev, seen.st_ino, seen.st_mode, seen.st_size, *times))
+    return tuple(found)
+
+
+def hash_all(path: str | Path, only: set[str] | None = None) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it.
+
+    What cannot be read, is no plain file, or is a link that leads outside is left out.
+
+    Args:
+        path: A folder, or a single file.
+        only: Names of the files; by default all.
+    """
+    root = Path(path)
+    hashes = {}
+    for file in all_files(root):
+        name = _name(file, root)
+        if (only is not None and name not in only) or (file != root and link_faults(file, root)):
+            continue
+        with suppress(OSError), open_plain(file) as stream:  # that is among the findings
+            hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
