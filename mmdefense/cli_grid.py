@@ -102,6 +102,10 @@ def run(
     device: Annotated[
         str, typer.Option(help="Such as cpu, or cuda:0,cuda:1: dealt out to the workers in turn.")
     ] = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a Ray cluster to run on, such as auto."),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what ended in an error.")
     ] = False,
@@ -114,6 +118,7 @@ def run(
 
     import torch
 
+    from mmdefense.evaluation.cluster import run_on_ray
     from mmdefense.evaluation.grid import forget_failures, work
     from mmdefense.evaluation.tables import markdown
     from mmdefense.evaluation.workers import run_workers
@@ -129,7 +134,9 @@ def run(
         json.dumps([[cell.identity.digest, cell.identity.name] for cell in cells]), "utf-8"
     )
     with ProgressDisplay() as progress:
-        if workers > 1:
+        if ray is not None:
+            run_on_ray(grid, out, ray, threads=threads, progress=progress)
+        elif workers > 1:
             run_workers(grid, out, workers, devices=devices, threads=threads, progress=progress)
         else:
             torch.set_num_threads(threads)

@@ -18,14 +18,14 @@ import torch
 from mmdefense.defenses.base import Defense, versions
 from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import kept_victim
-from mmdefense.evaluation.victims import Case, Victim, baseline_of, purified_row
+from mmdefense.evaluation.victims import Case, Victim, baseline_of, for_views, purified_row
 from mmdefense.kernels.run import Progress, named
 from mmdefense.purification import configured
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.record import Row
 from mmdefense.store import Entry, Identity, Store
 
-__all__ = ["VIEWS", "Cell", "Grid", "Lineup", "Planned", "Views", "cell_of"]
+__all__ = ["VIEWS", "Cell", "Grid", "Lineup", "Planned", "Views", "cell_of", "measure", "work"]
 
 Views = Literal["insertions", "standard"]
 """How clean samples are augmented for a defense.
@@ -250,7 +250,7 @@ def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress
             victim = victims.of(cell, show)
             if victim is None:
                 return False
-            store.put(cell.identity, plain(_measure(cell, victim, show)))
+            store.put(cell.identity, plain(measure(cell, victim, show)))
         except OSError:  # a full disk ends the grid
             raise
         except Exception as error:  # whatever else ends this cell alone
@@ -258,7 +258,8 @@ def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress
         return True
 
 
-def _measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
+def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
+    """Measure a cell on its victim, whose clean samples are augmented as the cell says."""
     baseline = cell.baseline
     row = purified_row(victim, cell.label, cell.defense, baseline, progress)[0]
     return Cell(
@@ -294,6 +295,4 @@ class _Victims:
             self._key, self._last = key, victim
         victim = self._last
         assert victim is not None
-        if cell.views == "insertions":
-            return victim
-        return replace(victim, clean=victim.task.for_training(victim.clean))
+        return for_views(victim, cell.views)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
 from mmdefense.evaluation.identity import victim_identity
 from mmdefense.evaluation.victims import (
@@ -18,7 +24,7 @@ from mmdefense.report.encoding import build, plain
 from mmdefense.report.record import Rates
 from mmdefense.store import Entry, Store
 
-__all__ = ["kept_victim"]
+__all__ = ["kept_victim", "restored", "train_and_describe"]
 
 
 def kept_victim(
@@ -40,8 +46,31 @@ def kept_victim(
         return None
     if entry.status == "failed":
         raise DivergenceError(f"the victim could not be trained: {entry.error}")
-    before: Rates = build(Rates, store.content(entry)["before"], entry.name)
-    return restore_victim(case, seed, store.tensors(entry), before, device)
+    return restored(case, seed, store.content(entry), store.tensors(entry), device)
+
+
+def restored(
+    case: Case, seed: int, content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str
+) -> Victim:
+    """Return a victim from what :func:`train_and_describe` returned."""
+    before: Rates = build(Rates, content["before"], f"victim {case.name}/{seed}")
+    return restore_victim(case, seed, tensors, before, device)
+
+
+def train_and_describe(
+    case: Case, seed: int, progress: Progress, device: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train a victim; return its rates as JSON values, and its tensors.
+
+    Args:
+        case: What to train.
+        seed: Of the weights, the poisoned samples and the training.
+        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        device: Where.
+        folder: For states; a training that was cut off goes on from those in it.
+    """
+    victim = train_victim(case, Run(seed, progress, RunStore(folder)), device)
+    return {"case": plain(case), "before": plain(victim.before)}, kept_tensors(victim)
 
 
 def _train(store: Store, case: Case, seed: int, progress: Progress, device: str) -> Entry | None:
@@ -54,9 +83,9 @@ def _train(store: Store, case: Case, seed: int, progress: Progress, device: str)
             return found
         states = store.work(identity)
         try:
-            victim = train_victim(case, Run(seed, progress, states), device)
-            content = {"case": plain(case), "before": plain(victim.before)}
-            entry = store.put(identity, content, kept_tensors(victim))
+            entry = store.put(
+                identity, *train_and_describe(case, seed, progress, device, states.folder)
+            )
         except OSError:
             raise
         except Exception as error:  # one victim that diverges does not end a grid

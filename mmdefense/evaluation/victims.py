@@ -32,6 +32,7 @@ __all__ = [
     "all_cases",
     "baseline_of",
     "compared",
+    "for_views",
     "kept_tensors",
     "named_cases",
     "purified_row",
@@ -133,6 +134,13 @@ def restore_victim(
     victim.adapter.model.eval()
     attack = victim.attack and replace(victim.attack, fitted=_within("attack.", tensors))
     return replace(victim, attack=attack, known=before)
+
+
+def for_views(victim: Victim, views: str) -> Victim:
+    """Return a victim whose clean samples are augmented as a grid's ``views`` say."""
+    if views == "insertions":
+        return victim
+    return replace(victim, clean=victim.task.for_training(victim.clean))
 
 
 def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""A grid on a Ray cluster: Ray schedules, retries and moves data; results go to the same store.
+
+A node needs mmdefense of the same version and the same data, found as on any machine; one whose
+code or data differs is named. Where a node dies, Ray runs its tasks again on another one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmdefense.errors import BadInputError
+from mmdefense.evaluation.grid import Grid, Planned, measure
+from mmdefense.evaluation.kept import restored, train_and_describe
+from mmdefense.evaluation.victims import Case, for_views
+from mmdefense.kernels.run import Event, Progress
+from mmdefense.libraries import needed
+from mmdefense.report.encoding import plain
+from mmdefense.store import Store
+
+__all__ = ["run_on_ray"]
+
+Kept = tuple[dict[str, Any], dict[str, Tensor]]
+"""A victim as it lies in a store: its JSON content and its tensors."""
+
+
+def run_on_ray(
+    grid: Grid,
+    folder: str | Path,
+    address: str,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Measure the cells of a grid that the store lacks on an existing Ray cluster.
+
+    Args:
+        grid: What is measured.
+        folder: Of the store, on this machine.
+        address: Of the cluster, such as ``"auto"`` or ``"ray://head:10001"``.
+        threads: Of each task, which asks for as many CPUs.
+        progress: Called with one event whenever a cell is done.
+
+    Raises:
+        BadInputError: If the cluster cannot be reached.
+        UnsupportedError: If Ray is not installed.
+    """
+    with needed("--ray"):
+        import ray
+    store, cells = Store(folder), grid.planned()
+    left = [cell for cell in cells if store.find(cell.identity) is None]
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:  # it raises many kinds
+        raise BadInputError(f"no Ray cluster was reached at {address!r}: {error}") from error
+    try:
+        _collect(ray, store, left, threads, len(cells), progress or (lambda _: None))
+    finally:
+        ray.shutdown()
+
+
+def _collect(
+    ray: Any, store: Store, left: Sequence[Planned], threads: int, total: int, tell: Progress
+) -> None:
+    """Give every victim and cell to the cluster, and keep what comes back."""
+    options = {"num_cpus": threads, "max_retries": -1}
+    train, try_out = (ray.remote(**options)(call) for call in (_train, _try_out))
+    victims: dict[str, Any] = {}
+    waiting: dict[Any, Any] = {}
+    for cell in left:
+        identity = cell.victim
+        if identity.digest not in victims:
+            entry = store.find(identity)
+            if entry is not None and entry.status == "done":
+                kept: Kept = store.content(entry), store.tensors(entry)
+                victims[identity.digest] = ray.put(kept)
+            else:
+                given = (cell.case, cell.defense.seed, cell.device, identity.digest, threads)
+                reference = train.remote(*given)
+                victims[identity.digest] = reference
+                waiting[reference] = identity
+        reference = try_out.remote(victims[identity.digest], cell, cell.identity.digest, threads)
+        waiting[reference] = cell.identity
+    while waiting:
+        (reference,), _ = ray.wait(list(waiting), num_returns=1)
+        identity = waiting.pop(reference)
+        try:
+            content, tensors = ray.get(reference)
+        except Exception as error:  # of the task, with its traceback on the node
+            store.fail(identity, error)
+        else:
+            store.put(identity, content, tensors)
+        tell(Event("cells", total - sum(i.kind == "cell" for i in waiting.values()), total))
+
+
+def _train(case: Case, seed: int, device: str, digest: str, threads: int) -> Kept:
+    """Train a victim on a node."""
+    from mmdefense.evaluation.identity import victim_identity
+
+    _alike(victim_identity(case, seed, device).digest, digest, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        return train_and_describe(case, seed, lambda _: None, device, Path(folder))
+
+
+def _try_out(victim: Kept, cell: Planned, digest: str, threads: int) -> tuple[dict[str, Any], None]:
+    """Measure a cell on a node."""
+    from mmdefense.evaluation.identity import cell_identity
+
+    found = cell_identity(cell.case, cell.label, cell.defense, cell.views, cell.device)
+    _alike(found.digest, digest, threads)
+    model = for_views(restored(cell.case, cell.defense.seed, *victim, cell.device), cell.views)
+    return plain(measure(cell, model, lambda _: None)), None
+
+
+def _alike(found: str, wanted: str, threads: int) -> None:
+    """Refuse to compute where code, data or libraries are others than where the grid was planned.
+
+    Raises:
+        BadInputError: If so.
+    """
+    import socket
+
+    import torch
+
+    torch.set_num_threads(threads)
+    if found != wanted:
+        raise BadInputError(
+            f"node {socket.gethostname()} has another version of mmdefense, its libraries or its "
+            "data than the machine that planned the grid; install the same there"
+        )
