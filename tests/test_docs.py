@@ -63,6 +63,7 @@ NOT_RUN = {
     "--case multi30k-clean": "many minutes",
     "mmdefense grid run grid.toml -o out/bench --workers 2": "many minutes",
     "mmdefense grid run grid.toml -o out/bench --workers 2 --device cuda:0,cuda:1": "two GPUs",
+    "mmdefense grid run grid.toml -o out/bench --ray auto": "a Ray cluster",
     "mmdefense grid report -o out/bench": "follows many minutes",
     "mmdefense grid status -o out/bench": "follows many minutes",
     "mmdefense grid export -o out/bench --format csv --to cells.csv": "follows many minutes",
