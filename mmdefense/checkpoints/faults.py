@@ -246,9 +246,51 @@ def zip_faults(file: IO[bytes]) -> list[Fault]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         return [Fault("structure", f"its table of contents is damaged: {one_line(error)}")]
     faults = [*_bomb_faults(entries), *_name_faults(entries), *_local_faults(file, entries, end)]
+    faults += _end_faults(file)
     if b"PK\x05\x06" in comment:
         faults.append(Fault("structure", "a second table of contents hides in its comment"))
     return faults
+
+
+_END_SEARCHED = (1 << 16) + 22
+"""Bytes in which the end of a zip stands: its comment is of up to 64 KiB."""
+
+
+def _end_faults(file: IO[bytes]) -> Iterator[Fault]:
+    """Yield where the ends of an archive name different tables of contents.
+
+    Some readers go by the ZIP64 record that lies before the end, some by that which a locator
+    names, some by the last record alone, and some move all offsets by what is too many.
+
+    References:
+        PKWARE's APPNOTE.TXT, sections 4.3.14 to 4.3.16.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _END_SEARCHED))
+    tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 22:
+        return
+    end = size - len(tail) + at
+    *disks, count, length, start, comment = struct.unpack("<4x3HHIIH", tail[at : at + 22])
+    if any(disks[:2]):
+        yield Fault("structure", "it claims to be one of several disks")
+    if end + 22 + comment != size:
+        yield Fault("structure", f"{size - end - 22 - comment} bytes follow its end")
+    file.seek(max(0, end - 76))
+    before = file.read(min(end, 76))
+    if before[-20:-16] == b"PK\x06\x07":
+        (named,) = struct.unpack("<Q", before[-12:-4])
+        if named != end - 76 or before[:4] != b"PK\x06\x06":
+            yield Fault("structure", "its ZIP64 locator names another table of contents")
+            return
+        wide = struct.unpack("<3Q", before[32:56])
+        narrow = zip((count, length, start), (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), wide, strict=True)
+        if any(value not in {full, own} for value, full, own in narrow):
+            yield Fault("structure", "its two ends differ in where the table of contents is")
+        (_, length, start), end = wide, end - 76
+    if start + length != end:
+        yield Fault("structure", "its table of contents is not where its end says")
 
 
 def _bomb_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
@@ -266,9 +308,27 @@ def _name_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
             yield Fault("path", f"entry {entry.filename!r} would be unpacked outside its folder")
         if stat.S_ISLNK(entry.external_attr >> 16):
             yield Fault("path", f"entry {entry.filename!r} is a symbolic link")
-    for name, count in Counter(entry.filename for entry in entries).items():
+        if "\0" in entry.orig_filename or _names_otherwise(entry):
+            yield Fault("structure", f"entry {entry.filename!r} has a second name")
+    for name, count in Counter(_as_found(entry.filename) for entry in entries).items():
         if count > 1:
             yield Fault("structure", f"{count} entries have the name {name!r}")
+
+
+def _as_found(name: str) -> str:
+    """Return a name as PyTorch's reader compares it, which looks for pickles in any case."""
+    return name.lower() if name.lower().endswith(".pkl") else name
+
+
+def _names_otherwise(entry: zipfile.ZipInfo) -> bool:
+    """Whether an extra field has another name in Unicode, which only some readers go by."""
+    extra = entry.extra
+    while len(extra) >= 4:
+        tag, length = struct.unpack("<HH", extra[:4])
+        if tag == 0x7075 and extra[9 : 4 + length] != entry.filename.encode():
+            return True
+        extra = extra[4 + length :]
+    return False
 
 
 def leads_outside(name: str) -> bool:

@@ -1,4 +1,11 @@
-"""What a name that a pickle looks up means: tensors, plain data, or something not to be called."""
+"""What a name that a pickle looks up means: tensors, plain data, or something not to be called.
+
+One list for the reader of checkpoints and for the scan. A name is harmless only if it stands here,
+and as far as its use goes. *Called* with anything that a pickle of harmless names can make, those
+of :data:`DATA` and of PyTorch's weights-only unpickler make objects and nothing else: no file, no
+import, no process, no code from the file. Of the classes of :func:`built_level`, instances are only
+*built*, as pickles do that run no constructor: their attributes are set, and that is all.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +14,16 @@ import logging
 import re
 import sys
 from functools import cache
+from typing import Literal
 
-__all__ = ["DATA", "is_dangerous"]
+__all__ = ["CALLERS", "DATA", "ENUMS", "allowed_by_torch", "built_level", "is_dangerous"]
 
 _ARRAYS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+_RANDOM = ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor")
 _KINDS = ("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "float32", "float64", "longdouble", "complex64", "complex128", "str_")
 _TYPES = ("Bool", *(f"{kind}{n}" for kind in ("Int", "UInt") for n in (8, 16, 32, 64)))
+_GENERATORS = (("mt19937", "MT19937"), ("pcg64", "PCG64"), ("philox", "Philox"), ("sfc64", "SFC64"))
 _PATHS = ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "PurePath")
 
 DATA = frozenset({
@@ -25,12 +35,67 @@ DATA = frozenset({
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),
     *("argparse.Namespace", "decimal.Decimal", "types.SimpleNamespace", "fractions.Fraction"),
     *("uuid.UUID", "copyreg._reconstructor", "copyreg.__newobj__", "_codecs.encode"),
-    *("enum.Enum", "enum.auto"),
+    *("enum.Enum", "enum.auto", "re._compile", "functools.partial", "typing.Any"),
+    *(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "tensor", "double", "bool")),
+    *("torch.serialization._get_layout", "torch.jit._pickle.restore_type_tag"),
+    *(f"numpy.random._pickle.{name}" for name in _RANDOM),
+    *(f"numpy.random._{kind}.{name}" for kind, name in _GENERATORS),
+    *(f"numpy.random.bit_generator.{n}SeedSequence" for n in ("", "__pyx_unpickle_")),
+    *("sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"),
     *("numpy.dtype", "numpy.ndarray", *(f"numpy.{name}" for name in (*_KINDS, *_FLOATS))),
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _ARRAYS),
     *(f"numpy.dtypes.{name}DType" for name in (*_TYPES, "Float16", "Float32", "Float64", "Str")),
 })  # fmt: skip
-"""Plain data types of Python and NumPy: made by a pickle, they compute nothing."""
+"""Plain data types of Python and NumPy: made by a pickle, they compute nothing.
+
+``functools.partial`` is as harmless as what it wraps, which is looked at where it is called.
+"""
+
+CALLERS = frozenset({
+    *("torch._tensor._rebuild_from_type_v2", "copyreg._reconstructor"),
+    *(f"numpy.random._pickle.{name}" for name in _RANDOM),
+})  # fmt: skip
+"""Of the harmless functions, those that call what they are given."""
+
+ENUMS = frozenset({
+    *("transformers.trainer_utils." + name for name in (
+        "IntervalStrategy", "SchedulerType", "HubStrategy", "SaveStrategy", "EvaluationStrategy",
+        "FSDPOption")),
+    *("transformers.training_args." + name for name in ("OptimizerNames", "ParallelMode")),
+    *("transformers.debug_utils.DebugOption", "transformers.utils.generic.ExplicitEnum"),
+    *("accelerate.utils.dataclasses." + name for name in (
+        "DistributedType", "SageMakerDistributedType", "PrecisionType", "RNGType", "LoggerType",
+        "DynamoBackend", "CustomDtype")),
+    *("peft.utils.peft_types." + name for name in ("PeftType", "TaskType")),
+    *(f"{root}.trainer.states.{name}" for root in ("lightning.pytorch", "pytorch_lightning")
+      for name in ("TrainerFn", "TrainerStatus", "RunningStage")),
+    *("torchvision.transforms.functional.InterpolationMode", "PIL.Image.Resampling"),
+})  # fmt: skip
+"""Enumerations, members of which are called for by their value or got by their name."""
+
+_SETTINGS = re.compile(
+    r"omegaconf\.(dictconfig|listconfig|base|nodes|basecontainer)\.\w+"
+    r"|transformers\.(training_args\w*|trainer_pt_utils|trainer_utils|configuration_utils|"
+    r"generation\.configuration_utils|models\.\w+\.(configuration|tokenization|image_processing)"
+    r"\w*)\.\w+"
+    r"|(accelerate|peft)\.(state|utils|tuners|config|mapping)(\.\w+)*\.\w+"
+    r"|(pytorch_lightning|lightning\.pytorch|lightning\.fabric|lightning_fabric|"
+    r"lightning_utilities)\.(callbacks|utilities|trainer|loops|core)(\.\w+)*\.\w+"
+    r"|(yacs\.config|fvcore\.common\.config|detectron2\.config\.config)\.CfgNode"
+    r"|(addict\.addict\.Dict|easydict\.EasyDict|ml_collections\.config_dict\.\w+\.ConfigDict)"
+    r"|mm(engine|cv)\.(config\.config\.ConfigDict|logging\.history_buffer\.HistoryBuffer)"
+    r"|diffusers\.configuration_utils\.FrozenDict|fairseq\.data\.dictionary\.Dictionary"
+    r"|torch\.(optim|amp|torch_version|utils\.data)(\.\w+)*\.\w+"
+)
+_MODULES = re.compile(
+    r"torch\.nn\.(modules|parameter|utils)(\.\w+)*\.\w+"
+    r"|torchvision\.(models|ops|transforms)(\.\w+)*\.\w+|timm\.(models|layers|data)(\.\w+)*\.\w+"
+    r"|transformers\.(models(\.\w+)*|modeling_utils|activations|pytorch_utils)\.\w+"
+    r"|(peft|torchmetrics|diffusers|ultralytics\.nn|segmentation_models_pytorch)(\.\w+)*\.\w+"
+    r"|(sklearn|xgboost|lightgbm|catboost|scipy\.sparse|pandas\.core)(\.\w+)*\.\w+"
+    r"|joblib\.numpy_pickle\.NumpyArrayWrapper"
+)
+_CLASS = re.compile(r"_?[A-Z]\w*|(csr|csc|coo)_(matrix|array)", re.ASCII)
 
 # Functions of PyTorch and its neighbours that read files, run code or start processes; classes of
 # torch.nn and other libraries are none of them.
@@ -47,6 +112,26 @@ _DANGEROUS = re.compile(
     r"aiohttp|urllib3|paramiko|fabric|sh|pexpect|numba|cffi|numexpr)\b"
 )
 _DUNDER = re.compile(r"__\w+__")
+
+
+def built_level(module: str, name: str) -> Literal["low", "medium"] | None:
+    """Return how an object of a known library's class speaks, if only its attributes are set.
+
+    Low for settings and the states of trainers, medium for modules and estimators, whose methods
+    will run on what the file put into them; none for what is no class of these libraries.
+    """
+    if not _CLASS.fullmatch(name):
+        return None
+    full = f"{module}.{name}"
+    return "low" if _SETTINGS.fullmatch(full) else "medium" if _MODULES.fullmatch(full) else None
+
+
+@cache
+def allowed_by_torch() -> frozenset[str]:
+    """Return the names that ``torch.load(weights_only=True)`` accepts with nothing added."""
+    from torch import _weights_only_unpickler
+
+    return frozenset(_weights_only_unpickler._get_allowed_globals())
 
 
 def is_dangerous(module: str, name: str) -> bool:

@@ -7,19 +7,12 @@ which ignores flags, local names and checksums), so that a broken archive hides 
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import re
 import struct
 import tarfile
-import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -32,16 +25,13 @@ from mmdefense.checkpoints.faults import (
     zip_faults,
 )
 from mmdefense.errors import one_line
-from mmdefense.scanning.findings import Finding, Rule
-from mmdefense.scanning.pickles import (
-    IMPORT,
-    MAX_DEPTH,
-    calls_dangerous,
-    follow,
-    scan_pickles,
-)
+from mmdefense.scanning.arrays import MAGIC, read_header
+from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.scanning.opcodes import follow
+from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, scan_pickles, speaks
+from mmdefense.scanning.streams import DAMAGE, MAX_UNPACKED, copied, unpacker
 
-__all__ = ["PICKLE_SUFFIXES", "scan_content"]
+__all__ = ["PICKLE_SUFFIXES", "scan_content", "unread_level"]
 
 ARCHIVE = Rule(
     id="archive-fault",
@@ -110,14 +100,19 @@ UNSEEN = Rule(
 
 PICKLE_SUFFIXES = {
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".p", ".pk", ".sav", ".th"),
-    *(".dat", ".data", ".model", ".dill", ".tar", ".pdparams", ".pdopt"),
+    *(".dat", ".data", ".model", ".dill", ".tar", ".pdparams", ".pdopt", ".npy", ".npz", ".pckl"),
 }
 _CONTAINERS = {
-    *(".zip", ".npz", ".npy", ".mar", ".nemo", ".keras", ".gz", ".bz2", ".xz"),
-    *(".ptl", ".pt2", ".torchscript"),
+    *(".zip", ".npz", ".npy", ".mar", ".nemo", ".keras", ".gz", ".bz2", ".xz", ".lzma", ".z"),
+    *(".ptl", ".pt2", ".torchscript", ".zst", ".lz4"),
 }
 _LOOSE = {".dat", ".data", ".model", ".tar"}
-"""Of those suffixes, the ones that other kinds of file bear as often."""
+"""Of the suffixes of pickles, the ones that other kinds of file bear as often."""
+_NUMBERS = ".bin"
+"""The suffix of pickles that files of raw numbers bear as well."""
+_PACKINGS = re.compile(r"(\.(gz|bz2|xz|lzma|zst|lz4|z))+$")
+_OF_TORCH_TAR = {"storages", "tensors", "pickle"}
+"""What the first format of PyTorch called its pickles, in a tar."""
 
 _OPAQUE: Mapping[bytes, tuple[str, bool]] = {
     b"GGUF": ("GGUF", False),
@@ -133,50 +128,75 @@ _OPAQUE_SUFFIXES = {
     *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn", ".pt2"),
 }
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!/")
-_PACKED: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
-}
-_ZLIB = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
+_ZIP, _COMPRESSED = b"PK\x03\x04", (b"\x1f\x8b", b"\xfd7zXZ\x00")
 _HEAD = 1 << 16
-_IN_MEMORY, _MAX_UNPACKED = 1 << 26, 1 << 32
 _SCRIPTED = re.compile(r"torch\.jit\._pickle\.\w+|__torch__\..+")
-_OBJECT = re.compile(rb"""['"][|=<>]?(O\d*|object)['"]""")
+_BLOCK = 512
 
 
-def scan_content(file: IO[bytes], subject: str, *, depth: int = 0) -> Iterator[Finding]:
+def scan_content(
+    file: IO[bytes], subject: str, *, name: str | None = None, depth: int = 0
+) -> Iterator[Finding]:
     """Yield what speaks against the bytes of a file, whatever its name says they are.
 
+    Loaders differ in what they take a file for, so that it is looked at as all that it can be.
+
     Args:
-        file: A binary file that can be searched, at its start.
+        file: A binary file that can be searched.
         subject: Its name in the findings.
+        name: Its own name, where it lies in another.
         depth: How many archives it lies in.
     """
     if depth > MAX_DEPTH:
         yield DEEP.found(subject, depth)
         return
+    file.seek(0)
     head = file.read(_HEAD)
-    suffix = PurePosixPath(subject.split("!")[-1]).suffix.lower()
+    suffix = _suffix(name or subject)
     yield from _scan_opaque(head, subject, suffix)
     if is_zip(file):
         yield from _disguise(subject, suffix, "a zip archive")
         yield from _scan_zip(file, subject, depth)
-    elif head.startswith(b"PK\x03\x04"):
-        yield DAMAGED.found(subject, "a zip archive without a table of contents")
-    packed = _unpacker(head)
-    if packed:
-        yield from _scan_packed(packed, file, subject, depth)
-    elif head.startswith(b"\x93NUMPY"):
-        yield from _scan_array(head, file, subject, depth)
-    elif head[257:262] == b"ustar":
+    elif head.startswith(_ZIP):
+        yield _unread(subject, name or subject, "a zip archive without a table of contents")
+    opener = unpacker(head)
+    if opener:
+        yield from _scan_packed(opener, file, subject, name or subject, depth)
+    elif head.startswith(_COMPRESSED):
+        yield _unread(subject, name or subject, "a compressed stream that is damaged at its start")
+    elif head.startswith(MAGIC):
+        yield from _scan_array(file, subject, depth)
+    elif _is_tar(head):
         yield from _scan_tar(file, subject, depth)
-    elif not head.startswith(b"PK\x03\x04") and _is_pickle(head, suffix) and not _is_opaque(head):
-        file.seek(0)
-        found = list(scan_pickles(file, subject, declared=_declared(suffix), depth=depth))
-        yield from found
-        if found:
-            yield from _disguise(subject, suffix, "a pickle")
+    if not head.startswith(_ZIP):  # which would be a persistent id: no loader at hand has any then
+        is_other = bool(opener) or head.startswith((MAGIC, *_OPAQUE)) or _is_tar(head)
+        yield from _scan_as_pickle(file, subject, name or subject, is_other, depth)
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix that tells the kind, with that of a compression behind it left out."""
+    lowered = name.rpartition("/")[2].lower()
+    return PurePosixPath(_PACKINGS.sub("", lowered)).suffix or PurePosixPath(lowered).suffix
+
+
+def _unread(subject: str, name: str, why: str) -> Finding:
+    """Return that something was not read, which is high where a loader would unpickle it."""
+    return DAMAGED.found(subject, why, level=unread_level(name))
+
+
+def _scan_as_pickle(
+    file: IO[bytes], subject: str, name: str, is_other: bool, depth: int
+) -> Iterator[Finding]:
+    """Yield what speaks against the bytes as a pickle, which many other formats can be as well."""
+    suffix = _suffix(name)
+    declared = _declared(suffix) or (name.rpartition("/")[2] in _OF_TORCH_TAR and depth > 0)
+    declared &= not is_other
+    file.seek(0)
+    loose = suffix == _NUMBERS
+    found = list(scan_pickles(file, subject, declared=declared, loose=loose, depth=depth))
+    yield from found
+    if found:
+        yield from _disguise(subject, suffix, "a pickle")
 
 
 def _scan_opaque(head: bytes, subject: str, suffix: str) -> Iterator[Finding]:
@@ -184,14 +204,11 @@ def _scan_opaque(head: bytes, subject: str, suffix: str) -> Iterator[Finding]:
         yield PROGRAM.found(subject, "compiled code" if suffix == ".pyc" else repr(head[:4]))
     for magic, (kind, is_archive) in _OPAQUE.items():
         if head.startswith(magic):
-            yield UNSEEN.found(subject, kind, level="medium" if is_archive else "low")
+            level: Level = "high" if _declared(suffix) and suffix != _NUMBERS else "medium"
+            yield UNSEEN.found(subject, kind, level=level if is_archive else "low")
             return
     if suffix in _OPAQUE_SUFFIXES:
         yield UNSEEN.found(subject, f"a {suffix} file")
-
-
-def _is_opaque(head: bytes) -> bool:
-    return head.startswith(tuple(_OPAQUE))
 
 
 def _disguise(subject: str, suffix: str, kind: str) -> Iterator[Finding]:
@@ -200,16 +217,12 @@ def _disguise(subject: str, suffix: str, kind: str) -> Iterator[Finding]:
 
 
 def _declared(suffix: str) -> bool:
-    """Whether a file that is no archive must be a pickle, to judge by its name."""
     return suffix in PICKLE_SUFFIXES - _LOOSE
 
 
-def _is_pickle(head: bytes, suffix: str) -> bool:
-    """Whether bytes start like a pickle; early protocols have no mark but their first opcodes."""
-    if _declared(suffix) or (head[:1] == b"\x80" and head[1:2] <= b"\x05"):
-        return True
-    followed = follow(io.BytesIO(head))
-    return calls_dangerous(followed) or (bool(followed.imports) and not followed.error)
+def unread_level(name: str) -> Level:
+    """Return how it speaks against a file of this name that it could not be read."""
+    return "high" if _declared(_suffix(name)) else "medium"
 
 
 def _scan_zip(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
@@ -247,128 +260,60 @@ def _of_torchscript(found: Finding) -> bool:
 def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[Finding]:
     if entry.is_dir():
         return
+    suffix = _suffix(entry.filename)
     try:
         with archive.open(entry) as stream:
             head = stream.read(_HEAD)
-            if not _wants_look(head, subject):
+            if not _wants_look(head, suffix, entry.file_size):
                 return
-            with _copied(stream, head) as copy:
+            with copied(stream, head) as copy:
                 if copy.damage:
-                    yield DAMAGED.found(subject, copy.damage)
+                    yield _unread(subject, entry.filename, copy.damage)
                 elif copy.checksum != entry.CRC:
                     yield ARCHIVE.found(subject, "its checksum is wrong", level="medium")
-                yield from scan_content(copy.file, subject, depth=depth + 1)
+                yield from scan_content(copy.file, subject, name=entry.filename, depth=depth + 1)
     except OverflowError as error:
         yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
-    except _DAMAGE as error:
-        yield DAMAGED.found(subject, one_line(error))
+    except DAMAGE as error:
+        yield _unread(subject, entry.filename, one_line(error))
 
 
-def _wants_look(head: bytes, subject: str) -> bool:
+def _wants_look(head: bytes, suffix: str, size: int) -> bool:
     """Whether an entry may be more than raw numbers; those are large, and are not copied."""
-    suffix = PurePosixPath(subject).suffix.lower()
-    is_archive = head.startswith((b"PK", *_PACKED, *_OPAQUE, *_PROGRAMS)) or (
-        head[257:262] == b"ustar" or bool(_unpacker(head))
-    )
-    if head.startswith(b"\x93NUMPY"):
-        return bool(_OBJECT.search(head[:4096]))
-    return is_archive or suffix in _CONTAINERS | _OPAQUE_SUFFIXES or _is_pickle(head, suffix)
-
-
-@dataclass
-class _Copy:
-    """A copy of a stream that can be searched.
-
-    Attributes:
-        file: At its start, in memory or beyond a size on disk.
-        checksum: CRC-32 of its content.
-        damage: Why the stream could not be read to its end; empty where it could.
-    """
-
-    file: IO[bytes]
-    checksum: int = 0
-    damage: str = ""
-
-
-@contextmanager
-def _copied(stream: Any, head: bytes = b"", limit: int = _MAX_UNPACKED) -> Iterator[_Copy]:
-    """Copy a stream as far as it can be read, for an unpickler would run what stands there.
-
-    Args:
-        stream: What is copied; it has ``read1``, which loses nothing before a break.
-        head: What was read of it before.
-        limit: Bytes that are copied at most.
-
-    Yields:
-        The copy.
-
-    Raises:
-        OverflowError: If there is more than ``limit``.
-    """
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
-        copy = _Copy(file, zlib.crc32(head))
-        size = file.write(head)
+    if head.startswith(MAGIC):
         try:
-            while chunk := stream.read1(1 << 16):
-                size, copy.checksum = size + len(chunk), zlib.crc32(chunk, copy.checksum)
-                if size > limit:
-                    raise OverflowError(f"it unpacks to more than {limit} bytes")
-                file.write(chunk)
-        except _DAMAGE as error:
-            copy.damage = one_line(error)
-        file.seek(0)
-        yield copy
-
-
-_DAMAGE = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
-)
-
-
-def _unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
-    for magic, opener in _PACKED.items():
-        if head.startswith(magic):
-            return opener
-    if head.startswith(_ZLIB):
-        try:
-            zlib.decompressobj().decompress(head, 1)
-        except zlib.error:
-            return None
-        return _Inflated
-    return None
-
-
-class _Inflated:
-    """Reads a zlib stream, as joblib writes one, a chunk at a time."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.inflate = file, zlib.decompressobj()
-
-    def read1(self, size: int) -> bytes:
-        """Return up to ``size`` bytes of content."""
-        while not self.inflate.eof:
-            data = self.inflate.unconsumed_tail or self.file.read(size)
-            if not data:
-                raise EOFError("the zlib stream has no end")
-            if content := self.inflate.decompress(data, size):
-                return content
-        return b""
+            return read_header(io.BytesIO(head))[0]
+        except ValueError:
+            return True
+    if head.startswith((b"PK", *_COMPRESSED, *_OPAQUE, *_PROGRAMS)) or _is_tar(head):
+        return True
+    if suffix in _CONTAINERS | _OPAQUE_SUFFIXES | PICKLE_SUFFIXES or unpacker(head):
+        return True
+    followed = follow(io.BytesIO(head), size=size)
+    return speaks(followed) or (followed.cut and size > len(head))
 
 
 def _scan_packed(
-    opener: Callable[[IO[bytes]], Any], file: IO[bytes], subject: str, depth: int
+    opener: Callable[[IO[bytes]], Any], file: IO[bytes], subject: str, name: str, depth: int
 ) -> Iterator[Finding]:
     limit = max(BOMB_BYTES, BOMB_RATIO * file.seek(0, io.SEEK_END))
     file.seek(0)
-    name = PurePosixPath(subject).name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+    inner = _PACKINGS.sub("", name.rpartition("/")[2], count=1)
     try:
-        with _copied(opener(file), limit=min(limit, _MAX_UNPACKED)) as copy:
+        with copied(opener(file), limit=min(limit, MAX_UNPACKED)) as copy:
             if copy.damage:
                 yield DAMAGED.found(subject, copy.damage)
-            yield from scan_content(copy.file, f"{subject}!{name}", depth=depth + 1)
+            yield from scan_content(copy.file, f"{subject}!{inner}", name=inner, depth=depth + 1)
     except OverflowError as error:
         yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
+
+
+def _is_tar(head: bytes) -> bool:
+    """Whether a tar starts here, of any form: that without a mark is told by its checksum."""
+    try:
+        return bool(tarfile.TarInfo.frombuf(head[:_BLOCK], "utf-8", "surrogateescape").name)
+    except (tarfile.HeaderError, ValueError):
+        return head[257:262] == b"ustar"
 
 
 def _scan_tar(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
@@ -381,8 +326,21 @@ def _scan_tar(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
                 if count > MAX_ENTRIES:
                     yield ARCHIVE.found(subject, f"it has more than {MAX_ENTRIES} entries")
                     return
-    except _DAMAGE as error:
-        yield DAMAGED.found(subject, one_line(error))
+            end = archive.offset
+    except DAMAGE as error:
+        yield _unread(subject, subject, one_line(error))
+        return
+    if _has_more(file, end):
+        yield ARCHIVE.found(subject, f"more follows its end, at byte {end}")
+
+
+def _has_more(file: IO[bytes], start: int) -> bool:
+    """Whether anything but zeros follows."""
+    file.seek(start)
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            return True
+    return False
 
 
 def _scan_tar_entry(
@@ -394,23 +352,23 @@ def _scan_tar_entry(
         yield ARCHIVE.found(subject, f"{entry.name!r} is a symbolic link to {entry.linkname!r}")
     elif entry.isdev():
         yield ARCHIVE.found(subject, f"{entry.name!r} is a device")
-    if entry.isfile() and entry.size > size:
+    if entry.isdir() or entry.issym() or entry.islnk() or entry.isdev():
+        return
+    if entry.size > size:
         yield ARCHIVE.found(subject, f"{entry.name!r} claims {entry.size} bytes: a bomb")
-    elif entry.isfile() and (stream := archive.extractfile(entry)):
-        yield from scan_content(stream, f"{subject}!{entry.name}", depth=depth + 1)
+    elif stream := archive.extractfile(entry):
+        yield from scan_content(stream, f"{subject}!{entry.name}", name=entry.name, depth=depth + 1)
 
 
-def _scan_array(head: bytes, file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
-    """Yield what is wrong with an array; its header says whether numbers or a pickle follow.
-
-    References:
-        NumPy Enhancement Proposal 1: a simple file format for NumPy arrays.
-    """
-    start, code = (10, "<H") if head[6:7] == b"\x01" else (12, "<I")
-    length = struct.unpack(code, head[8:start].ljust(start - 8, b"\0"))[0]
-    if start + length > len(head):
-        yield DAMAGED.found(subject, f"its header claims {length} bytes")
-    elif _OBJECT.search(head[start : start + length]):
+def _scan_array(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
+    """Yield what is wrong with an array; its header says whether numbers or a pickle follow."""
+    file.seek(0)
+    try:
+        holds_objects, start = read_header(file)
+    except ValueError as error:
+        yield DAMAGED.found(subject, one_line(error), level="high")
+        return
+    if holds_objects:
         yield OBJECTS.found(subject, "objects")
-        file.seek(start + length)
+        file.seek(start)
         yield from scan_pickles(file, subject, depth=depth)

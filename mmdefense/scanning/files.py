@@ -12,7 +12,7 @@ from mmdefense.checkpoints.faults import all_files, link_faults, safetensors_fau
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import plain
 from mmdefense.sandbox import BeyondBoundsError, Channel, apart
-from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content
+from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content, unread_level
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.texts import is_unknown, scan_text
 
@@ -95,7 +95,8 @@ def scan_files(path: str | Path) -> list[Finding]:
         files, ended = _look_into(files, root, found)
         if not files:
             break
-        found.append(BEYOND.found(_name(files[0], root), ended))
+        level = unread_level(files[0].name)
+        found.append(BEYOND.found(_name(files[0], root), ended, level=level))
         files = files[1:]
     found += [BEYOND.found(_name(file, root), "not begun, after others") for file in files[:MOST]]
     if len(files) > MOST:
@@ -171,7 +172,8 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
         try:
             yield from _scan_plain(file, subject)
         except Exception as error:  # whatever a reader stumbles over, the file was not read
-            yield UNREADABLE.found(subject, f"{type(error).__name__}: {one_line(error)}")
+            why = f"{type(error).__name__}: {one_line(error)}"
+            yield UNREADABLE.found(subject, why, level=unread_level(file.name))
 
 
 def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:
@@ -185,7 +187,7 @@ def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:
             is_silent = False
             yield finding
         stream.seek(0)
-        for finding in scan_content(stream, subject):
+        for finding in scan_content(stream, subject, name=file.name):
             is_silent = False
             yield finding
     if is_silent and suffix not in PICKLE_SUFFIXES and is_unknown(file.name, head):

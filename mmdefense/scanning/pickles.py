@@ -1,44 +1,43 @@
-"""What a pickle would import and call, found by following its opcodes without running any.
+"""What a pickle would look up, build and call, told without doing any of it.
 
-The opcodes are followed with a stack and a memo of their own, so that a name that is put together
-out of sight (from the memo, from under a popped decoy) is the name that the unpickler would look
-up. A name that cannot be followed is reported as such, and so is a stream that cannot be read to
-its end: whatever stands there, an unpickler that reads more forgivingly may run it.
-
-How bad a name is: plain data types of Python and NumPy are ``info``, what
-:func:`mmdefense.checkpoints.names.is_dangerous` calls so is ``high``, and any other name that
-PyTorch's weights-only unpickler would refuse is ``medium``.
+Levels follow one rule: a name that is not known to be harmless in the way that it is used is
+``high``; see :mod:`mmdefense.checkpoints.names` for what is known. What cannot be read to its end
+is at least ``medium``, and ``high`` where a loader would unpickle it.
 
 References:
-    pickletools in the Python standard library, for the opcodes; picklescan's issues 14 and 22 for
-    the memo decoys; protectai/modelscan's issues 85, 330 and 338 for gadgets beyond deny lists.
+    picklescan's issues 14 and 22 for the memo decoys; protectai/modelscan's issues 85, 330 and 338
+    for gadgets beyond deny lists.
 """
 
 from __future__ import annotations
 
-import _compat_pickle
 import base64
 import binascii
 import io
-import pickletools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from typing import IO, Any, cast
+from typing import IO
 
-from mmdefense.checkpoints.names import DATA, is_dangerous
+from mmdefense.checkpoints.names import (
+    DATA,
+    ENUMS,
+    allowed_by_torch,
+    built_level,
+    is_dangerous,
+)
 from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.scanning.machine import MAX_STEPS, Followed, Name, Use
+from mmdefense.scanning.opcodes import follow
 
-__all__ = ["MAX_DEPTH", "Followed", "calls_dangerous", "follow", "level_of", "scan_pickles"]
+__all__ = ["IMPORT", "MAX_DEPTH", "level_of", "scan_pickles", "speaks"]
 
 IMPORT = Rule(
     id="pickle-import",
     level="medium",
     measured="a name that the pickle imports",
-    reference="names that PyTorch's weights-only unpickler allows",
+    reference="names that are known to be harmless in this use",
     meaning="Unpickling it looks this name up and can call it with arguments from the file.",
-    blind_spot="what the named thing does; a class of an installed library may be harmless.",
+    blind_spot="what the named thing does: a class of your own may well be harmless.",
 )
 PLAIN = Rule(
     id="pickle-data",
@@ -51,16 +50,24 @@ PLAIN = Rule(
 HIDDEN = Rule(
     id="pickle-hidden-import",
     level="high",
-    measured="an import whose name is made while unpickling",
+    measured="what the pickle looks up or calls",
     reference="names written out in the file",
-    meaning="The name that is imported cannot be told without running the pickle.",
-    blind_spot="which name it is.",
+    meaning="What is imported or called cannot be told without running the pickle.",
+    blind_spot="what it is.",
+)
+CHANGED = Rule(
+    id="pickle-changes-code",
+    level="high",
+    measured="what the pickle gives attributes to",
+    reference="objects that it makes itself",
+    meaning="It changes a class or function, which other code then uses.",
+    blind_spot="what the change does.",
 )
 BROKEN = Rule(
     id="pickle-broken",
     level="medium",
     measured="whether the pickle can be read to its end",
-    reference="a stream of known opcodes that ends in STOP",
+    reference="opcodes that every unpickler reads alike, to their STOP",
     meaning="What stands before the break runs all the same, and other readers may go on after it.",
     blind_spot="what stands after the break.",
 )
@@ -75,264 +82,144 @@ NESTED_TOO_DEEP = Rule(
 
 MAX_DEPTH = 4
 _STREAMS = 10_000
-_MAX_ITEM, _MAX_LINE, _MAX_NESTED, _MAX_SEARCHED = 1 << 30, 1 << 20, 1 << 24, 1 << 28
-_MARK = object()
-_UNKNOWN = object()
-_STRINGS = {
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+_MAX_BASE64 = 1_000_000
+_TORCH_MAGIC, _TORCH_PICKLES = 0x1950A86A20F9469CFC6C, 5
+_PROTO = 0x80
+_BY_CHANCE = 8
+"""Opcodes that are no accident: random bytes break sooner."""
+_HELD = {
+    *("builtins.getattr", "operator.getitem", "_operator.getitem"),
+    "torch.storage._load_from_bytes",
 }
-_CALLS = {"REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
-_BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_NAME = re.compile(r"[\w.]+", re.ASCII)
-_SPELLED = re.compile(
-    rb"[ci]([A-Za-z_][\w.]*)\n([A-Za-z_][\w.]*)\n"
-    rb"|(?:\x8c.|X.{4})([A-Za-z_][\w.]*)(?:\x94|q.)?(?:\x8c.|X.{4})([A-Za-z_][\w.]*)(?:\x94|q.)?\x93",
-    re.DOTALL,
-)
+"""Functions that some harmless calls need; such calls are told apart, others are high."""
 _BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
+_PROPER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-@dataclass
-class Followed:
-    """What one pickle does.
+def level_of(module: str, name: str, use: Use = "called") -> Level | None:
+    """Return how a name speaks against a pickle that uses it so; none for what makes tensors.
 
-    Attributes:
-        imports: Names as ``(module, name)``; none where a name could not be followed.
-        calls: Whether anything is called.
-        sound: Whether nothing is taken from an empty stack, as bytes that are no pickle soon do.
-        constants: Strings and bytes that could hold a further pickle.
-        error: Why it could not be read to its end; empty where it could.
+    An attribute of an attribute is never harmless: it leads through one module to another.
     """
-
-    imports: list[tuple[str, str] | None] = field(default_factory=list)
-    calls: bool = False
-    sound: bool = True
-    constants: list[str | bytes] = field(default_factory=list)
-    error: str = ""
-
-
-def follow(stream: IO[bytes] | _Bounded) -> Followed:
-    """Follow the opcodes of the next pickle of ``stream``, to its STOP or to where it breaks."""
-    machine = _Machine()
-    try:
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
-            machine.step(opcode, argument)
-    except Exception as error:  # genops raises ValueError, UnicodeDecodeError, IndexError ...
-        machine.followed.error = str(error) or type(error).__name__
-    return machine.followed
+    full = f"{module}.{name}"
+    if "." in name:
+        return "high"
+    if full in allowed_by_torch():
+        return None
+    if full in DATA or full in ENUMS or (full in _HELD and use == "held"):
+        return "info"
+    known = None if use == "called" else built_level(module, name)
+    return "high" if known is None or is_dangerous(module, name) else known
 
 
-class _Machine:
-    """A pickle machine over strings and unknowns: it makes no object and imports nothing."""
+def speaks(followed: Followed) -> bool:
+    """Whether bytes that need not be a pickle do what bytes do not by chance.
 
-    def __init__(self) -> None:
-        self.followed = Followed()
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.protocol = 0
-
-    def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Do to the stack what the opcode does to its kinds of value."""
-        name = opcode.name
-        self.followed.calls |= name in _CALLS
-        if name == "PROTO":
-            self.protocol = argument
-        elif name in {"GLOBAL", "INST"}:
-            module, _, attribute = argument.partition(" ")
-            self._import(module, attribute)
-            self._replace(opcode)
-        elif name == "STACK_GLOBAL":
-            attribute, module = self._pop(), self._pop()
-            self._import(module, attribute)
-            self.stack.append(_UNKNOWN)
-        elif name.startswith("EXT"):
-            self.followed.imports.append(None)
-            self.stack.append(_UNKNOWN)
-        elif not self._step_memo(name, argument):
-            self._step_value(opcode, argument)
-
-    def _step_memo(self, name: str, argument: Any) -> bool:
-        top = self.stack[-1] if self.stack else _UNKNOWN
-        if name in {"PUT", "BINPUT", "LONG_BINPUT"}:
-            self.memo[argument] = top
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = top
-        elif name in {"GET", "BINGET", "LONG_BINGET"}:
-            self.stack.append(self.memo.get(argument, _UNKNOWN))
-        elif name == "DUP":
-            self.stack.append(top)
-        else:
-            return False
+    Text can read like an import. One that is no proper name, or that nothing is done with before
+    the bytes break, is none.
+    """
+    if followed.exhausted or (followed.crossed and followed.calls) or _is_begun(followed):
         return True
+    if followed.error and not (followed.calls and followed.steps > 2):
+        return False
+    return any(
+        _PROPER.fullmatch(f"{found.module}.{found.name}")
+        and (not followed.error or (use != "held" and _level(found, use) == "high"))
+        for found, use in followed.uses.items()
+    )
 
-    def _step_value(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        if opcode.name in _STRINGS | _BYTES:
-            self.stack.append(argument)
-            self.followed.constants.append(argument[:_MAX_NESTED])
-        elif opcode.name == "MARK":
-            self.stack.append(_MARK)
-        else:
-            self._replace(opcode)
 
-    def _replace(self, opcode: pickletools.OpcodeInfo) -> None:
-        """Pop what the opcode takes and push unknowns for what it gives."""
-        for kind in reversed(opcode.stack_before):
-            if kind is pickletools.stackslice:
-                continue
-            if kind is pickletools.markobject:
-                self._pop_to_mark()
-            else:
-                self._pop()
-        self.stack += [_UNKNOWN] * len(opcode.stack_after)
+def _is_begun(followed: Followed) -> bool:
+    """Whether a pickle that breaks says that it is one."""
+    return bool(followed.error) and followed.first == _PROTO and followed.steps >= _BY_CHANCE
 
-    def _pop_to_mark(self) -> None:
-        while self.stack and self.stack.pop() is not _MARK:
-            pass
 
-    def _pop(self) -> Any:
-        self.followed.sound &= bool(self.stack)
-        return self.stack.pop() if self.stack else _UNKNOWN
-
-    def _import(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            self.followed.imports.append(None)
-            return
-        if self.protocol < 3:  # such pickles may bear the names of Python 2
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-            module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-        self.followed.imports.append((module, name))
+def _level(found: Name, use: Use) -> Level | None:
+    return level_of(found.module, found.name, use)
 
 
 def scan_pickles(
-    stream: IO[bytes], subject: str, *, declared: bool = True, depth: int = 0
+    stream: IO[bytes], subject: str, *, declared: bool = True, loose: bool = False, depth: int = 0
 ) -> Iterator[Finding]:
     """Yield what speaks against the pickles that stand one behind the other in ``stream``.
 
     PyTorch's older format and some trainers write several; readers differ in how many they load.
 
     Args:
-        stream: A binary file.
+        stream: A binary file that can be searched, where they start.
         subject: Its name in the findings.
-        declared: Whether it calls itself a pickle. Of other bytes, such as the raw storages behind
-            the pickles of the older format, only what names an import is reported, or calls one
-            whose name is hidden on a stack that holds.
+        declared: Whether a loader would take it for a pickle. Of other bytes, such as the raw
+            storages behind the pickles of the older format, only what cannot be chance is reported.
+        loose: Whether its name is one that files of numbers bear as often.
         depth: How many pickles and archives it lies in.
     """
     if depth > MAX_DEPTH:
         yield NESTED_TOO_DEEP.found(subject, depth)
         return
-    names: set[tuple[str, str] | None] = set()
-    bounded = _Bounded(stream)
+    every, place, needed, steps = Followed(), stream.tell(), int(declared), 0
+    size = stream.seek(0, io.SEEK_END)
     for count in range(_STREAMS):
-        start = stream.tell()
-        followed = follow(bounded)
-        is_first = declared and count == 0
-        if followed.error and not is_first and not calls_dangerous(followed):
+        followed = follow(stream, place, steps=MAX_STEPS - steps)
+        steps += followed.steps
+        if followed.error and count >= needed and not speaks(followed):
+            if declared and needed == 1:
+                yield BROKEN.found(subject, f"{size - place} bytes behind it are no pickle")
             break
-        hides = is_first or (followed.calls and followed.sound)
-        names.update(name for name in followed.imports if name or hides)
-        for constant in followed.constants:
-            yield from _scan_constant(constant, subject, depth)
+        if count == 0 and followed.value == _TORCH_MAGIC:
+            needed = _TORCH_PICKLES
+        if count < needed or speaks(followed):
+            every.take(followed)
+        yield from _scan_inner(followed, subject, depth, MAX_STEPS - steps)
         if followed.error:
-            yield BROKEN.found(subject, followed.error)
-            stream.seek(start)
-            names.update(_spelled_out(stream))
+            yield BROKEN.found(subject, followed.error, level=_broken_level(followed, loose))
             break
-        if not _more(stream):
+        place = followed.end
+        if place >= size:
             break
-    yield from _judged(names, subject)
+    else:
+        yield BROKEN.found(subject, f"it has more than {_STREAMS} pickles", level="high")
+    yield from _judged(every, subject)
 
 
-def _spelled_out(stream: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield dangerous imports that are spelled out anywhere, past a break that others read over.
-
-    The C unpickler reads numbers that pickletools does not; joblib puts raw arrays in between.
-    """
-    for match in _SPELLED.finditer(stream.read(_MAX_SEARCHED)):
-        module, name = (part.decode("ascii") for part in match.groups() if part is not None)
-        if level_of(module, name) == "high":
-            yield module, name
+def _broken_level(followed: Followed, loose: bool) -> Level:
+    """Return how a break speaks: numbers under a name that they bear as often are no pickle."""
+    is_none = not followed.uses and not followed.hidden and followed.first != _PROTO
+    return "medium" if loose and is_none and followed.steps < _BY_CHANCE else "high"
 
 
-def calls_dangerous(followed: Followed) -> bool:
-    """Whether bytes, which may be a broken pickle or none, import what is of high level and call.
-
-    Text can read like an import; one of a proper name, which is called as well, is none by chance.
-    """
-    names = [name for name in followed.imports if name and _NAME.fullmatch(".".join(name))]
-    return followed.calls and any(level_of(*name) == "high" for name in names)
-
-
-class _Bounded:
-    """A stream that refuses to hand out more at once than any pickle needs."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream = stream
-        self.tell = stream.tell
-
-    def read(self, size: int) -> bytes:
-        if size > _MAX_ITEM:
-            raise ValueError(f"an item of {size} bytes is too large to be looked into")
-        return self.stream.read(size)
-
-    def readline(self) -> bytes:
-        return self.stream.readline(_MAX_LINE)
-
-
-def _more(stream: IO[bytes]) -> bool:
-    """Whether a further byte follows; the stream stays where it is."""
-    if not stream.read(1):
-        return False
-    stream.seek(-1, io.SEEK_CUR)
-    return True
-
-
-def _judged(names: set[tuple[str, str] | None], subject: str) -> Iterator[Finding]:
-    levels = {".".join(name): level_of(*name) for name in names if name}
+def _judged(followed: Followed, subject: str) -> Iterator[Finding]:
+    levels = {found.full: _level(found, use) for found, use in followed.uses.items()}
     for name, level in sorted(levels.items()):
         if level not in {None, "info"}:
             yield IMPORT.found(subject, name, level=level)
     if plain := sorted(name for name, level in levels.items() if level == "info"):
         yield PLAIN.found(subject, ", ".join(plain))
-    if None in names:
-        yield HIDDEN.found(subject, "a name that is made while unpickling")
+    for what in sorted(set(followed.hidden)):
+        yield HIDDEN.found(subject, what)
+    for what in sorted(set(followed.changed)):
+        yield CHANGED.found(subject, what)
 
 
-def _scan_constant(constant: str | bytes, subject: str, depth: int) -> Iterator[Finding]:
-    """Yield what a string or bytes of a pickle hold, if they are a pickle themselves."""
-    for data in _readings(constant):
-        inner = follow(io.BytesIO(data))
-        if calls_dangerous(inner) or (not inner.error and (inner.imports or inner.constants)):
-            yield from scan_pickles(io.BytesIO(data), f"{subject}!nested pickle", depth=depth + 1)
+def _scan_inner(followed: Followed, subject: str, depth: int, steps: int) -> Iterator[Finding]:
+    """Yield what pickles within a pickle hold: those that PyTorch would load, and others."""
+    name = f"{subject}!nested pickle"
+    for data in followed.loaded:
+        yield from scan_pickles(io.BytesIO(data), name, depth=depth + 1)
+    for constant in followed.constants:
+        for data in _readings(constant):
+            inner = follow(io.BytesIO(data), steps=steps)
+            steps = max(steps - inner.steps, 0)
+            is_pickle = not inner.error and bool(inner.uses or inner.constants)
+            if is_pickle or speaks(inner):
+                yield from scan_pickles(io.BytesIO(data), name, declared=is_pickle, depth=depth + 1)
 
 
 def _readings(constant: str | bytes) -> Iterator[bytes]:
     data = constant.encode("latin-1", "ignore") if isinstance(constant, str) else bytes(constant)
-    if len(data) < 4:
-        return
     yield data
-    text = data[:1_000_000].decode("latin-1")
+    text = data[:_MAX_BASE64].decode("latin-1")
     if _BASE64.fullmatch(text):
         try:
             yield base64.b64decode(text, altchars=b"-_" if set("-_") & set(text) else None)
         except (binascii.Error, ValueError):
             return
-
-
-def level_of(module: str, name: str) -> Level | None:
-    """Return how strongly an import speaks against a pickle; none for what only makes tensors."""
-    full = f"{module}.{name}"
-    if full in _allowed_by_torch():
-        return None
-    if full in DATA:
-        return "info"
-    return "high" if is_dangerous(module, name) else "medium"
-
-
-@cache
-def _allowed_by_torch() -> frozenset[str]:
-    """Return the names that ``torch.load(weights_only=True)`` accepts with nothing added."""
-    from torch import _weights_only_unpickler
-
-    return frozenset(_weights_only_unpickler._get_allowed_globals())

@@ -1,0 +1,431 @@
+"""Follows a pickle's opcodes as unpicklers do, and makes, imports and calls nothing.
+
+Arguments are read as the C unpickler reads them, not as pickletools does: whatever number or text
+stands there, the stream goes on behind it. So this machine reads on wherever some unpickler does,
+and where none would it stops. The stack holds names, texts, numbers, tuples and what calls would
+make of them, so that it is known which name is called, built or only held.
+
+References:
+    ``Modules/_pickle.c`` and ``Lib/pickle.py`` of CPython, which differ: the one ignores frames,
+    the other, which joblib and dill build on, takes an unfinished last line for a whole one.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mmdefense.checkpoints.names import CALLERS, ENUMS
+from mmdefense.scanning.reader import MAX_CONSTANT, CutError, Reader
+
+__all__ = ["DATA", "MAX_STEPS", "UNKNOWN", "Followed", "Machine", "Name", "Reference", "Use"]
+
+Use = Literal["held", "built", "called"]
+"""What becomes of a name: it is only looked up, instances are made without constructor, or it is
+called."""
+
+MAX_STEPS = 10_000_000
+"""Opcodes of a file that are followed. Ours."""
+_FORKED = 64
+_MAX_PLAIN = 24
+"""Characters of a text that is too short to hold a pickle as base64."""
+
+DATA = object()
+"""A value that is no text and can do nothing."""
+UNKNOWN = object()
+"""A value that cannot be told."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """Something that is looked up by module and name."""
+
+    module: str
+    name: str
+
+    @property
+    def full(self) -> str:
+        """Module and name in one."""
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Made:
+    """What a call makes, or the building of an instance.
+
+    Attributes:
+        by: What was called.
+        given: Its arguments.
+        state: What was built into it later.
+    """
+
+    by: Any
+    given: Any
+    state: Any = None
+
+
+@dataclass(eq=False)
+class Reference:
+    """What a persistent id stands for, which only the loader knows."""
+
+    key: Any
+
+
+@dataclass
+class Followed:
+    """What one pickle does.
+
+    Attributes:
+        uses: The strongest use of each name.
+        hidden: What is looked up or called though it cannot be told.
+        changed: What gets other attributes, though it is no object that the pickle makes.
+        calls: Whether anything is called or built.
+        constants: Strings and bytes that could hold a further pickle.
+        loaded: Bytes that PyTorch would load as a file of their own.
+        value: What the whole pickle makes; nothing where it is not read to its end.
+        first: Its first opcode.
+        steps: Opcodes that were followed.
+        error: Why it could not be read to its end, or is not read alike by all; empty otherwise.
+        cut: Whether the bytes at hand ended before it did.
+        exhausted: Whether it was too long.
+        crossed: Whether an item reaches past its frame, so that unpicklers read different names.
+        end: Where it ends in the file.
+    """
+
+    uses: dict[Name, Use] = field(default_factory=dict)
+    hidden: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    calls: bool = False
+    constants: list[str | bytes] = field(default_factory=list)
+    loaded: list[bytes] = field(default_factory=list)
+    value: Any = None
+    first: int = -1
+    steps: int = 0
+    error: str = ""
+    cut: bool = False
+    exhausted: bool = False
+    crossed: bool = False
+    end: int = 0
+
+    def use(self, name: Name, how: Use) -> None:
+        """Note a use of a name."""
+        order = ("held", "built", "called")
+        before = self.uses.get(name, "held")
+        self.uses[name] = max(how, before, key=order.index)
+
+    def take(self, other: Followed) -> None:
+        """Note all that another pickle does as well."""
+        for name, how in other.uses.items():
+            self.use(name, how)
+        self.hidden += other.hidden
+        self.changed += other.changed
+        self.calls |= other.calls
+        self.constants += other.constants
+        self.loaded += other.loaded
+        self.error = self.error or other.error
+        self.crossed |= other.crossed
+
+
+Handlers = Mapping[int, Callable[["Machine"], None]]
+STOP, FRAME = b"."[0], b"\x95"[0]
+
+
+class Machine:
+    """A pickle machine over names, texts and unknowns."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        handlers: Handlers,
+        steps: int,
+        *,
+        stack: list[Any] | None = None,
+        memo: MutableMapping[Any, Any] | None = None,
+        arrays: bool = True,
+    ) -> None:
+        self.reader, self.handlers, self.limit, self.arrays = reader, handlers, steps, arrays
+        self.stack: list[Any] = stack or []
+        self.marks: list[int] = []
+        self.memo: MutableMapping[Any, Any] = {} if memo is None else memo
+        self.protocol = self.code = 0
+        self.followed = Followed()
+
+    def run(self) -> Followed:
+        """Follow the opcodes to STOP, or to where they break."""
+        found, reader = self.followed, self.reader
+        try:
+            while True:
+                if found.steps >= self.limit:
+                    found.exhausted = True
+                    raise ValueError(f"it has more than {MAX_STEPS} opcodes")
+                self.code = code = reader.read(1)[0]
+                if found.steps == 0:
+                    found.first = code
+                before = reader.at
+                handler = self.handlers.get(code)
+                if handler is None:
+                    raise ValueError(f"byte {reader.at - 1} is no opcode: {code:#04x}")
+                handler(self)
+                self._check_frame(code, before)
+                found.steps += 1
+                if code == STOP:
+                    break
+        except CutError:
+            found.cut = True
+            found.error = found.error or "it has no end"
+        except ValueError as error:
+            found.error = found.error or str(error)
+        found.end = reader.at
+        return found
+
+    def _check_frame(self, code: int, before: int) -> None:
+        """Note what reaches over the end of a frame: unpicklers differ in what they read then."""
+        end = self.reader.frame_end
+        if end is None or code == FRAME:
+            return
+        if before - 1 < end < self.reader.at:
+            self.note("an item reaches past its frame")
+            self.followed.crossed = True
+        if self.reader.at >= end:
+            self.reader.frame_end = None
+
+    def note(self, error: str) -> None:
+        """Note that not all unpicklers read it alike."""
+        self.followed.error = self.followed.error or error
+
+    def floor(self) -> int:
+        """Return the part of the stack that a mark protects."""
+        return self.marks[-1] if self.marks else 0
+
+    def top(self) -> Any:
+        """Return what lies on top.
+
+        Raises:
+            ValueError: If nothing does.
+        """
+        if len(self.stack) <= self.floor():
+            raise ValueError(f"byte {self.reader.at - 1} takes from an empty stack")
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        """Take what lies on top.
+
+        Raises:
+            ValueError: If nothing does.
+        """
+        value = self.top()
+        self.stack.pop()
+        return value
+
+    def pop_mark(self) -> list[Any]:
+        """Take all that lies above the last mark.
+
+        Raises:
+            ValueError: If there is no mark.
+        """
+        if not self.marks:
+            raise ValueError(f"byte {self.reader.at - 1} looks for a mark, and there is none")
+        place = self.marks.pop()
+        values = self.stack[place:]
+        del self.stack[place:]
+        return values
+
+    def constant(self, value: str | bytes) -> None:
+        """Push a text or bytes."""
+        self.stack.append(value)
+        if len(value) >= _MAX_PLAIN or (len(value) > 8 and _looks_pickled(value)):
+            self.followed.constants.append(value[:MAX_CONSTANT])
+
+    def look_up(self, module: Any, name: Any) -> None:
+        """Push what a name stands for.
+
+        Raises:
+            ValueError: If it is no text.
+        """
+        if isinstance(module, str) and isinstance(name, str):
+            if self.protocol < 3:  # such pickles may bear the names of Python 2
+                module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+                module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+            found = Name(module, name)
+            self.followed.use(found, "held")
+            self.stack.append(found)
+        elif any(part is UNKNOWN or isinstance(part, Made | Reference) for part in (module, name)):
+            self.followed.hidden.append("a name that is made while unpickling")
+            self.stack.append(UNKNOWN)
+        else:
+            raise ValueError("a name that is no text")
+
+    def call(self, function: Any, given: Any, how: Use = "called") -> None:
+        """Push what a call, or the building of an instance, makes."""
+        self.followed.calls = True
+        if not (isinstance(function, Name) and self._pass_on(function, given)):
+            self._use(function, how)
+        self.stack.append(Made(function, given))
+
+    def _pass_on(self, function: Name, given: Any) -> bool:
+        """Whether a call is that of a function that is as harmless as what it is given."""
+        full, first = function.full, given[0] if isinstance(given, tuple) and given else None
+        if full in {"copyreg._reconstructor", "copyreg.__newobj__"}:
+            self._use(first, "built")
+            if full == "copyreg._reconstructor" and given[1:]:
+                self._use(given[1], "called")
+        elif full in CALLERS:
+            if not isinstance(given, tuple):
+                self.followed.hidden.append(f"what {full} calls")
+            elif isinstance(first, Name) or not full.startswith("numpy."):
+                self._use(first, "called")
+        elif full == "torch.storage._load_from_bytes" and isinstance(first, bytes):
+            if len(first) >= MAX_CONSTANT:
+                return False
+            self.followed.loaded.append(first)
+            return True
+        elif full in {"builtins.getattr", "operator.getitem", "_operator.getitem"}:
+            return _is_plain_member(full, given)
+        return False
+
+    def _use(self, what: Any, how: Use, depth: int = 0) -> None:
+        """Note that something is called or built."""
+        match what:
+            case Name():
+                self.followed.use(what, how)
+            case Made(by=Name(full="functools.partial")) if depth < _FORKED:
+                self._use(_first_of(what.given), "called", depth + 1)
+                if what.state is not None:
+                    self._use(_first_of(what.state), "called", depth + 1)
+            case Reference(key=("module", Name() as kind, *_)) if how == "built":
+                self.followed.use(kind, how)
+            case Made(by=Name() as maker):
+                self.followed.hidden.append(f"a call of what {maker.full} makes")
+            case _:
+                self.followed.hidden.append("a call of what is no name")
+
+    def build(self, state: Any) -> None:
+        """Give the object on top its attributes."""
+        self.followed.calls = True
+        target = self.top()
+        if isinstance(target, Made):
+            target.state = state
+            if self.arrays and isinstance(target.by, Name) and target.by.full == _WRAPPER:
+                self._read_array(state)
+        elif not isinstance(target, dict | str | bytes | tuple | int) and target is not DATA:
+            named = target.full if isinstance(target, Name) else "what is no object of its own"
+            self.followed.changed.append(named)
+
+    def _read_array(self, state: Any) -> None:
+        """Pass by the array that joblib keeps behind this opcode, and follow what else reads it."""
+        reader, place = self.reader, self.reader.at
+        if reader.frame_end is not None and place < reader.frame_end:
+            self.note("an array lies within a frame")
+        reader.frame_end = None
+        size = _array_size(state, reader)
+        if size != 0 or reader.at != place:
+            self._read_as_opcodes(place, are_opcodes=size is None)
+        if size is None:
+            steps = self.limit - self.followed.steps
+            inner = Machine(reader, self.handlers, steps, arrays=False).run()
+            self.followed.take(inner)
+            self.followed.steps += inner.steps
+            if inner.error:
+                raise ValueError(f"an array of objects within cannot be read: {inner.error}")
+        elif reader.at + size > reader.size:
+            raise ValueError(f"an array of {size} bytes reaches past the end")
+        else:
+            reader.jump(reader.at + size)
+
+    def _read_as_opcodes(self, place: int, *, are_opcodes: bool) -> None:
+        """Follow what other unpicklers than joblib's would run where it keeps an array.
+
+        Args:
+            place: Where they go on.
+            are_opcodes: Whether joblib unpickles what stands there as well, on a stack of its own.
+        """
+        fork = Machine(
+            Reader(self.reader.file, place, self.reader.size),
+            self.handlers,
+            min(self.limit - self.followed.steps, 1_000_000),
+            stack=self.stack[-_FORKED:],
+            memo=ChainMap({}, self.memo),
+            arrays=False,
+        )
+        fork.protocol = self.protocol
+        other = fork.run()
+        self.followed.steps += other.steps
+        if are_opcodes:
+            for name, how in other.uses.items():
+                self.followed.use(name, how)
+        elif other.calls and (not other.error or other.uses):
+            self.followed.take(other)
+            self.note("calls stand where joblib keeps an array")
+
+
+def _looks_pickled(value: str | bytes) -> bool:
+    if isinstance(value, str):
+        return value[0] == "\x80" or "\n" in value or "\x93" in value
+    return value[0] == 0x80 or b"\n" in value or b"\x93" in value
+
+
+_WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
+
+
+def _first_of(values: Any) -> Any:
+    return values[0] if isinstance(values, tuple) and values else UNKNOWN
+
+
+def _is_plain_member(full: str, given: Any) -> bool:
+    """Whether a member of an enumeration is got by its name, or a type of ``typing`` is spelled."""
+    match given:
+        case (Name() as owner, str(key)) if full == "builtins.getattr":
+            return owner.full in ENUMS and key.isidentifier() and key.isupper()
+        case (Name() as owner, _) if full != "builtins.getattr":
+            return owner.module == "typing" and "." not in owner.name
+    return False
+
+
+def _array_size(state: Any, reader: Reader) -> int | None:
+    """Return the bytes of the array that joblib's wrapper describes; none where it is a pickle.
+
+    The padding before it is passed by.
+
+    Raises:
+        ValueError: If they cannot be told.
+    """
+    match state:
+        case {"shape": tuple(shape), "dtype": Made(given=(str(code), *_)) as kind}:
+            if _holds_objects(kind):
+                return None
+            count = 1
+            for extent in shape:
+                count *= extent if type(extent) is int and extent >= 0 else -1
+            size = count * int(code[1:]) if code[1:].isdecimal() and count >= 0 else -1
+        case _:
+            size = -1
+    if size < 0 or code[0] not in "biufcmMSUV":
+        raise ValueError("the size of an array of joblib's cannot be told")
+    if code[0] == "U":
+        size *= 4
+    if state.get("numpy_array_alignment_bytes") is not None:
+        padding = reader.read(1)[0]
+        reader.jump(reader.at + padding)
+    return size
+
+
+def _holds_objects(kind: Made) -> bool:
+    """Whether a type of NumPy's, as it is pickled, is or has a field of objects."""
+    left: list[Any] = [kind]
+    seen: set[int] = set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Made):
+            code = _first_of(value.given)
+            if not isinstance(code, str) or code.startswith("O"):
+                return True
+            left.append(value.state)
+        elif isinstance(value, dict | tuple):
+            left += value.values() if isinstance(value, dict) else value
+    return False
