@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmdefense.evaluating import AttackChoice
 
 __all__ = [
+    "AcceptFindings",
     "AcceptLowUtility",
     "Arch",
     "Channels",
@@ -116,6 +117,13 @@ AcceptLowUtility = Annotated[
     typer.Option(
         "--accept-low-utility",
         help="Go on where the model does not work on the data as it was read.",
+    ),
+]
+AcceptFindings = Annotated[
+    bool,
+    typer.Option(
+        "--accept-findings",
+        help="Go on where the scan of the model's files has findings of high level.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]

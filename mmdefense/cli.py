@@ -18,6 +18,7 @@ import typer
 
 from mmdefense import __version__
 from mmdefense.arguments import (
+    AcceptFindings,
     AcceptLowUtility,
     Arch,
     Channels,
@@ -163,6 +164,7 @@ def purify(
     read: Reading = None,
     device: Device = "cpu",
     accept_low_utility: AcceptLowUtility = False,
+    accept_findings: AcceptFindings = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     dry_run: Annotated[
@@ -193,6 +195,7 @@ def purify(
         reading=reading,
         device=device,
         accept_low_utility=accept_low_utility,
+        accept_findings=accept_findings,
         also_read=() if classes is None else (classes,),
     )
     limit, level = duration(max_time), check_level(evidence)
@@ -283,6 +286,7 @@ def evaluate(
         ),
     ] = None,
     accept_low_utility: AcceptLowUtility = False,
+    accept_findings: AcceptFindings = False,
 ) -> None:
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
     from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
@@ -301,6 +305,7 @@ def evaluate(
         reading=reading,
         device=device,
         accept_low_utility=accept_low_utility,
+        accept_findings=accept_findings,
         also_read=() if classes is None else (classes,),
     )
     choice = chosen_attack(attack, trigger, target, settings)

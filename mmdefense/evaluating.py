@@ -23,6 +23,7 @@ from mmdefense.evaluation.measurement import learnt_tensors, measured, read_trig
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, check_recordable
+from mmdefense.scanning.vetting import open_vetted
 from mmdefense.settings import checked_settings
 from mmdefense.sources import AUTO, Opened, Source
 
@@ -121,6 +122,7 @@ def evaluate(
     device: str = "cpu",
     record: str | Path | None = None,
     accept_low_utility: bool = False,
+    accept_findings: bool = False,
 ) -> Evaluation:
     """Measure a model on test data and, where an attack or a trigger is given, under it.
 
@@ -140,10 +142,12 @@ def evaluate(
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         record: The output of a purification, whose record and page get what was measured.
         accept_low_utility: Whether to go on where the model is near chance on the data.
+        accept_findings: Whether to go on where a file of the model speaks strongly against it.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If anything given cannot be used, or ``record`` is of other models.
+        BadInputError: If anything given cannot be used, a file of the model speaks strongly against
+            it, or ``record`` is of other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
 
     Example:
@@ -171,6 +175,7 @@ def evaluate(
         reading=reading or {},
         device=device,
         accept_low_utility=accept_low_utility,
+        accept_findings=accept_findings,
     )
     return evaluate_files(source, choice, record=record)
 
@@ -197,7 +202,7 @@ def evaluate_files(
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
     with read_once(source.model) as seal:
-        opened = source.open()
+        opened = open_vetted(source).opened
     model = _model_info(source, opened, seal)
     if record is not None:
         check_recordable(Path(record), model)

@@ -29,6 +29,7 @@ from mmdefense.report.encoding import plain
 from mmdefense.report.gather import Level
 from mmdefense.scanning import scan_loaded
 from mmdefense.scanning.formats import summary
+from mmdefense.scanning.vetting import open_vetted
 from mmdefense.sources import AUTO, Opened, Source
 
 __all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files", "writing_seconds"]
@@ -58,7 +59,8 @@ def purify_files(
 ) -> Purification:
     """Purify the model of ``source`` into the folder ``out``.
 
-    Its files and weights are scanned before; what was found stands in the record and on the page.
+    Its files are scanned before it is loaded, and its weights behind that; what was found stands in
+    the record and on the page.
     States are kept in the folder ``out.partial``; after a kill the same call with ``resume`` goes
     on from them to the same result. It is removed when ``out`` is there, and where there is
     nothing to keep; it stays where the time was up. What a kill amid the writing of ``out`` left
@@ -78,7 +80,8 @@ def purify_files(
         command: For the record, the command line.
 
     Raises:
-        BadInputError: If anything given cannot be used; nothing is written.
+        BadInputError: If anything given cannot be used, or a file of the model speaks strongly
+            against it; nothing is written.
         UnsupportedError: If the defense cannot serve this model.
         DivergenceError: If a loss stopped being finite; the last good weights are kept.
     """
@@ -90,11 +93,14 @@ def purify_files(
         tell = progress or (lambda _: None)
         with read_once(source.model, every=True) as seal:
             tell(Event("reading", 0, 1))
-            opened = source.open()
+            vetted = open_vetted(source)
+            opened = vetted.opened
             tell(Event("reading", 1, 1))
             tell(Event("scan", 0, 1))
             files = None if seal is None else seal.own
-            scanned = summary(scan_loaded(source.model, opened.adapter.model, files))
+            scanned = summary(
+                scan_loaded(source.model, opened.adapter.model, files, vetted.findings)
+            )
             tell(Event("scan", 1, 1))
         begin = deadline.clock()
         _claim(store, _identity(source, opened, defense))
@@ -111,7 +117,13 @@ def purify_files(
                 accept_low_utility=source.accept_low_utility,
             )
             names = {"model": source.model, "data": source.data, "command": command}
-            purified = dataclasses.replace(purified, names=names, scan=scanned, seal=seal)
+            purified = dataclasses.replace(
+                purified,
+                names=names,
+                scan=scanned,
+                seal=seal,
+                accepted_findings=vetted.accepted,
+            )
             tell(Event("writing", 0, 1))
             with place.writing() as folder:
                 purified.write(folder, source.model, weights=source.weights)

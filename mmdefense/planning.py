@@ -25,6 +25,7 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report.evidence import few
 from mmdefense.report.gather import SHARE, Level, most_seconds
 from mmdefense.scanning import scan_loaded
+from mmdefense.scanning.vetting import open_vetted
 from mmdefense.sources import Source
 
 __all__ = ["Plan", "plan"]
@@ -118,10 +119,11 @@ def plan(
         UnsupportedError: If the defense cannot serve this model.
     """
     begin = clock()
-    opened = source.open()
+    vetted = open_vetted(source)
+    opened = vetted.opened
     adapter, samples = opened.adapter, opened.samples
     check_utility(in_float32(adapter), samples, accept=source.accept_low_utility)
-    scanned = scan_loaded(source.model, adapter.model)
+    scanned = scan_loaded(source.model, adapter.model, findings=vetted.findings)
     read, begin = clock() - begin, clock()
     hash_weights(adapter.model)
     written = writing_seconds(clock() - begin)

@@ -41,6 +41,7 @@ from mmdefense.report.gather import Evidence, Level, check_level, gather
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
 from mmdefense.report.terminal import shown
+from mmdefense.scanning.vetting import Vetted, open_vetted
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
 from mmdefense.sources import AUTO, Source
@@ -65,6 +66,7 @@ def purify(
     max_seconds: float | Deadline | None = None,
     evidence: Level = "fast",
     accept_low_utility: bool = False,
+    accept_findings: bool = False,
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
@@ -94,6 +96,8 @@ def purify(
             fits into ``max_seconds``. What is left out is said.
         accept_low_utility: Whether to go on where the model is near chance on ``clean``, or where
             the purification raises its task metric: signs of data that is read wrongly.
+        accept_findings: Whether to go on where a file of a model at a path speaks strongly against
+            it, as ``mmdefense scan`` sees it; it is scanned before it is loaded.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
@@ -111,6 +115,7 @@ def purify(
     deadline, level = Deadline.after(max_seconds), check_level(evidence)
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
     seal: Seal | None = None
+    vetted: Vetted | None = None
     paths = {"model": model, "data": clean}
     names = {name: str(given) for name, given in paths.items() if isinstance(given, str | Path)}
     if isinstance(model, nn.Module) and (adapter is not None or not names):
@@ -126,11 +131,12 @@ def purify(
             weights=weights,
             reading=reading or {},
             device=device,
+            accept_findings=accept_findings,
         )
         with read_once(model) as seal:
-            opened = source.open()
+            vetted = open_vetted(source)
+        victim, clean = vetted.opened.adapter, vetted.opened.samples
         names |= {"weights": weights} if weights is not None else {}
-        victim, clean = opened.adapter, opened.samples
     elif arch is not None or weights is not None or reading:
         raise BadInputError(
             "arch, weights and reading are for a model or data at a path; leave them out"
@@ -165,6 +171,7 @@ def purify(
         evidence=found,
         low_utility=accepted,
         seal=seal,
+        accepted_findings="" if vetted is None else vetted.accepted,
     )
 
 
@@ -196,6 +203,7 @@ class Purification:
         evidence: What was measured beyond the verdict.
         low_utility: The low utility that was accepted, as a sentence; empty where there was none.
         seal: What the files of the model were when they were read, where it came from files.
+        accepted_findings: What speaks strongly against the files of the model and was accepted.
     """
 
     victim: TaskAdapter[Any]
@@ -207,6 +215,7 @@ class Purification:
     evidence: Evidence = field(default_factory=Evidence, repr=False)
     low_utility: str = ""
     seal: Seal | None = field(default=None, repr=False)
+    accepted_findings: str = ""
 
     def __repr__(self) -> str:
         of = self.names.get("model", type(self.model).__name__)
@@ -266,6 +275,7 @@ class Purification:
             scan=self.scan,
             unchanged=self.unchanged,
             low_utility=self.low_utility,
+            accepted_findings=self.accepted_findings,
             evidence=records.EvidenceInfo(
                 level=self.evidence.level,
                 seconds=self.evidence.seconds,

@@ -64,6 +64,8 @@ class Source:
             is not given is as the model says, or as the data is.
         device: For example ``"cpu"`` or ``"cuda"``.
         accept_low_utility: Whether to go on where the model does not work on the data as read.
+        accept_findings: Whether to go on where a file of the model speaks strongly against it; see
+            :func:`mmdefense.scanning.vetting.open_vetted`.
         also_read: Further files that ``reading`` was read from, such as class names.
     """
 
@@ -76,6 +78,7 @@ class Source:
     reading: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     accept_low_utility: bool = False
+    accept_findings: bool = False
     also_read: tuple[Path, ...] = ()
 
     def inputs(self) -> list[str | Path]:

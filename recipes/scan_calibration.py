@@ -17,9 +17,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from mmdefense.evaluation.calibration import calibrate, markdown
 from mmdefense.evaluation.victims import named_cases
 from mmdefense.report.terminal import ProgressDisplay
-from mmdefense.scanning.calibration import calibrate, markdown
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--case", action="append", help="a victim, may be repeated; by default all")

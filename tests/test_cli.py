@@ -56,7 +56,7 @@ def test_what_speaks_against_a_file_beside_the_weights_is_on_the_page(place, mmd
     shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTForImageClassification(ViTConfig(num_labels=3, **size, **shape)).save_pretrained(folder)
     (folder / "evil.bin").write_bytes(f"cos\nmkdir\n(S'{place.folder}/touched'\ntR.".encode())
-    arguments = place.purify("--accept-low-utility", model=folder)
+    arguments = place.purify("--accept-low-utility", "--accept-findings", model=folder)
     del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
     outcome = mmdefense(*arguments)
     assert outcome.code == 0

@@ -362,6 +362,8 @@ class PurificationRecord(JsonRecord):
         evidence: How much of layers, figures and spectra was measured.
         unchanged: Why the returned weights are those that were given; empty where they are not.
         low_utility: The low utility that the user accepted; empty where there was none.
+        accepted_findings: What spoke strongly against the files of the given model and was accepted
+            by the user; empty where nothing did.
     """
 
     kind: ClassVar[str] = "purification"
@@ -386,6 +388,7 @@ class PurificationRecord(JsonRecord):
     evaluations: tuple[Evaluation, ...] = ()
     unchanged: str = ""
     low_utility: str = ""
+    accepted_findings: str = ""
 
     @property
     def metric(self) -> str:

@@ -110,6 +110,11 @@ def _scan_lines(record: PurificationRecord) -> list[str]:
 def limits(record: PurificationRecord) -> list[str]:
     """Return, in sentences, what a purification does not say."""
     lines = []
+    if record.accepted_findings:
+        lines.append(
+            "Findings of high level in the files of the given model were accepted: "
+            f"{record.accepted_findings}. Files other than the weights are as they were given."
+        )
     if record.low_utility:
         lines.append(
             f"Low utility was accepted: {record.low_utility}. If the data was not read as in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -231,7 +231,10 @@ class _Look:
 
 
 def scan_loaded(
-    where: str | Path, model: nn.Module, files: Mapping[str, str] | None = None
+    where: str | Path,
+    model: nn.Module,
+    files: Mapping[str, str] | None = None,
+    findings: Sequence[Finding] | None = None,
 ) -> ScanRecord:
     """Return what speaks against the files and weights of a model that was loaded from them.
 
@@ -242,11 +245,12 @@ def scan_loaded(
         where: A folder, a file or a hub id.
         model: What was loaded.
         files: SHA-256 of each file by name, where they are hashed already.
+        findings: Of the files, where they have been looked at already.
     """
     path = Path(where) if Path(where).is_file() else local_folder(where)
     return ScanRecord(
         model=str(where),
-        findings=[*scan_files(path), *scan_weights(model)],
+        findings=[*(scan_files(path) if findings is None else findings), *scan_weights(model)],
         parts=["files", "weights"],
         files=hash_all(path) if files is None else files,
         version=version("mmdefense"),

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mmdefense.errors import BadInputError
+from mmdefense.evaluation import calibration
+from mmdefense.evaluation.calibration import calibrate, clean_twin, markdown
 from mmdefense.evaluation.victims import named_cases
-from mmdefense.scanning import calibration
 from mmdefense.scanning.behaviour import APART, SMOOTHNESS, TRIGGER
-from mmdefense.scanning.calibration import calibrate, clean_twin, markdown
 from mmdefense.scanning.findings import ScanRecord
 from mmdefense.store import Store
 
