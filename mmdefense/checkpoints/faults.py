@@ -12,7 +12,7 @@ import stat
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -30,13 +30,14 @@ __all__ = [
     "is_zip",
     "leads_outside",
     "link_faults",
+    "refuse",
     "remote_code",
     "safetensors_faults",
     "shard_faults",
     "zip_faults",
 ]
 
-Kind = Literal["bomb", "code", "header", "path", "structure"]
+Kind = Literal["bomb", "code", "form", "header", "loader", "path", "size", "structure"]
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
@@ -67,8 +68,9 @@ class Fault:
     """Something wrong, as a phrase that ends a sentence.
 
     Attributes:
-        kind: A bomb, code to be run, a lying header, a path that leads outside, or a structure
-            that two readers would read differently.
+        kind: A bomb, code to be run, a value of the wrong form, a lying header, a field that
+            reaches a library's loader, a path that leads outside, a size that no weights stand
+            for, or a structure that two readers would read differently.
         text: What is wrong, with its place in the file.
     """
 
@@ -87,7 +89,7 @@ def check_file(path: Path) -> None:
     else:
         with path.open("rb") as file:
             faults = zip_faults(file) if is_zip(file) else []
-    _refuse(path, faults)
+    refuse(path, faults)
 
 
 def check_folder(folder: Path) -> None:
@@ -106,7 +108,7 @@ def check_folder(folder: Path) -> None:
             faults += shard_faults(path)
         elif path.suffix in {".safetensors", ".bin"}:
             check_file(path)
-    _refuse(folder, faults)
+    refuse(folder, faults)
 
 
 def all_files(root: Path) -> list[Path]:
@@ -133,9 +135,14 @@ def _place_faults(path: Path, folder: Path) -> list[Fault]:
     return [Fault("path", f"{name!r} is a pipe, a socket or a device; remove it")]
 
 
-def _refuse(path: Path, faults: list[Fault]) -> None:
+def refuse(path: Path, faults: Sequence[Fault]) -> None:
+    """Refuse what has a fault.
+
+    Raises:
+        BadInputError: Naming the first fault.
+    """
     if faults:
-        is_damaged = faults[0].kind == "header"
+        is_damaged = faults[0].kind in {"form", "header"}
         how = "cannot be read" if is_damaged else "was refused and nothing in it executed"
         raise BadInputError(f"model {path} {how}: {printable(faults[0].text)}")
 

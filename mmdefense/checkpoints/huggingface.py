@@ -6,7 +6,6 @@ never run.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -23,16 +22,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmdefense import registry
+from mmdefense.checkpoints.configs import check_configs, config_faults
 from mmdefense.checkpoints.faults import (
     check_folder,
     leads_outside,
     link_faults,
+    refuse,
 )
+from mmdefense.checkpoints.handed import bounded, handed_adapter, handed_model, offline
 from mmdefense.checkpoints.layout import rewrite
 from mmdefense.checkpoints.outputs import is_record
 from mmdefense.checkpoints.states import check_keys
 from mmdefense.checkpoints.weights import hash_file, read_state, refused
-from mmdefense.errors import BadInputError, UnsupportedError, one_line
+from mmdefense.errors import BadInputError, UnsupportedError, one_line, printable
 from mmdefense.files import open_plain, read_json
 from mmdefense.libraries import missing, needed
 
@@ -138,24 +140,28 @@ def load_folder(folder: Path, task: str | None = None, update: _Update | None = 
         UnsupportedError: If a library is not installed, or has no such model.
     """
     check_folder(folder)
+    check_configs(folder)
     if (folder / _PEFT_CONFIG).is_file():
         return _load_peft(folder, task)
-    with _told(folder), _quiet():
-        kind, config = _kind_and_config(folder, task)
+    weights = weight_files(folder)
+    with _told(folder), _quiet(), offline(), handed_model(folder, weights) as handed:
+        kind, config = _kind_and_config(folder, handed, task)
         own = kind
         if update is not None:
             kind = _kind_named(update.kind) or kind
             config.num_labels = update.labels or config.num_labels
-        model, info = kind.from_pretrained(
-            str(folder),
-            config=config,
-            trust_remote_code=False,
-            weights_only=True,
-            local_files_only=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        with bounded(weights):
+            model, info = kind.from_pretrained(
+                str(handed),
+                config=config,
+                trust_remote_code=False,
+                weights_only=True,
+                local_files_only=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
+        model.name_or_path = model.config.name_or_path = str(folder)
     held = update or _Update()
     check_keys(
         sorted(name for name in info["missing_keys"] if not held.holds(name)),
@@ -202,12 +208,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _kind_and_config(folder: Path, task: str | None) -> tuple[Any, Any]:
-    """Return the class of ``transformers`` that a folder's config asks for, and the config."""
+def _kind_and_config(folder: Path, handed: Path, task: str | None) -> tuple[Any, Any]:
+    """Return the class of ``transformers`` that a config asks for, and the config as handed on."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
-        str(folder), trust_remote_code=False, local_files_only=True
+        str(handed), trust_remote_code=False, local_files_only=True
     )
     for name in getattr(config, "architectures", None) or ():
         if kind := _kind_named(name):
@@ -255,11 +261,17 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
     base: Any = load_folder(base_folder(folder), task, _update_of(folder))
     if any((folder / name).is_file() for name in _READERS):
         base.name_or_path = str(folder)  # its own is the one that it was trained with
-    with _told(folder), _quiet(), warnings.catch_warnings():
+    with (
+        _told(folder),
+        _quiet(),
+        offline(),
+        handed_adapter(folder, weight_files(folder), base) as handed,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # missing keys are refused below, by name
         from peft import PeftModel, get_peft_model_state_dict
 
-        model: nn.Module = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        model: nn.Module = PeftModel.from_pretrained(base, str(handed), is_trainable=True)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     stored = _stored(folder).keys()
     known = {name.replace(".default.", ".") for name in model.state_dict()}
@@ -273,8 +285,8 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
 
 
 def _update_of(folder: Path) -> _Update:
-    """Return what a PEFT folder, whose config is JSON, says about its base."""
-    said = json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8"))
+    """Return what a PEFT folder, whose config was checked, says about its base."""
+    said = read_json(folder / _PEFT_CONFIG)
     kind = (said.get("auto_mapping") or {}).get("base_model_class") or ""
     update = _Update(kind, tuple(said.get("modules_to_save") or ()))
     if "Classification" not in kind:
@@ -288,23 +300,25 @@ def _update_of(folder: Path) -> _Update:
 
 
 def base_folder(folder: Path) -> Path:
-    """Return the folder of the model that a PEFT folder is an update of.
+    """Return the folder of the model that a PEFT folder is an update of; nothing is downloaded.
+
+    It is a folder, or a hub id that lies in the local cache: what is fetched is not for the files
+    of a model to choose.
 
     Raises:
         BadInputError: If it names none, or that is not there.
         UnsupportedError: If that is an update itself.
     """
     path = folder / _PEFT_CONFIG
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
+    if faults := config_faults(path):
+        refuse(folder, faults)
+    base = read_json(path).get("base_model_name_or_path")
     if not base:
         raise BadInputError(f"{path} must name its base model as base_model_name_or_path, got none")
     try:
-        found = local_folder(base)
-    except BadInputError as error:
-        raise BadInputError(f"base model of {folder}: {error}") from error
+        found = local_folder(base) if Path(base).is_dir() else _cached(base)
+    except (BadInputError, OSError, ValueError) as error:
+        raise BadInputError(f"base model of {folder}: {one_line(error)}") from error
     if (found / _PEFT_CONFIG).is_file():
         raise UnsupportedError(
             f"the base {base} of {folder} is a PEFT model itself; merge it into its own base first"
@@ -323,6 +337,27 @@ def named_base(where: str | Path) -> Path | None:
         return None
     base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
     return Path(base) if isinstance(base, str) and os.path.exists(base) else None
+
+
+def _cached(base: str) -> Path:
+    """Return where a hub id lies in the local cache.
+
+    Raises:
+        BadInputError: If it is none, or is not there.
+        UnsupportedError: If the library is not installed.
+    """
+    name = printable(base)
+    if not _HUB_ID.fullmatch(base):
+        raise BadInputError(f"{name!r} must be a folder or a hub id; none found")
+    with needed("a Hugging Face model"):
+        from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(base, local_files_only=True))
+    except Exception as error:  # the client raises many kinds
+        raise BadInputError(
+            f"{name!r} is neither a folder nor in the local cache, and is not downloaded because a "
+            f"model names it; where you trust it, run `hf download {name}` first"
+        ) from error
 
 
 def write_folder(

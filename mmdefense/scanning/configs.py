@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdefense.checkpoints.configs import content_faults
 from mmdefense.checkpoints.faults import CODE_KEYS, leads_outside
 from mmdefense.checkpoints.names import DATA, is_dangerous
 from mmdefense.errors import BadInputError, one_line
@@ -45,6 +46,31 @@ UNREADABLE = Rule(
     meaning="It is damaged, or meant for a reader that is more forgiving.",
     blind_spot="its content.",
 )
+LOADER = Rule(
+    id="config-loader",
+    level="high",
+    measured="fields of a configuration that become arguments of libraries",
+    reference="fields that shape a network and load nothing",
+    meaning="In some version of a library it imports a module, loads a file or asks the hub; "
+    "mmdefense hands none of it on.",
+    blind_spot="fields of libraries that are not looked at here.",
+)
+SIZE = Rule(
+    id="config-size",
+    level="high",
+    measured="counts and patterns in a configuration",
+    reference="the weights beside it, and the time that a pattern takes",
+    meaning="Building the model would take more memory or time than any sound one.",
+    blind_spot="sizes that only building it would show; the loader counts those.",
+)
+FORM = Rule(
+    id="config-malformed",
+    level="medium",
+    measured="the kind of value that a field of a configuration holds",
+    reference="what the library writes there",
+    meaning="A library would fail on it, or take it for something else.",
+    blind_spot="whether another reader takes it.",
+)
 BUILDS = Rule(
     id="config-builds-objects",
     level="medium",
@@ -55,6 +81,7 @@ BUILDS = Rule(
     blind_spot="what the class does; whether any reader builds it.",
 )
 
+_RULES = {"loader": LOADER, "size": SIZE, "form": FORM}
 MAX_JSON, MAX_VALUES = 40 << 20, 4_000_000
 MAX_TOML = 1 << 20
 """Bytes, and values told by separators, of a file that is parsed; the largest tokenizers have 33
@@ -110,6 +137,8 @@ def scan_values(content: Any, subject: str, folder: Path | None = None) -> Itera
             found += 1
             if found <= _MOST:
                 yield finding
+    for fault in content_faults(name, content, folder)[:_MOST]:
+        yield _RULES[fault.kind].found(subject, fault.text)
     if name.endswith(".index.json"):
         yield from _shards(content, name, subject)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense.checkpoints.faults import all_files, link_faults, safetensors_faults
-from mmdefense.errors import BadInputError, one_line
+from mmdefense.checkpoints.huggingface import base_folder
+from mmdefense.errors import BadInputError, MMDefenseError, one_line
 from mmdefense.report.encoding import plain
 from mmdefense.sandbox import BeyondBoundsError, Channel, apart
 from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content, unread_level
@@ -51,6 +53,14 @@ UNREADABLE = Rule(
     blind_spot="its content.",
 )
 
+BASE = Rule(
+    id="adapter-base",
+    level="low",
+    measured="the model that an adapter is an update of",
+    reference="a folder, or the local cache of the hub",
+    meaning="It is not here, and is not downloaded because a model names it.",
+    blind_spot="all of it: scan it by itself.",
+)
 BEYOND = Rule(
     id="file-beyond-bounds",
     level="medium",
@@ -79,7 +89,8 @@ def scan_files(path: str | Path) -> list[Finding]:
     """Return what speaks against the files of a model; none of them is run or unpacked to disk.
 
     They are read in a child process; see :mod:`mmdefense.sandbox`. A file that ends it is a
-    finding, and the others are read in another one.
+    finding, and the others are read in another one. Those of the base of an adapter are called
+    ``base/...``.
 
     Args:
         path: A folder, or a single file.
@@ -90,6 +101,26 @@ def scan_files(path: str | Path) -> list[Finding]:
     root = Path(path)
     if not root.exists():
         raise BadInputError(f"model {str(path)!r} must be a file or a folder; none found")
+    found = _scan_folder(root)
+    try:
+        base = _base(root)
+    except MMDefenseError as error:
+        return [*found, BASE.found("base", one_line(error))]
+    of_base = _scan_folder(base) if base else []
+    return [*found, *(dataclasses.replace(one, subject=f"base/{one.subject}") for one in of_base)]
+
+
+def _base(root: Path) -> Path | None:
+    """Return the folder of the base of an adapter; none where the model is no adapter.
+
+    Raises:
+        BadInputError: If it is not here.
+        UnsupportedError: If it is an adapter itself.
+    """
+    return base_folder(root) if (root / "adapter_config.json").is_file() else None
+
+
+def _scan_folder(root: Path) -> list[Finding]:
     files, found = all_files(root), list[Finding]()
     for _ in range(_ATTEMPTS):
         files, ended = _look_into(files, root, found)
