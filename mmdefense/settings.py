@@ -10,12 +10,45 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from mmdefense.errors import BadInputError
 
-__all__ = ["check_seed", "checked_settings", "checked_value", "described_type", "fields_of"]
+__all__ = [
+    "check_numbers",
+    "check_seed",
+    "checked_settings",
+    "checked_value",
+    "described_type",
+    "fields_of",
+]
+
+
+_MOST_INT, _MOST_FLOAT = 2**32, 1e30
+"""Ours: beyond any count, and below what overflows in single precision."""
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields of a dataclass that it is made with."""
     return [entry for entry in dataclasses.fields(kind) if entry.init]
+
+
+def check_numbers(settings: Any, least: float = -_MOST_FLOAT) -> None:
+    """Refuse settings whose numbers no computation in single precision takes.
+
+    Args:
+        settings: A dataclass; of its fields numbers and rows of numbers are looked at.
+        least: The smallest number that any of them may be.
+
+    Raises:
+        BadInputError: Naming the first that is NaN or out of range.
+    """
+    for entry in fields_of(type(settings)):
+        value = getattr(settings, entry.name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            most = _MOST_INT if isinstance(number, int) else _MOST_FLOAT
+            if not least <= number <= most:
+                raise BadInputError(
+                    f"{entry.name} must lie in {least:g}..{most:g}, got {value!r:.80}"
+                )
 
 
 def check_seed(seed: int) -> None:

@@ -16,7 +16,7 @@ from mmdefense.kernels.loop import Training, scores, train
 from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
-from mmdefense.settings import check_seed
+from mmdefense.settings import check_numbers, check_seed
 
 __all__ = ["Attack", "like", "on_device_of", "replaced"]
 
@@ -45,6 +45,7 @@ class Attack(ABC, Generic[B]):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_numbers(self)
         if not 0 <= self.ratio <= 1:
             raise BadInputError(f"ratio must lie in [0, 1], got {self.ratio}")
 

@@ -29,7 +29,7 @@ from mmdefense.kernels.parts import Parts
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
-from mmdefense.settings import check_seed
+from mmdefense.settings import check_numbers, check_seed
 from mmdefense.shown import Shown
 
 __all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
@@ -115,6 +115,7 @@ class Defense(ABC):
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_numbers(self, least=0)
         if not 0 <= self.max_utility_drop <= 1:
             raise BadInputError(f"max_utility_drop must lie in [0, 1], got {self.max_utility_drop}")
         if not 0 < self.holdout < 1:
@@ -307,6 +308,11 @@ class TrainingDefense(Defense):
             return None
         left = self.restarts - 1
         return replace(self, lr=self.lr / 2, adamw_lr=self.adamw_lr / 2, restarts=left)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Refuses what cannot be before anything is read.
+        Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, momentum=self.momentum)
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""

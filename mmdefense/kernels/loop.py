@@ -85,6 +85,8 @@ class Training:
                 raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.lr >= 0:
             raise BadInputError(f"lr must be at least 0, got {self.lr}")
+        if not 0 <= self.momentum <= 1:
+            raise BadInputError(f"momentum must lie in [0, 1], got {self.momentum}")
         if not 0 <= self.average <= 1:
             raise BadInputError(f"average must lie in [0, 1], got {self.average}")
 
