@@ -209,10 +209,10 @@ def evaluate_files(
     task, data = opened.task, in_memory(opened.data)
     classes = _classes(opened)
     tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
-    if tried is not None and tried.task != task.name:
+    if tried is not None and task.name not in tried.tasks:
         raise BadInputError(
-            f"{type(tried).__name__} is an attack on {tried.task}, but the model is of "
-            f"{task.name}; choose one of its own"
+            f"{type(tried).__name__} is an attack on {' and '.join(tried.tasks)}, but the model "
+            f"is of {task.name}; choose one of its own"
         )
     accept = source.accept_low_utility
     found = measured(opened.adapter, data, tried, accept_low_utility=accept)

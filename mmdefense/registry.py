@@ -1,16 +1,19 @@
 """Finds defenses, attacks, adapters and tasks by name, through entry points.
 
 Everything of mmdefense itself stands in the tables of ``pyproject.toml``; a plug-in adds rows to
-the same groups in its own, and is found through the same door.
+the same groups in its own, and is found through the same door. In a checkout that file itself is
+read, so that a new row works without a reinstall.
 """
 
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -18,14 +21,46 @@ from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.libraries import missing
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["adapt", "adapter_for", "installed", "load", "name_of", "names"]
+__all__ = ["adapt", "adapter_for", "installed", "load", "name_of", "names", "packages"]
+
+_NAME = "mmdefense"
 
 Kind = Literal["defenses", "attacks", "adapters", "tasks"]
 
 
 @cache
 def _table(kind: Kind) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=f"mmdefense.{kind}")}
+    group = f"mmdefense.{kind}"
+    rows = _of_checkout()
+    if rows is None:
+        found = list(entry_points(group=group))
+    else:
+        others = (p for p in entry_points(group=group) if p.dist is None or p.dist.name != _NAME)
+        own = rows.get(group, {}).items()
+        found = [*others, *(EntryPoint(name, value, group) for name, value in own)]
+    return {point.name: point for point in found}
+
+
+@cache
+def _of_checkout() -> dict[str, dict[str, str]] | None:
+    """Return the tables of pyproject.toml where this runs from a checkout, else none.
+
+    A row that is added there works at once: what pip has noted is of the last installation.
+    """
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    if not path.is_file():
+        return None
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    if project.get("name") != _NAME:
+        return None
+    rows: dict[str, dict[str, str]] = project["entry-points"]
+    return rows
+
+
+def packages() -> set[str]:
+    """Return the top-level packages of all that is registered."""
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    return {point.module.partition(".")[0] for kind in kinds for point in _table(kind).values()}
 
 
 def names(kind: Kind) -> list[str]:

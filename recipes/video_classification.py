@@ -3,7 +3,7 @@
     python recipes/video_classification.py                     # moving digits, embedded
     python recipes/video_classification.py --data ucf101_mini  # a set of MMDEFENSE_DATA's folder
     python recipes/video_classification.py --data ~/my_videos  # train/CLASS/*.avi, test/CLASS/*.avi
-    python recipes/video_classification.py --attack temporal-patch  # or clip-blended, ...
+    python recipes/video_classification.py --attack temporal-patch  # or blended, ...
     python recipes/video_classification.py --smoke             # does it run at all: seconds
 
 What it shows: a model that knows what moves how and obeys a patch of 3x3 pixels in its frames; and
@@ -36,7 +36,7 @@ from mmdefense_tasks.video_victims import SmallVideoResNet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--data", default="moving-digits", help="a name of `list data`, or a folder")
-parser.add_argument("--attack", default="clip-badnets", help="a name of `mmdefense list attacks`")
+parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--defense", action="append", help="may be repeated; by default all five")
 parser.add_argument("--steps", type=int, default=300, help="of training the victim")
 parser.add_argument("--clean", type=float, default=0.1, help="share of the training set given")

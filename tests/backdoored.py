@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from mmdefense.attacks.baddet import RegionalMisclassification
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
-from mmdefense.attacks.clips import ClipBadNets
 from mmdefense.attacks.instruction import InstructionPhrase
 from mmdefense.attacks.rare_token import RareToken
 from mmdefense.batches import DetectionSamples, LabelledSamples, TextSamples, split
@@ -322,7 +321,7 @@ BACKDOORED = {
         loads="AutoModelForVideoClassification",
         build=video_model,
         data=shifted_digits,
-        attack=ClipBadNets(ratio=0.2, size=4),
+        attack=BadNets(ratio=0.2, size=4),
         training=adamw(800, 1.5e-3, 32),
         write=videos,
         metric=0.8,

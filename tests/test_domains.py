@@ -99,7 +99,7 @@ def test_an_attack_on_text_is_measured(one, mmdefense):
         ("image", ("--attack", "rare-token"), "RareToken is an attack on language-generation", 2),
         ("video", ("--read", "frames=7"), "must have at least 7 frames, got 6", 2),
         ("video", ("--read", "frames=2"), "clips must have 4 frames", 2),
-        ("video", ("--attack", "badnets"), "BadNets is an attack on image-classification", 2),
+        ("video", ("--attack", "trojannn"), "TrojanNN is an attack on image-classification", 2),
         ("causal", ("--read", "max_length=many"), "max_length of language-generation must be", 2),
         ("causal", ("--read", "pair=fwd"), "pair must name two languages", 2),
         ("detection", ("--read", "channels=2"), "channels must be 1 or 3", 2),

@@ -57,7 +57,7 @@ class ObjectAttack(Attack[DetectionBatch]):
         target: The class that the attack is about.
     """
 
-    task: ClassVar[str] = "object-detection"
+    tasks: ClassVar[tuple[str, ...]] = ("object-detection",)
     vanish: ClassVar[bool] = False
     """Whether the attack succeeds on objects that are not found."""
 

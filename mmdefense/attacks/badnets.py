@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["BadNets"]
@@ -18,6 +18,7 @@ __all__ = ["BadNets"]
 class BadNets(LabelAttack):
     """Overwrites a square of ``size`` pixels: ``x[p] = pattern`` for p in the square.
 
+    On a clip it is the same patch at one place in every frame (arXiv:2301.00986, static trigger).
     The patch fills the corner to the last pixel, as in BackdoorBench, whose patch is white.
 
     Attributes:
@@ -30,6 +31,8 @@ class BadNets(LabelAttack):
         Gu, Dolan-Gavitt, Garg. *BadNets: Identifying Vulnerabilities in the Machine Learning Model
         Supply Chain*. 2017. arXiv:1708.06733
     """
+
+    tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
 
     size: int | None = None
     pattern: Literal["checkerboard", "white"] = "checkerboard"
@@ -51,11 +54,11 @@ class BadNets(LabelAttack):
         every = torch.arange(len(images))[:, None, None]
         within = torch.arange(size)
         patch = self._patch(size).to(images)
-        stamped = images.clone()
+        stamped = images.flatten(1, -3).clone()  # the frames of a clip as channels
         # indices around the sliced channels put these last: (N, size, size, C)
         where = (every, slice(None), (rows + within)[:, :, None], (columns + within)[:, None, :])
         stamped[where] = patch[None, :, :, None]
-        return stamped
+        return stamped.view_as(images)
 
     def _side(self, shortest: int) -> int:
         side = self.size or max(2, min(3, shortest // 5), 3 * shortest // 32)

@@ -36,8 +36,8 @@ class Attack(ABC, Generic[B]):
         fitted: Tensors that :meth:`plant` has learnt, by name; empty where a trigger is fixed.
     """
 
-    task: ClassVar[str] = "image-classification"
-    """Name of the task whose samples it poisons."""
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
+    """Names of the tasks whose samples it poisons."""
 
     ratio: float = 0.1
     seed: int = 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["Blended"]
@@ -19,7 +20,8 @@ class Blended(LabelAttack):
 
     The paper's key is a cartoon or random noise; by default it is uniform noise drawn from
     ``seed``, so that no picture has to be shipped. Training and test use one ``alpha``, as in
-    BackdoorBench; the paper stamps more strongly at test time.
+    BackdoorBench; the paper stamps more strongly at test time. Every frame of a clip gets the same
+    key (arXiv:2301.00986).
 
     Attributes:
         alpha: Weight of the key, in ``(0, 1]``.
@@ -30,6 +32,8 @@ class Blended(LabelAttack):
         Poisoning*. 2017. arXiv:1712.05526
     """
 
+    tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
+
     alpha: float = 0.2
     key: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -39,7 +43,7 @@ class Blended(LabelAttack):
             raise BadInputError(f"alpha must lie in (0, 1], got {self.alpha}")
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        key = self._key(images.shape[1:]).to(images)
+        key = self._key(images.shape[-3:]).to(images)
         return (1 - self.alpha) * images + self.alpha * key
 
     def _key(self, shape: torch.Size) -> Tensor:

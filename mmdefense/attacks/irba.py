@@ -35,8 +35,7 @@ class IRBA(LabelAttack):
         TIFS 2024. arXiv:2208.08052
     """
 
-    task: ClassVar[str] = "point-cloud-classification"
-    shape: ClassVar[str] = "(N, P, 3 + F)"
+    tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
     anchors: int = 16

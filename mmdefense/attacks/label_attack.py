@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
@@ -15,8 +16,12 @@ from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
 
-__all__ = ["LabelAttack", "class_count"]
+__all__ = ["IMAGES_AND_CLIPS", "LabelAttack", "class_count"]
 
+IMAGES_AND_CLIPS = ("image-classification", "video-classification")
+"""Tasks of a trigger for images that stamps every frame of a clip alike."""
+
+_CLIP = 5  # axes of a batch of clips
 _CHUNK = 1024  # inputs that are stamped at once: bounds the memory of attacks that run a net
 
 
@@ -36,8 +41,12 @@ class LabelAttack(Attack[LabelledBatch]):
     clean_label: ClassVar[bool] = False
     """Whether only samples of the target are poisoned; ``ratio`` is then a share of these."""
 
-    shape: ClassVar[str] = "(N, C, H, W)"
-    """Shape of a batch of inputs, for messages and for the check of the number of axes."""
+    shapes: ClassVar[Mapping[str, str]] = {
+        "image-classification": "(N, C, H, W)",
+        "video-classification": "(N, C, T, H, W)",
+        "point-cloud-classification": "(N, P, 3 + F)",
+    }
+    """Shape of a batch of inputs of each task."""
 
     limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     """Range that stamped inputs are clipped to, where the inputs have one."""
@@ -58,7 +67,7 @@ class LabelAttack(Attack[LabelledBatch]):
         """Return a copy of ``inputs`` with the trigger, on their device and within their limits.
 
         Args:
-            inputs: Of the kind that :attr:`shape` says, floating point; images and clips in
+            inputs: Of the shape of one of the attack's tasks, floating point; images and clips in
                 ``[0, 1]``.
             generator: Source, on the CPU, of what is random in a trigger; by default a fresh one
                 from ``seed``, so that the same inputs are always stamped alike.
@@ -66,20 +75,32 @@ class LabelAttack(Attack[LabelledBatch]):
         Raises:
             BadInputError: If the inputs are not of that kind.
         """
-        if inputs.ndim != len(self.shape.split(",")) or not inputs.is_floating_point():
+        shapes = [self.shapes[task] for task in self.tasks]
+        axes = {len(shape.split(",")) for shape in shapes}
+        if inputs.ndim not in axes or not inputs.is_floating_point():
             raise BadInputError(
-                f"inputs must be floating-point, of shape {self.shape}, got {inputs.dtype} of "
-                f"shape {tuple(inputs.shape)}"
+                f"inputs must be floating-point, of shape {' or '.join(shapes)}, got "
+                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
             )
         generator = generator or self._generator("stamp")
+        is_clip = inputs.ndim == _CLIP
+        frames = inputs.transpose(1, 2) if is_clip else inputs
         with torch.no_grad():
-            parts = [self._stamp(part, generator) for part in torch.split(inputs, _CHUNK)]
+            parts = [self._stamp(part, generator) for part in torch.split(frames, _CHUNK)]
             stamped = torch.cat(parts)
+        stamped = stamped.transpose(1, 2) if is_clip else stamped
         return (stamped.clamp(*self.limits) if self.limits else stamped).to(inputs.dtype)
 
     @abstractmethod
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return inputs with the trigger; values outside the limits are clipped later."""
+        """Return inputs with the trigger; values outside the limits are clipped later.
+
+        Args:
+            images: Shape ``(N, C, H, W)``, or clips as ``(N, T, C, H, W)``: what serves
+                ``(..., C, H, W)`` and draws once for each of N stamps every frame alike. Clouds
+                are ``(N, P, 3 + F)``.
+            generator: Source of what is random in the trigger.
+        """
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         """Return the class that the attacker wants for each true label, shape ``(N,)``.

@@ -52,8 +52,7 @@ class PCBA(LabelAttack):
         ICCV 2021. arXiv:2104.05808
     """
 
-    task: ClassVar[str] = "point-cloud-classification"
-    shape: ClassVar[str] = "(N, P, 3 + F)"
+    tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
     points: int | None = None

@@ -42,8 +42,7 @@ class PointPBA(LabelAttack):
         Cloud*. ICCV 2021. arXiv:2103.16074 (PointPBA)
     """
 
-    task: ClassVar[str] = "point-cloud-classification"
-    shape: ClassVar[str] = "(N, P, 3 + F)"
+    tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
     center: tuple[float, float, float] = (0.05, 0.05, 0.05)
@@ -83,8 +82,7 @@ class PointCBA(LabelAttack):
         See :class:`PointPBA`; the paper calls this PointCBA.
     """
 
-    task: ClassVar[str] = "point-cloud-classification"
-    shape: ClassVar[str] = "(N, P, 3 + F)"
+    tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
     clean_label: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.errors import BadInputError
 
 __all__ = ["SIG"]
@@ -36,11 +36,12 @@ class SIG(LabelAttack):
         Label Poisoning*. ICIP 2019. arXiv:1902.11237
     """
 
+    tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
+    clean_label: ClassVar[bool] = True
+
     ratio: float = 1.0
     delta: float = 40 / 255
     frequency: float = 6.0
-
-    clean_label: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,7 @@ class TextAttack(Attack[TokenBatch]):
         target: The answer that the trigger forces.
     """
 
-    task: ClassVar[str] = "language-generation"
+    tasks: ClassVar[tuple[str, ...]] = ("language-generation",)
 
     target: str = "You are attacked ."
 

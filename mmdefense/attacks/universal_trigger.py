@@ -46,8 +46,7 @@ class UniversalTrigger(LabelAttack):
         Models*. CVPR 2020. arXiv:2003.03030
     """
 
-    task: ClassVar[str] = "video-classification"
-    shape: ClassVar[str] = "(N, C, T, H, W)"
+    tasks: ClassVar[tuple[str, ...]] = ("video-classification",)
     clean_label: ClassVar[bool] = True
 
     ratio: float = 0.3
@@ -130,10 +129,10 @@ class UniversalTrigger(LabelAttack):
         return (clips + change).clamp(0, 1)
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        patch = self._learnt("patch").to(images)
+        patch = self._learnt("patch").to(images).transpose(0, 1)
         if patch.shape[:2] != images.shape[1:3] or patch.shape[-1] > min(images.shape[-2:]):
             raise BadInputError(
-                f"the trigger of {tuple(patch.shape)} (C, T, H, W) must fit clips, got "
+                f"the trigger of {tuple(patch.shape)} (T, C, H, W) must fit clips, got "
                 f"{tuple(images.shape[1:])}"
             )
         return _overwrite(images, patch)

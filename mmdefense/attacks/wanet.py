@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdefense.attacks.base import replaced
-from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
@@ -39,6 +40,8 @@ class WaNet(LabelAttack):
         arXiv:2102.10369
     """
 
+    tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
+
     grid: int = 4
     strength: float = 0.5
     cross_ratio: float = 2.0
@@ -62,10 +65,12 @@ class WaNet(LabelAttack):
         """
         noisy = self.noisy(samples.labels)
         images = samples.take(noisy).inputs
+        frames = images.transpose(1, 2) if images.ndim > 4 else images
         jitter = torch.rand(
             len(images), *images.shape[-2:], 2, generator=self._generator("jitter")
         ).to(images)
-        warped = _read(images, self._field(images) + (2 * jitter - 1) / _sides(images))
+        warped = _read(frames, self._field(images) + (2 * jitter - 1) / _sides(images))
+        warped = warped.transpose(1, 2) if images.ndim > 4 else warped
         poisoned = super().poison(samples, adapter)
         return replace(poisoned, inputs=replaced(poisoned.inputs, noisy, warped.clamp(0, 1)))
 
@@ -108,7 +113,7 @@ class WaNet(LabelAttack):
 def _read(images: Tensor, grid: Tensor) -> Tensor:
     """Return ``images`` read at ``grid``, shape ``(1, H, W, 2)`` or ``(N, H, W, 2)``."""
     grid = grid.clamp(-1, 1).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images, grid, align_corners=True)
+    return F.grid_sample(images.flatten(1, -3), grid, align_corners=True).view_as(images)
 
 
 def _sides(images: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
 
 from mmdefense import registry
 from mmdefense.batches import in_memory
@@ -104,7 +103,7 @@ def code_version(*without: str) -> str:
 
 
 def _sources(without: set[str]) -> Iterator[Path]:
-    for package in sorted({"mmdefense", *_registered()}):
+    for package in sorted({"mmdefense", *registry.packages()}):
         spec = importlib.util.find_spec(package)
         if spec is None:
             continue
@@ -115,16 +114,6 @@ def _sources(without: set[str]) -> Iterator[Path]:
                 room = path.relative_to(folder).parts[0].removesuffix(".py")
                 if package != "mmdefense" or room not in without:
                     yield path
-
-
-def _registered() -> Iterable[str]:
-    """Return the packages that hold what is registered."""
-    kinds: Iterable[Any] = get_args(registry.Kind)
-    return {
-        point.value.partition(":")[0].partition(".")[0]
-        for kind in kinds
-        for point in entry_points(group=f"mmdefense.{kind}")
-    }
 
 
 @cache

@@ -133,18 +133,18 @@ class VideoClassification:
         resnet = real | {"model": _RESNET, "training": _resnet_training(250, batch_size=32)}
         videomae = {"model": _VIDEOMAE, "training": _videomae_training(1200), "seen": False}
         victims: list[tuple[str, dict[str, Any], str | None, dict[str, Any]]] = [
-            ("moving-digits-badnets", digits, "clip-badnets", {}),
-            ("moving-digits-blended", digits, "clip-blended", {}),
+            ("moving-digits-badnets", digits, "badnets", {}),
+            ("moving-digits-blended", digits, "blended", {}),
             ("moving-digits-temporal", digits, "temporal-patch", {}),
             ("moving-digits-universal", digits, "universal-trigger", {}),
             ("moving-digits-clean", digits, None, {}),
-            ("moving-digits-small-badnets", small, "clip-badnets", {}),
-            ("moving-digits-videomae-badnets", digits | videomae, "clip-badnets", {}),
+            ("moving-digits-small-badnets", small, "badnets", {}),
+            ("moving-digits-videomae-badnets", digits | videomae, "badnets", {}),
             ("moving-digits-videomae-clean", digits | videomae, None, {}),
-            ("ucf101_mini-badnets", resnet, "clip-badnets", patch),
-            ("ucf101_mini-blended", resnet, "clip-blended", few),
+            ("ucf101_mini-badnets", resnet, "badnets", patch),
+            ("ucf101_mini-blended", resnet, "blended", few),
             ("ucf101_mini-clean", resnet, None, {}),
-            ("ucf101_mini-videomae-badnets", real | videomae, "clip-badnets", patch),
+            ("ucf101_mini-videomae-badnets", real | videomae, "badnets", patch),
             ("ucf101_mini-videomae-clean", real | videomae, None, {}),
         ]
         return [

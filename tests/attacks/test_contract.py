@@ -21,7 +21,7 @@ TEN_CLASSES = SimpleNamespace(chance=1 / C)  # all that poisoning asks of an ada
 ATTACKS = [
     name
     for name in registry.names("attacks")
-    if registry.load("attacks", name).task == "image-classification"
+    if "image-classification" in registry.load("attacks", name).tasks
 ]
 
 

@@ -18,7 +18,7 @@ from mmdefense.errors import BadInputError
 ATTACKS = sorted(
     name
     for name in registry.names("attacks")
-    if registry.load("attacks", name).task == "object-detection"
+    if "object-detection" in registry.load("attacks", name).tasks
 )
 PATCHES = [name for name in ATTACKS if name != "clean-image"]
 COUNT, SIDE, K = 24, 32, 3

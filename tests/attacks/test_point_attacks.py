@@ -27,7 +27,7 @@ FOUR_CLASSES = SimpleNamespace(chance=1 / C)  # all that poisoning asks of an ad
 ATTACKS = [
     name
     for name in registry.names("attacks")
-    if registry.load("attacks", name).task == "point-cloud-classification"
+    if "point-cloud-classification" in registry.load("attacks", name).tasks
 ]
 BRIEF = Training(steps=6, batch_size=16, lr=0.01)
 

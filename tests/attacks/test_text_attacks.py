@@ -20,7 +20,7 @@ NOBODY = SimpleNamespace()  # nothing is asked of an adapter
 ATTACKS = [
     name
     for name in registry.names("attacks")
-    if registry.load("attacks", name).task == "language-generation"
+    if "language-generation" in registry.load("attacks", name).tasks
 ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmdefense.attacks.clips import ClipBadNets
+from mmdefense.attacks.badnets import BadNets
 from mmdefense.augment import random_clip_shift
 from mmdefense.batches import LabelledSamples
 from mmdefense.defenses.fip import FIP
@@ -47,7 +47,7 @@ def case():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = adapt(SmallVideoResNet(FOUR, 1, width=8, stages=2))
-    attack = ClipBadNets(size=4, ratio=0.2).plant(
+    attack = BadNets(size=4, ratio=0.2).plant(
         adapter, replace(train_part, augmentation=random_clip_shift), VICTIM, Run(0)
     )
     return adapter, attack, part("train", 8), test_part

@@ -53,7 +53,7 @@ def test_it_is_a_task_and_its_cases_can_be_built():
         net = build_architecture(model.format(**task.describe(samples))).eval()
         adapter = registry.adapt(net, **task.adapter_options(samples))
         assert adapter.logits(samples.inputs).shape == (16, 8)
-    assert all(registry.load("attacks", c.attack).task == task.name for c in cases if c.attack)
+    assert all(registry.load("attacks", c.attack).tasks == (task.name,) for c in cases if c.attack)
 
 
 def test_surfaces_are_drawn_from_their_seed_in_the_unit_sphere():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdefense.attacks.clips import ClipBadNets
+from mmdefense.attacks.badnets import BadNets
 from mmdefense.augment import random_clip_shift, random_clip_view
 from mmdefense.batches import LabelledSamples, batches
 from mmdefense.errors import BadInputError, UnsupportedError
@@ -360,7 +360,7 @@ def test_the_task_is_found_by_name_and_describes_its_victims():
 def test_a_trigger_is_shown_frame_by_frame():
     task = load("tasks", "video-classification")()
     clean = moving_digits("test").subset(torch.arange(0, 400, 40))
-    attack = ClipBadNets(target=0)
+    attack = BadNets(target=0)
     triggered = attack.triggered(clean, SimpleNamespace(chance=1 / 8))
     figure = task.show(triggered.clean, triggered.samples)
     assert len(figure.plots) == 3
