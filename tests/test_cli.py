@@ -265,7 +265,7 @@ def test_an_attack_by_name_that_does_not_work_is_no_finding(place, mmdefense, le
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--trigger", "nowhere.png"), "nowhere.png does not exist"),
+        (("--trigger", "nowhere.png"), "nowhere.png cannot be read: it does not exist"),
         (("--attack", "badnest"), "did you mean 'badnets'"),
         (("--attack", "badnets", "--target", "5"), "0..2"),
         (("--attack", "badnets", "--set", "sise=3"), "no setting 'sise'"),
