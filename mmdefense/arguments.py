@@ -41,10 +41,20 @@ __all__ = [
     "reading_options",
 ]
 
+
+def _not_empty(text: str | None) -> str | None:
+    """Refuse an empty text, which as a path would be the current folder."""
+    if text == "":
+        raise BadInputError("MODEL and --data must name a folder, a file or an id, got ''")
+    return text
+
+
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face folder or id, a state dict, or a checkpoint."
+        metavar="MODEL",
+        help="A Hugging Face folder or id, a state dict, or a checkpoint.",
+        callback=_not_empty,
     ),
 ]
 Data = Annotated[
@@ -53,6 +63,7 @@ Data = Annotated[
         metavar="DATA",
         help="Samples as the task reads them: a folder per class of images, clips or clouds, COCO, "
         "VOC, texts, an archive, a data set id, or a name of `list data`.",
+        callback=_not_empty,
     ),
 ]
 Task = Annotated[

@@ -127,7 +127,7 @@ def run(
 
     devices = device.split(",")
     grid = replace(_grid(spec, cases, defenses, seeds, baselines, views), device=devices[0])
-    store, cells = Store(out), grid.planned()
+    cells, store = grid.planned(), Store(out)
     if retry_failed:
         forget_failures(store, cells)
     (out / "grid.json").write_text(

@@ -45,10 +45,10 @@ def check_numbers(settings: Any, least: float = -_MOST_FLOAT) -> None:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             most = _MOST_INT if isinstance(number, int) else _MOST_FLOAT
-            if not least <= number <= most:
-                raise BadInputError(
-                    f"{entry.name} must lie in {least:g}..{most:g}, got {value!r:.80}"
-                )
+            if not number >= least:
+                raise BadInputError(f"{entry.name} must be at least {least:g}, got {value!r:.80}")
+            if number > most:
+                raise BadInputError(f"{entry.name} must be at most {most:g}, got {value!r:.80}")
 
 
 def check_seed(seed: int) -> None:

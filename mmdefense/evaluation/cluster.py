@@ -51,7 +51,7 @@ def run_on_ray(
     """
     with needed("--ray"):
         import ray
-    store, cells = Store(folder), grid.planned()
+    cells, store = grid.planned(), Store(folder)
     left = [cell for cell in cells if store.find(cell.identity) is None]
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")

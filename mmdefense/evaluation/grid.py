@@ -190,7 +190,7 @@ class Grid:
         Raises:
             BadInputError: If a name is unknown, or a kept file is damaged.
         """
-        store, cells = Store(folder), self.planned()
+        cells, store = self.planned(), Store(folder)
         if retry_failed:
             forget_failures(store, cells)
         work(store, cells, progress)

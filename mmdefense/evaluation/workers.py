@@ -83,7 +83,7 @@ def run_workers(
     Raises:
         BadInputError: If a name is unknown, or workers are killed again and again.
     """
-    store, cells = Store(folder), grid.planned()
+    cells, store = grid.planned(), Store(folder)
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
 
