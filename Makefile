@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, and again only when the dependencies change.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench results-check clean
+.PHONY: help setup demo test test-matrix check bench results-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,10 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # One thread per process: two test processes on two cores would otherwise fight for them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PROCESSES ?= 2
+# The oldest versions of all dependencies, and the tests that they must pass.
+FLOOR := $(VENV)/floor
+MATRIX := tests/hostile tests/checkpoints tests/scanning/test_files.py \
+  $(addprefix tests/adapters/test_,detection.py images.py language.py processors.py video.py)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +47,12 @@ demo: $(READY)  ## plant a backdoor, remove it by each defense, write out/demo/r
 
 test: $(READY)  ## run the tests
 	@$(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) $(ARGS)
+
+test-matrix: $(READY)  ## load models and refuse hostile files with the oldest versions that are admitted
+	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(FLOOR)
+	@UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-180} VIRTUAL_ENV=$(FLOOR) \
+	  $(BIN)/uv pip install --quiet --resolution lowest-direct -e ".[dev]"
+	@$(ONE_THREAD) $(FLOOR)/bin/pytest -n $(PROCESSES) $(MATRIX) $(ARGS)
 
 check: $(READY)  ## lint, types, and the arrows between the packages
 	@$(BIN)/ruff check .

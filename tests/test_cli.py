@@ -319,7 +319,7 @@ def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch)
     monkeypatch.setenv("MMDEFENSE_DATA", "/nowhere")
     said = mmdefense("doctor").out
     assert "transformers" in said
-    assert "missing; pip install 'transformers>=5.0'" in said
+    assert "missing; pip install 'transformers>=5.4'" in said
     assert "missing; pip install 'torchvision>=0.26'" in said
     assert "mmdefense[" not in said  # that name on an index is nobody's
     assert "/nowhere is no folder" in said

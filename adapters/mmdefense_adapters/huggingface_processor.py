@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdefense.checkpoints.configs import check_configs
+from mmdefense.checkpoints.handed import offline
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line
+from mmdefense.files import read_json
 from mmdefense.libraries import missing, needed
 from mmdefense.notes import note
 from mmdefense_adapters.classifier import Classifier
@@ -235,14 +238,8 @@ def _beside(model: nn.Module, is_video: bool, quiet: bool) -> Preprocessing | No
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInputError(f"{path} must be JSON: {one_line(error)}") from error
-    if not isinstance(held, dict):
-        raise BadInputError(
-            f"{path} must hold settings of an image processor by name, got {type(held).__name__}"
-        )
+    check_configs(path.parent)
+    held: dict[str, Any] = read_json(path)
     return held
 
 
@@ -294,7 +291,7 @@ def _made(
             copy = Path(folder, _FILES[0])
             copy.write_text(json.dumps(settings, default=str), encoding="utf-8")
             return _made(settings, model, is_video, where, copy)
-    with _naming(where):
+    with _naming(where), offline():
         from transformers import AutoImageProcessor, AutoVideoProcessor
 
         kind = AutoVideoProcessor if is_video else AutoImageProcessor

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mmdefense.augment import random_words
 from mmdefense.batches import IGNORED, Samples, TextSamples, TokenBatch, TokenSamples
+from mmdefense.checkpoints.configs import check_configs
+from mmdefense.checkpoints.handed import offline
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import UnitGroup
@@ -390,12 +392,14 @@ def _tokenizer_of(model: nn.Module) -> Any:
             "a language model needs its tokenizer, and was not loaded from a folder that has one; "
             "pass tokenizer="
         )
+    check_configs(Path(folder))
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        with offline():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # the library raises many kinds
         raise BadInputError(
             f"the tokenizer in {folder} cannot be read: {one_line(error)}"

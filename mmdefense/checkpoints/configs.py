@@ -50,7 +50,7 @@ MOST_LABELS = 1_000_000
 """Classes that a classifier may have. Ours; the largest public ones have about 22,000."""
 MOST_LAYERS = 512
 """Layers that a config may ask for where fewer tensors are stored. Ours."""
-MOST_PIXELS = 1 << 14
+MOST_PIXELS = 1 << 12
 """Pixels of a side that a processor may make. Ours."""
 MOST_TOKENS = 100_000
 """Tokens that a tokenizer may add by a number alone. Ours."""
@@ -73,6 +73,7 @@ _LAYERS = re.compile(
 )
 _COUNTED = re.compile(r"(num|n)_\w+|\w+_(size|dim|layers|heads|channels|width)")
 _REPEATED_TWICE = re.compile(r"\((?:[^()\\]|\\.)*[|+*{](?:[^()\\]|\\.)*\)[+*{]")
+_READERS = re.compile(r"\w{0,99}(Tokenizer|Processor|FeatureExtractor|Backend)\w{0,99}")
 _FILE = re.compile(r"\w*_file|\w+_spm|\w*(checkpoint|kernel)_path|hf_hub_id|custom_load")
 
 TIMM = frozenset({
@@ -155,6 +156,10 @@ _FLAG: _Wanted = (lambda value: isinstance(value, bool), "true or false")
 _NUMBER: _Wanted = (_is_number, "a number")
 _WHOLE: _Wanted = (_is_whole, "a whole number")
 _WORD: _Wanted = (lambda value: _is_text(value, _NAME), "a name")
+_READER: _Wanted = (
+    lambda value: _is_text(value, _READERS),
+    "a class of tokenizers, processors or feature extractors",
+)
 _MODULES: _Wanted = (_are(_is_module), "names of modules")
 _TARGETS: _Wanted = (
     lambda value: _are(_is_module)(value) or (isinstance(value, str) and len(value) <= 2000),
@@ -369,6 +374,8 @@ def _origin_faults(value: Any, where: str) -> Iterator[Fault]:
         is_source = name not in TIMM_DATA or name in {"custom_load", "source"}
         if is_source and not is_empty(item):
             yield _loader(f"{where}.{name}", item, "which says where weights would be loaded from")
+        elif name in _PROCESSOR and item is not None and not _PROCESSOR[name][0](item):
+            yield _wrong(f"{where}.{name}", item, _PROCESSOR[name][1])
 
 
 def _count_faults(name: str, value: Any, layers: int, where: str) -> Iterator[Fault]:
@@ -463,7 +470,7 @@ def _plain_faults(content: Mapping[str, Any], _: Path | None) -> Iterator[Fault]
             yield _wrong(name, value, "numbers of tokens")
 
 
-_SIDES = ("size", "crop_size", "pad_size", "patch_size", "max_image_size")
+_SIDES = ("size", "crop_size", "pad_size", "max_image_size", "input_size", "test_input_size")
 
 
 def _are_pixels(value: Any) -> bool:
@@ -478,12 +485,18 @@ _PIXELS: _Wanted = (_are_pixels, f"a size of at most {MOST_PIXELS} pixels a side
 _PROCESSOR: Mapping[str, _Wanted] = {
     **dict.fromkeys(_SIDES, _PIXELS),
     **dict.fromkeys(
-        ("image_mean", "image_std"),
+        ("image_mean", "image_std", "mean", "std"),
         (lambda v: _is_number(v) or (_are(_is_number)(v) and len(v) <= 64), "numbers by channel"),
     ),
-    **dict.fromkeys(("rescale_factor", "resample", "crop_pct", "size_divisor"), _NUMBER),
-    **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class"), _WORD),
-    **dict.fromkeys(("video_processor_type", "tokenizer_class"), _WORD),
+    **dict.fromkeys(("rescale_factor", "resample", "size_divisor"), _NUMBER),
+    **dict.fromkeys(
+        ("crop_pct", "test_crop_pct"),
+        (lambda v: _is_number(v) and 0.05 <= v <= 20, "a number from 0.05 to 20"),
+    ),
+    **dict.fromkeys(
+        ("image_processor_type", "feature_extractor_type", "video_processor_type"), _READER
+    ),
+    **dict.fromkeys(("processor_class", "tokenizer_class"), _READER),
 }
 
 
@@ -508,8 +521,8 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
             continue
         if _FILE.fullmatch(name) and leads_outside(str(value)):
             yield _loader(name, value, "which leads to a file elsewhere")
-        elif name in {"tokenizer_class", "processor_class"} and not _is_text(value, _NAME):
-            yield _wrong(name, value, "a name")
+        elif name in {"tokenizer_class", "processor_class"} and not _READER[0](value):
+            yield _wrong(name, value, _READER[1])
         elif name == "model_max_length" and not isinstance(value, int | float):
             yield _wrong(name, value, "a number")
         elif name == "extra_ids" and not (_is_whole(value) and value < MOST_TOKENS):

@@ -138,15 +138,15 @@ def beside(folder, content):
     ("content", "message"),
     [
         ("{", "must be JSON"),
-        ([], "must hold settings of an image processor by name, got list"),
+        ([], "must hold settings by name, got list"),
         ({"size": {"longest_edge": 32}}, "'size' of .*preprocessor_config.json"),
         ({"size": {"foo": 3}}, "'size' of .*keys"),
-        ({"size": "big"}, "'size' of"),
-        ({"size": 0}, "'size' of"),
+        ({"size": "big"}, "size must be"),
+        ({"size": 0}, "size must be"),
         ({"image_mean": [0.5, 0.5], "size": 32}, "'image_mean' of"),
         ({"image_std": [0, 0, 0]}, "'image_std' of .*not finite"),
         ({"resample": 77}, "'resample' of"),
-        ({"rescale_factor": "a"}, "'rescale_factor' of"),
+        ({"rescale_factor": "a"}, "rescale_factor must be a number"),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path, content, message):

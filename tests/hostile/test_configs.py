@@ -11,7 +11,7 @@ import pickle
 import shutil
 import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -88,7 +88,6 @@ class Row:
     words: str
     rule: str = "config-loader"
     file: str = "config.json"
-    without: tuple[str, ...] = field(default=())
 
 
 def adapter(said, words, rule="config-loader"):
@@ -179,6 +178,12 @@ ROWS = [
     processor({"do_resize": "yes"}, "do_resize"),
     processor({"rescale_factor": [1]}, "rescale_factor"),
     processor({"image_processor_type": 3}, "image_processor_type"),
+    processor({"image_processor_type": "GPT2LMHeadModel"}, "image_processor_type"),
+    processor({"crop_pct": 1e-9}, "crop_pct"),
+    Row("timm", {"pretrained_cfg": {"input_size": [3, BIG, BIG]}}, "input_size",
+        "config-malformed"),
+    Row("llama", {"tokenizer_class": "AutoModel"}, "tokenizer_class", "config-malformed",
+        "tokenizer_config.json"),
     Row("llama", {"vocab_file": "/etc/passwd"}, "elsewhere", file="tokenizer_config.json"),
     Row("llama", [1], "by name", "config-malformed", "tokenizer_config.json"),
     Row("llama", {"eos_token": 3}, "eos_token", "config-malformed", "tokenizer_config.json"),
