@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, printable
 
 if TYPE_CHECKING:
     from mmdefense.evaluating import AttackChoice
@@ -39,6 +39,7 @@ __all__ = [
     "duration",
     "key_values",
     "reading_options",
+    "say",
 ]
 
 
@@ -218,6 +219,16 @@ def chosen_attack(
     if name is None and trigger is None and target is None and not settings:
         return None
     return AttackChoice(name=name, trigger=trigger, target=target, settings=key_values(settings))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines; names and texts that came from files cannot steer the terminal.
+
+    Args:
+        text: One line or several.
+        err: Whether they go to standard error.
+    """
+    typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:

@@ -38,6 +38,7 @@ from mmdefense.arguments import (
     duration,
     key_values,
     reading_options,
+    say,
 )
 from mmdefense.cli_grid import grid_app, store_app
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
@@ -103,7 +104,7 @@ def _refuse_usage(error: typer.BadParameter) -> NoReturn:
     """Say in one line what is wrong with a command; where there is none, show what there is."""
     said, command = error.format_message().strip(), "mmdefense"
     if "\n" in said:
-        typer.echo(said, err=True)
+        say(said, err=True)
         sys.exit(2)
     if error.ctx is not None:
         command = error.ctx.command_path
@@ -112,7 +113,7 @@ def _refuse_usage(error: typer.BadParameter) -> NoReturn:
 
 def _say_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"mmdefense {__version__}")
+        say(f"mmdefense {__version__}")
         raise typer.Exit
 
 
@@ -220,25 +221,25 @@ def purify(
     except KeyboardInterrupt:
         kept = partial_folder(out)
         way_on = f"what was done is kept in {kept}: go on with the same command and --resume"
-        typer.echo(
+        say(
             f"mmdefense: interrupted; {way_on if kept.exists() else 'nothing was done yet'}",
             err=True,
         )
         raise typer.Exit(130) from None
     if purified.scan is not None:
-        typer.echo(f"the given model: {purified.scan.verdict.text}")
+        say(f"the given model: {purified.scan.verdict.text}")
     if purified.unchanged:
-        typer.echo(f"nothing was changed: {purified.unchanged}")
-        typer.echo(f"wrote {out}/report.html and the model as it was given")
+        say(f"nothing was changed: {purified.unchanged}")
+        say(f"wrote {out}/report.html and the model as it was given")
     else:
-        typer.echo(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
+        say(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     if purified.choice is not None:
-        typer.echo("\n".join(purified.choice.why))
+        say("\n".join(purified.choice.why))
     if purified.result.stopped and partial_folder(out).exists():
-        typer.echo("to go on, repeat the command with more time, --resume and --force")
+        say("to go on, repeat the command with more time, --resume and --force")
     finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:
-        typer.echo("not pushed to the hub" if finding else f"pushed to {target.upload(out)}")
+        say("not pushed to the hub" if finding else f"pushed to {target.upload(out)}")
     raise typer.Exit(int(finding))
 
 
@@ -317,9 +318,9 @@ def evaluate(
     if out is not None:
         write_atomically(out, lambda file: file.write(found.to_json().encode()))
     for line in found.lines():
-        typer.echo(line)
+        say(line)
     if record is not None:
-        typer.echo(f"recorded in {record}, as of the {' and the '.join(found.recorded_as)}")
+        say(f"recorded in {record}, as of the {' and the '.join(found.recorded_as)}")
     raise typer.Exit(int(found.finding))
 
 
@@ -406,8 +407,8 @@ def report(
     else:
         compare(outs, page)
     for fault in faults:
-        typer.echo(f"mmdefense: {fault}", err=True)
-    typer.echo(f"wrote {page}")
+        say(f"mmdefense: {fault}", err=True)
+    say(f"wrote {page}")
     raise typer.Exit(int(bool(faults)))
 
 
@@ -431,16 +432,17 @@ def list_(
         raise BadInputError(f"what is listed must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind is not None and name is not None:
         about, option, settings = details(kind, name)
-        typer.echo(about)
+        say(about)
         if settings:
-            typer.echo(f"\nSettings, each {option} NAME=VALUE:")
+            say(f"\nSettings, each {option} NAME=VALUE:")
         rows = [(s.name, s.default or "-", s.kind, s.about) for s in settings]
-        typer.echo(aligned(rows, indent="  "), nl=bool(rows))
+        if rows:
+            say(aligned(rows, indent="  "))
         return
     for one in [kind] if kind else KINDS:
         if kind is None:
-            typer.echo(f"{one}:")
-        typer.echo(aligned(list(known(one)), indent="" if kind else "  "))
+            say(f"{one}:")
+        say(aligned(list(known(one)), indent="" if kind else "  "))
 
 
 @app.command()
@@ -452,7 +454,7 @@ def doctor() -> None:
         (found.subject, f"{found.state}; {found.remedy}" if found.remedy else found.state)
         for found in examine()
     ]
-    typer.echo(aligned(rows))
+    say(aligned(rows))
 
 
 @app.command()
@@ -475,14 +477,14 @@ def demo(
     if not console.is_terminal:  # a log has no edge to wrap at
         console = Console(width=110)
     console.print(results_table(record.rows, record.title, record.metric))
-    typer.echo(f"wrote {out}/report.html")
+    say(f"wrote {out}/report.html")
 
 
 def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
     from mmdefense.planning import plan
 
     for line in plan(source, defense, evidence).lines():
-        typer.echo(line)
+        say(line)
 
 
 def _hub_target(repo: str | None, source: Source, force: bool) -> HubTarget | None:

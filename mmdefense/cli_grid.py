@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdefense.arguments import aligned
+from mmdefense.arguments import aligned, say
 from mmdefense.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -141,12 +141,12 @@ def run(
         else:
             torch.set_num_threads(threads)
             work(store, cells, progress)
-    typer.echo(markdown(grid.measured(store)))
+    say(markdown(grid.measured(store)))
     failed = [entry for cell in cells if (entry := store.find(cell.identity)) and entry.error]
     for entry in failed:
-        typer.echo(f"failed: {entry.name}: {entry.error}", err=True)
+        say(f"failed: {entry.name}: {entry.error}", err=True)
     if failed:
-        typer.echo(
+        say(
             f"{len(failed)} cells failed; `mmdefense store show {out} DIGEST` shows the traceback, "
             "--retry-failed tries them again",
             err=True,
@@ -174,14 +174,14 @@ def status(out: Out) -> None:
     }
     reached = list(states.values())
     shown = [f"{reached.count(state)} {state}" for state in ("done", "failed", "running", "to do")]
-    typer.echo(", ".join(shown))
+    say(", ".join(shown))
     rows = [
         (states[digest], name, entries[digest].error if digest in entries else "")
         for digest, name in planned
         if states[digest] in {"running", "failed"}
     ]
     if rows:
-        typer.echo(aligned(rows))
+        say(aligned(rows))
 
 
 @grid_app.command("export")
@@ -213,7 +213,7 @@ def report(out: Out) -> None:
     from mmdefense.report.leaderboard import write_leaderboard
 
     page = write_leaderboard(rows_of(_opened(out)), out / "leaderboard.html")
-    typer.echo(f"wrote {page}")
+    say(f"wrote {page}")
 
 
 Folder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
@@ -228,7 +228,7 @@ def list_entries(folder: Folder) -> None:
         for entry in _opened(folder).entries()
     ]
     if rows:
-        typer.echo(aligned(rows))
+        say(aligned(rows))
 
 
 @store_app.command("show")
@@ -248,8 +248,8 @@ def verify(folder: Folder) -> None:
     store = _opened(folder)
     faults = store.verify()
     for fault in faults:
-        typer.echo(fault)
-    typer.echo(f"{len(store.entries())} entries, {len(faults)} faults")
+        say(fault)
+    say(f"{len(store.entries())} entries, {len(faults)} faults")
     if faults:
         raise typer.Exit(1)
 
@@ -260,14 +260,14 @@ def remove(folder: Folder, digest: Digest) -> None:
     store = _opened(folder)
     entry = store.named(digest)
     store.forget(entry)
-    typer.echo(f"removed {entry.kind} {entry.name}")
+    say(f"removed {entry.kind} {entry.name}")
 
 
 @store_app.command("gc")
 def clean_up(folder: Folder) -> None:
     """Remove files that no entry needs."""
     freed = _opened(folder).gc()
-    typer.echo(f"removed {freed.files} files, {freed.size / 1e6:.1f} MB")
+    say(f"removed {freed.files} files, {freed.size / 1e6:.1f} MB")
 
 
 def _opened(folder: Path) -> Store:

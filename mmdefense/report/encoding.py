@@ -22,19 +22,22 @@ def plain(value: Any) -> Any:
     """Return ``value`` as JSON has it: dicts, lists, strings, finite numbers, booleans and none.
 
     A number that is not finite becomes none, since JSON has no name for it. What is of no JSON
-    type, such as a path or a dtype, becomes its string.
+    type, such as a path or a dtype, becomes its string. Halves of surrogate pairs, which names of
+    files can have that are no UTF-8, are escaped, since strict readers of JSON refuse them.
     """
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value)
+    return plain(str(value))
 
 
 def build(kind: Any, value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -77,6 +78,11 @@ def scan_page(scan: ScanSummary, version: str) -> str:
     return template("scan.html.j2").render(scan=scan, scans=[entry], level=level, version=version)
 
 
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
 @cache
 def template(name: str) -> Template:
     """Return a template of this package; what is put in is escaped."""
@@ -86,8 +92,16 @@ def template(name: str) -> Template:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_without_steering,
     )
     return environment.get_template(name)
+
+
+def _without_steering(value: Any) -> Any:
+    """Return text with controls and marks of direction escaped: a name shows in its own order."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 from mmdefense.checkpoints.outputs import PAGE, PREDICATE_TYPE, RECORD
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.report.encoding import plain
 from mmdefense.report.record import PurificationRecord
 
 __all__ = ["differing", "materials", "subjects", "write_statement"]
@@ -54,7 +55,7 @@ def write_statement(
         "predicateType": PREDICATE_TYPE,
         "predicate": predicate,
     }
-    text = json.dumps(statement, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(statement), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / RECORD, lambda file: file.write(text.encode()))
 
 
@@ -87,12 +88,21 @@ def differing(folder: Path) -> list[str]:
     """
     found = []
     for name, digest in _named(folder, _statement(folder).get("subject")).items():
-        path = folder / name
+        path = _file(folder, name)
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             found.append(f"{name} is missing")
         elif _sha256(path) != digest:
             found.append(f"{name} is another file than the one that was written")
     return found
+
+
+def _file(folder: Path, name: str) -> Path:
+    """Return where a file of a statement lies; there, names that are no UTF-8 stand escaped."""
+    path = folder / name
+    if path.is_file():
+        return path
+    others = (p for p in folder.rglob("*") if plain(p.relative_to(folder).as_posix()) == name)
+    return next(others, path)
 
 
 def subjects(folder: Path) -> list[str]:

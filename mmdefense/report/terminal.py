@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from mmdefense.errors import printable
 from mmdefense.kernels.run import Event
 from mmdefense.kernels.run import Progress as Listener
 
@@ -118,7 +119,7 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         """Show one sign of progress, or a note as a line of its own."""
         if event.note:
-            self.console.print(event.note, markup=False, highlight=False)
+            self.console.print(printable(event.note), markup=False, highlight=False)
             if self.console.is_terminal:
                 self._bars.refresh()  # below it, as they are now
             return

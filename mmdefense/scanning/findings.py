@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mmdefense.errors import BadInputError
+from mmdefense.errors import BadInputError, printable
 from mmdefense.shown import as_html
 
 __all__ = [
@@ -169,7 +169,8 @@ class ScanRecord:
     def __repr__(self) -> str:
         named = [f"{found.level}: {found.id}, {found.subject}" for found in self.findings[:5]]
         more = [f"... {len(self.findings)} findings in all"] if len(self.findings) > 5 else []
-        return "\n  ".join([f"Scan of {self.model}: {self.verdict.text}", *named, *more])
+        lines = [f"Scan of {self.model}: {self.verdict.text}", *named, *more]
+        return "\n  ".join(map(printable, lines))
 
     def _repr_html_(self) -> str:
         return as_html(repr(self))

@@ -98,13 +98,13 @@ def to_sarif(record: ScanRecord) -> str:
             }
         },
         "artifacts": [
-            {"location": {"uri": quote(name)}, "hashes": {"sha-256": digest}}
+            {"location": {"uri": quote(plain(name))}, "hashes": {"sha-256": digest}}
             for name, digest in record.files.items()
         ],
         "results": [_result(found, order.index(found.id)) for found in record.findings],
         "properties": {"verdict": record.verdict.text, "parts": list(record.parts)},
     }
-    return json.dumps({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
+    return json.dumps(plain({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}), indent=2)
 
 
 def _rule(found: Finding) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _result(found: Finding, rule: int) -> dict[str, Any]:
     where = found.subject.split("!")[0]
     is_file = found.id.split("-")[0] not in {"weights", "behaviour"}
     location = (
-        {"physicalLocation": {"artifactLocation": {"uri": quote(where)}}}
+        {"physicalLocation": {"artifactLocation": {"uri": quote(plain(where))}}}
         if is_file
         else {"logicalLocations": [{"fullyQualifiedName": found.subject}]}
     )
