@@ -6,6 +6,7 @@ Nothing is built from them: they are parsed to plain values, and those are looke
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,7 @@ MAX_JSON, MAX_VALUES = 40 << 20, 4_000_000
 MAX_TOML = 1 << 20
 """Bytes, and values told by separators, of a file that is parsed; the largest tokenizers have 33
 million bytes and 3 million values. Ours."""
-_MOST = 20
+_MOST, _MOST_NAMES = 20, 1000
 _TARGETS = {"_target_", "class_path", "py/object", "py/function", "py/type", "py/reduce", "py/repr"}
 _ASKED = _TARGETS | CODE_KEYS
 _PLAIN_TAGS = {
@@ -191,7 +192,7 @@ def _of_value(
         if is_template or "{{" in value or "{%" in value:
             yield from scan_template(value, subject, is_template=is_template)
     if key in CODE_KEYS and value:
-        said = f"{_dotted(where)} = {json.dumps(value, default=str):.300}"
+        said = f"{_dotted(where)} = {_text(value):.300}"
         level = _how_far(value, folder)
         yield REMOTE_CODE.found(subject, f"asks for code of its own: {said}", level=level)
     elif key in _TARGETS and value:
@@ -206,17 +207,36 @@ def _is_own(value: Any) -> bool:
 
 def _how_far(value: Any, folder: Path | None) -> Level:
     """Return high where the code comes from another repository, or is not in the folder."""
-    modules = re.findall(r'"([\w./-]+)\.\w+"', json.dumps(value, default=str))
-    here = all(
-        "--" not in name and (folder is None or (folder / f"{name}.py").is_file())
-        for name in modules
-    )
-    return "medium" if here else "high"
+    waiting = [value]
+    for _ in range(_MOST_NAMES):
+        if not waiting:
+            return "medium"
+        held = waiting.pop()
+        if isinstance(held, (dict, list)):
+            waiting += held.values() if isinstance(held, dict) else held
+        elif isinstance(held, str) and "." in held and not _lies_here(held, folder):
+            return "high"
+    return "high"
+
+
+def _lies_here(name: str, folder: Path | None) -> bool:
+    module = name.rpartition(".")[0]
+    if "--" in name or folder is None:
+        return "--" not in name
+    return "\0" not in module and os.path.isfile(folder / f"{module}.py")
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; what holds itself is shortened where it does."""
+    try:
+        return json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        return repr(value)
 
 
 def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
     """Yield that a configuration names what a reader would call."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else _text(value)
     names = _DOTTED.findall(text)
     high = any(is_dangerous(*name.rsplit(".", 1)) for name in names)
     yield BUILDS.found(subject, f"{said}{text:.200}", level="high" if high else "medium")

@@ -29,7 +29,9 @@ from mmdefense.scanning.arrays import MAGIC, read_header
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.opcodes import follow
 from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, scan_pickles, speaks
+from mmdefense.scanning.python import CODE
 from mmdefense.scanning.streams import DAMAGE, MAX_UNPACKED, copied, unpacker
+from mmdefense.scanning.texts import is_text, scan_text
 
 __all__ = ["PICKLE_SUFFIXES", "scan_content", "unread_level"]
 
@@ -171,6 +173,8 @@ def scan_content(
     if not head.startswith(_ZIP):  # which would be a persistent id: no loader at hand has any then
         is_other = bool(opener) or head.startswith((MAGIC, *_OPAQUE)) or _is_tar(head)
         yield from _scan_as_pickle(file, subject, name or subject, is_other, depth)
+    if name is not None:
+        yield from scan_text(file, subject, name.rpartition("/")[2])
 
 
 def _suffix(name: str) -> str:
@@ -254,6 +258,8 @@ def _of_torchscript(found: Finding) -> bool:
     """Whether a finding is what every TorchScript archive holds: its own classes and line maps."""
     if found.id == IMPORT.id:
         return bool(_SCRIPTED.fullmatch(str(found.value)))
+    if found.id == CODE.id:
+        return "/code/" in found.subject
     return found.id == MISMATCH.id and found.subject.endswith(".debug_pkl")
 
 
@@ -264,7 +270,7 @@ def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[
     try:
         with archive.open(entry) as stream:
             head = stream.read(_HEAD)
-            if not _wants_look(head, suffix, entry.file_size):
+            if not is_text(entry.filename) and not _wants_look(head, suffix, entry.file_size):
                 return
             with copied(stream, head) as copy:
                 if copy.damage:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmdefense.scanning.findings import Finding, Rule
 
-__all__ = ["MAX_PYTHON", "scan_notebook", "scan_path_file", "scan_python"]
+__all__ = ["CODE", "MAX_PYTHON", "scan_notebook", "scan_path_file", "scan_python"]
 
 CODE = Rule(
     id="code-python",

@@ -101,7 +101,7 @@ def scan_text(
     Args:
         file: A binary file that can be searched.
         subject: Its name in the findings.
-        name: Its own name.
+        name: Its own name, without the folders above it.
         folder: In which it lies, where it is no part of an archive.
     """
     suffix = _suffix(name)

@@ -1,4 +1,4 @@
-"""Names that would steer a terminal, turn a line around or are no UTF-8, wherever they are shown."""
+"""Names that steer a terminal, turn a line around or are no UTF-8, wherever they are shown."""
 
 from __future__ import annotations
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import struct
+import tarfile
+import zipfile
 
 import pytest
 
@@ -42,7 +46,25 @@ def notebook(*cells):
     return json.dumps({"cells": held, "nbformat": 4})
 
 
+def packed(kind, **files):
+    made = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name.replace("__", "/").replace("_", "."), content)
+    else:
+        with tarfile.open(fileobj=made, mode=f"w:{kind}") as archive:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name.replace("_", "."))
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content.encode()))
+    return made.getvalue()
+
+
 TEMPLATES = {
+    "in a zip": ("a.zip", packed("zip", sub__chat_jinja=WALK)),
+    "in a tar": ("a.tar.gz", packed("gz", a_yaml=f"chat_template: {json.dumps(WALK)}")),
+    "in a gzip": ("a.jinja.gz", gzip.compress(WALK.encode())),
     "as text": ("tokenizer_config.json", {"chat_template": WALK}),
     "as a list": (
         "tokenizer_config.json",
@@ -90,9 +112,21 @@ HIGH = {
     "Lightning's command line": ("a.yaml", "model: {class_path: os.system}\n"),
     "jsonpickle": ("a.json", {"py/reduce": [{"py/function": "os.system"}, {"py/tuple": ["id"]}]}),
     "modules of sentence-transformers": ("modules.json", [{"idx": 0, "type": "os.system"}]),
+    "code of another repository, in what holds itself": (
+        "a.yaml",
+        "auto_map: &a {A: *a, B: 1}\n_target_: [&b [*b], os.system]\nx: {_target_: os.system}\n",
+    ),
     "code of another repository": ("a.yaml", "auto_map: {AutoModel: evil/x--m.Model}\n"),
     "notebook": ("a.ipynb", notebook("import os\n", ["os.system(\n", "'id')"])),
     "Python": ("a/b.py", "import subprocess\n"),
+    "Python in a zip": ("a.zip", packed("zip", a__b_py="import os\nos.system('id')\n")),
+    "Python in a tar": ("a.tar", packed("", a_py="import subprocess\n")),
+    "Python in a zip in a zip": (
+        "a.zip",
+        packed("zip", b_zip=packed("zip", c_py="import socket\n")),
+    ),
+    "YAML in a zip": ("a.zip", packed("zip", a_yml="!!python/name:os.system ''\n")),
+    "started with Python, from an archive": ("a.zip", packed("zip", sitecustomize_py="")),
     "stub with a body": ("a.pyw", "exec(x)\n"),
 }
 MEDIUM = {
@@ -100,11 +134,14 @@ MEDIUM = {
     "YAML, object of plain data": ("hparams.yaml", "!!python/object:argparse.Namespace {a: 1}\n"),
     "Hydra with a class": ("config.yaml", "_target_: some.model.Net\n"),
     "a tag of its own": ("a.yaml", "a: !Net {x: 1}\n"),
+    "code that is trusted, in YAML": ("a.yaml", "trust_remote_code: true\n"),
     "code that is trusted": ("a.toml", "[a]\ntrust_remote_code = true\n"),
     "notebook with a shell": ("a.ipynb", notebook("!pip install x\n", "%%bash\nid")),
     "notebook that is none": ("a.ipynb", "{"),
     "installed": ("setup.py", "x = 1\n"),
     "run by tests": ("conftest.py", "x = 1\n"),
+    "shell in a zip": ("a.zip", packed("zip", run_sh="id\n")),
+    "harmless Python in a zip": ("a.zip", packed("zip", a_py="x = 1\n")),
     "shell": ("run.sh", "id\n"),
     "PowerShell": ("run.ps1", "id\n"),
     "Windows": ("run.bat", "dir\n"),
@@ -163,6 +200,7 @@ BENIGN = {
     "code that is not trusted": ("config.json", {"trust_remote_code": False, "auto_map": {}}),
     "drawing": ("a.svg", "<svg><path d='M0 0'/></svg>"),
     "rows": ("train.jsonl", '{"a": 1}\n'),
+    "texts in a zip": ("a.zip", packed("zip", a_json="{}", README_md="# A", chat_jinja=SOUND)),
     "nothing": ("__init__", b""),
 }  # fmt: skip
 

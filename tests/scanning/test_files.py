@@ -110,7 +110,8 @@ def ordinary(folder):
     (folder / "plain.pkl").write_bytes(pickle.dumps(OrderedDict(a=[1, 2.0, "x", None, b"y"])))
     (folder / "words.txt").write_text("cat\nos\nsystem\n.\n(lp0\n")
     (folder / "README.md").write_text("# A model\n")
-    (folder / "vocab.json.gz").write_bytes(gzip.compress(b'{"a": 1}' * 100))
+    words = json.dumps({f"w{i}": i for i in range(100)})
+    (folder / "vocab.json.gz").write_bytes(gzip.compress(words.encode()))
 
 
 def test_what_training_leaves_behind_gives_no_alarm(tmp_path):
