@@ -191,19 +191,25 @@ def export(
     target: Annotated[
         Path | None, typer.Option("--to", help="The file; by default standard output.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write every measured cell, a row each, with its rates, settings and digest."""
+    from mmdefense.checkpoints.outputs import check_replaceable_file
+    from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.evaluation.export import FORMATS, exported
 
     if form not in FORMATS:
         raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     if form == "parquet" and target is None:
         raise BadInputError("parquet is no text; name a file: --to FILE.parquet")
-    data = exported(_opened(out), form)
+    store = _opened(out)
+    if target is not None:
+        check_replaceable_file(target, None, store.parts, force=force)
+    data = exported(store, form)
     if target is None:
         typer.echo(data.decode(), nl=False)
     else:
-        target.write_bytes(data)
+        write_atomically(target, lambda file: file.write(data))
 
 
 @grid_app.command("report")

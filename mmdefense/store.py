@@ -152,10 +152,17 @@ class Store:
         self.folder = Path(folder)
         if not create and not (self.folder / _INDEX).is_file():
             raise BadInputError(f"{folder} holds no store; `mmdefense grid run -o` makes one")
+        if create:
+            self._check_ours()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._index() as index:
                 form = index.execute("PRAGMA user_version").fetchone()[0]
+                if form == 0 and index.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    raise BadInputError(
+                        f"{self.folder / _INDEX} is the database of another program; use another "
+                        "folder"
+                    )
                 if form not in {0, _FORM}:
                     raise BadInputError(
                         f"the store {folder} is of version {form}, this program's is {_FORM}; "
@@ -166,6 +173,26 @@ class Store:
                 index.execute(f"PRAGMA user_version = {_FORM}")
         except (OSError, sqlite3.Error) as error:
             raise BadInputError(f"the store {folder} cannot be opened: {error}") from error
+
+    def _check_ours(self) -> None:
+        """Refuse a folder that holds something else than a store.
+
+        Raises:
+            BadInputError: If it is so; nothing is written into it.
+        """
+        if not self.folder.exists() or (self.folder / _INDEX).exists():
+            return
+        if not self.folder.is_dir() or any(
+            not path.name.startswith(_INDEX) for path in self.folder.iterdir()
+        ):
+            raise BadInputError(
+                f"{self.folder} exists and holds no store; name another folder to make one in"
+            )
+
+    @property
+    def parts(self) -> list[Path]:
+        """The index, and the folders of contents, claims and states."""
+        return [self.folder / name for name in (_INDEX, "blobs", "claims", "work")]
 
     @contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:

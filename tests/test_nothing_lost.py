@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from mmdefense.checkpoints.models import load_model, save_model
 from mmdefense.checkpoints.outputs import check_apart
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
+from mmdefense.store import Store
 
 OURS = json.dumps({"predicateType": "urn:mmdefense:purification:1"})
 
@@ -179,6 +182,40 @@ def test_a_page_takes_the_place_of_a_page_alone(place, mmdefense):
     assert notes.read_text() == "<h1>mine</h1>"
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "index.sqlite", "grid.json"])
+def test_a_grid_is_not_put_into_a_folder_of_something_else(tmp_path, mmdefense, name):
+    out = tmp_path / "mine"
+    out.mkdir()
+    if name == "index.sqlite":
+        with closing(sqlite3.connect(out / name)) as index, index:
+            index.execute("CREATE TABLE mine (x)")
+    else:
+        (out / name).write_text("mine")
+    before = tree(tmp_path)
+    refused(mmdefense("grid", "run", "-o", out, "--case", "digits-badnets"), str(out))
+    assert tree(tmp_path) == before
+
+
+def test_what_a_grid_exports_replaces_nothing(tmp_path, mmdefense):
+    store = tmp_path / "store"
+    Store(store)
+    (tmp_path / "cells.csv").write_text("mine")
+    for target, more in (("cells.csv", ()), ("store/index.sqlite", ("--force",))):
+        refused(mmdefense("grid", "export", "-o", store, *more, "--to", tmp_path / target), target)
+    assert (tmp_path / "cells.csv").read_text() == "mine"
+    assert Store(store, create=False).entries() == []
+    exported = mmdefense("grid", "export", "-o", store, "--force", "--to", tmp_path / "cells.csv")
+    assert exported.code == 0
+    assert (tmp_path / "cells.csv").read_text() != "mine"
+
+
+def test_a_model_that_is_a_pipe(place, mmdefense):
+    os.mkfifo(place.folder / "a.pt")
+    for more in ((), ("--accept-findings",)):
+        outcome = mmdefense(*place.purify(*more, model=place.folder / "a.pt"))
+        refused(outcome, "a.pt", "no plain file")
+
+
 # Where states are kept, only what a run has made is touched.
 
 
@@ -275,7 +312,7 @@ WAYS_OUT = {
 @pytest.mark.parametrize("make", WAYS_OUT.values(), ids=WAYS_OUT)
 def test_what_leads_out_of_a_folder_is_refused_and_not_read(place, mmdefense, vit, outside, make):
     make(vit, outside)
-    refused(mmdefense(*purify(place, model=vit)), str(vit))
+    refused(mmdefense(*purify(place, "--accept-findings", model=vit)), str(vit))
     assert place.files() == ["vit"]
 
 

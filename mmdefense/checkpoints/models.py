@@ -7,6 +7,7 @@ the class that the user names, never from the checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def _is_state_file(where: str | Path) -> bool:
 
 def _load_state_model(path: Path, arch: str | None, weights: str | None) -> nn.Module:
     if not path.is_file():
-        raise BadInputError(f"model file {path} does not exist")
+        fault = "is no plain file" if os.path.lexists(path) else "does not exist"
+        raise BadInputError(f"model file {path} {fault}")
     held = read_checkpoint(path)
     result = result_in(held)
     if result is not None:

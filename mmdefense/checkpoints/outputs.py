@@ -110,13 +110,16 @@ def _lineage(path: str | Path) -> list[tuple[int, int] | None]:
     return found if found[0] is not None else [(-1, -1), *found[1:]]
 
 
-def check_replaceable_file(path: Path, mark: str, inputs: Iterable[str | Path] = ()) -> None:
+def check_replaceable_file(
+    path: Path, mark: str | None, inputs: Iterable[str | Path] = (), *, force: bool = False
+) -> None:
     """Refuse a file that is to be written, before any work is done for it.
 
     Args:
         path: The file.
-        mark: What stands near the beginning of every such file of ours.
+        mark: What stands near the beginning of every such file of ours; none where nothing does.
         inputs: What is read; see :func:`check_apart`.
+        force: Whether a file without the mark is replaced.
 
     Raises:
         BadInputError: If it is an input or in one, no plain file, in a folder that is not there, or
@@ -131,7 +134,7 @@ def check_replaceable_file(path: Path, mark: str, inputs: Iterable[str | Path] =
         raise BadInputError(f"{path} is no plain file, and is not replaced; choose another name")
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if mark.encode() not in head:
-        raise BadInputError(
-            f"{path} exists and is nothing that mmdefense wrote there; choose another name"
-        )
+    if not force and (mark is None or mark.encode() not in head):
+        remedy = "choose another name" + (", or give --force to replace it" if mark is None else "")
+        what = "exists" if mark is None else "exists and is no earlier output of this command"
+        raise BadInputError(f"{path} {what}; {remedy}")

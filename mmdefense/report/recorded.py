@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mmdefense.checkpoints.outputs import CARD
 from mmdefense.checkpoints.runs import write_atomically
@@ -83,14 +84,12 @@ def add_evaluation(out: Path, evaluation: Evaluation) -> Evaluation:
 
 
 def _renew_card(record: PurificationRecord, card: Path) -> None:
-    fresh = card.with_name(f"{CARD}.new")
-    try:
+    with TemporaryDirectory() as folder:
+        fresh = Path(folder) / CARD
         if card.is_file():
             shutil.copyfile(card, fresh)
         write_card(record, fresh)
         text = fresh.read_bytes()
-    finally:
-        fresh.unlink(missing_ok=True)
     write_atomically(card, lambda file: file.write(text))
 
 
