@@ -22,6 +22,8 @@ __all__ = [
 
 _MOST_INT, _MOST_FLOAT = 2**32, 1e30
 """Ours: beyond any count, and below what overflows in single precision."""
+_MOST_BATCH = 1 << 16
+"""Ours; of samples that are in memory at once."""
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
@@ -45,6 +47,8 @@ def check_numbers(settings: Any, least: float = -_MOST_FLOAT) -> None:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             most = _MOST_INT if isinstance(number, int) else _MOST_FLOAT
+            if entry.name.endswith("batch_size"):
+                most = _MOST_BATCH
             if not number >= least:
                 raise BadInputError(f"{entry.name} must be at least {least:g}, got {value!r:.80}")
             if number > most:

@@ -42,7 +42,9 @@ Kind = Literal["bomb", "code", "form", "header", "loader", "path", "size", "stru
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
 MAX_ENTRIES = 100_000
-"""Entries of an archive; a checkpoint has one a tensor. Ours."""
+"""Entries of an archive, and tensors of a file; a checkpoint has one a tensor. Ours."""
+MAX_AXES = 64
+"""Axes of a tensor; PyTorch has operations for no more."""
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 25
 """An archive that unpacks to this many bytes, and to this multiple of its own, is a bomb. Ours."""
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
@@ -172,10 +174,11 @@ def safetensors_faults(path: Path) -> list[Fault]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the name {name!r} stands there {count} times")
-    return dict(pairs)
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {name!r} stands there {count} times")
+    return named
 
 
 def _header(text: str) -> Fault:
@@ -187,6 +190,9 @@ def _header_faults(header: dict[str, Any], size: int) -> Iterator[Fault]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         yield _header("its __metadata__ must map names to text")
+    if len(header) > MAX_ENTRIES:
+        yield Fault("bomb", f"it has {len(header)} tensors, more than {MAX_ENTRIES}")
+        return
     spans = []
     for name, entry in header.items():
         fault = _entry_fault(name, entry, size)
@@ -204,15 +210,19 @@ def _entry_fault(name: str, entry: Any, size: int) -> Fault | None:
             f"tensor {name!r} must have dtype, shape and data_offsets, got {entry!r:.80}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         return _header(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         return _header(f"tensor {name!r} has shape {shape!r:.60} and offsets {offsets!r:.60}")
+    if len(shape) > MAX_AXES:
+        return _header(f"tensor {name!r} has {len(shape)} axes, more than {MAX_AXES}")
     begin, end = offsets
     if not begin <= end <= size:
         return _header(f"tensor {name!r} lies at {begin}..{end} of {size} bytes")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
-        return _header(f"tensor {name!r} of shape {shape} and {dtype} has {end - begin} bytes")
+        return _header(
+            f"tensor {name!r} of shape {shape!r:.60} and {dtype} has {end - begin} bytes"
+        )
     return None
 
 

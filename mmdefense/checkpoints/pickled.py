@@ -17,24 +17,27 @@ import _compat_pickle
 import codecs
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmdefense.checkpoints.faults import is_zip
+from mmdefense.checkpoints.faults import MAX_AXES, is_zip
 from mmdefense.checkpoints.names import DATA, is_dangerous
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 
 __all__ = ["Array", "Object", "read_pickled"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
+_SPREAD, _SMALL = 16, 1 << 20
+"""A tensor that repeats values has at most so many times what is stored, or so many. Ours."""
 _NUMBERS = re.compile(r"[biufcUS]\d{1,6}")
 _DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
@@ -42,6 +45,7 @@ _DTYPES = {
     **{"Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8},
     **{"ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128},
 }
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 _OF_TENSORS = ("torch.device", "torch._utils._rebuild_", "torch.serialization._get_layout")
 _STORAGE = re.compile(rf"torch\.(?:cuda\.|storage\.)?({'|'.join(_DTYPES)})Storage")
 
@@ -157,6 +161,11 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Te
     places = [offset, *size, *stride]
     if not all(type(n) is int and n >= 0 for n in places) or len(size) != len(stride):
         raise ValueError(f"a tensor of shape {size!r:.60} and strides {stride!r:.60}")
+    held, values = len(storage.content) // dtype.itemsize, math.prod(size)
+    if len(size) > MAX_AXES or values > max(_SPREAD * held, _SMALL):
+        raise ValueError(
+            f"a tensor claims {len(size)} axes and {values} values of {held} in the file"
+        )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > len(storage.content):
         raise ValueError(f"a tensor of shape {tuple(size)} lies outside its {len(storage.content)}")
@@ -245,6 +254,42 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"a reference to {key!r:.60}")
 
 
+class _Measured:
+    """A file that is not asked for more than it has."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size, self.tell, self.readline = file, size, file.tell, file.readline
+
+    def read(self, count: int) -> bytes:
+        """Return so many bytes.
+
+        Raises:
+            ValueError: If there are less.
+        """
+        left = self.size - self.tell()
+        if count > left:
+            raise ValueError(f"an item of the pickle claims {count} bytes of {left} that follow")
+        return self.file.read(count)
+
+
+def _unpickled(unpickler: _Unpickler, file: IO[bytes], size: int) -> Any:
+    """Return what the next pickle of a file holds.
+
+    Its opcodes are read first: the unpickler makes room for what an opcode claims, whether or not
+    it is there.
+
+    Raises:
+        ValueError: If one claims more than the file can hold.
+    """
+    start = file.tell()
+    steps = enumerate(pickletools.genops(cast(IO[bytes], _Measured(file, size))), start=1)
+    for count, (opcode, argument, _) in steps:
+        if opcode.name in _PUTS and not 0 <= int(argument or 0) <= count:
+            raise ValueError(f"the pickle claims to remember {argument} things after {count} steps")
+    file.seek(start)
+    return unpickler.load()
+
+
 def read_pickled(path: Path) -> tuple[Any, list[str]]:
     """Return what a PyTorch file holds, as data, and the classes whose objects were not read.
 
@@ -295,7 +340,7 @@ def _from_zip(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
 
         with archive.open(pickles[0]) as stream:
             unpickler = _Unpickler(stream, storage)
-            held = unpickler.load()
+            held = _unpickled(unpickler, stream, archive.getinfo(pickles[0]).file_size)
     return held, sorted(unpickler.passed_by)
 
 
@@ -324,16 +369,16 @@ def _check_no_program(path: Path, names: set[str]) -> None:
 
 def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
     """Read the format before PyTorch 1.6: pickles one behind the other, then the raw storages."""
+    limit, kept = path.stat().st_size, dict[str, _Storage]()
     file.seek(0)
-    if _Unpickler(file).load() != _MAGIC:
+    if _unpickled(_Unpickler(file), file, limit) != _MAGIC:
         raise ValueError("its first object is not the mark of a PyTorch file")
-    _Unpickler(file).load()  # the protocol
-    machine = _Unpickler(file).load()
+    _unpickled(_Unpickler(file), file, limit)  # the protocol
+    machine = _unpickled(_Unpickler(file), file, limit)
     if isinstance(machine, dict) and not machine.get("little_endian", True):
         raise UnsupportedError(
             f"{path} was written on a big-endian machine; save it again as safetensors there"
         )
-    limit, kept = path.stat().st_size, dict[str, _Storage]()
 
     def storage(name: str, dtype: torch.dtype, count: int) -> _Storage:
         if name not in kept:
@@ -343,8 +388,8 @@ def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
         return kept[name]
 
     unpickler = _Unpickler(file, storage)
-    held = unpickler.load()
-    for name in _Unpickler(file).load():
+    held = _unpickled(unpickler, file, limit)
+    for name in _unpickled(_Unpickler(file), file, limit):
         (count,) = struct.unpack("<q", file.read(8))
         found = kept[str(name)]
         if count * found.dtype.itemsize != len(found.content):

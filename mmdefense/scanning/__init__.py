@@ -26,10 +26,19 @@ from mmdefense.report.terminal import shown
 from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, scan_files
-from mmdefense.scanning.findings import Finding, ScanRecord, worst_level
+from mmdefense.scanning.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
 from mmdefense.settings import check_seed
 from mmdefense.sources import AUTO, Source, usable_device
+
+UNREAD = Rule(
+    id="weights-unread",
+    level="medium",
+    measured="whether the weights can be read as tensors",
+    reference="safetensors, and what torch.save writes of a state dict",
+    meaning="Nothing is known of them, and `purify` and `evaluate` refuse such a model.",
+    blind_spot="all of the weights.",
+)
 
 __all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"]
 
@@ -193,19 +202,23 @@ class _Look:
 
     def _weights(self) -> Iterator[_Step]:
         """Yield what stands apart in the weights, as far as they can be read."""
-        looked_at: nn.Module | Mapping[str, Tensor] | None
+        looked_at: nn.Module | Mapping[str, Tensor] | MMDefenseError
         if isinstance(self.model, Path):
             looked_at = self._loaded(self.model)
+            if isinstance(looked_at, MMDefenseError):
+                if LEVELS.index(worst_level(self.findings) or "info") < LEVELS.index("medium"):
+                    yield "", [UNREAD.found(self.model.name, one_line(looked_at))]
+                return
         else:
             looked_at = self.model if isinstance(self.model, nn.Module) else self.model.model
         if looked_at:
             ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
             yield "weights", scan_weights(looked_at, ordered=ordered)
 
-    def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | None:
+    def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | MMDefenseError:
         """Return a model, or the tensors of files that do not tell which one they belong to.
 
-        None where they are not there.
+        Where they cannot be read, that is the error.
         """
         task = None if self.source["task"] == AUTO else self.source["task"]
         arch, weights = self.source["arch"], self.source["weights"]
@@ -213,7 +226,7 @@ class _Look:
             self.built = load_model(where, arch=arch, task=task, weights=weights)
             return self.built
         except MMDefenseError:
-            return _tensors(where, weights)  # what speaks against the file is among the findings
+            return _tensors(where, weights)
 
     def _behaviour(self) -> Iterator[_Step]:
         if self.data is None:
@@ -268,14 +281,14 @@ def _at_hand(where: str | Path) -> Path:
     return Path(where) if Path(where).exists() else download(where)
 
 
-def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | None:
+def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | MMDefenseError:
     files = sorted(model.glob("*")) if model.is_dir() else [model]
-    stored = [path for path in files if path.suffix in _WEIGHTS]
+    stored = [path for path in files if path.suffix in _WEIGHTS and path.is_file()]
     chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
     try:
         return {name: value for path in chosen for name, value in read_state(path, weights).items()}
-    except MMDefenseError:
-        return None
+    except MMDefenseError as error:
+        return error
 
 
 def _is_sorted(state: Mapping[str, Tensor]) -> bool:
