@@ -34,6 +34,9 @@ HEADERS = {
     "300,000 tensors": lambda: {
         f"t{i}": tensor(dtype="U8", data_offsets=[i, i + 1]) for i in range(300_000)
     },
+    "101,000 tensors": lambda: {
+        f"t{i}": tensor(dtype="U8", data_offsets=[i, i + 1]) for i in range(101_000)
+    },
     "90,000 bad tensors": lambda: {f"t{i}": tensor(shape=[2]) for i in range(90_000)},
     "a type that is a list": lambda: {"a": tensor(dtype=["F32"])},
     "a type that is a map": lambda: {"a": tensor(dtype={"F32": 1})},
@@ -78,7 +81,7 @@ def assert_bounded(ended, *codes):
     assert "internal error" not in said
 
 
-SLOW = {"300,000 bad tensors", "90,000 bad tensors", "a type that is a map"}
+SLOW = {"300,000 bad tensors", "300,000 tensors", "90,000 bad tensors", "a type that is a map"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,8 @@ def test_a_pipe_in_a_folder(tmp_path, mmdefense, name):
     assert "file-special" in scanned.out
     refused = mmdefense("evaluate", tmp_path, "--data", tmp_path)
     assert refused.code == 2
-    assert f"{name!r} is no plain file" in refused.err
+    assert name in refused.err
+    assert "plain file" in refused.err or "a pipe" in refused.err
 
 
 def test_findings_of_one_file_are_counted_beyond_the_first(tmp_path, mmdefense):
