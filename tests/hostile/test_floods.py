@@ -208,10 +208,10 @@ def test_what_crashes_a_reader_is_a_finding_and_the_others_are_read(
 ):
     from mmdefense.scanning import files
 
-    def crash(stream, subject):
+    def crash(stream, subject, **more):
         if subject.startswith("b"):
             os.abort()
-        return genuine(stream, subject)
+        return genuine(stream, subject, **more)
 
     genuine = files.scan_content
     monkeypatch.setattr(files, "scan_content", crash)
