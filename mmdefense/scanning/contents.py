@@ -173,8 +173,8 @@ def scan_content(
     if not head.startswith(_ZIP):  # which would be a persistent id: no loader at hand has any then
         is_other = bool(opener) or head.startswith((MAGIC, *_OPAQUE)) or _is_tar(head)
         yield from _scan_as_pickle(file, subject, name or subject, is_other, depth)
-    if name is not None:
-        yield from scan_text(file, subject, name.rpartition("/")[2])
+    if depth > 0:  # of a file outside, its caller knows the folder
+        yield from scan_text(file, subject, (name or subject).rpartition("/")[2])
 
 
 def _suffix(name: str) -> str:

@@ -402,7 +402,7 @@ def _part(mark: _Mark) -> _Mark:
 def _gives_text(value: Any) -> bool:
     """Whether a value has text that could be a piece of a name of Python's own."""
     if isinstance(value, str):
-        return any(c == "_" or c.isalpha() or c == "%" for c in value)
+        return any(c in "_%&" or c.isalpha() for c in value)
     if isinstance(value, (list, tuple)):
         return any(_gives_text(item) for item in value)
     if isinstance(value, dict):

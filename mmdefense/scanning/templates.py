@@ -82,6 +82,7 @@ _OBJECTS = {"self", "lipsum", "os", "sys", "subprocess", "importlib", "builtins"
 _OF_WEB_SERVERS = {"request", "url_for", "get_flashed_messages"}
 _CALLED_ONLY = {"joiner", "cycler", "namespace", "range", "dict", "raise_exception", "strftime_now"}
 _ATTRIBUTE_FILTERS = {"sort", "groupby", "unique", "min", "max", "sum", "map"}
+_APPLYING = {"attr", "map", "select", "reject", "selectattr", "rejectattr", "groupby"}
 _NAME_FILTERS = {"selectattr", "rejectattr"}
 _NAMES = (
     "class|bases?|mro|subclasses|globals|builtins|import|init|dict|getattribute|getattr|getitem|"
@@ -319,8 +320,12 @@ def _path(found: Sequence[Any]) -> Iterator[_Found]:
 
 def _mapped(node: nodes.Filter | nodes.Test, values: Values) -> Iterator[_Found]:
     yield from _applied(values, node.args[:1], "filter")
-    if node.args and "attr" in values.of(node.args[0]):
-        yield UNUSUAL, "medium", "the filter attr"
+    applied = (
+        [value for value in values.of(node.args[0]) if value in _APPLYING] if node.args else []
+    )
+    for name in applied:
+        yield UNUSUAL, "medium", f"applies the filter {name} to each"
+    if applied:
         for argument in node.args[1:2]:
             yield from _path(values.of(argument))
 

@@ -43,6 +43,7 @@ PAGE = Rule(
 
 _CONFIGS = {".json", ".yaml", ".yml", ".toml", ".ipynb"}
 _TEMPLATES = {".jinja", ".jinja2", ".j2"}
+_LIKE_TEMPLATES = {".template", ".tmpl", ".tpl"}
 _PYTHON = {".py", ".pyw", ".pyi"}
 _PAGES = {".html", ".htm", ".svg", ".xhtml", ".xml"}
 _SCRIPTS = {
@@ -69,7 +70,7 @@ _HEAD, _MOST_PAGE = 1 << 16, 1 << 26
 def is_text(name: str) -> bool:
     """Whether a file of this name is looked into by :func:`scan_text`."""
     suffix = _suffix(name)
-    kinds = _CONFIGS | _TEMPLATES | _PYTHON | _PAGES | _SCRIPTS
+    kinds = _CONFIGS | _TEMPLATES | _LIKE_TEMPLATES | _PYTHON | _PAGES | _SCRIPTS
     return suffix in kinds or suffix in {".pth", ".gguf"}
 
 
@@ -114,7 +115,7 @@ def scan_text(
         yield from _gguf(file, subject)
     elif suffix in _SCRIPTS:
         yield SCRIPT.found(subject, f"a {suffix} file")
-    elif suffix in _CONFIGS | _TEMPLATES | _PYTHON | _PAGES:
+    elif suffix in _CONFIGS | _TEMPLATES | _LIKE_TEMPLATES | _PYTHON | _PAGES:
         most = {**dict.fromkeys(_PYTHON, MAX_PYTHON), **dict.fromkeys(_PAGES, _MOST_PAGE)}
         if size > most.get(suffix, MAX_JSON):
             yield TOO_LARGE.found(subject, f"not looked into: {size} bytes")
@@ -128,8 +129,9 @@ def _parsed(
 ) -> Iterator[Finding]:
     if suffix in _PYTHON:
         yield from scan_python(data, subject, PurePosixPath(name).name)
-    elif suffix in _TEMPLATES:
-        yield from scan_template(data.decode("utf-8", "replace"), subject)
+    elif suffix in _TEMPLATES | _LIKE_TEMPLATES:
+        is_template = suffix in _TEMPLATES
+        yield from scan_template(data.decode("utf-8", "replace"), subject, is_template=is_template)
     elif suffix in _PAGES:
         if found := _ACTIVE.search(data):
             yield PAGE.found(subject, found[0].decode("latin-1"))

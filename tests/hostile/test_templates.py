@@ -68,6 +68,8 @@ MEDIUM = {
     "pieces of a joiner": "{% set j = joiner('__cla') %}{{ j() }}{{ ''[j() ~ 'ss__'] }}",
     "pieces of a cycler": "{{ ''[cycler('__cla').next() ~ 'ss__'] }}",
     "batch": "{{ ''['__ssalc__' | batch(9) | first | reverse | join] }}",
+    "entities": "{{ ''['&#95;&#95;&#99;' | striptags] }}",
+    "map of map": "{{ [['']] | map('map', 'attr', x) | list }}",
     "spread arguments": "{{ [''] | map(**messages) | list }}",
     "text of a macro": "{% macro f() %}x{{ y }}{% endmacro %}{{ ''[f()] }}",
     "concatenated with what is given": "{{ ''[messages ~ 'class'] }}",

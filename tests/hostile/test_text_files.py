@@ -78,6 +78,7 @@ TEMPLATES = {
     "under another name": ("generation_config.json", {"prompt": ["Say:", WALK]}),
     "jinja": ("chat_template.jinja", WALK),
     "more of them": ("additional_chat_templates/rag.jinja", WALK),
+    "of another suffix": ("chat.template", WALK),
     "j2": ("template.j2", WALK),
     "YAML": ("config.yaml", f"chat_template: |\n  {WALK}\n"),
     "YAML, in a list": ("a/b.yml", f"- x:\n  - chat_template: {json.dumps(WALK)}\n"),
@@ -223,6 +224,8 @@ def test_a_template_is_found_wherever_it_stands(tmp_path, row):
     name, content = TEMPLATES[row]
     found = scan_files(written(tmp_path, name, content))
     assert any(f.id == "template-escape" and f.subject.startswith(name) for f in found), found
+    told = [(f.id, f.subject, f.value) for f in found]
+    assert len(told) == len(set(told))
 
 
 @pytest.mark.parametrize("row", HIGH)
