@@ -48,6 +48,8 @@ CALLS = frozenset({
     *("webbrowser.open", "shutil.rmtree", "compile.text"),
 })  # fmt: skip
 """Audit events that a payload would raise, and looking at a file does not."""
+MAKERS = {"dataclasses.py", "collections"}
+"""Of the standard library, what makes code from text of its own when a module is imported."""
 COLUMNS = ("files", "high", "medium or low", "missed", "refused", "executed", "hung", "crashed")
 
 
@@ -119,7 +121,9 @@ def look(path: Path, pipe: int) -> None:
 
     def told(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "compile" and arguments[0] is not None and arguments[1] == "<string>":
-            event = "compile.text"
+            caller = Path(sys._getframe(1).f_code.co_filename)
+            if not {caller.name, caller.parent.name} & MAKERS:
+                event = "compile.text"
         if event in CALLS:
             os.write(pipe, (json.dumps({"executed": event}) + "\n").encode())
 

@@ -75,7 +75,7 @@ def _look_up_lines(machine: Machine) -> bool:
     if not has_end:
         raise CutError
     name, has_end = machine.reader.line()
-    machine.look_up(_text(module), _text(name))
+    machine.look_up(module.decode(), name.decode())
     return has_end
 
 

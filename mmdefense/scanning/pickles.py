@@ -93,6 +93,7 @@ _HELD = {
 }
 """Functions that some harmless calls need; such calls are told apart, others are high."""
 _BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
+_HEX = re.compile(r"([0-9a-fA-F]{2}){12,}", re.ASCII)
 _PROPER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -123,10 +124,14 @@ def speaks(followed: Followed) -> bool:
     if followed.error and not (followed.calls and followed.steps > 2):
         return False
     return any(
-        _PROPER.fullmatch(f"{found.module}.{found.name}")
+        _is_proper(found)
         and (not followed.error or (use != "held" and _level(found, use) == "high"))
         for found, use in followed.uses.items()
     )
+
+
+def _is_proper(found: Name) -> bool:
+    return bool(_PROPER.fullmatch(found.full))
 
 
 def _is_begun(followed: Followed) -> bool:
@@ -183,7 +188,8 @@ def scan_pickles(
 
 def _broken_level(followed: Followed, loose: bool) -> Level:
     """Return how a break speaks: numbers under a name that they bear as often are no pickle."""
-    is_none = not followed.uses and not followed.hidden and followed.first != _PROTO
+    is_named = any(_is_proper(found) for found in followed.uses)
+    is_none = not is_named and not followed.hidden and followed.first != _PROTO
     return "medium" if loose and is_none and followed.steps < _BY_CHANCE else "high"
 
 
@@ -218,6 +224,8 @@ def _readings(constant: str | bytes) -> Iterator[bytes]:
     data = constant.encode("latin-1", "ignore") if isinstance(constant, str) else bytes(constant)
     yield data
     text = data[:_MAX_BASE64].decode("latin-1")
+    if _HEX.fullmatch(text):
+        yield bytes.fromhex(text)
     if _BASE64.fullmatch(text):
         try:
             yield base64.b64decode(text, altchars=b"-_" if set("-_") & set(text) else None)

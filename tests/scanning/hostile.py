@@ -215,6 +215,10 @@ def encoded(sentinel: Path) -> dict:
     return {"blob": base64.b64encode(pickle.dumps(Calls(os.system, touch(sentinel)))).decode()}
 
 
+def in_hex(sentinel: Path) -> dict:
+    return {"blob": pickle.dumps(Calls(os.system, touch(sentinel))).hex()}
+
+
 def deep(sentinel: Path) -> bytes:
     data = pickle.dumps(Calls(os.system, touch(sentinel)))
     for _ in range(5):
@@ -270,6 +274,7 @@ FILES = [
     Hostile("second pickle", "a.pkl", raw(after_a_harmless_one), ("posix.system",)),
     Hostile("nested pickle", "a.bin", plain(nested), ("nested pickle", "posix.system")),
     Hostile("base64 pickle", "a.bin", plain(encoded), ("nested pickle", "posix.system")),
+    Hostile("hex pickle", "a.bin", plain(in_hex), ("nested pickle", "posix.system")),
     Hostile("torch zip", "a.pt",
             raw(lambda s: torch_zip(Calls(os.system, touch(s)))), ("data.pkl", "posix.system")),
     Hostile("legacy torch file", "a.pth", legacy, ("posix.system",)),
