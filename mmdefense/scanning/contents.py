@@ -118,7 +118,7 @@ _OF_TORCH_TAR = {"storages", "tensors", "pickle"}
 
 _OPAQUE: Mapping[bytes, tuple[str, bool]] = {
     b"GGUF": ("GGUF", False),
-    b"\x89HDF\r\n\x1a\n": ("HDF5 (Keras h5)", False),
+    b"\x89HDF\r\n\x1a\n": ("HDF5 (Keras h5)", True),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", True),
     b"Rar!\x1a\x07": ("a RAR archive", True),
     b"\x28\xb5\x2f\xfd": ("a zstd stream", True),
@@ -129,6 +129,8 @@ _OPAQUE_SUFFIXES = {
     *(".onnx", ".tflite", ".pb", ".mlmodel", ".engine", ".plan", ".msgpack", ".ot", ".keras"),
     *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn", ".pt2"),
 }
+_OF_CODE = {".keras", ".h5", ".hdf5", ".pb"}
+"""Of those, the ones of which a loader runs code that they hold."""
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!/")
 _ZIP, _COMPRESSED = b"PK\x03\x04", (b"\x1f\x8b", b"\xfd7zXZ\x00")
 _HEAD = 1 << 16
@@ -171,7 +173,7 @@ def scan_content(
     elif _is_tar(head):
         yield from _scan_tar(file, subject, depth)
     if not head.startswith(_ZIP):  # which would be a persistent id: no loader at hand has any then
-        is_other = bool(opener) or head.startswith((MAGIC, *_OPAQUE)) or _is_tar(head)
+        is_other = bool(opener) or head.startswith(MAGIC) or _is_tar(head)
         yield from _scan_as_pickle(file, subject, name or subject, is_other, depth)
     if depth > 0:  # of a file outside, its caller knows the folder
         yield from scan_text(file, subject, (name or subject).rpartition("/")[2])
@@ -206,13 +208,14 @@ def _scan_as_pickle(
 def _scan_opaque(head: bytes, subject: str, suffix: str) -> Iterator[Finding]:
     if head.startswith(_PROGRAMS) or suffix == ".pyc":
         yield PROGRAM.found(subject, "compiled code" if suffix == ".pyc" else repr(head[:4]))
-    for magic, (kind, is_archive) in _OPAQUE.items():
+    for magic, (kind, can_hide) in _OPAQUE.items():
         if head.startswith(magic):
             level: Level = "high" if _declared(suffix) and suffix != _NUMBERS else "medium"
-            yield UNSEEN.found(subject, kind, level=level if is_archive else "low")
+            yield UNSEEN.found(subject, kind, level=level if can_hide else "low")
             return
     if suffix in _OPAQUE_SUFFIXES:
-        yield UNSEEN.found(subject, f"a {suffix} file")
+        hides = suffix in _OF_CODE
+        yield UNSEEN.found(subject, f"a {suffix} file", level="medium" if hides else "low")
 
 
 def _disguise(subject: str, suffix: str, kind: str) -> Iterator[Finding]:

@@ -177,7 +177,7 @@ def test_what_is_not_looked_into_is_said(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50))
     (tmp_path / "a.bin").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(50))
     found = {f.subject: f.level for f in scan_files(tmp_path) if f.id == "file-not-looked-into"}
-    assert found == {"a.gguf": "low", "a.onnx": "low", "a.h5": "low", "a.bin": "medium"}
+    assert found == {"a.gguf": "low", "a.onnx": "low", "a.h5": "medium", "a.bin": "medium"}
 
 
 def test_a_pipe_is_not_opened(tmp_path):
