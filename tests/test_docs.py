@@ -71,6 +71,10 @@ NOT_RUN = {
     "mmdefense store verify out/bench": "follows many minutes",
     "mmdefense store gc out/bench": "follows many minutes",
     'MMDEFENSE_SLOW=1 make test ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
+    "python recipes/scan_corpora.py picklescan=FOLDER@COMMIT modelscan=FOLDER@COMMIT "
+    "--harmless 'benign*' --harmless 'safe_*' --harmless 'int_array*' --harmless 'object_array*' "
+    "--beside 'picklescan=picklescan -p {}' --beside 'modelscan=modelscan -p {}' "
+    "--beside 'fickling=fickling --check-safety {}' -o out/corpora": "repositories of others",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
     "--case digits-badnets": "many minutes",
