@@ -24,6 +24,7 @@ its class declares, and nothing else that came with the model but the weights.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -519,8 +520,9 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
     for name, value in content.items():
         if is_empty(value) or name == "special_tokens_map_file":
             continue
-        if _FILE.fullmatch(name) and leads_outside(str(value)):
-            yield _loader(name, value, "which leads to a file elsewhere")
+        if _FILE.fullmatch(name):
+            if _is_elsewhere(str(value)):
+                yield _loader(name, value, "which leads to a file elsewhere")
         elif name in {"tokenizer_class", "processor_class"} and not _READER[0](value):
             yield _wrong(name, value, _READER[1])
         elif name == "model_max_length" and not isinstance(value, int | float):
@@ -531,6 +533,11 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
             yield _loader(name, value, "which leads to a file")
         elif re.fullmatch(r"(bos|eos|unk|sep|pad|cls|mask)_token", name) and not _is_token(value):
             yield _wrong(name, value, "a token")
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Say whether a name leads out of the folder; a path of the machine that wrote it may not."""
+    return "://" in name or (leads_outside(name) and os.path.exists(name)) or ".." in name
 
 
 def _is_token(value: Any) -> bool:

@@ -168,7 +168,7 @@ def _kind(content: Mapping[str, Any], otherwise: Any) -> Any:
 def _declared_part(content: Mapping[str, Any], kind: Any, where: str) -> dict[str, Any]:
     known, parts = _declared(kind), getattr(kind, "sub_configs", None) or {}
     kept: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in _with_backbone(content).items():
         if isinstance(value, Mapping) and (name in parts or "model_type" in value):
             inner = _kind(value, parts.get(name))
             kept[name] = _declared_part(value, inner, f"{where}{name}.")
@@ -179,6 +179,22 @@ def _declared_part(content: Mapping[str, Any], kind: Any, where: str) -> dict[st
         elif _is_handed(name, value, known, kind, where):
             kept[name] = value
     return kept
+
+
+def _with_backbone(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config in which a backbone of timm has a config of its own.
+
+    Where one is named with arguments, the library asks the hub for a repository of that name.
+    """
+    name, given = content.get("backbone"), content.get("backbone_kwargs")
+    rest = {key: value for key, value in content.items() if key != "backbone_kwargs"}
+    if not isinstance(name, str) or not isinstance(given, Mapping) or is_empty(given):
+        return content if isinstance(given, Mapping) else rest
+    if not is_empty(content.get("backbone_config")) or content.get("use_timm_backbone") is False:
+        return content
+    taken = {key: given[key] for key in ("out_indices", "output_stride") if key in given}
+    own = {"model_type": "timm_backbone", "num_channels": given.get("in_chans", 3), **taken}
+    return {**rest, "backbone": None, "backbone_config": {**own, "backbone": name}}
 
 
 def _arguments(name: str, value: Any) -> Any:

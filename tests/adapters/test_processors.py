@@ -67,6 +67,8 @@ def test_image_processors_are_followed(name):
 def test_video_processors_are_followed(name):
     import transformers
 
+    if not hasattr(transformers, f"{name}VideoProcessor"):
+        pytest.skip(f"transformers {transformers.__version__} has no video processor of {name}")
     processor = getattr(transformers, f"{name}VideoProcessor")()
     found = preprocessing_of(processor, nn.Identity(), is_video=True)
     frames = image().repeat(3, 1, 1, 1)

@@ -294,3 +294,25 @@ def test_fields_that_a_class_does_not_declare_are_not_handed_on(sound, at_home, 
     assert not hasattr(model.config, "loader_of_a_later_version")
     assert getattr(model.config, "extra_files", ()) in ((), [])
     assert model.config.seen == 3
+
+
+@pytest.mark.parametrize("given", [None, {"in_chans": 3, "out_indices": [1, 2, 3, 4]}])
+def test_a_detector_that_names_its_backbone_as_earlier_versions_did(given, at_home, tmp_path):
+    from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
+
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    config = DetrConfig(
+        backbone_config=TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2, 3, 4]),
+        use_timm_backbone=False,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_labels=3,
+        **sizes,
+    )
+    DetrForObjectDetection(config).save_pretrained(tmp_path / "detr")
+    path = tmp_path / "detr" / "config.json"
+    held = json.loads(path.read_text())
+    del held["backbone_config"]
+    held |= {"backbone": "resnet10t", "use_timm_backbone": True, "use_pretrained_backbone": True}
+    path.write_text(json.dumps({**held, "backbone_kwargs": given}))
+    assert isinstance(load_model(tmp_path / "detr"), DetrForObjectDetection)
