@@ -17,7 +17,7 @@ PROCESSES ?= 2
 FLOOR := $(VENV)/floor
 MATRIX := tests/hostile tests/checkpoints tests/scanning/test_files.py \
   $(addprefix tests/adapters/test_,detection.py images.py language.py processors.py) \
-  --deselect "tests/adapters/test_detection.py::test_the_loss_can_be_differentiated_twice[rt-detr]"
+  --deselect tests/adapters/test_detection.py::test_the_loss_can_be_differentiated_twice'[rt-detr]'
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
