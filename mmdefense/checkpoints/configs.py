@@ -401,7 +401,7 @@ def _flat(value: Any) -> Iterator[Any]:
 def _stored_tensors(folder: Path | None) -> int:
     """Return about how many tensors the safetensors of a folder hold, without trusting them."""
     size = 0
-    for path in folder.glob("*.safetensors") if folder else ():
+    for path in filter(Path.is_file, folder.glob("*.safetensors") if folder else ()):
         with path.open("rb") as file:
             claimed = int.from_bytes(file.read(8), "little")
         size += min(claimed, path.stat().st_size) // 64  # an entry of the header takes more
