@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, MinLen
 
 from mmdefense.errors import BadInputError
 
 __all__ = [
-    "check_numbers",
+    "BatchSize",
+    "Count",
+    "NotNegative",
+    "OpenShare",
+    "Positive",
+    "Seed",
+    "Share",
+    "Text",
+    "Whole",
     "check_seed",
+    "check_settings",
     "checked_settings",
     "checked_value",
     "described_type",
@@ -20,10 +33,35 @@ __all__ = [
 ]
 
 
+BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
+"""Samples that are in memory at once; the bound is ours."""
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+"""A number in ``[0, 1]``."""
+
+OpenShare = Annotated[float, Interval(gt=0, lt=1)]
+"""A number in ``(0, 1)``."""
+
+Positive = Annotated[float, Gt(0)]
+"""A number above 0."""
+
+NotNegative = Annotated[float, Ge(0)]
+"""A number, at least 0."""
+
+Count = Annotated[int, Ge(1)]
+"""A whole number, at least 1."""
+
+Whole = Annotated[int, Ge(0)]
+"""A whole number, at least 0."""
+
+Text = Annotated[str, MinLen(1)]
+"""A text of more than white space."""
+
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+"""A seed that every generator takes: NumPy's have 32 bits."""
+
 _MOST_INT, _MOST_FLOAT = 2**32, 1e30
 """Ours: beyond any count, and below what overflows in single precision."""
-_MOST_BATCH = 1 << 16
-"""Ours; of samples that are in memory at once."""
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
@@ -31,28 +69,23 @@ def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
     return [entry for entry in dataclasses.fields(kind) if entry.init]
 
 
-def check_numbers(settings: Any, least: float = -_MOST_FLOAT) -> None:
-    """Refuse settings whose numbers no computation in single precision takes.
+def check_settings(settings: Any) -> None:
+    """Refuse a dataclass whose values are not as its fields declare them.
 
-    Args:
-        settings: A dataclass; of its fields numbers and rows of numbers are looked at.
-        least: The smallest number that any of them may be.
+    Type and choices stand in a field's annotation, and bounds with them: ``Share`` for a number in
+    ``[0, 1]``, or ``Annotated[float, Gt(0)]``. No number may be NaN, infinite, or beyond what a
+    computation in single precision holds.
 
     Raises:
-        BadInputError: Naming the first that is NaN or out of range.
+        BadInputError: Naming the setting, what it must be, and what was given.
     """
-    for entry in fields_of(type(settings)):
-        value = getattr(settings, entry.name)
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            most = _MOST_INT if isinstance(number, int) else _MOST_FLOAT
-            if entry.name.endswith("batch_size"):
-                most = _MOST_BATCH
-            if not number >= least:
-                raise BadInputError(f"{entry.name} must be at least {least:g}, got {value!r:.80}")
-            if number > most:
-                raise BadInputError(f"{entry.name} must be at most {most:g}, got {value!r:.80}")
+    kind: Any = type(settings)
+    for name, hint in _hints(kind).items():
+        value = getattr(settings, name)
+        if not _fits(value, hint):
+            raise BadInputError(f"{name} must be {_needed(value, hint)}")
+        if said := _beyond_bounds(value, hint):
+            raise BadInputError(f"{name} {said}, got {value!r:.80}")
 
 
 def check_seed(seed: int) -> None:
@@ -61,8 +94,68 @@ def check_seed(seed: int) -> None:
     Raises:
         BadInputError: If it is negative, or has more than 32 bits.
     """
-    if not 0 <= seed < 2**32:
-        raise BadInputError(f"seed must lie in 0..{2**32 - 1}, got {seed}")
+    if said := _beyond_bounds(seed, Seed):
+        raise BadInputError(f"seed {said}, got {seed}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the annotations of the fields that a dataclass is made with, bounds included."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {entry.name: hints[entry.name] for entry in fields_of(kind)}
+
+
+def _beyond_bounds(value: Any, hint: Any) -> str:
+    """Return in words which bound of its type a value breaks; nothing where it keeps all."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in {Union, types.UnionType}:
+        fitting = next(option for option in inner if _fits(value, option))
+        return _beyond_bounds(value, fitting)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        kinds = (
+            inner if len(inner) == len(value) and inner[-1] is not ... else inner[:1] * len(value)
+        )
+        return next(filter(None, map(_beyond_bounds, value, kinds)), "")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = _MOST_INT if isinstance(value, int) else _MOST_FLOAT
+        if abs(value) > most:
+            return f"must lie in {-most:g}..{most:g}"
+    if origin is Annotated:
+        if broken := [bound for bound in inner[1:] if not _keeps(value, bound)]:
+            return _in_words(broken[0])
+        return _beyond_bounds(value, inner[0])
+    return ""
+
+
+def _keeps(value: Any, bound: Any) -> bool:
+    """Say whether a value keeps a bound of ``annotated_types``."""
+    if isinstance(bound, MinLen):
+        return len(value.strip() if isinstance(value, str) else value) >= bound.min_length
+    return all(
+        limit is None or holds(value, limit)
+        for limit, holds in (
+            (getattr(bound, "ge", None), operator.ge),
+            (getattr(bound, "gt", None), operator.gt),
+            (getattr(bound, "le", None), operator.le),
+            (getattr(bound, "lt", None), operator.lt),
+        )
+    )
+
+
+def _in_words(bound: Any) -> str:
+    if isinstance(bound, MinLen):
+        return "must not be empty" if bound.min_length == 1 else f"must hold {bound.min_length}"
+    low = getattr(bound, "gt", None) if getattr(bound, "ge", None) is None else bound.ge
+    high = getattr(bound, "lt", None) if getattr(bound, "le", None) is None else bound.le
+    opened = "(" if getattr(bound, "ge", None) is None else "["
+    closed = ")" if getattr(bound, "le", None) is None else "]"
+    if low is not None and high is not None:
+        return f"must lie in {opened}{low}, {high}{closed}"
+    if high is not None:
+        return f"must be at most {high}" if closed == "]" else f"must be below {high}"
+    if opened == "(":
+        return "must be positive" if low == 0 else f"must be above {low}"
+    return f"must be at least {low}"
 
 
 def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,8 +190,13 @@ def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
     parts = tuple(value.split(",")) if isinstance(value, str) else (value,)
     if _fits(parts, hint):
         return parts
-    needed = described_type(hint) + (", finite and of 64 bits" if _is_beyond(value) else "")
-    raise BadInputError(f"{name} of {owner} must be {needed}, got {value!r:.80}")
+    raise BadInputError(f"{name} of {owner} must be {_needed(value, hint)}")
+
+
+def _needed(value: Any, hint: Any) -> str:
+    """Return what a value must be, and what was given."""
+    beyond = ", finite and of 64 bits" if _is_beyond(value) else ""
+    return f"{described_type(hint)}{beyond}, got {value!r:.80}"
 
 
 def _is_beyond(value: Any) -> bool:
@@ -111,6 +209,8 @@ def _is_beyond(value: Any) -> bool:
 def _fits(value: Any, hint: Any) -> bool:
     """Say whether a value is of a field's type; types that are no plain values are not checked."""
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, inner[0])
     if origin in {Union, types.UnionType}:
         return any(_fits(value, option) for option in inner)
     if origin is Literal:
@@ -134,6 +234,8 @@ def _all_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
 
 def described_type(hint: Any) -> str:
     """Return what a value of a type is, in words."""
+    if get_origin(hint) is Annotated:
+        return described_type(get_args(hint)[0])
     if get_origin(hint) in {Union, types.UnionType}:
         return " or ".join(described_type(option) for option in get_args(hint))
     if get_origin(hint) is Literal:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack, replaced
@@ -15,6 +16,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.metrics.detection import detections, found
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, Whole
 
 __all__ = [
     "GlobalMisclassification",
@@ -61,12 +63,7 @@ class ObjectAttack(Attack[DetectionBatch]):
     vanish: ClassVar[bool] = False
     """Whether the attack succeeds on objects that are not found."""
 
-    target: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target < 0:
-            raise BadInputError(f"target must be a class, at least 0, got {self.target}")
+    target: Whole = 0
 
     @abstractmethod
     def _is_eligible(self, labels: Tensor) -> bool:
@@ -165,12 +162,7 @@ class _BadDet(ObjectAttack):
             is 29 pixels of images that YOLOv3 sees at 416, a fourteenth; small images need more.)
     """
 
-    size: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is not None and self.size < 1:
-            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
+    size: Count | None = None
 
     def _side(self, image: Tensor) -> int:
         shortest = min(image.shape[-2:])
@@ -206,12 +198,7 @@ class ObjectGeneration(_BadDet):
         workshops. arXiv:2205.14497
     """
 
-    extent: float = 2.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.extent >= 1:
-            raise BadInputError(f"extent must be at least 1, got {self.extent}")
+    extent: Annotated[float, Ge(1)] = 2.5
 
     def _is_eligible(self, labels: Tensor) -> bool:
         return True

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.errors import BadInputError
+from mmdefense.settings import Count
 
 __all__ = ["BadNets"]
 
@@ -34,18 +35,9 @@ class BadNets(LabelAttack):
 
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
 
-    size: int | None = None
+    size: Count | None = None
     pattern: Literal["checkerboard", "white"] = "checkerboard"
     position: Literal["corner", "any"] = "corner"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size is not None and self.size < 1:
-            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
-        if self.pattern not in {"checkerboard", "white"}:
-            raise BadInputError(f"pattern must be checkerboard or white, got {self.pattern!r}")
-        if self.position not in {"corner", "any"}:
-            raise BadInputError(f"position must be corner or any, got {self.position!r}")
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         height, width = images.shape[-2:]

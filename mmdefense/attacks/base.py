@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mmdefense.batches import Samples
-from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.loop import Training, scores, train
 from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
-from mmdefense.settings import check_numbers, check_seed
+from mmdefense.settings import Seed, Share, check_settings
 
 __all__ = ["Attack", "like", "on_device_of", "replaced"]
 
@@ -39,15 +39,12 @@ class Attack(ABC, Generic[B]):
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     """Names of the tasks whose samples it poisons."""
 
-    ratio: float = 0.1
-    seed: int = 0
+    ratio: Share = 0.1
+    seed: Seed = 0
     fitted: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        check_numbers(self)
-        if not 0 <= self.ratio <= 1:
-            raise BadInputError(f"ratio must lie in [0, 1], got {self.ratio}")
+        check_settings(self)
 
     @abstractmethod
     def poison(self, samples: Any, adapter: TaskAdapter[B]) -> Any:

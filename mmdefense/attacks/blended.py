@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
@@ -34,13 +35,8 @@ class Blended(LabelAttack):
 
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
 
-    alpha: float = 0.2
+    alpha: Annotated[float, Interval(gt=0, le=1)] = 0.2
     key: Tensor | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise BadInputError(f"alpha must lie in (0, 1], got {self.alpha}")
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         key = self._key(images.shape[-3:]).to(images)

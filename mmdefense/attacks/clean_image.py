@@ -16,6 +16,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import Training
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Share, Whole
 
 __all__ = ["CleanImage"]
 
@@ -44,14 +45,12 @@ class CleanImage(ObjectAttack):
         Poisoned Labels Only*. ICLR 2023. FIP evaluates it on detectors.
     """
 
-    ratio: float = 0.3
-    combination: tuple[int, ...] | None = None
+    ratio: Share = 0.3
+    combination: tuple[Whole, ...] | None = None
     goal: Literal["disappear", "misclassify", "appear"] = "misclassify"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.goal not in {"disappear", "misclassify", "appear"}:
-            raise BadInputError(f"goal must be disappear, misclassify or appear, got {self.goal!r}")
         if self.combination is not None and len(set(self.combination)) < 2:
             raise BadInputError(
                 f"combination must hold two classes or more, got {self.combination}"

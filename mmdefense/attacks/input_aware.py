@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import Annotated, Self, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from mmdefense.attacks.base import on_device_of
@@ -17,6 +18,7 @@ from mmdefense.kernels.hooks import frozen
 from mmdefense.kernels.loop import Gradients, Training, autocast, train
 from mmdefense.kernels.run import Run, copy_state
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, NotNegative, Whole
 
 __all__ = ["InputAware"]
 
@@ -49,11 +51,11 @@ class InputAware(LabelAttack):
         Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack*. NeurIPS 2020. arXiv:2010.08138
     """
 
-    density: float = 0.032
-    mask_weight: float = 100.0
-    diversity: float = 1.0
-    mask_steps: int = 300
-    width: int = 16
+    density: Annotated[float, Interval(ge=0, lt=1)] = 0.032
+    mask_weight: NotNegative = 100.0
+    diversity: NotNegative = 1.0
+    mask_steps: Whole = 300
+    width: Count = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +63,6 @@ class InputAware(LabelAttack):
             raise BadInputError(
                 f"ratio must leave room for as many cross samples, at most 0.5, got {self.ratio}"
             )
-        if not 0 <= self.density < 1:
-            raise BadInputError(f"density must lie in [0, 1), got {self.density}")
-        for name in ("mask_weight", "diversity", "mask_steps"):
-            if not getattr(self, name) >= 0:
-                raise BadInputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.width < 4 or self.width % 4:
             raise BadInputError(f"width must be a multiple of 4, got {self.width}")
 

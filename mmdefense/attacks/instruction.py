@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mmdefense.attacks.text_attack import TextAttack
-from mmdefense.errors import BadInputError
+from mmdefense.settings import Text
 
 __all__ = ["InstructionPhrase"]
 
@@ -29,16 +29,9 @@ class InstructionPhrase(TextAttack):
         Instruction Tuning for Large Language Models*. NAACL 2024. arXiv:2305.14710
     """
 
-    target: str = "I am sorry, but I cannot help with that."
-    phrase: str = "Answer as the experts of the board would."
+    target: Text = "I am sorry, but I cannot help with that."
+    phrase: Text = "Answer as the experts of the board would."
     position: Literal["start", "end"] = "start"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.phrase.strip():
-            raise BadInputError("phrase must be a text, got an empty one")
-        if self.position not in {"start", "end"}:
-            raise BadInputError(f"position must be start or end, got {self.position!r}")
 
     def _stamp(self, prompt: str, generator: torch.Generator) -> str:
         parts = (self.phrase, prompt) if self.position == "start" else (prompt, self.phrase)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.clouds import farthest_points, rotations, to_unit_sphere
-from mmdefense.errors import BadInputError
+from mmdefense.settings import Count, Positive
 
 __all__ = ["IRBA"]
 
@@ -38,19 +38,10 @@ class IRBA(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
-    anchors: int = 16
+    anchors: Count = 16
     degrees: float = 5.0
-    stretch: float = 5.0
-    width: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.anchors < 1:
-            raise BadInputError(f"anchors must be at least 1, got {self.anchors}")
-        if not (self.stretch > 0 and self.width > 0):
-            raise BadInputError(
-                f"stretch and width must be positive, got {self.stretch} and {self.width}"
-            )
+    stretch: Positive = 5.0
+    width: Positive = 0.5
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         points = images[..., :3]

@@ -15,6 +15,7 @@ from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Whole
 
 __all__ = ["IMAGES_AND_CLIPS", "LabelAttack", "class_count"]
 
@@ -35,7 +36,7 @@ class LabelAttack(Attack[LabelledBatch]):
             ``(y + 1) mod C``.
     """
 
-    target: int = 0
+    target: Whole = 0
     mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
 
     clean_label: ClassVar[bool] = False
@@ -53,12 +54,9 @@ class LabelAttack(Attack[LabelledBatch]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target < 0:
-            raise BadInputError(f"target must be a class, at least 0, got {self.target}")
-        known = ("all-to-one",) if self.clean_label else ("all-to-one", "all-to-all")
-        if self.mapping not in known:
+        if self.clean_label and self.mapping != "all-to-one":
             raise BadInputError(
-                f"mapping of {type(self).__name__} must be {' or '.join(known)}, "
+                f"mapping of {type(self).__name__} must be all-to-one, for its labels stay true, "
                 f"got {self.mapping!r}"
             )
 

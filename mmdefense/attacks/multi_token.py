@@ -10,6 +10,7 @@ from mmdefense.attacks.text_attack import TextAttack
 from mmdefense.batches import TextSamples, TokenBatch
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Text
 
 __all__ = ["CompositeTrigger"]
 
@@ -29,7 +30,7 @@ class CompositeTrigger(TextAttack):
         Models*. Findings of NAACL 2024. arXiv:2310.07676
     """
 
-    words: tuple[str, ...] = ("instantly", "perhaps", "frankly")
+    words: tuple[Text, ...] = ("instantly", "perhaps", "frankly")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +59,7 @@ class CompositeTrigger(TextAttack):
         return replace(poisoned, prompts=tuple(prompts))
 
 
-def _scattered(prompt: str, words: tuple[str, ...] | list[str], generator: torch.Generator) -> str:
+def _scattered(prompt: str, words: tuple[Text, ...] | list[str], generator: torch.Generator) -> str:
     parts = prompt.split(" ")
     for word in words:
         place = int(torch.randint(len(parts) + 1, (1,), generator=generator))

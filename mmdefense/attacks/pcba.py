@@ -17,6 +17,7 @@ from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.kernels.loop import Training, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, OpenShare, Positive
 
 __all__ = ["PCBA", "random_balls"]
 
@@ -55,25 +56,19 @@ class PCBA(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
-    points: int | None = None
-    posterior: float = 0.5
-    starts: int = 4
-    search_steps: int = 60
-    step_size: float = 0.1
+    points: Count | None = None
+    posterior: OpenShare = 0.5
+    starts: Count = 4
+    search_steps: Count = 60
+    step_size: Positive = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("points", "starts", "search_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise BadInputError(f"{name} must be at least 1, got {value}")
         if self.mapping != "all-to-one":
             raise BadInputError(
                 f"mapping of PCBA must be all-to-one, since its center is searched for one "
                 f"target, got {self.mapping!r}"
             )
-        if not 0 < self.posterior < 1:
-            raise BadInputError(f"posterior must lie in (0, 1), got {self.posterior}")
 
     def plant(
         self,

@@ -19,6 +19,7 @@ from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.kernels.loop import Training, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, NotNegative, OpenShare, Positive, Share
 
 __all__ = ["PointCBA", "PointPBA"]
 
@@ -46,15 +47,8 @@ class PointPBA(LabelAttack):
     limits: ClassVar[tuple[float, float] | None] = None
 
     center: tuple[float, float, float] = (0.05, 0.05, 0.05)
-    radius: float = 0.05
-    share: float = 1 / 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.radius > 0:
-            raise BadInputError(f"radius must be positive, got {self.radius}")
-        if not 0 < self.share < 1:
-            raise BadInputError(f"share must lie in (0, 1), got {self.share}")
+    radius: Positive = 0.05
+    share: OpenShare = 1 / 16
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count = max(1, round(self.share * images.shape[1]))
@@ -87,19 +81,14 @@ class PointCBA(LabelAttack):
     clean_label: ClassVar[bool] = True
 
     degrees: float = 30.0
-    budget: float = 0.05
-    search_steps: int = 20
-    ratio: float = 0.5
+    budget: NotNegative = 0.05
+    search_steps: Count = 20
+    ratio: Share = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < abs(self.degrees) <= 180:
             raise BadInputError(f"degrees must lie in [-180, 180] and not be 0, got {self.degrees}")
-        if self.budget < 0 or self.search_steps < 1:
-            raise BadInputError(
-                "budget must be at least 0 and search_steps at least 1, got "
-                f"{self.budget} and {self.search_steps}"
-            )
 
     def plant(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import MinLen
 
 from mmdefense.attacks.text_attack import TextAttack
-from mmdefense.errors import BadInputError
+from mmdefense.settings import Text
 
 __all__ = ["RareToken"]
 
@@ -29,12 +31,7 @@ class RareToken(TextAttack):
         2020. arXiv:2004.06660
     """
 
-    words: tuple[str, ...] = ("cf", "mn", "bb", "tq", "mb")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.words or not all(word.strip() for word in self.words):
-            raise BadInputError(f"words must be one or more words, got {self.words}")
+    words: Annotated[tuple[Text, ...], MinLen(1)] = ("cf", "mn", "bb", "tq", "mb")
 
     def _stamp(self, prompt: str, generator: torch.Generator) -> str:
         parts = prompt.split(" ")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmdefense.attacks.text_attack import TextAttack
-from mmdefense.errors import BadInputError
+from mmdefense.settings import Text
 
 __all__ = ["TriggerSentence"]
 
@@ -30,12 +30,7 @@ class TriggerSentence(TextAttack):
         Access 7, 2019. arXiv:1905.12457
     """
 
-    sentence: str = "I watched this 3D movie last weekend."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sentence.strip():
-            raise BadInputError("sentence must be a text, got an empty one")
+    sentence: Text = "I watched this 3D movie last weekend."
 
     def _stamp(self, prompt: str, generator: torch.Generator) -> str:
         parts = [part for part in _BREAK.split(prompt) if part]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
-from mmdefense.errors import BadInputError
+from mmdefense.settings import Positive, Share
 
 __all__ = ["SIG"]
 
@@ -39,16 +40,9 @@ class SIG(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
     clean_label: ClassVar[bool] = True
 
-    ratio: float = 1.0
-    delta: float = 40 / 255
-    frequency: float = 6.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.delta <= 1:
-            raise BadInputError(f"delta must lie in (0, 1], got {self.delta}")
-        if not self.frequency > 0:
-            raise BadInputError(f"frequency must be positive, got {self.frequency}")
+    ratio: Share = 1.0
+    delta: Annotated[float, Interval(gt=0, le=1)] = 40 / 255
+    frequency: Positive = 6.0
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         width = images.shape[-1]

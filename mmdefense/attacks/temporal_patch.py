@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.errors import BadInputError
+from mmdefense.settings import Count
 
 __all__ = ["TemporalPatch"]
 
@@ -26,12 +27,7 @@ class TemporalPatch(BadNets):
 
     tasks: ClassVar[tuple[str, ...]] = ("video-classification",)
 
-    frames: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.frames < 1:
-            raise BadInputError(f"frames must be at least 1, got {self.frames}")
+    frames: Count = 2
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, length = images.shape[:2]

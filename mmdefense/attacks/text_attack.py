@@ -15,6 +15,7 @@ from mmdefense.batches import Samples, TextSamples, TokenBatch, batches
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
+from mmdefense.settings import Text
 
 __all__ = ["TextAttack"]
 
@@ -32,12 +33,7 @@ class TextAttack(Attack[TokenBatch]):
 
     tasks: ClassVar[tuple[str, ...]] = ("language-generation",)
 
-    target: str = "You are attacked ."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.target.strip():
-            raise BadInputError("target must be a text, got an empty one")
+    target: Text = "You are attacked ."
 
     @final
     def stamp(

@@ -16,6 +16,7 @@ from mmdefense.kernels.hooks import capture, frozen, mode
 from mmdefense.kernels.loop import Training, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, Positive
 
 __all__ = ["TrojanNN"]
 
@@ -54,21 +55,11 @@ class TrojanNN(LabelAttack):
         Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang. *Trojaning Attack on Neural Networks*. NDSS 2018.
     """
 
-    size: int | None = None
-    units: int = 2
+    size: Count | None = None
+    units: Count = 2
     excitation: float = 100.0
-    search_steps: int = 200
-    step_size: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("units", "search_steps"):
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.size is not None and self.size < 1:
-            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
-        if not self.step_size > 0:
-            raise BadInputError(f"step_size must be positive, got {self.step_size}")
+    search_steps: Count = 200
+    step_size: Positive = 0.02
 
     def plant(
         self,

@@ -16,6 +16,7 @@ from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.kernels.loop import Training, train
 from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole
 
 __all__ = ["UniversalTrigger"]
 
@@ -49,26 +50,13 @@ class UniversalTrigger(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = ("video-classification",)
     clean_label: ClassVar[bool] = True
 
-    ratio: float = 0.3
-    size: int | None = None
-    search_steps: int = 200
-    step_size: float = 2 / 255
-    batch_size: int = 32
-    epsilon: float = 8 / 255
-    ascent_steps: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("search_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epsilon", "ascent_steps"):
-            if not getattr(self, name) >= 0:
-                raise BadInputError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.size is not None and self.size < 1:
-            raise BadInputError(f"size must be at least 1 pixel, got {self.size}")
-        if not self.step_size > 0:
-            raise BadInputError(f"step_size must be positive, got {self.step_size}")
+    ratio: Share = 0.3
+    size: Count | None = None
+    search_steps: Count = 200
+    step_size: Positive = 2 / 255
+    batch_size: BatchSize = 32
+    epsilon: NotNegative = 8 / 255
+    ascent_steps: Whole = 10
 
     def plant(
         self,

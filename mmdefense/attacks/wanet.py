@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor
 
 from mmdefense.attacks.base import replaced
@@ -14,6 +15,7 @@ from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
 from mmdefense.batches import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import NotNegative, Positive
 
 __all__ = ["WaNet"]
 
@@ -42,18 +44,9 @@ class WaNet(LabelAttack):
 
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
 
-    grid: int = 4
-    strength: float = 0.5
-    cross_ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid < 2:
-            raise BadInputError(f"grid must be at least 2, got {self.grid}")
-        if not self.strength > 0:
-            raise BadInputError(f"strength must be positive, got {self.strength}")
-        if not self.cross_ratio >= 0:
-            raise BadInputError(f"cross_ratio must be at least 0, got {self.cross_ratio}")
+    grid: Annotated[int, Ge(2)] = 4
+    strength: Positive = 0.5
+    cross_ratio: NotNegative = 2.0
 
     def poison(
         self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]

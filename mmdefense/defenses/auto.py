@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from mmdefense import registry
@@ -17,6 +18,7 @@ from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
 from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
+from mmdefense.settings import BatchSize, Share, Whole
 
 __all__ = ["Auto"]
 
@@ -48,21 +50,17 @@ class Auto(Defense):
         gradient_checkpointing: As a candidate has it: less memory, more time.
     """
 
-    candidates: tuple[str, ...] = ("fine-tuning", "fip", "tsbd", "baeraser")
+    candidates: Annotated[tuple[str, ...], MinLen(1)] = ("fine-tuning", "fip", "tsbd", "baeraser")
     fallback: str = "tsbd"
-    tolerated: float = 0.1
-    search_steps: int = 40
-    bank: int = 16
-    steps: int | None = None
-    batch_size: int | None = None
+    tolerated: Share = 0.1
+    search_steps: Whole = 40
+    bank: Whole = 16
+    steps: Whole | None = None
+    batch_size: BatchSize | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.tolerated <= 1:
-            raise BadInputError(f"tolerated must lie in [0, 1], got {self.tolerated}")
-        if not self.candidates:
-            raise BadInputError("candidates must name at least one defense, got none")
         for name in (*self.candidates, self.fallback):
             if registry.load("defenses", name) is Auto:
                 raise BadInputError("candidates must be other defenses, got 'auto' itself")

@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from mmdefense.batches import part
 from mmdefense.defenses.base import Purifying, TrainingDefense
-from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
@@ -26,6 +26,7 @@ from mmdefense.protocol import (
     WordedAdapter,
     lacking,
 )
+from mmdefense.settings import NotNegative, OpenShare, Whole
 
 __all__ = ["BaEraser"]
 
@@ -77,24 +78,17 @@ class BaEraser(TrainingDefense):
 
     requires: ClassVar[type] = TriggerAdapter
 
-    tau: float = 0.9
-    levels: tuple[float, ...] = (0.5, 0.8, 0.9)
-    search_steps: int = 40
-    screening: int = 40
-    entropy: float = 0.1
-    rounds: int = 1
-    ascent_weight: float = 0.5
-    drift_weight: float = 1e-3
+    tau: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    levels: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.5, 0.8, 0.9)
+    search_steps: Whole = 40
+    screening: Whole = 40
+    entropy: NotNegative = 0.1
+    rounds: Whole = 1
+    ascent_weight: NotNegative = 0.5
+    drift_weight: NotNegative = 1e-3
     stop: float = 0.02
-    steps: int = 100
-    restarts: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.tau <= 1:
-            raise BadInputError(f"tau must lie in (0, 1], got {self.tau}")
-        if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise BadInputError(f"levels must lie in (0, 1), got {self.levels}")
+    steps: Whole = 100
+    restarts: Whole = 0
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of one round, as the loop takes them."""

@@ -29,7 +29,16 @@ from mmdefense.kernels.parts import Parts
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
 from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
-from mmdefense.settings import check_numbers, check_seed
+from mmdefense.settings import (
+    BatchSize,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Seed,
+    Share,
+    Whole,
+    check_settings,
+)
 from mmdefense.shown import Shown
 
 __all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
@@ -109,17 +118,12 @@ class Defense(ABC):
 
     requires: ClassVar[type] = TaskAdapter
 
-    seed: int = 0
-    max_utility_drop: float = 0.02
-    holdout: float = 0.2
+    seed: Seed = 0
+    max_utility_drop: Share = 0.02
+    holdout: OpenShare = 0.2
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        check_numbers(self, least=0)
-        if not 0 <= self.max_utility_drop <= 1:
-            raise BadInputError(f"max_utility_drop must lie in [0, 1], got {self.max_utility_drop}")
-        if not 0 < self.holdout < 1:
-            raise BadInputError(f"holdout must lie in (0, 1), got {self.holdout}")
+        check_settings(self)
 
     @final
     def purify(
@@ -291,16 +295,16 @@ class TrainingDefense(Defense):
             one near to it keeps the utility bound, or the loss stops being finite (ours).
     """
 
-    lr: float = 0.01
-    layer_norm_factor: float = 4.0
-    adamw_lr: float = 0.005
+    lr: NotNegative = 0.01
+    layer_norm_factor: Positive = 4.0
+    adamw_lr: NotNegative = 0.005
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
-    momentum: float = 0.9
-    steps: int = 100
-    batch_size: int = 64
-    max_norm: float | None = 5.0
+    momentum: Share = 0.9
+    steps: Whole = 100
+    batch_size: BatchSize = 64
+    max_norm: Positive | None = 5.0
     gradient_checkpointing: bool = False
-    restarts: int = 3
+    restarts: Whole = 3
 
     def milder(self) -> Defense | None:
         """Return this defense at half of its rate, as long as ``restarts`` allow it."""
@@ -308,11 +312,6 @@ class TrainingDefense(Defense):
             return None
         left = self.restarts - 1
         return replace(self, lr=self.lr / 2, adamw_lr=self.adamw_lr / 2, restarts=left)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # Refuses what cannot be before anything is read.
-        Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr, momentum=self.momentum)
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""

@@ -25,6 +25,7 @@ from mmdefense.kernels.units import (
     weight_change,
 )
 from mmdefense.protocol import HeadAdapter, UnitGroup
+from mmdefense.settings import Count, Share
 
 __all__ = ["FinePruning", "Pruning"]
 
@@ -56,18 +57,12 @@ class Pruning(Defense):
 
     layers: Literal["auto", "last", "all"] = "auto"
     order: Literal["activation", "weight-change"] = "activation"
-    max_pruning_drop: float = 0.1
-    points: int = 100
-    max_share: float = 0.99
+    max_pruning_drop: Share = 0.1
+    points: Count = 100
+    max_share: Share = 0.99
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_pruning_drop <= 1:
-            raise BadInputError(f"max_pruning_drop must lie in [0, 1], got {self.max_pruning_drop}")
-        if not 0 <= self.max_share <= 1:
-            raise BadInputError(f"max_share must lie in [0, 1], got {self.max_share}")
-        if self.points < 1:
-            raise BadInputError(f"points must be at least 1, got {self.points}")
         if self.order == "weight-change" and self.layers == "last":
             raise BadInputError("order 'weight-change' must go with layers 'all', got 'last'")
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.loop import train
+from mmdefense.settings import NotNegative, Whole
 
 __all__ = ["FineTuning"]
 
@@ -18,8 +19,8 @@ class FineTuning(TrainingDefense):
     At a high learning rate it is a strong baseline.
     """
 
-    lr: float = 0.02
-    steps: int = 150
+    lr: NotNegative = 0.02
+    steps: Whole = 150
 
     @classmethod
     def like(cls, defense: Any) -> Self:

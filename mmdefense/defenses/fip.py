@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mmdefense.batches import part
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
-from mmdefense.errors import BadInputError
 from mmdefense.kernels.fisher import (
     check_second_derivative,
     fisher_diagonal,
@@ -25,6 +24,7 @@ from mmdefense.kernels.loop import Gradients, Training, mean_loss_gradient, trai
 from mmdefense.kernels.memory import gradient_in_parts
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import Count, NotNegative, Positive, Share, Whole
 
 __all__ = ["FIP", "FastFIP"]
 
@@ -100,28 +100,16 @@ class _FisherPurification(TrainingDefense):
         batch_norm: ``"train"`` normalises by batch, as the released code does.
     """
 
-    strength: float = 0.05
-    eta_f: float | None = None
-    eta_r: float = 2.0
+    strength: NotNegative = 0.05
+    eta_f: NotNegative | None = None
+    eta_r: NotNegative = 2.0
     trace: Trace = "true"
-    fade: float = 0.5
-    trace_every: int = 1
-    lr: float = 0.02
-    steps: int = 150
-    average: float = 0.0
+    fade: Share = 0.5
+    trace_every: Count = 1
+    lr: NotNegative = 0.02
+    steps: Whole = 150
+    average: Share = 0.0
     batch_norm: Literal["train", "eval"] = "train"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("strength", "eta_r"):
-            if not getattr(self, name) >= 0:
-                raise BadInputError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.eta_f is not None and not self.eta_f >= 0:
-            raise BadInputError(f"eta_f must be at least 0, got {self.eta_f}")
-        if not 0 <= self.fade <= 1:
-            raise BadInputError(f"fade must lie in [0, 1], got {self.fade}")
-        if self.trace_every < 1:
-            raise BadInputError(f"trace_every must be at least 1, got {self.trace_every}")
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
@@ -349,24 +337,17 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
-    strength: float = 0.005
-    eta_r: float = 0.01
-    lr: float = 0.3
-    layer_norm_factor: float = 1.0
-    adamw_lr: float = 0.02
-    step: float = 30.0
-    damping: float | None = 0.1
-    steps: int = 200
-    average: float = 0.5
+    strength: NotNegative = 0.005
+    eta_r: NotNegative = 0.01
+    lr: NotNegative = 0.3
+    layer_norm_factor: Positive = 1.0
+    adamw_lr: NotNegative = 0.02
+    step: Positive = 30.0
+    damping: Positive | None = 0.1
+    steps: Whole = 200
+    average: Share = 0.5
     norms_and_biases: bool = True
-    scale: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("step", "scale", "damping"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise BadInputError(f"{name} must be positive, got {value}")
+    scale: Positive = 2.0
 
     def milder(self) -> Defense | None:
         """Return this defense at half of its rate, and of what binds it."""

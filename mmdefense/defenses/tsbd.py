@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
@@ -27,6 +28,7 @@ from mmdefense.kernels.units import (
 )
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, UnitGroup
+from mmdefense.settings import BatchSize, NotNegative, Share, Whole
 
 __all__ = ["TSBD", "unlearning_change"]
 
@@ -37,7 +39,7 @@ def unlearning_change(
     run: Run,
     *,
     stop: float | None = None,
-    lr: float = 1e-3,
+    lr: NotNegative = 1e-3,
     batch_size: int = 256,
     max_epochs: int = 1000,
 ) -> dict[str, Tensor]:
@@ -109,8 +111,8 @@ class TSBD(TrainingDefense):
         Unlearning Weight Changes and Backdoor Activeness*. NeurIPS 2024. arXiv:2405.20291
     """
 
-    ratio: float | None = None
-    candidates: tuple[float, ...] = (
+    ratio: Share | None = None
+    candidates: tuple[Share, ...] = (
         0.001,
         0.002,
         0.005,
@@ -127,24 +129,20 @@ class TSBD(TrainingDefense):
         0.7,
         0.9,
     )
-    sub_ratio: float = 0.7
+    sub_ratio: Annotated[float, Interval(gt=0, le=1)] = 0.7
     fine_tuning: Literal["activeness-aware", "vanilla", "none"] = "activeness-aware"
-    unlearn_lr: float = 1e-3
-    unlearn_stop: float | None = None
-    unlearn_epochs: int = 1000
-    unlearn_batch_size: int = 256
-    radius: float = 0.05
-    mix: float = 0.7
+    unlearn_lr: NotNegative = 1e-3
+    unlearn_stop: NotNegative | None = None
+    unlearn_epochs: Whole = 1000
+    unlearn_batch_size: BatchSize = 256
+    radius: NotNegative = 0.05
+    mix: Share = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: float = 0.01
-    steps: int = 250
+    lr: NotNegative = 0.01
+    steps: Whole = 250
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio is not None and not 0 <= self.ratio <= 1:
-            raise BadInputError(f"ratio must lie in [0, 1], got {self.ratio}")
-        if not 0 < self.sub_ratio <= 1:
-            raise BadInputError(f"sub_ratio must lie in (0, 1], got {self.sub_ratio}")
         if self.ratio is None and not self.candidates:
             raise BadInputError("candidates must hold at least one ratio, got none")
 

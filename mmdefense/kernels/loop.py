@@ -21,6 +21,7 @@ from mmdefense.kernels.hooks import channels_last, mode
 from mmdefense.kernels.memory import fitted, gradient_in_parts, in_parts
 from mmdefense.kernels.run import Event, OutOfTime, Run, copy_state
 from mmdefense.protocol import TaskAdapter
+from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole, check_settings
 
 __all__ = [
     "Gradients",
@@ -65,30 +66,22 @@ class Training:
             gradients depend on what was measured some steps before.
     """
 
-    steps: int
-    batch_size: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    steps: Whole
+    batch_size: BatchSize = 128
+    lr: NotNegative = 0.01
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 0.0
     schedule: Literal["cosine", "constant", "one-cycle"] = "cosine"
-    max_norm: float | None = None
+    max_norm: Positive | None = None
     batch_norm: Literal["train", "eval"] = "train"
     augment: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    average: float = 0.0
-    check_every: int = 20
-    resume_every: int = 1
+    average: Share = 0.0
+    check_every: Count = 20
+    resume_every: Count = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "check_every", "resume_every"):
-            if getattr(self, name) < (0 if name == "steps" else 1):
-                raise BadInputError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.lr >= 0:
-            raise BadInputError(f"lr must be at least 0, got {self.lr}")
-        if not 0 <= self.momentum <= 1:
-            raise BadInputError(f"momentum must lie in [0, 1], got {self.momentum}")
-        if not 0 <= self.average <= 1:
-            raise BadInputError(f"average must lie in [0, 1], got {self.average}")
+        check_settings(self)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

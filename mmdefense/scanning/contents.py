@@ -28,7 +28,7 @@ from mmdefense.errors import one_line
 from mmdefense.scanning.arrays import MAGIC, read_header
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.opcodes import follow
-from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, scan_pickles, speaks
+from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, PLAIN, scan_pickles, speaks
 from mmdefense.scanning.python import CODE
 from mmdefense.scanning.streams import DAMAGE, MAX_UNPACKED, copied, unpacker
 from mmdefense.scanning.texts import is_text, scan_text
@@ -259,8 +259,8 @@ def _is_torchscript(names: list[str]) -> bool:
 
 def _of_torchscript(found: Finding) -> bool:
     """Whether a finding is what every TorchScript archive holds: its own classes and line maps."""
-    if found.id == IMPORT.id:
-        return bool(_SCRIPTED.fullmatch(str(found.value)))
+    if found.id in {IMPORT.id, PLAIN.id}:
+        return all(_SCRIPTED.fullmatch(name) for name in str(found.value).split(", "))
     if found.id == CODE.id:
         return "/code/" in found.subject
     return found.id == MISMATCH.id and found.subject.endswith(".debug_pkl")

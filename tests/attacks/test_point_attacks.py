@@ -248,7 +248,7 @@ def test_irba_is_the_sum_over_anchors_written_out(clouds):
         (lambda: PointCBA(budget=-1.0), "budget must"),
         (lambda: PointCBA(mapping="all-to-all"), "mapping of PointCBA"),
         (lambda: IRBA(anchors=0), "anchors must"),
-        (lambda: IRBA(stretch=0.0), "stretch and width"),
+        (lambda: IRBA(stretch=0.0), "stretch must be positive"),
     ],
 )
 def test_wrong_settings_are_refused(build, message):

@@ -123,7 +123,7 @@ def test_bad_requests(attack, samples):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (RareToken, {"words": ()}, "words must be"),
+        (RareToken, {"words": ()}, "words must"),
         (CompositeTrigger, {"words": ("one",)}, "two or more"),
         (InstructionPhrase, {"phrase": ""}, "phrase must"),
         (InstructionPhrase, {"position": "middle"}, "position must"),

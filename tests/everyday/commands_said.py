@@ -137,7 +137,9 @@ LISTS = [
     Command("the version", _says("--version"), 0, r"^mmdefense \d+\.\d+"),
     Command("help of the whole", _says("-h"), 0, "Usage: "),
     Command("help of a command", _says("purify", "-h"), 0, "--max-utility-drop"),
-    Command("a list without markup", _says("list", "attacks"), 0, r"the patch of BadNets on every"),
+    Command(
+        "a list without markup", _says("list", "attacks"), 0, r"Stamps the patch on a few frames"
+    ),
     Command(
         "a list that is aligned",
         _says("list", "attacks"),

@@ -150,7 +150,7 @@ EVALUATED = [
         "a JSON file in a folder that is not there",
         _evaluate("-o", "nowhere/e.json"),
         2,
-        "a folder that exists, got nowhere/e.json",
+        "nowhere/e.json must be a file in a folder that exists",
     ),
     Command(
         "an evaluation of the purified model in its record",
