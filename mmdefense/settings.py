@@ -57,7 +57,7 @@ Whole = Annotated[int, Ge(0)]
 Text = Annotated[str, MinLen(1)]
 """A text of more than white space."""
 
-Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 """A seed that every generator takes: NumPy's have 32 bits."""
 
 _MOST_INT, _MOST_FLOAT = 2**32, 1e30
@@ -119,7 +119,7 @@ def _beyond_bounds(value: Any, hint: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         most = _MOST_INT if isinstance(value, int) else _MOST_FLOAT
         if abs(value) > most:
-            return f"must lie in {-most:g}..{most:g}"
+            return f"must be at most {most:g}" if value > 0 else f"must be at least {-most:g}"
     if origin is Annotated:
         if broken := [bound for bound in inner[1:] if not _keeps(value, bound)]:
             return _in_words(broken[0])

@@ -18,8 +18,8 @@ FAR = str(2**64)
 
 PURIFY = [
     (("--seed", FAR), "seed of FineTuning must be a whole number, finite and of 64 bits"),
-    (("--seed", str(2**32)), "seed must lie in 0..4294967295"),
-    (("--seed", "-1"), "seed must lie in 0..4294967295, got -1"),
+    (("--seed", str(2**32)), "seed must lie in [0, 4294967295]"),
+    (("--seed", "-1"), "seed must lie in [0, 4294967295], got -1"),
     (("--seed", "1e3"), "--seed"),
     (("--seed", ""), "--seed"),
     (("--image-size", "100000"), "image_size must be at least 1 and at most 8192, got 100000"),
@@ -54,7 +54,7 @@ PURIFY = [
     (("--max-time", f"{'9' * 400}h"), "--max-time must be more than 0 and less than a year"),
     (("--max-utility-drop", "nan"), "max_utility_drop"),
     (("--max-utility-drop", "inf"), "max_utility_drop"),
-    (("--max-utility-drop", "-1"), "max_utility_drop must be at least 0, got -1"),
+    (("--max-utility-drop", "-1"), "max_utility_drop must lie in [0, 1], got -1.0"),
     (("--evidence", "much"), "much"),
     (("--classes", "nowhere.txt"), "does not exist"),
     (("--classes", "."), "is no file"),
@@ -70,8 +70,8 @@ PURIFY = [
     (("--set", "lr=1e300"), "lr must be at most 1e+30"),
     (("--set", "lr=-1"), "lr must be at least 0, got -1"),
     (("--set", "momentum=2"), "momentum must lie in [0, 1], got 2"),
-    (("--set", "momentum=-1"), "momentum must be at least 0, got -1"),
-    (("--set", "batch_size=0"), "batch_size must be positive, got 0"),
+    (("--set", "momentum=-1"), "momentum must lie in [0, 1], got -1"),
+    (("--set", "batch_size=0"), "batch_size must lie in [1, 65536], got 0"),
     (
         ("--set", f"steps={FAR}"),
         "a whole number, finite and of 64 bits",
