@@ -40,7 +40,7 @@ class Made:
         ({"some": (0.5, 1)}, r"some must lie in \(0, 1\), got \(0.5, 1\)"),
         ({"pair": (0, 1)}, r"pair must be positive, got \(0, 1\)"),
         ({"pair": (1, 2, 3)}, "pair must be a row"),
-        ({"pair": (1.0, 10**12)}, "pair must lie in"),
+        ({"pair": (1.0, 10**12)}, "pair must be at most"),
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"count": 2.5}, "count must be a whole number or None, got 2.5"),
         ({"kind": "c"}, "kind must be 'a' or 'b', got 'c'"),
