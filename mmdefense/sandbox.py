@@ -347,8 +347,9 @@ def _confine(send: Callable[[str, Any], None], network: Network) -> None:
     _die_with_parent()
     _limit(resource.RLIMIT_CORE, 0, none=True)
     _limit(resource.RLIMIT_FSIZE, MAX_FILE)
-    if "torch" in sys.modules and not _state["fresh"]:
-        sys.modules["torch"].set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        # Also makes PyTorch's thread pool anew, which two threads of a reader must not do at once.
+        torch.set_num_threads(torch.get_num_threads() if _state["fresh"] else 1)
     if network != "always":
         _stay_at_home(network)
 

@@ -116,14 +116,14 @@ def _beyond_bounds(value: Any, hint: Any) -> str:
             inner if len(inner) == len(value) and inner[-1] is not ... else inner[:1] * len(value)
         )
         return next(filter(None, map(_beyond_bounds, value, kinds)), "")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        most = _MOST_INT if isinstance(value, int) else _MOST_FLOAT
-        if abs(value) > most:
-            return f"must be at most {most:g}" if value > 0 else f"must be at least {-most:g}"
     if origin is Annotated:
         if broken := [bound for bound in inner[1:] if not _keeps(value, bound)]:
             return _in_words(broken[0])
         return _beyond_bounds(value, inner[0])
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = _MOST_INT if isinstance(value, int) else _MOST_FLOAT
+        if abs(value) > most:
+            return f"must be at most {most:g}" if value > 0 else f"must be at least {-most:g}"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 from crafted import CRAFTED
@@ -18,18 +19,20 @@ def names(rows):
 
 
 @pytest.mark.parametrize("row", CRAFTED, ids=names(CRAFTED))
-def test_a_crafted_file_is_high_and_not_run(tmp_path, row):
+def test_a_crafted_file_is_high_and_not_run(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / row.file).write_bytes(row.make(tmp_path / "sentinel"))
+    (folder / row.file).write_bytes(row.make(Path("sentinel")))
     found = scan_files(folder)
     assert worst_level(found) == "high", found
     assert not (tmp_path / "sentinel").exists()
 
 
 @pytest.mark.parametrize("row", LIVE, ids=names(LIVE))
-def test_a_crafted_file_is_real(tmp_path, row):
-    (tmp_path / row.file).write_bytes(row.make(tmp_path / "sentinel"))
+def test_a_crafted_file_is_real(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / row.file).write_bytes(row.make(Path("sentinel")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
