@@ -16,7 +16,7 @@ import sys
 from functools import cache
 from typing import Literal
 
-__all__ = ["CALLERS", "DATA", "ENUMS", "allowed_by_torch", "built_level", "is_dangerous"]
+__all__ = ["CALLERS", "DATA", "DIRECT", "ENUMS", "allowed_by_torch", "built_level", "is_dangerous"]
 
 _ARRAYS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 _RANDOM = ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor")
@@ -56,6 +56,14 @@ CALLERS = frozenset({
     *(f"numpy.random._pickle.{name}" for name in _RANDOM),
 })  # fmt: skip
 """Of the harmless functions, those that call what they are given."""
+
+DIRECT = CALLERS - {"numpy.random._pickle.__bit_generator_ctor"} | {
+    *("builtins.getattr", "operator.getitem", "_operator.getitem", "copyreg.__newobj__"),
+    *("torch.storage._load_from_bytes", "torch.jit._pickle.restore_type_tag"),
+}
+"""Functions whose arguments decide what they do, so that they are harmless only where the pickle
+calls them itself: what they are handed on to calls them with arguments that nobody has looked at.
+"""
 
 ENUMS = frozenset({
     *("transformers.trainer_utils." + name for name in (

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmdefense.checkpoints.names import CALLERS, ENUMS
+from mmdefense.checkpoints.names import CALLERS, DIRECT, ENUMS
 from mmdefense.scanning.reader import MAX_CONSTANT, CutError, Reader
 
 __all__ = ["DATA", "MAX_STEPS", "UNKNOWN", "Followed", "Machine", "Name", "Reference", "Use"]
@@ -211,7 +211,17 @@ class Machine:
         return self.stack[-1]
 
     def pop(self) -> Any:
-        """Take what lies on top.
+        """Take what lies on top, to hand it on.
+
+        Raises:
+            ValueError: If nothing does.
+        """
+        value = self.pop_function()
+        self._hand_on(value)
+        return value
+
+    def pop_function(self) -> Any:
+        """Take what lies on top, to call it.
 
         Raises:
             ValueError: If nothing does.
@@ -219,6 +229,10 @@ class Machine:
         value = self.top()
         self.stack.pop()
         return value
+
+    def _hand_on(self, value: Any) -> None:
+        if isinstance(value, Name) and value.full in DIRECT:
+            self.followed.hidden.append(f"a call of {value.full} by what it is handed on to")
 
     def pop_mark(self) -> list[Any]:
         """Take all that lies above the last mark.
@@ -231,6 +245,8 @@ class Machine:
         place = self.marks.pop()
         values = self.stack[place:]
         del self.stack[place:]
+        for value in values:
+            self._hand_on(value)
         return values
 
     def constant(self, value: str | bytes) -> None:
@@ -263,7 +279,7 @@ class Machine:
         self.followed.calls = True
         if not (isinstance(function, Name) and self._pass_on(function, given)):
             self._use(function, how)
-        self.stack.append(Made(function, given))
+        self.stack.append(_result(function, given))
 
     def _pass_on(self, function: Name, given: Any) -> bool:
         """Whether a call is that of a function that is as harmless as what it is given."""
@@ -308,7 +324,7 @@ class Machine:
         target = self.top()
         if isinstance(target, Made):
             target.state = state
-            if self.arrays and isinstance(target.by, Name) and target.by.full == _WRAPPER:
+            if self.arrays and _is_wrapper(target):
                 self._read_array(state)
         elif not isinstance(target, dict | str | bytes | tuple | int) and target is not DATA:
             named = target.full if isinstance(target, Name) else "what is no object of its own"
@@ -368,6 +384,21 @@ def _looks_pickled(value: str | bytes) -> bool:
 
 
 _WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
+_TAGGING = "torch.jit._pickle.restore_type_tag"
+
+
+def _result(function: Any, given: Any) -> Any:
+    """Return what a call makes; one function gives back what it is given."""
+    is_given_back = isinstance(function, Name) and function.full == _TAGGING
+    return (
+        given[0] if is_given_back and isinstance(given, tuple) and given else Made(function, given)
+    )
+
+
+def _is_wrapper(target: Made) -> bool:
+    """Whether an object is joblib's wrapper of an array, by whichever way it is built."""
+    named = (target.by, _first_of(target.given))
+    return any(isinstance(one, Name) and one.full == _WRAPPER for one in named)
 
 
 def _first_of(values: Any) -> Any:
@@ -399,17 +430,25 @@ def _array_size(state: Any, reader: Reader) -> int | None:
             count = 1
             for extent in shape:
                 count *= extent if type(extent) is int and extent >= 0 else -1
-            size = count * int(code[1:]) if code[1:].isdecimal() and count >= 0 else -1
+            is_plain = all(isinstance(key, str) for key in state) and code[1:].isdecimal()
+            item = int(code[1:]) * (4 if code[0] == "U" else 1) if is_plain else -1
+            size = count * item if count >= 0 and _keeps_size(kind.state, item) else -1
         case _:
             size = -1
     if size < 0 or code[0] not in "biufcmMSUV":
         raise ValueError("the size of an array of joblib's cannot be told")
-    if code[0] == "U":
-        size *= 4
     if state.get("numpy_array_alignment_bytes") is not None:
         padding = reader.read(1)[0]
         reader.jump(reader.at + padding)
     return size
+
+
+def _keeps_size(state: Any, size: int) -> bool:
+    """Whether the state of a type of NumPy's leaves the size of an item as it is."""
+    if state is None:
+        return True
+    given = state[5] if isinstance(state, tuple) and len(state) > 5 else None
+    return type(given) is int and given in {-1, size}
 
 
 def _holds_objects(kind: Made) -> bool:

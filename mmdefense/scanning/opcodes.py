@@ -111,7 +111,7 @@ def _obj(machine: Machine) -> None:
 
 @_opcode(b"R")
 def _reduce(machine: Machine) -> None:
-    given, function = machine.pop(), machine.pop()
+    given, function = machine.pop(), machine.pop_function()
     machine.call(function, given)
 
 
@@ -335,8 +335,8 @@ def _set_many(machine: Machine) -> None:
 def _set_items(machine: Machine, values: list[Any]) -> None:
     target = machine.top()
     for key, value in zip(values[::2], values[1::2], strict=False):
-        if isinstance(target, dict) and isinstance(key, str):
-            target[key] = value
+        if isinstance(target, dict):
+            target[key if isinstance(key, str) else UNKNOWN] = value
 
 
 @_opcode(b"a")
@@ -369,7 +369,10 @@ def _index_line(machine: Machine) -> Any:
     text, has_end = machine.reader.line()
     if not has_end:
         raise CutError
-    return _whole(text, 10)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text[:20]!r} is no place to keep anything") from None
 
 
 _memoing(b"p", b"g", _index_line)

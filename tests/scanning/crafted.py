@@ -22,6 +22,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
+from handed import given_back, long_places, of_another_size, to_a_method, to_a_partial
 from hostile import Calls, unicode_
 
 
@@ -330,6 +331,12 @@ CRAFTED = [
     Crafted("tensor of a zip", "a.pkl", lambda s: wrapped(torch_zip(call(s))), unpickle),
     *(Crafted(f"{module}, {name}", "a.pkl", lambda s, n=(module, name): named(*n))
       for module, name in TREES),
+    *(Crafted(f"handed {make.__name__}", "a.pkl", lambda s, m=make: m(legacy(3, s)), unpickle)
+      for make in (to_a_partial, to_a_method, given_back)),
+    Crafted("places of many digits", "a.pkl", long_places, unpickle),
+    *(Crafted(f"joblib, another size by its {how}", "a.joblib",
+              lambda s, h=how: of_another_size(h, call(s)), joblib.load)
+      for how in ("rebuilt", "type", "key")),
     Crafted("no pickle to its end", "a.pkl", lambda s: pickle.dumps(list(range(99)))[:-1]),
     Crafted("a pickle of a later protocol", "a.bin", lambda s: b"\x80\x07N."),
     Crafted("words under a pickle's name", "a.pt", lambda s: WORDS.encode()),
