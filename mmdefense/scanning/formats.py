@@ -101,7 +101,9 @@ def to_sarif(record: ScanRecord) -> str:
             {"location": {"uri": quote(plain(name))}, "hashes": {"sha-256": digest}}
             for name, digest in record.files.items()
         ],
-        "results": [_result(found, order.index(found.id)) for found in record.findings],
+        "results": [
+            _result(found, order.index(found.id), record.files) for found in record.findings
+        ],
         "properties": {"verdict": record.verdict.text, "parts": list(record.parts)},
     }
     return json.dumps(plain({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}), indent=2)
@@ -116,8 +118,8 @@ def _rule(found: Finding) -> dict[str, Any]:
     }
 
 
-def _result(found: Finding, rule: int) -> dict[str, Any]:
-    where = found.subject.split("!")[0]
+def _result(found: Finding, rule: int, files: Mapping[str, str]) -> dict[str, Any]:
+    where = _file_of(found.subject, files)
     is_file = found.id.split("-")[0] not in {"weights", "behaviour"}
     location = (
         {"physicalLocation": {"artifactLocation": {"uri": quote(plain(where))}}}
@@ -133,6 +135,12 @@ def _result(found: Finding, rule: int) -> dict[str, Any]:
         "locations": [location],
         "properties": {key: value for key, value in plain(found).items() if key != "picture"},
     }
+
+
+def _file_of(subject: str, files: Mapping[str, str]) -> str:
+    """Return the file that a subject is in; what lies in an archive stands behind an ``!``."""
+    names = (name for name in files if f"{subject}!".startswith(f"{name}!"))
+    return max(names, key=len, default=subject.split("!")[0])
 
 
 def to_html(record: ScanRecord) -> str:

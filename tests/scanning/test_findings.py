@@ -159,3 +159,13 @@ def test_the_weights_of_a_file_that_would_run_code_are_not_read(tmp_path):
 def test_a_module_has_no_files():
     found = scan(torch.nn.Linear(3, 8))
     assert (found.parts, found.files, found.model) == (["weights"], {}, "Linear")
+
+
+def test_sarif_names_the_file_though_its_name_holds_the_mark_of_archives():
+    found = [finding(subject=subject) for subject in ("a!b.pt!data.pkl", "a!b.pt", "lost!x")]
+    scanned = ScanRecord(
+        model="m", findings=found, parts=["files"], files={"a!b.pt": "0", "a": "0"}, version="1"
+    )
+    results = json.loads(to_sarif(scanned))["runs"][0]["results"]
+    places = [r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for r in results]
+    assert places == ["a%21b.pt", "a%21b.pt", "lost"]
