@@ -122,7 +122,7 @@ def run(
     from mmdefense.evaluation.grid import forget_failures, work
     from mmdefense.evaluation.tables import markdown
     from mmdefense.evaluation.workers import run_workers
-    from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
     from mmdefense.store import Store
 
     devices = device.split(",")
@@ -133,13 +133,15 @@ def run(
     (out / "grid.json").write_text(
         json.dumps([[cell.identity.digest, cell.identity.name] for cell in cells]), "utf-8"
     )
-    with ProgressDisplay() as progress:
-        if ray is not None:
+    if ray is not None:
+        with ProgressDisplay() as progress:
             run_on_ray(grid, out, ray, threads=threads, progress=progress)
-        elif workers > 1:
-            run_workers(grid, out, workers, devices=devices, threads=threads, progress=progress)
-        else:
-            torch.set_num_threads(threads)
+    elif workers > 1:
+        with CellsDisplay() as display:
+            run_workers(grid, out, workers, display, devices=devices, threads=threads)
+    else:
+        torch.set_num_threads(threads)
+        with ProgressDisplay() as progress:
             work(store, cells, progress)
     say(markdown(grid.measured(store)))
     failed = [entry for cell in cells if (entry := store.find(cell.identity)) and entry.error]

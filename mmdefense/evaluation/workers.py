@@ -6,15 +6,16 @@ import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmdefense.errors import BadInputError, MMDefenseError
 from mmdefense.evaluation.grid import Grid, Planned, work
-from mmdefense.kernels.run import Event, Progress
+from mmdefense.kernels.run import Event
 from mmdefense.notes import note
+from mmdefense.report.terminal import CellsDisplay
 from mmdefense.store import Store
 
 __all__ = ["Standing", "run_workers", "standing"]
@@ -65,10 +66,10 @@ def run_workers(
     grid: Grid,
     folder: str | Path,
     count: int,
+    display: CellsDisplay | None = None,
     *,
     devices: Sequence[str] = (),
     threads: int = 1,
-    progress: Progress | None = None,
 ) -> None:
     """Measure a grid with ``count`` processes; one that is killed is replaced.
 
@@ -76,9 +77,9 @@ def run_workers(
         grid: What is measured.
         folder: Of the store.
         count: Number of processes.
+        display: Shows how far the grid is, and what the workers have to say.
         devices: Dealt out to the processes in turn; by default that of the grid.
         threads: Of each process.
-        progress: Called with one event whenever a cell is done, and with the notes of the workers.
 
     Raises:
         BadInputError: If a name is unknown, or workers are killed again and again.
@@ -95,17 +96,17 @@ def run_workers(
         return worker
 
     workers = {index: start(index) for index in range(count)}
-    deaths, reached = 0, -1
-    tell = progress or (lambda _: None)
+    tell = display.say if display is not None else note
+    deaths, reached = 0, 0
     try:
         while workers:
             time.sleep(_LOOK)
             _pass_on(messages, tell)
             now = standing(store, cells)
-            ready = now.done + now.failed
-            if ready > reached:
-                deaths, reached = 0, ready
-                tell(Event("cells", ready, now.total, {"failed": now.failed}))
+            if display is not None:
+                display.show(now.done, now.failed, now.total, now.running)
+            if now.done + now.failed > reached:
+                deaths, reached = 0, now.done + now.failed
             for index, worker in list(workers.items()):
                 if worker.exitcode is None:
                     continue
@@ -118,7 +119,7 @@ def run_workers(
                         f"{worker.name} ended with exit code {worker.exitcode}; what was measured "
                         f"is kept in {folder}, and the same command goes on from there"
                     )
-                note(f"{worker.name} was killed (signal {-worker.exitcode}); another takes over")
+                tell(f"{worker.name} was killed (signal {-worker.exitcode}); another takes over")
                 workers[index] = start(index)
     finally:
         for worker in workers.values():
@@ -127,7 +128,7 @@ def run_workers(
         _pass_on(messages, tell)
 
 
-def _pass_on(messages: Any, tell: Progress) -> None:
+def _pass_on(messages: Any, tell: Callable[[str], None]) -> None:
     while True:
         try:
             tell(messages.get_nowait())
@@ -145,10 +146,10 @@ def _worker(grid: Grid, folder: str, threads: int, messages: Any, parent: int) -
         if os.getppid() != parent:
             raise SystemExit(1)
         if event.note:
-            messages.put(event)
+            messages.put(event.note)
 
     try:
         work(Store(folder), grid.planned(), progress)
     except (MMDefenseError, OSError) as error:
-        messages.put(Event("worker", 0, 1, note=f"a worker stopped: {error}"))
+        messages.put(f"a worker stopped: {error}")
         raise SystemExit(2) from error

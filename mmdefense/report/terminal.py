@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,13 +22,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from mmdefense.errors import printable
 from mmdefense.kernels.run import Event
 from mmdefense.kernels.run import Progress as Listener
+from mmdefense.report.formats import duration
 
-__all__ = ["ProgressDisplay", "shown"]
+__all__ = ["CellsDisplay", "ProgressDisplay", "shown"]
 
 
 @contextmanager
@@ -193,3 +196,55 @@ class ProgressDisplay:
         self._end()
         if self.console.is_terminal:
             self._bars.stop()
+
+
+class CellsDisplay:
+    """How far a grid is: a live table on a terminal, elsewhere a line whenever a cell is done.
+
+    Use it as a context manager, so that the terminal is left in order.
+    """
+
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Show it on ``console``; by default on standard error."""
+        self.console = console or Console(stderr=True)
+        self.clock = clock
+        self._begun, self._at_first, self._last = clock(), -1, -1
+        self._live = Live(console=self.console, auto_refresh=False)
+
+    def show(self, done: int, failed: int, total: int, running: Sequence[str]) -> None:
+        """Show how many cells are done, failed and running, which, and how long the rest takes."""
+        ready = done + failed
+        if self._at_first < 0:
+            self._at_first = ready
+        counts = f"{done} of {total} cells done, {failed} failed, {len(running)} running"
+        if ready > self._at_first and ready < total:
+            each = (self.clock() - self._begun) / (ready - self._at_first)
+            counts += f", about {duration(each * (total - ready))} left"
+        if self.console.is_terminal:
+            table = Table(counts, title_justify="left", box=None)
+            for name in running:
+                table.add_row(Text(printable(name)))
+            self._live.update(table, refresh=True)
+        elif ready != self._last:
+            self.console.print(counts, markup=False, highlight=False, soft_wrap=True)
+        self._last = ready
+
+    def say(self, text: str) -> None:
+        """Print a sentence above the table."""
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()

@@ -9,7 +9,7 @@ from clocks import Clock
 from rich.console import Console
 
 from mmdefense.kernels.run import Event
-from mmdefense.report.terminal import ProgressDisplay
+from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
 
 UNLEARN = Event("unlearn", 43, 1000, {"loss": 2.0})
 
@@ -80,3 +80,29 @@ def test_a_stage_that_comes_again_counts_anew(show):
         "guard: done in 5 s",  # up to the first word of the next stage
         "guard: done in 4 s",
     ]
+
+
+def test_cells_are_a_line_each_time_one_is_done_and_say_what_is_left():
+    clock = Clock()
+    console = Console(file=io.StringIO(), width=100)
+    with CellsDisplay(console, clock) as display:
+        display.show(2, 0, 8, [])
+        clock.now += 30
+        display.show(2, 0, 8, ["a", "b"])
+        display.show(3, 1, 8, ["a"])
+        display.say("worker 1 was \x1b[2J killed")
+    lines = console.file.getvalue().splitlines()
+    assert lines == [
+        "2 of 8 cells done, 0 failed, 0 running",
+        "3 of 8 cells done, 1 failed, 1 running, about 1 min 0 s left",
+        r"worker 1 was \x1b[2J killed",
+    ]
+
+
+def test_cells_are_a_live_table_on_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with CellsDisplay(console) as display:
+        display.show(1, 0, 4, ["digits-badnets/0: fip"])
+    shown = console.file.getvalue()
+    assert "1 of 4 cells done, 0 failed, 1 running" in shown
+    assert "digits-badnets/0: fip" in shown
