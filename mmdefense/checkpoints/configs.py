@@ -323,12 +323,10 @@ def _field_faults(name: str, value: Any, layers: int, where: str) -> Iterator[Fa
     if _IMPLEMENTATION.fullmatch(name):
         if not is_implementation(value):
             yield _loader(where, value, "which would fetch and run a kernel of that name")
-    elif name in {"dtype", "torch_dtype"}:
-        if not _is_dtype(value):
-            yield _loader(where, value, "which is no dtype")
-    elif name in {"architecture", "backbone"}:
-        if isinstance(value, str) and not _is_text(value, _NAME):
-            yield _loader(where, value, "which leads to a repository or a file, and is no name")
+    elif name in _FIELDS:
+        is_sound, why = _FIELDS[name]
+        if not is_sound(value):
+            yield _loader(where, value, why)
     elif name in {"model_args", "backbone_kwargs"}:
         yield from _timm_faults(value, where)
     elif name == "pretrained_cfg":
@@ -352,6 +350,23 @@ def _is_dtype(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_dtype, value.values()))
     return value is None or _is_text(value, _DTYPE)
+
+
+def _is_source(value: Any) -> bool:
+    return not isinstance(value, str) or _is_text(value, _NAME)
+
+
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("dtype", "torch_dtype"), (_is_dtype, "which is no dtype")),
+    **dict.fromkeys(
+        ("architecture", "backbone"),
+        (_is_source, "which leads to a repository or a file, and is no name"),
+    ),
+    "transformers_weights": (
+        is_empty,
+        "which has Transformers load other weights than are read here",
+    ),
+}
 
 
 def _timm_faults(value: Any, where: str) -> Iterator[Fault]:

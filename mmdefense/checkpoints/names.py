@@ -16,7 +16,16 @@ import sys
 from functools import cache
 from typing import Literal
 
-__all__ = ["CALLERS", "DATA", "DIRECT", "ENUMS", "allowed_by_torch", "built_level", "is_dangerous"]
+__all__ = [
+    "CALLERS",
+    "DATA",
+    "DIRECT",
+    "ENUMS",
+    "MATHS",
+    "allowed_by_torch",
+    "built_level",
+    "is_dangerous",
+]
 
 _ARRAYS = ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
 _RANDOM = ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor")
@@ -24,6 +33,12 @@ _KINDS = ("bool", "bool_", "int8", "int16", "int32", "int64", "uint8", "uint16",
 _FLOATS = ("float16", "float32", "float64", "longdouble", "complex64", "complex128", "str_")
 _TYPES = ("Bool", *(f"{kind}{n}" for kind in ("Int", "UInt") for n in (8, 16, 32, 64)))
 _GENERATORS = (("mt19937", "MT19937"), ("pcg64", "PCG64"), ("philox", "Philox"), ("sfc64", "SFC64"))
+_LOSSES = ("HalfSquaredError", "AbsoluteError", "PinballLoss", "HuberLoss", "HalfPoissonLoss",
+           "HalfGammaLoss", "HalfTweedieLoss", "HalfTweedieLossIdentity", "HalfBinomialLoss",
+           "HalfMultinomialLoss", "ExponentialLoss")  # fmt: skip
+_SGD = ("Hinge", "SquaredHinge", "ModifiedHuber", "Log", "SquaredLoss", "Huber",
+        "EpsilonInsensitive", "SquaredEpsilonInsensitive")  # fmt: skip
+_MAKERS = ("metrics._dist_metrics", "neighbors._kd_tree", "neighbors._ball_tree")
 _PATHS = ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "PurePath")
 
 DATA = frozenset({
@@ -42,6 +57,10 @@ DATA = frozenset({
     *(f"numpy.random._{kind}.{name}" for kind, name in _GENERATORS),
     *(f"numpy.random.bit_generator.{n}SeedSequence" for n in ("", "__pyx_unpickle_")),
     *("sklearn.tree._tree.Tree", "sklearn.utils._bunch.Bunch"),
+    *(f"sklearn._loss._loss.Cy{name}" for name in _LOSSES),
+    *(f"sklearn.linear_model._sgd_fast.{name}" for name in _SGD),
+    *(f"sklearn.{module}.newObj" for module in _MAKERS),
+    *("numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray", "numpy.ma.core._mareconstruct"),
     *("numpy.dtype", "numpy.ndarray", *(f"numpy.{name}" for name in (*_KINDS, *_FLOATS))),
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _ARRAYS),
     *(f"numpy.dtypes.{name}DType" for name in (*_TYPES, "Float16", "Float32", "Float64", "Str")),
@@ -50,6 +69,25 @@ DATA = frozenset({
 
 ``functools.partial`` is as harmless as what it wraps, which is looked at where it is called.
 """
+
+MATHS = frozenset({
+    *(f"torch.nn.functional.{name}" for name in (
+        "relu", "relu6", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "mish", "hardswish",
+        "hardsigmoid", "hardtanh", "softmax", "log_softmax", "softplus", "logsigmoid", "sigmoid",
+        "tanh", "glu", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss",
+        "huber_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+        "normalize", "cosine_similarity", "pairwise_distance", "max_pool2d", "avg_pool2d")),
+    *(f"torch._C._nn.{name}" for name in (
+        "gelu", "silu", "elu", "leaky_relu", "hardtanh", "softplus", "log_sigmoid", "avg_pool2d")),
+    *(f"numpy.{name}" for name in (
+        "log", "log1p", "log2", "log10", "exp", "expm1", "sqrt", "cbrt", "square", "absolute",
+        "sign", "sin", "cos", "tanh", "mean", "median", "nanmean", "sum", "maximum", "minimum")),
+    *(f"sklearn.feature_selection._univariate_selection.{name}" for name in (
+        "f_classif", "f_regression", "chi2")),
+    *("torchvision.ops.boxes.box_iou", "torchvision.ops.misc.interpolate"),
+})  # fmt: skip
+"""Functions of numbers alone, that models keep as activations, losses and scores: harmless where a
+pickle holds them, and never called by a pickle that was saved."""
 
 CALLERS = frozenset({
     *("torch._tensor._rebuild_from_type_v2", "copyreg._reconstructor"),
@@ -60,6 +98,7 @@ CALLERS = frozenset({
 DIRECT = CALLERS - {"numpy.random._pickle.__bit_generator_ctor"} | {
     *("builtins.getattr", "operator.getitem", "_operator.getitem", "copyreg.__newobj__"),
     *("torch.storage._load_from_bytes", "torch.jit._pickle.restore_type_tag"),
+    *(f"sklearn.{module}.newObj" for module in _MAKERS),
 }
 """Functions whose arguments decide what they do, so that they are harmless only where the pickle
 calls them itself: what they are handed on to calls them with arguments that nobody has looked at.
@@ -78,6 +117,7 @@ ENUMS = frozenset({
     *(f"{root}.trainer.states.{name}" for root in ("lightning.pytorch", "pytorch_lightning")
       for name in ("TrainerFn", "TrainerStatus", "RunningStage")),
     *("torchvision.transforms.functional.InterpolationMode", "PIL.Image.Resampling"),
+    "timm.layers.format.Format",
 })  # fmt: skip
 """Enumerations, members of which are called for by their value or got by their name."""
 
@@ -149,7 +189,7 @@ def is_dangerous(module: str, name: str) -> bool:
     that read files or run code, reached through another module, or a gadget that picklescan knows.
     """
     full = f"{module}.{name}"
-    if full in DATA:
+    if full in DATA or full in MATHS:
         return False
     is_standard = module.partition(".")[0] in sys.stdlib_module_names
     return (

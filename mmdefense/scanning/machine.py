@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mmdefense.checkpoints.names import CALLERS, DIRECT, ENUMS
+from mmdefense.checkpoints.names import CALLERS, DIRECT, ENUMS, is_dangerous
 from mmdefense.scanning.reader import MAX_CONSTANT, CutError, Reader
 
 __all__ = ["DATA", "MAX_STEPS", "UNKNOWN", "Followed", "Machine", "Name", "Reference", "Use"]
@@ -371,7 +371,8 @@ class Machine:
         self.followed.steps += other.steps
         if are_opcodes:
             for name, how in other.uses.items():
-                self.followed.use(name, how)
+                if "." in name.module or is_dangerous(name.module, name.name):  # not by chance
+                    self.followed.use(name, how)
         elif other.calls and (not other.error or other.uses):
             self.followed.take(other)
             self.note("calls stand where joblib keeps an array")

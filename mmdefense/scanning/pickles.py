@@ -21,6 +21,7 @@ from typing import IO
 from mmdefense.checkpoints.names import (
     DATA,
     ENUMS,
+    MATHS,
     allowed_by_torch,
     built_level,
     is_dangerous,
@@ -87,10 +88,12 @@ _TORCH_MAGIC, _TORCH_PICKLES = 0x1950A86A20F9469CFC6C, 5
 _PROTO = 0x80
 _BY_CHANCE = 8
 """Opcodes that are no accident: random bytes break sooner."""
-_HELD = {
-    *("builtins.getattr", "operator.getitem", "_operator.getitem"),
-    "torch.storage._load_from_bytes",
-}
+_HELD = frozenset(
+    {
+        *("builtins.getattr", "operator.getitem", "_operator.getitem"),
+        "torch.storage._load_from_bytes",
+    }
+)
 """Functions that some harmless calls need; such calls are told apart, others are high."""
 _BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
 _HEX = re.compile(r"([0-9a-fA-F]{2}){12,}", re.ASCII)
@@ -107,7 +110,7 @@ def level_of(module: str, name: str, use: Use = "called") -> Level | None:
         return "high"
     if full in allowed_by_torch():
         return None
-    if full in DATA or full in ENUMS or (full in _HELD and use == "held"):
+    if full in DATA or full in ENUMS or (full in _HELD | MATHS and use == "held"):
         return "info"
     known = None if use == "called" else built_level(module, name)
     return "high" if known is None or is_dangerous(module, name) else known

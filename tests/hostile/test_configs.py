@@ -115,6 +115,7 @@ ROWS = [
     Row("timm", {"architecture": "hf-hub:evil/model"}, "architecture"),
     Row("timm", {"architecture": "local-dir:/tmp/x"}, "architecture"),
     Row("vit", {"attn_implementation": "evil/kernel"}, "kernel"),
+    Row("vit", {"transformers_weights": "other.safetensors"}, "other weights"),
     Row("vit", {"_attn_implementation": "evil/kernel"}, "kernel"),
     Row("vit", {"_attn_implementation_internal": "evil/kernel"}, "kernel"),
     Row("vit", {"experts_implementation": "evil/kernel"}, "kernel"),

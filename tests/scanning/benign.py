@@ -26,10 +26,13 @@ from pathlib import Path
 import joblib
 import numpy as np
 import sklearn.ensemble
+import sklearn.feature_selection
 import sklearn.linear_model
+import sklearn.neighbors
 import sklearn.pipeline
 import sklearn.preprocessing
 import sklearn.svm
+import timm.layers
 import torch
 from safetensors.torch import save_file
 
@@ -186,6 +189,31 @@ def estimators() -> list:
     return [one.fit(points, labels) for one in made]
 
 
+def more_estimators() -> list:
+    """Return estimators that keep losses, trees, functions and generators of random numbers."""
+    points, labels = np.random.default_rng(0).random((20, 3)), np.arange(20) % 2
+    made = [
+        sklearn.ensemble.GradientBoostingClassifier(n_estimators=2, random_state=0),
+        sklearn.ensemble.HistGradientBoostingClassifier(max_iter=2),
+        sklearn.neighbors.KNeighborsClassifier(algorithm="kd_tree"),
+        sklearn.linear_model.SGDClassifier(),
+        sklearn.preprocessing.FunctionTransformer(np.log1p),
+        sklearn.feature_selection.SelectKBest(k=1),
+    ]
+    return [one.fit(points, labels) for one in made]
+
+
+def boosted() -> object:
+    return more_estimators()[0]
+
+
+def with_activations() -> torch.nn.Module:
+    """Return a model that holds functions, as those of Transformers do, and timm's enumeration."""
+    model = torch.nn.TransformerEncoderLayer(8, 2, 8)
+    model.other, model.form = torch.nn.functional.gelu, timm.layers.Format.NHWC
+    return model
+
+
 def whole_model() -> torch.nn.Module:
     model = net()
     model.norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
@@ -228,6 +256,7 @@ BENIGN: dict[str, Callable[[Path], object]] = {
     "sgd.pt": saved(lambda: optimizer(torch.optim.SGD).state_dict()),
     "whole optimizer.pt": saved(optimizer),
     "whole model.pt": saved(whole_model),
+    "whole model with functions.pt": saved(with_activations),
     "whole model of old.pth": saved(whole_model, **LEGACY),
     "dtype and size.pt": saved(lambda: [torch.float16, torch.Size([2]), torch.device("cpu")]),
     "training_args.bin": saved(training_arguments),
@@ -271,6 +300,9 @@ BENIGN: dict[str, Callable[[Path], object]] = {
     "joblib lzma.joblib": dumped(lambda: [np.arange(99.0)], compress=("lzma", 3)),
     "estimators.joblib": dumped(estimators),
     "estimators.pkl": pickled(estimators),
+    "more estimators.pkl": pickled(more_estimators),
+    "boosted.joblib": dumped(boosted),
+    "more estimators.joblib": dumped(more_estimators, compress=3),
     "model.safetensors": lambda path: save_file(net().state_dict(), path),
     "model.gguf": written(gguf),
     "model.onnx": written(lambda: b"\x08\x08\x12\x07pytorch\x1a\x032.0:\x0f\n" + bytes(50)),
