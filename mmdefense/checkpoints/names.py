@@ -98,6 +98,7 @@ CALLERS = frozenset({
 DIRECT = CALLERS - {"numpy.random._pickle.__bit_generator_ctor"} | {
     *("builtins.getattr", "operator.getitem", "_operator.getitem", "copyreg.__newobj__"),
     *("torch.storage._load_from_bytes", "torch.jit._pickle.restore_type_tag"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
     *(f"sklearn.{module}.newObj" for module in _MAKERS),
 }
 """Functions whose arguments decide what they do, so that they are harmless only where the pickle

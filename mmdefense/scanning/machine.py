@@ -385,15 +385,22 @@ def _looks_pickled(value: str | bytes) -> bool:
 
 
 _WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
-_TAGGING = "torch.jit._pickle.restore_type_tag"
+_OF_TYPES = {"numpy.dtype", "_codecs.encode"}
+_GIVING_BACK = {
+    "torch.jit._pickle.restore_type_tag": 0,
+    "numpy.core.multiarray.scalar": 1,
+    "numpy._core.multiarray.scalar": 1,
+}
+"""Functions that give back an argument, and which: the one of NumPy if it is no bytes."""
 
 
 def _result(function: Any, given: Any) -> Any:
-    """Return what a call makes; one function gives back what it is given."""
-    is_given_back = isinstance(function, Name) and function.full == _TAGGING
-    return (
-        given[0] if is_given_back and isinstance(given, tuple) and given else Made(function, given)
-    )
+    """Return what a call makes; some functions give back what they are given."""
+    place = _GIVING_BACK.get(function.full) if isinstance(function, Name) else None
+    if place is not None and isinstance(given, tuple) and len(given) > place:
+        back = given[place]
+        return back if isinstance(back, Name | Made) else Made(function, given)
+    return Made(function, given)
 
 
 def _is_wrapper(target: Made) -> bool:
@@ -425,7 +432,10 @@ def _array_size(state: Any, reader: Reader) -> int | None:
         ValueError: If they cannot be told.
     """
     match state:
-        case {"shape": tuple(shape), "dtype": Made(given=(str(code), *_)) as kind}:
+        case {
+            "shape": tuple(shape),
+            "dtype": Made(by=Name(full="numpy.dtype"), given=(str(code), *_)) as kind,
+        }:
             if _holds_objects(kind):
                 return None
             count = 1
@@ -462,6 +472,8 @@ def _holds_objects(kind: Made) -> bool:
             continue
         seen.add(id(value))
         if isinstance(value, Made):
+            if not (isinstance(value.by, Name) and value.by.full in _OF_TYPES):
+                raise ValueError("the type of an array of joblib's cannot be told")
             code = _first_of(value.given)
             if not isinstance(code, str) or code.startswith("O"):
                 return True

@@ -22,7 +22,14 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
-from handed import given_back, long_places, of_another_size, to_a_method, to_a_partial
+from handed import (
+    changed_class,
+    given_back,
+    long_places,
+    of_another_size,
+    to_a_method,
+    to_a_partial,
+)
 from hostile import Calls, unicode_
 
 
@@ -336,7 +343,8 @@ CRAFTED = [
     Crafted("places of many digits", "a.pkl", long_places, unpickle),
     *(Crafted(f"joblib, another size by its {how}", "a.joblib",
               lambda s, h=how: of_another_size(h, call(s)), joblib.load)
-      for how in ("rebuilt", "type", "key")),
+      for how in ("rebuilt", "type", "key", "partial")),
+    Crafted("a class given back as a number", "a.pkl", lambda s: changed_class()),
     Crafted("no pickle to its end", "a.pkl", lambda s: pickle.dumps(list(range(99)))[:-1]),
     Crafted("a pickle of a later protocol", "a.bin", lambda s: b"\x80\x07N."),
     Crafted("words under a pickle's name", "a.pt", lambda s: WORDS.encode()),

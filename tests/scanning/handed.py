@@ -55,16 +55,29 @@ _SHAPE = (
 )  # fmt: skip
 
 
+def changed_class() -> bytes:
+    """Change a class under the name of a number of NumPy's, as older versions read it."""
+    number = b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\n" + unicode_("O") + b"\x85R"
+    state = b"N}" + unicode_("data") + unicode_("x") + b"s\x86b."
+    return b"\x80\x04" + number + b"ctorch.nn.parameter\nParameter\n\x86R" + state
+
+
 def of_another_size(how: str, call: bytes) -> bytes:
     """Describe an array of 1000 bytes such that a careless reader sees one of 1, or none."""
     made = _REBUILT if how == "rebuilt" else _WRAPPER + b")\x81"
     state, again = (_LARGER if how == "type" else b""), (_SHAPE if how == "key" else b"")
     shape, code = (b"M\xe8\x03" if how == "rebuilt" else b"K\x01"), "V1" if how == "type" else "u1"
+    kind = b"cnumpy\ndtype\n("
+    if how == "partial":
+        kind = _PARTIAL + b"(cnumpy\ndtype\n" + unicode_("V1000") + b"\x89tR("
     fields = (
         (b"cnumpy\nndarray\n", "subclass"),
         (shape + b"\x85", "shape"),
         (unicode_("C"), "order"),
-        (b"cnumpy\ndtype\n(" + unicode_(code) + b"\x89\x88tR" + state, "dtype"),
+        (
+            kind + unicode_(code) + (b"" if how == "partial" else b"\x89\x88") + b"tR" + state,
+            "dtype",
+        ),
         (b"\x89", "allow_mmap"),
     )
     held = b"}(" + b"".join(unicode_(name) + value for value, name in fields) + b"u" + again
