@@ -140,6 +140,8 @@ def scan_values(content: Any, subject: str, folder: Path | None = None) -> Itera
                 yield finding
     for fault in content_faults(name, content, folder)[:_MOST]:
         yield _RULES[fault.kind].found(subject, fault.text)
+    if name == "model_index.json" and isinstance(content, Mapping):
+        yield from _parts(content, subject)
     if name.endswith(".index.json"):
         yield from _shards(content, name, subject)
 
@@ -240,6 +242,14 @@ def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
     names = _DOTTED.findall(text)
     high = any(is_dangerous(*name.rsplit(".", 1)) for name in names)
     yield BUILDS.found(subject, f"{said}{text:.200}", level="high" if high else "medium")
+
+
+def _parts(content: Mapping[str, Any], subject: str) -> Iterator[Finding]:
+    """Yield what a pipeline of Diffusers names as a part, library and class, that is none."""
+    for name, part in content.items():
+        is_named = isinstance(part, list) and len(part) == 2
+        if is_named and all(isinstance(one, str) for one in part) and is_dangerous(*part):
+            yield from _target(f"{name:.80}: ", ".".join(part), subject)
 
 
 def _tag(tagged: Tagged, subject: str) -> Iterator[Finding]:

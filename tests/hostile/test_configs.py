@@ -317,3 +317,10 @@ def test_a_detector_that_names_its_backbone_as_earlier_versions_did(given, at_ho
     held |= {"backbone": "resnet10t", "use_timm_backbone": True, "use_pretrained_backbone": True}
     path.write_text(json.dumps({**held, "backbone_kwargs": given}))
     assert isinstance(load_model(tmp_path / "detr"), DetrForObjectDetection)
+
+
+def test_a_part_of_a_pipeline_that_is_a_function_of_the_system_is_high(tmp_path):
+    parts = {"unet": ["os", "system"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(parts))
+    found = [(one.level, one.id) for one in scan_files(tmp_path)]
+    assert found == [("high", "config-builds-objects")]
