@@ -6,12 +6,13 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mmdefense import __version__
 from mmdefense.checkpoints.folders import reserved
@@ -105,7 +106,7 @@ def purify_files(
         begin = deadline.clock()
         _claim(store, _identity(source, opened, defense))
         writing = writing_seconds(deadline.clock() - begin)
-        with _kept_or_cleared(store):
+        with _kept_or_cleared(store, opened.adapter.model):
             purified = purify(
                 opened.adapter,
                 opened.samples,
@@ -222,12 +223,12 @@ def _holds_states(store: RunStore) -> bool:
 
 
 @contextmanager
-def _kept_or_cleared(store: RunStore) -> Iterator[None]:
+def _kept_or_cleared(store: RunStore, given: nn.Module) -> Iterator[None]:
     """After a fault, keep the states that can be gone on from, and say so; else leave nothing."""
     try:
         yield
     except DivergenceError as error:
-        raise _with_kept_state(error, store) from error
+        raise _with_kept_state(error, store, given) from error
     except LowUtilityError:
         shutil.rmtree(store.folder, ignore_errors=True)
         raise
@@ -241,9 +242,12 @@ def _kept_or_cleared(store: RunStore) -> Iterator[None]:
         raise
 
 
-def _with_kept_state(error: DivergenceError, store: RunStore) -> DivergenceError:
-    """Keep the last good weights; what leads to the same end again is not kept."""
-    if error.state is None:
+def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) -> DivergenceError:
+    """Keep the last good weights, where they are not those of the given model.
+
+    What leads to the same end again is not kept.
+    """
+    if error.state is None or _same(error.state, given.state_dict()):
         shutil.rmtree(store.folder, ignore_errors=True)
         return error
     for kept in store.folder.iterdir():
@@ -254,6 +258,13 @@ def _with_kept_state(error: DivergenceError, store: RunStore) -> DivergenceError
     path = store.folder / "last_good.safetensors"
     write_state(error.state, path)
     return DivergenceError(f"{error}; its weights are in {path}", error.state)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether two state dicts hold the same values."""
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].cpu().to(other[name].dtype), other[name].cpu()) for name in one
+    )
 
 
 def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseError:

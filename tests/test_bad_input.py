@@ -171,10 +171,17 @@ def test_what_a_defense_cannot_serve_is_exit_3(place, mmdefense, monkeypatch):
     assert place.files() == []
 
 
-def test_a_loss_that_turns_nan_keeps_the_last_good_state(place, mmdefense):
-    outcome = mmdefense(
-        *place.purify("--set", "lr=1e30", "--set", "max_norm=None", "--set", "restarts=0")
-    )
+DIVERGES = ("--set", "lr=1e30", "--set", "max_norm=None", "--set", "restarts=0")
+
+
+def test_a_loss_that_turns_nan_at_once_leaves_nothing(place, mmdefense):
+    refused(mmdefense(*place.purify(*DIVERGES)), "stopped being finite", "smaller learning rate")
+    assert place.files() == []
+
+
+def test_a_loss_that_turns_nan_keeps_the_last_good_state(place, mmdefense, monkeypatch):
+    monkeypatch.setattr("mmdefense.jobs._same", lambda *_: False)  # as after some good steps
+    outcome = mmdefense(*place.purify(*DIVERGES))
     kept = place.folder / "out.partial" / "last_good.safetensors"
     refused(outcome, "stopped being finite", str(kept), "smaller learning rate")
     assert place.files() == ["out.partial"]

@@ -234,8 +234,8 @@ class _Course:
         step, state = self.good
         self.model.load_state_dict(state)
         raise DivergenceError(
-            f"the loss of stage {self.stage!r} stopped being finite after step {step}; the state "
-            "of that step was kept; try a smaller learning rate",
+            f"the loss of stage {self.stage!r} stopped being finite after step {step}; try a "
+            "smaller learning rate",
             state,
         )
 

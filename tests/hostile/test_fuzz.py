@@ -322,6 +322,8 @@ def test_models(kind, command, place, mmdefense, monkeypatch):
         outcome = mmdefense(*(["scan", str(model)] if command == "scan" else arguments))
         assert outcome.code in {0, 1, 2, 3}, outcome
         shutil.rmtree(place.out, ignore_errors=True)
-        assert place.files() == ["model"]
+        if "last_good.safetensors" in outcome.err:  # of a training that diverged: said, and kept
+            shutil.rmtree(place.folder / "out.partial")
+        assert place.files() == ["model"], outcome
 
     fuzzed(check, altered(tree))
