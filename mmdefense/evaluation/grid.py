@@ -198,8 +198,15 @@ class Grid:
 
     def measured(self, store: Store) -> list[Cell]:
         """Return the cells that are done, in the order of the plan."""
-        found = [store.find(cell.identity) for cell in self.planned()]
-        return [cell_of(store, entry) for entry in found if entry and entry.status == "done"]
+        measured = []
+        for planned in self.planned():
+            entry = store.find(planned.identity)
+            if entry is not None and entry.status == "done":
+                cell = cell_of(store, entry)
+                # the cell may have been measured in a grid without baselines
+                row = replace(cell.row, baseline=planned.baseline)
+                measured.append(replace(cell, row=row))
+        return measured
 
 
 def cell_of(store: Store, entry: Entry) -> Cell:

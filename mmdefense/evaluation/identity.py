@@ -72,6 +72,7 @@ def cell_identity(
         f"{case.name}/{defense.seed}: {label}, {views} views",
         {
             "victim": victim.digest,
+            "called": [case.name, label],  # the row bears these names
             "defense": f"{type(defense).__module__}:{type(defense).__qualname__}",
             "settings": plain(asdict(defense)),
             "views": views,

@@ -163,6 +163,23 @@ def test_cells_of_other_code_or_another_setting_are_measured_again(
     assert measured[2:] == ["quick"]
 
 
+def test_cells_of_like_settings_keep_their_names_and_baselines(plug, tmp_path):
+    plug("defenses", quick="quick:Quick")
+    alone = Grid(cases=[CASE], defenses=["quick"], seeds=(0,), baselines=False)
+    assert alone.run(tmp_path)[0].row.baseline == ""
+    twins = [
+        Lineup(defense="quick", label="first"),
+        Lineup(defense="quick", label="second"),
+        "quick",
+    ]
+    cells = dataclasses.replace(alone, defenses=twins, baselines=True).run(tmp_path)
+    names = ["first", "second", "quick"]
+    assert [cell.row.defense for cell in cells] == [
+        name for label in names for name in (label, f"fine-tuning like {label}")
+    ]
+    assert [cell.row.baseline for cell in cells[::2]] == [f"fine-tuning like {n}" for n in names]
+
+
 def test_a_victim_from_the_store_is_the_one_that_was_trained(tmp_path):
     fresh = train_victim(CASE, Run(0))
     for _ in range(2):
