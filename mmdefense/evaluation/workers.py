@@ -43,11 +43,6 @@ class Standing:
     failed: int
     running: tuple[str, ...]
 
-    @property
-    def left(self) -> int:
-        """Cells that are neither done nor failed."""
-        return self.total - self.done - self.failed
-
 
 def standing(store: Store, cells: Sequence[Planned]) -> Standing:
     """Return how far the cells of a grid are."""
