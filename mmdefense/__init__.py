@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError, UnsupportedError
-    from mmdefense.evaluating import evaluate
-    from mmdefense.purification import Purification, purify
+    from mmdefense.pipeline.evaluating import evaluate
+    from mmdefense.pipeline.purification import Purification, purify
+    from mmdefense.pipeline.scan import scan
     from mmdefense.registry import adapt
-    from mmdefense.scanning import scan
 
 __version__ = "0.1.0.dev0"
 
@@ -31,12 +31,12 @@ _HOMES = {
     "BadInputError": "errors",
     "DivergenceError": "errors",
     "MMDefenseError": "errors",
-    "Purification": "purification",
+    "Purification": "pipeline.purification",
     "UnsupportedError": "errors",
     "adapt": "registry",
-    "evaluate": "evaluating",
-    "purify": "purification",
-    "scan": "scanning",
+    "evaluate": "pipeline.evaluating",
+    "purify": "pipeline.purification",
+    "scan": "pipeline.scan",
 }
 
 

@@ -16,7 +16,7 @@ import typer
 from mmdefense.errors import BadInputError, printable
 
 if TYPE_CHECKING:
-    from mmdefense.evaluating import AttackChoice
+    from mmdefense.pipeline.evaluating import AttackChoice
 
 __all__ = [
     "AcceptFindings",
@@ -214,7 +214,7 @@ def chosen_attack(
     name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
 ) -> AttackChoice | None:
     """Return the attack whose trigger is to be tried; none where none is asked for."""
-    from mmdefense.evaluating import AttackChoice
+    from mmdefense.pipeline.evaluating import AttackChoice
 
     if name is None and trigger is None and target is None and not settings:
         return None

@@ -45,10 +45,10 @@ from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, on
 from mmdefense.notes import notes_written
 
 if TYPE_CHECKING:
+    from mmdefense.analysis.gather import Level
     from mmdefense.checkpoints.hub import HubTarget
     from mmdefense.defenses.base import Defense
-    from mmdefense.jobs import Source
-    from mmdefense.report.gather import Level
+    from mmdefense.pipeline.jobs import Source
 
 __all__ = ["app", "main"]
 
@@ -178,11 +178,11 @@ def purify(
 ) -> None:
     """Purify a model with a little clean data; write it with its evidence to a new folder."""
     begun = time.monotonic()
-    from mmdefense.jobs import Source, partial_folder, purify_files
-    from mmdefense.kernels.deadline import Deadline
-    from mmdefense.purification import configured
-    from mmdefense.report.gather import check_level
+    from mmdefense.analysis.gather import check_level
+    from mmdefense.pipeline.jobs import Source, partial_folder, purify_files
+    from mmdefense.pipeline.purification import configured
     from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.runtime.deadline import Deadline
 
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
@@ -292,8 +292,8 @@ def evaluate(
     """Measure a model on clean data and, where a trigger or an attack is given, under it."""
     from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
     from mmdefense.checkpoints.runs import write_atomically
-    from mmdefense.evaluating import evaluate_files
-    from mmdefense.sources import Source
+    from mmdefense.pipeline.evaluating import evaluate_files
+    from mmdefense.pipeline.sources import Source
 
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
@@ -355,8 +355,8 @@ def scan(
     No code that comes with the model is run.
     """
     from mmdefense import sandbox
+    from mmdefense.pipeline.scan import scan as look_into
     from mmdefense.report.terminal import ProgressDisplay
-    from mmdefense.scanning import scan as look_into
     from mmdefense.scanning.findings import FAILING, reaches
     from mmdefense.scanning.formats import FORMATS
 
@@ -481,7 +481,7 @@ def demo(
 
 
 def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
-    from mmdefense.planning import plan
+    from mmdefense.pipeline.planning import plan
 
     for line in plan(source, defense, evidence).lines():
         say(line)

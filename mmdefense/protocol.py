@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples
+from mmdefense.data.batch import Batch, Samples
+from mmdefense.training import Training
 
 __all__ = [
+    "Case",
     "GeneratingAdapter",
     "HeadAdapter",
     "ReadingAdapter",
@@ -29,7 +31,7 @@ __all__ = [
     "lacking",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,39 @@ class WordedAdapter(TriggerAdapter[B], Protocol[B]):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A victim, described.
+
+    Attributes:
+        name: What tables call it.
+        task: The name of a task.
+        data: A name or folder that the task can load, with a train and a test part.
+        model: ``module:callable(...)``; what stands in braces, such as ``{classes}``, is filled in
+            by the task from the data.
+        training: How the victim is trained.
+        attack: The name of an attack; none trains a clean model, the control of a grid.
+        settings: Of the attack.
+        clean: Share of the training set that the defenses are given.
+        seen: Whether the victim is trained on these samples too, as in BackdoorBench. A user's own
+            clean data is apart from an attacker's training data; and a guard that judges by what a
+            model has learnt by heart turns down what does little harm.
+        demo: Whether ``mmdefense demo`` trains it, in place of the first case of its task: one
+            that two CPU cores train and purify by every defense in three minutes.
+    """
+
+    name: str
+    task: str
+    data: str
+    model: str
+    training: Training
+    attack: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    clean: float = 0.05
+    seen: bool = True
+    demo: bool = False
+
+
 class Task(Protocol):
     """What an evaluation may ask of a task: its data, its metric, its victims.
 
@@ -271,7 +306,7 @@ class Task(Protocol):
         """Return the names that :meth:`load` knows here, each with where it comes from."""
         ...
 
-    def cases(self) -> Sequence[Any]:
+    def cases(self) -> Sequence[Case]:
         """Return the victims to evaluate on; the first is the demo's, on embedded data."""
         ...
 

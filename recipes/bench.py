@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import LabelledSamples, Samples, split
+from mmdefense.data.batch import Samples, split
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
 from mmdefense.evaluation.peak import peak_growth
@@ -37,7 +38,6 @@ from mmdefense.evaluation.victims import Victim, named_cases, train_victim
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
-from mmdefense.kernels.run import Event, Run
 from mmdefense.kernels.units import (
     parameters_by_name,
     rank,
@@ -46,6 +46,7 @@ from mmdefense.kernels.units import (
     weight_change,
     zero,
 )
+from mmdefense.runtime.run import Event, Run
 from mmdefense_adapters.torch_classifier import TorchClassifier
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import PreActResNet18, SmallResNet

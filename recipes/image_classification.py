@@ -21,14 +21,14 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
-from mmdefense.purification import configured
+from mmdefense.pipeline.purification import configured
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import ImageClassification, load_data
 from mmdefense_tasks.victims import SmallResNet
 
@@ -45,7 +45,7 @@ options = parser.parse_args()
 # %% Data: images in [0, 1], shape (N, C, H, W), and labels. Training images are shifted about.
 train = load_data(options.data, split="train")
 test = load_data(options.data, split="test")
-train, test = (part.in_memory() if hasattr(part, "in_memory") else part for part in (train, test))
+train, test = (part.in_memory() for part in (train, test))
 classes = int(train.labels.max()) + 1
 channels = train.inputs.shape[1]
 

@@ -25,15 +25,15 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense import registry
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
+from mmdefense.pipeline.purification import configured
 from mmdefense.protocol import TaskAdapter
-from mmdefense.purification import configured
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks import language_victims
 from mmdefense_tasks.language_generation import LanguageGeneration, load_text, tokenizer_for
 

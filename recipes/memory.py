@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mmdefense.batches import IGNORED, TokenBatch, TokenSamples
+from mmdefense.data.text import IGNORED, TokenBatch, TokenSamples
 from mmdefense.defenses.base import TrainingDefense, versions
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP

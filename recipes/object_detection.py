@@ -25,15 +25,15 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense import registry
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.metrics.detection import mean_average_precision
-from mmdefense.purification import configured
+from mmdefense.pipeline.purification import configured
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos
 from mmdefense_tasks.object_detection import ObjectDetection, load_detection

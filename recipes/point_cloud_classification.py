@@ -24,14 +24,14 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense import registry
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
-from mmdefense.purification import configured
+from mmdefense.pipeline.purification import configured
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks import point_victims
 from mmdefense_tasks.point_clouds import PointCloudClassification, load_clouds
 

@@ -24,16 +24,16 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.jobs import Source, purify_files
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating, measure
-from mmdefense.purification import configured
+from mmdefense.pipeline.jobs import Source, purify_files
+from mmdefense.pipeline.purification import configured
 from mmdefense.report.record import Rates, Row
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import vit_classifier
 

@@ -23,14 +23,14 @@ from rich.console import Console
 
 import mmdefense as mmd
 from mmdefense import registry
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.victims import Victim, compared
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
-from mmdefense.purification import configured
+from mmdefense.pipeline.purification import configured
 from mmdefense.report.tables import results_table
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.video_classification import VideoClassification, top_accuracy
 from mmdefense_tasks.video_victims import SmallVideoResNet
 
@@ -51,7 +51,7 @@ task = VideoClassification()
 clips = 1 if options.data == "moving-digits" else options.clips
 train = task.load(options.data, split="train")
 test = task.load(options.data, split="test", clips=clips)
-train, test = (part.in_memory() if hasattr(part, "in_memory") else part for part in (train, test))
+train, test = (part.in_memory() for part in (train, test))
 if options.smoke:
     train, test = (part.subset(torch.arange(0, len(part), 20)) for part in (train, test))
 shape = task.describe(train)

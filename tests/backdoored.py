@@ -20,11 +20,14 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
 from mmdefense.attacks.instruction import InstructionPhrase
 from mmdefense.attacks.rare_token import RareToken
-from mmdefense.batches import DetectionSamples, LabelledSamples, TextSamples, split
 from mmdefense.checkpoints.architecture import build_architecture
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
+from mmdefense.data.batch import split
+from mmdefense.data.detection import DetectionSamples
+from mmdefense.data.labelled import LabelledSamples
+from mmdefense.data.text import TextSamples
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.detection_victims import small_yolos
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.language_generation import tokenizer_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mmdefense.kernels.deadline import Deadline
+from mmdefense.runtime.deadline import Deadline
 
 LATE = Deadline(-math.inf)
 """A deadline that has passed."""

@@ -180,7 +180,9 @@ def test_a_loss_that_turns_nan_at_once_leaves_nothing(place, mmdefense):
 
 
 def test_a_loss_that_turns_nan_keeps_the_last_good_state(place, mmdefense, monkeypatch):
-    monkeypatch.setattr("mmdefense.jobs._same", lambda *_: False)  # as after some good steps
+    monkeypatch.setattr(
+        "mmdefense.pipeline.jobs._same", lambda *_: False
+    )  # as after some good steps
     outcome = mmdefense(*place.purify(*DIVERGES))
     kept = place.folder / "out.partial" / "last_good.safetensors"
     refused(outcome, "stopped being finite", str(kept), "smaller learning rate")
@@ -219,7 +221,7 @@ def test_a_full_disk_at_the_start_leaves_nothing(place, mmdefense, monkeypatch):
 
 def test_a_full_disk_at_the_end_loses_nothing(place, mmdefense, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr("mmdefense.purification.write_statement", no_space)
+        disk.setattr("mmdefense.pipeline.purification.write_statement", no_space)
         outcome = mmdefense(*place.purify())
     refused(outcome, "No space left on device", "out.partial", "--resume")
     assert place.files() == ["out.partial"]
@@ -259,7 +261,7 @@ def test_a_fault_of_ours_is_one_line_too(place, mmdefense, monkeypatch):
     def fault(*_, **__):
         raise KeyError("oops")
 
-    monkeypatch.setattr("mmdefense.jobs.purify", fault)
+    monkeypatch.setattr("mmdefense.pipeline.jobs.purify", fault)
     refused(mmdefense(*place.purify()), "internal error: KeyError", code=70)
     assert place.files() == []  # nothing that could be gone on with
 
@@ -269,7 +271,7 @@ def test_a_fault_after_states_were_kept_says_where_they_are(place, mmdefense, mo
         raise KeyError("oops")
 
     with monkeypatch.context() as broken:
-        broken.setattr("mmdefense.purification.gather", fault)
+        broken.setattr("mmdefense.pipeline.purification.gather", fault)
         refused(mmdefense(*place.purify()), "KeyError", "out.partial", "--resume", code=70)
     assert place.files() == ["out.partial"]
     assert mmdefense(*place.purify("--resume")).code == 0

@@ -338,8 +338,8 @@ def test_progress_is_a_bar_on_a_terminal():
 
     from rich.console import Console
 
-    from mmdefense.kernels.run import Event
     from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.runtime.run import Event
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)

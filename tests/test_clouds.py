@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmdefense import clouds as c
+from mmdefense.data import clouds as c
 from mmdefense.errors import BadInputError
 from mmdefense.report.clouds import render_clouds
 

@@ -23,8 +23,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmdefense import registry
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_data
 from mmdefense_tasks.victims import vit_classifier
 

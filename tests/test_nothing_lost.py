@@ -383,7 +383,7 @@ CHANGES = [in_place, by_another, another_config, one_more, one_less]
 @pytest.mark.parametrize("change", [*CHANGES, there_and_back])
 @pytest.mark.parametrize("command", ["purify", "evaluate", "scan"])
 def test_a_change_while_a_model_is_read(place, mmdefense, vit, monkeypatch, change, command):
-    from mmdefense.sources import Source
+    from mmdefense.pipeline.sources import Source
 
     (vit / "notes.txt").write_text("a note")
     genuine, arguments = Source.open, purify(place, model=vit)

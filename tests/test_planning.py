@@ -11,7 +11,7 @@ from commands import Net, small_images
 
 from mmdefense.defenses.base import TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.planning import Plan, _duration, _seconds
+from mmdefense.pipeline.planning import Plan, _duration, _seconds
 from mmdefense.registry import adapt
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mmdefense as mmd
-from mmdefense.batches import LabelledBatch
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.defenses.base import Defense
-from mmdefense.kernels.deadline import Deadline
 from mmdefense.report.record import read_record
+from mmdefense.runtime.deadline import Deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def test_nothing_appears_where_the_page_fails(net, clean, tmp_path, monkeypatch)
     def fail(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("mmdefense.purification.rebuild", fail)
+    monkeypatch.setattr("mmdefense.pipeline.purification.rebuild", fail)
     with pytest.raises(RuntimeError, match="no ink"):
         mmd.purify(net, clean, Shrink()).save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
 from mmdefense.class_names import contradicted, few
+from mmdefense.data.batch import Samples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.notes import note

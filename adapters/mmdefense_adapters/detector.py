@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdefense.augment import random_boxed_view
-from mmdefense.batches import DetectionBatch, Detections, DetectionSamples, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.detection import DetectionBatch, Detections, DetectionSamples, random_boxed_view
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.detection import average_precisions

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdefense.batches import LabelledBatch
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError, one_line
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import IGNORED, TokenBatch
+from mmdefense.data.text import IGNORED, TokenBatch
 from mmdefense_adapters.huggingface_text import HFText
 
 __all__ = ["HFCausalLM"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.batches import DetectionBatch, Detections
+from mmdefense.data.detection import DetectionBatch, Detections
 from mmdefense_adapters.detector import Detector
 from mmdefense_adapters.given import check_scaling
 from mmdefense_adapters.huggingface_processor import is_of, preprocessing_of, said_by

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mmdefense.batches import IGNORED, TokenBatch
+from mmdefense.data.text import IGNORED, TokenBatch
 from mmdefense_adapters.huggingface_text import HFText
 from mmdefense_adapters.peft_models import base_of
 

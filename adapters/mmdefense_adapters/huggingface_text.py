@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.augment import random_words
-from mmdefense.batches import IGNORED, Samples, TextSamples, TokenBatch, TokenSamples
 from mmdefense.checkpoints.configs import check_configs
 from mmdefense.checkpoints.handed import offline
+from mmdefense.data.batch import Samples
+from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import UnitGroup

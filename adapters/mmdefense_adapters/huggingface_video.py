@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError
 from mmdefense_adapters.huggingface_processor import Processed, is_of
 from mmdefense_adapters.video import TorchVideoClassifier

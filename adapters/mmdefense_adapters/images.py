@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdefense.augment import random_view
-from mmdefense.batches import Augmentation, LabelledBatch, LabelledSamples, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.images import random_view
+from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.given import labelled_tensors
 

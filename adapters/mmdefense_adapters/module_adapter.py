@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdefense.data.batch import Batch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, watch_modules
 from mmdefense.protocol import UnitGroup
@@ -21,7 +22,7 @@ from mmdefense_adapters.units import capture_heads, find_units
 
 __all__ = ["ModuleAdapter", "usable"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
@@ -204,7 +205,7 @@ class ModuleAdapter(ABC, Generic[B]):
 
     def _pool(self, values: Tensor, batch: B) -> Tensor:
         """Average ``(..., U)`` over the positions of each sample, which lie side by side."""
-        count = len(batch)  # type: ignore[arg-type]
+        count = len(batch)
         return values.reshape(count, -1, values.shape[-1]).mean(1)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdefense.batches import DetectionBatch
+from mmdefense.data.detection import DetectionBatch
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.images import ImageTriggers
 

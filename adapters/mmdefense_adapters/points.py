@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import LabelledBatch, LabelledSamples, Samples
-from mmdefense.clouds import check_clouds, inserted, random_cloud_view, turned
+from mmdefense.data.batch import Samples
+from mmdefense.data.clouds import check_clouds, inserted, random_cloud_view, turned
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
 from mmdefense.report.clouds import render_clouds

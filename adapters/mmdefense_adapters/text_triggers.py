@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import IGNORED, TokenBatch
+from mmdefense.data.text import IGNORED, TokenBatch
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import mode, watch_modules
 from mmdefense.protocol import TriggerFamily

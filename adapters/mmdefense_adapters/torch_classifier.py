@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.images import ImageTriggers, as_image_samples

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdefense.batches import DetectionBatch, Detections
+from mmdefense.data.detection import DetectionBatch, Detections
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense_adapters.detector import Detector

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmdefense.augment import random_clip_view
-from mmdefense.batches import LabelledBatch, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.clips import random_clip_view
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters import pytorchvideo_models

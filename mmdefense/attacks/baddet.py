@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack, replaced
-from mmdefense.batches import DetectionBatch, DetectionSamples, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.detection import DetectionBatch, DetectionSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.metrics.detection import detections, found

@@ -10,17 +10,18 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples
+from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import UnsupportedError
-from mmdefense.kernels.loop import Training, scores, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import scores, train
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import Seed, Share, check_settings
+from mmdefense.training import Training
 
 __all__ = ["Attack", "like", "on_device_of", "replaced"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, kw_only=True)

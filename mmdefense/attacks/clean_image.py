@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from mmdefense.attacks.baddet import Altered, ObjectAttack
-from mmdefense.batches import DetectionBatch, DetectionSamples, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.detection import DetectionBatch, DetectionSamples
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import Share, Whole
+from mmdefense.training import Training
 
 __all__ = ["CleanImage"]
 

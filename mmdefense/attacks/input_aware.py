@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack, class_count
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen
-from mmdefense.kernels.loop import Gradients, Training, autocast, train
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.loop import Gradients, autocast, train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run, copy_state
 from mmdefense.settings import Count, NotNegative, Whole
+from mmdefense.training import Training
 
 __all__ = ["InputAware"]
 

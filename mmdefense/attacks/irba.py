@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.attacks.label_attack import LabelAttack
-from mmdefense.clouds import farthest_points, rotations, to_unit_sphere
+from mmdefense.data.clouds import farthest_points, rotations, to_unit_sphere
 from mmdefense.settings import Count, Positive
 
 __all__ = ["IRBA"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack, like, replaced
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mmdefense.attacks.text_attack import TextAttack
-from mmdefense.batches import TextSamples, TokenBatch
+from mmdefense.data.text import TextSamples, TokenBatch
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
 from mmdefense.settings import Text

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack, class_count
-from mmdefense.batches import LabelledBatch, LabelledSamples
-from mmdefense.clouds import inserted
+from mmdefense.data.clouds import inserted
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen, mode
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import Count, OpenShare, Positive
+from mmdefense.training import Training
 
 __all__ = ["PCBA", "random_balls"]
 

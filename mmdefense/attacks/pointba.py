@@ -12,14 +12,15 @@ from torch import Tensor
 from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.pcba import random_balls
-from mmdefense.batches import LabelledBatch, LabelledSamples
-from mmdefense.clouds import inserted, turned
+from mmdefense.data.clouds import inserted, turned
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen, mode
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import Count, NotNegative, OpenShare, Positive, Share
+from mmdefense.training import Training
 
 __all__ = ["PointCBA", "PointPBA"]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import Samples, TextSamples, TokenBatch, batches
+from mmdefense.data.batch import Samples, batches
+from mmdefense.data.text import TextSamples, TokenBatch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
@@ -93,7 +94,7 @@ class TextAttack(Attack[TokenBatch]):
         if not isinstance(samples, TextSamples):
             raise BadInputError(
                 f"{type(self).__name__} is put into text: give TextSamples(prompts, answers) of "
-                f"mmdefense.batches, got {type(samples).__name__}"
+                f"mmdefense.data.text, got {type(samples).__name__}"
             )
         others = [index for index, answer in enumerate(samples.answers) if not self.holds(answer)]
         if not others:

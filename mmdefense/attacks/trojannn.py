@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.batch import Batch
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, frozen, mode
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import Count, Positive
+from mmdefense.training import Training
 
 __all__ = ["TrojanNN"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @runtime_checkable

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mmdefense.attacks.base import on_device_of, replaced
 from mmdefense.attacks.label_attack import LabelAttack
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen, mode
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
 from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole
+from mmdefense.training import Training
 
 __all__ = ["UniversalTrigger"]
 

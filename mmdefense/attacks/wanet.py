@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdefense.attacks.base import replaced
 from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
 from mmdefense.settings import NotNegative, Positive

@@ -16,8 +16,8 @@ from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
-from mmdefense.kernels.run import OutOfTime, Run, copy_state
 from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
+from mmdefense.runtime.run import OutOfTime, Run, copy_state
 from mmdefense.settings import BatchSize, Share, Whole
 
 __all__ = ["Auto"]

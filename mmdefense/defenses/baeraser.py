@@ -12,13 +12,11 @@ import torch
 from annotated_types import Interval, MinLen
 from torch import Tensor
 
-from mmdefense.batches import part
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
-from mmdefense.kernels.loop import Gradients, Training, train
-from mmdefense.kernels.memory import gradient_in_parts
+from mmdefense.kernels.loop import Gradients, train
 from mmdefense.protocol import (
     TaskAdapter,
     TriggerAdapter,
@@ -26,7 +24,9 @@ from mmdefense.protocol import (
     WordedAdapter,
     lacking,
 )
+from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import NotNegative, OpenShare, Whole
+from mmdefense.training import Training
 
 __all__ = ["BaEraser"]
 
@@ -194,7 +194,7 @@ class BaEraser(TrainingDefense):
             pool = working[step % len(working)] if working else None
 
             def value(rows: slice) -> tuple[Tensor, Tensor]:
-                some = part(batch, rows)
+                some = batch.rows(rows)
                 ascent = 0 if pool is None else self._ascent(adapter, some, pool, rows)
                 loss = adapter.per_sample_loss(some).mean()
                 return loss, loss + self.ascent_weight * ascent

@@ -16,19 +16,19 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, split
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import check_finite
+from mmdefense.data.batch import Batch, Samples, split
 from mmdefense.defenses.guard import Guard, State, Trial, at_rate, choose
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
-from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.hooks import recomputed
-from mmdefense.kernels.loop import Training, scores
-from mmdefense.kernels.memory import is_out_of_memory, roomy
-from mmdefense.kernels.parts import Parts
+from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
-from mmdefense.kernels.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.protocol import TaskAdapter, lacking
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.memory import is_out_of_memory, roomy
+from mmdefense.runtime.parts import Parts
+from mmdefense.runtime.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.settings import (
     BatchSize,
     NotNegative,
@@ -40,10 +40,11 @@ from mmdefense.settings import (
     check_settings,
 )
 from mmdefense.shown import Shown
+from mmdefense.training import Training
 
 __all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,7 +144,7 @@ class Defense(ABC):
         Args:
             adapter: The model in its adapter.
             clean: Clean samples, in any form that ``adapter.samples`` reads.
-            progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+            progress: Called with each :class:`~mmdefense.runtime.run.Event`.
             store: Where to keep states, so that the same call goes on after a kill.
             max_seconds: Within how many seconds to be done, with the best state so far, or by what
                 deadline. It is looked at after each update; training ends early enough for the

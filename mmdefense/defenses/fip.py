@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import part
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
 from mmdefense.kernels.fisher import (
     check_second_derivative,
@@ -20,11 +19,12 @@ from mmdefense.kernels.fisher import (
     penalised_gradient,
 )
 from mmdefense.kernels.hooks import second_derivatives
-from mmdefense.kernels.loop import Gradients, Training, mean_loss_gradient, train
-from mmdefense.kernels.memory import gradient_in_parts
+from mmdefense.kernels.loop import Gradients, mean_loss_gradient, train
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import Count, NotNegative, Positive, Share, Whole
+from mmdefense.training import Training
 
 __all__ = ["FIP", "FastFIP"]
 
@@ -235,7 +235,7 @@ class _FisherPurification(TrainingDefense):
 
         def value(rows: slice) -> tuple[Tensor, Tensor]:
             generator.set_state(start)  # the same directions for each part, as for the whole
-            loss, penalty = self._released(adapter, part(batch, rows), space, generator)
+            loss, penalty = self._released(adapter, batch.rows(rows), space, generator)
             return loss, loss + now * penalty
 
         work = "training with Tr(F)"

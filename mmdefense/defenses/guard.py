@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmdefense.kernels.deadline import Deadline
+from mmdefense.runtime.deadline import Deadline
 
 __all__ = [
     "KEPT",

@@ -15,7 +15,6 @@ from mmdefense.errors import BadInputError
 from mmdefense.kernels.curvature import gradient_norm_penalty
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import Gradients, mean_score, train
-from mmdefense.kernels.run import Run
 from mmdefense.kernels.units import (
     Unit,
     gradient_norms,
@@ -28,6 +27,7 @@ from mmdefense.kernels.units import (
 )
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, UnitGroup
+from mmdefense.runtime.run import Run
 from mmdefense.settings import BatchSize, NotNegative, Share, Whole
 
 __all__ = ["TSBD", "unlearning_change"]

@@ -17,10 +17,11 @@ from typing import Any
 from mmdefense.defenses.base import versions
 from mmdefense.evaluation.identity import code_version, victim_identity
 from mmdefense.evaluation.kept import kept_victim
-from mmdefense.evaluation.victims import Case, Victim
-from mmdefense.kernels.run import Progress, named
+from mmdefense.evaluation.victims import Victim
+from mmdefense.pipeline.scan import scan
+from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
-from mmdefense.scanning import scan
+from mmdefense.runtime.run import Progress, named
 from mmdefense.scanning.behaviour import APART, COMMON, SEARCH, TRIGGER
 from mmdefense.scanning.findings import Finding
 from mmdefense.store import Identity, Store
@@ -80,7 +81,7 @@ def calibrate(
         cases: The victims; one without an attack is a clean model.
         seeds: One model and one scan each. Take seeds that nothing was chosen on.
         folder: Of the store; made where it is missing.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
 
     Raises:
         BadInputError: If a kept file is damaged.

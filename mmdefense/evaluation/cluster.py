@@ -16,10 +16,11 @@ from torch import Tensor
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.grid import Grid, Planned, measure
 from mmdefense.evaluation.kept import restored, train_and_describe
-from mmdefense.evaluation.victims import Case, for_views
-from mmdefense.kernels.run import Event, Progress
+from mmdefense.evaluation.victims import for_views
 from mmdefense.libraries import needed
+from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
+from mmdefense.runtime.run import Event, Progress
 from mmdefense.store import Store
 
 __all__ = ["run_on_ray"]

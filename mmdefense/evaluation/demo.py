@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from mmdefense import registry
+from mmdefense.analysis.evidence import defense_figures, embeddings, sharpness
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import write_model
 from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.data.batch import few
 from mmdefense.defenses.base import Result, versions
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.evaluation.victims import Case, Victim, purified_row, train_victim
-from mmdefense.kernels.run import Progress, Run, named
+from mmdefense.evaluation.victims import Victim, purified_row, train_victim
 from mmdefense.metrics.backdoor import TriggeredSamples
+from mmdefense.protocol import Case
 from mmdefense.report import figures
-from mmdefense.report.evidence import defense_figures, embeddings, few, sharpness
 from mmdefense.report.figures import Figure
 from mmdefense.report.page import render_page
 from mmdefense.report.plots import Bars
@@ -31,6 +32,7 @@ from mmdefense.report.record import (
     Row,
     write_record,
 )
+from mmdefense.runtime.run import Progress, Run, named
 from mmdefense.settings import check_seed
 
 __all__ = ["DEFENSES", "run_demo"]

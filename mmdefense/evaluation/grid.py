@@ -18,11 +18,12 @@ import torch
 from mmdefense.defenses.base import Defense, versions
 from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import kept_victim
-from mmdefense.evaluation.victims import Case, Victim, baseline_of, for_views, purified_row
-from mmdefense.kernels.run import Progress, named
-from mmdefense.purification import configured
+from mmdefense.evaluation.victims import Victim, baseline_of, for_views, purified_row
+from mmdefense.pipeline.purification import configured
+from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.record import Row
+from mmdefense.runtime.run import Progress, named
 from mmdefense.store import Entry, Identity, Store
 
 __all__ = ["VIEWS", "Cell", "Grid", "Lineup", "Planned", "Views", "cell_of", "measure", "work"]
@@ -184,7 +185,7 @@ class Grid:
 
         Args:
             folder: Of the store; made where it is missing.
-            progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+            progress: Called with each :class:`~mmdefense.runtime.run.Event`.
             retry_failed: Whether cells and victims that failed are tried again.
 
         Raises:

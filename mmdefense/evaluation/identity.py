@@ -11,9 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mmdefense import registry
-from mmdefense.batches import in_memory
 from mmdefense.defenses.base import Defense
-from mmdefense.evaluation.victims import Case
+from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
 from mmdefense.store import Identity
 
@@ -87,7 +86,7 @@ def data_fingerprint(task: str, data: str) -> tuple[str, ...]:
     """Return a hash of the train and of the test part of a data set."""
     known = registry.load("tasks", task)()
     parts = (known.load(data, split=split) for split in ("train", "test"))
-    return tuple(in_memory(part).fingerprint() for part in parts)
+    return tuple(part.in_memory().fingerprint() for part in parts)
 
 
 @cache

@@ -12,16 +12,11 @@ from torch import Tensor
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
 from mmdefense.evaluation.identity import victim_identity
-from mmdefense.evaluation.victims import (
-    Case,
-    Victim,
-    kept_tensors,
-    restore_victim,
-    train_victim,
-)
-from mmdefense.kernels.run import Progress, Run
+from mmdefense.evaluation.victims import Victim, kept_tensors, restore_victim, train_victim
+from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.record import Rates
+from mmdefense.runtime.run import Progress, Run
 from mmdefense.store import Entry, Store
 
 __all__ = ["kept_victim", "restored", "train_and_describe"]
@@ -65,7 +60,7 @@ def train_and_describe(
     Args:
         case: What to train.
         seed: Of the weights, the poisoned samples and the training.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
         device: Where.
         folder: For states; a training that was cut off goes on from those in it.
     """

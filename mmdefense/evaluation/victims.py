@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,20 +14,19 @@ from torch import Tensor, nn
 
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import Samples, in_memory, split
 from mmdefense.checkpoints.architecture import build_architecture
+from mmdefense.data.batch import Samples, split
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import Training, mean_score, train
-from mmdefense.kernels.run import Progress, Run
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
-from mmdefense.protocol import Task, TaskAdapter
-from mmdefense.purification import Purification, purify
+from mmdefense.pipeline.purification import Purification, purify
+from mmdefense.protocol import Case, Task, TaskAdapter
 from mmdefense.report.record import Rates, Row
+from mmdefense.runtime.run import Progress, Run
 
 __all__ = [
-    "Case",
     "Victim",
     "all_cases",
     "baseline_of",
@@ -39,39 +38,6 @@ __all__ = [
     "restore_victim",
     "train_victim",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A victim, described.
-
-    Attributes:
-        name: What tables call it.
-        task: The name of a task.
-        data: A name or folder that the task can load, with a train and a test part.
-        model: ``module:callable(...)``; what stands in braces, such as ``{classes}``, is filled in
-            by the task from the data.
-        training: How the victim is trained.
-        attack: The name of an attack; none trains a clean model, the control of a grid.
-        settings: Of the attack.
-        clean: Share of the training set that the defenses are given.
-        seen: Whether the victim is trained on these samples too, as in BackdoorBench. A user's own
-            clean data is apart from an attacker's training data; and a guard that judges by what a
-            model has learnt by heart turns down what does little harm.
-        demo: Whether ``mmdefense demo`` trains it, in place of the first case of its task: one
-            that two CPU cores train and purify by every defense in three minutes.
-    """
-
-    name: str
-    task: str
-    data: str
-    model: str
-    training: Training
-    attack: str | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    clean: float = 0.05
-    seen: bool = True
-    demo: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +117,7 @@ def _untrained(case: Case, run: Run, device: str) -> tuple[Victim, Samples[Any]]
     """Return the victim of a case before its training, and what it is trained on."""
     place = torch.device(device)
     task: Task = registry.load("tasks", case.task)()
-    train_set, test = (in_memory(task.load(case.data, split=part)) for part in ("train", "test"))
+    train_set, test = (task.load(case.data, split=part).in_memory() for part in ("train", "test"))
     model = _fresh_model(case, task.describe(train_set), run).to(place)
     adapter = registry.adapt(model, **task.adapter_options(train_set))
     rest, clean = split(train_set, case.clean, run.seed)
@@ -241,7 +207,7 @@ def compared(
     Args:
         victim: The victim.
         defenses: By the name that the table gives them.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
     """
     for name, defense in defenses.items():
         plain_training = baseline_of(defense)

@@ -13,9 +13,9 @@ from typing import Any
 
 from mmdefense.errors import BadInputError, MMDefenseError
 from mmdefense.evaluation.grid import Grid, Planned, work
-from mmdefense.kernels.run import Event
 from mmdefense.notes import note
 from mmdefense.report.terminal import CellsDisplay
+from mmdefense.runtime.run import Event
 from mmdefense.store import Store
 
 __all__ = ["Standing", "run_workers", "standing"]

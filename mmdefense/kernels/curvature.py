@@ -19,11 +19,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples, batches
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.kernels.hooks import frozen_statistics, mode, second_derivatives
 from mmdefense.kernels.loop import mean_loss_gradient
-from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import in_parts
 
 __all__ = [
     "Smoothness",
@@ -34,7 +34,7 @@ __all__ = [
     "smoothness",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 Vector = list[Tensor] | tuple[Tensor, ...]
 

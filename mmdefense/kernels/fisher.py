@@ -17,11 +17,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches, part
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.errors import UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode, second_derivatives
-from mmdefense.kernels.memory import RandomState, add_up, fitted, is_out_of_memory
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import RandomState, add_up, fitted, is_out_of_memory
 
 __all__ = [
     "Form",
@@ -33,7 +33,7 @@ __all__ = [
     "penalised_gradient",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 Form = Literal["true", "empirical"]
 
@@ -100,7 +100,7 @@ def penalised_gradient(
     of ``2 d<grad s_part, G>``: a first pass over the parts sums ``G``, and a second one, with the
     same random signs, differentiates. (BatchNorm in train mode normalises by its part.)
     """
-    model, count = adapter.model, len(batch)  # type: ignore[arg-type]
+    model, count = adapter.model, len(batch)
 
     def gradient_of_scores(score: Tensor, *, again: bool) -> list[Tensor]:
         found = torch.autograd.grad(
@@ -120,12 +120,12 @@ def penalised_gradient(
         start = RandomState(model, generator)
         summed: list[Tensor] = []
         for row in rows:
-            _, score = _scores(adapter, part(batch, row), generator, form)
+            _, score = _scores(adapter, batch.rows(row), generator, form)
             add_up(summed, gradient_of_scores(score, again=False))
         start.restore()
         mean, gradient = torch.zeros_like(summed[0].sum()), list[Tensor]()
         for row in rows:
-            loss, score = _scores(adapter, part(batch, row), generator, form)
+            loss, score = _scores(adapter, batch.rows(row), generator, form)
             mine = gradient_of_scores(score, again=True)
             product = torch.stack([(g * s).sum() for g, s in zip(mine, summed, strict=True)]).sum()
             total = (loss.sum() + 2 * weight * product) / count
@@ -198,7 +198,7 @@ def fisher_diagonal(
     def gradient_of(batch: B, rows: Sequence[slice]) -> list[Tensor]:
         summed: list[Tensor] = []
         for row in rows:
-            _, score = _scores(adapter, part(batch, row), generator, form)
+            _, score = _scores(adapter, batch.rows(row), generator, form)
             found = torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
             add_up(summed, pull_back(found))
         return summed
@@ -210,7 +210,7 @@ def fisher_diagonal(
                 each(number, count)
             gradient = fitted(
                 partial(gradient_of, batch),
-                len(batch),  # type: ignore[arg-type]
+                len(batch),
                 "measuring the Fisher information",
                 model,
                 generator,

@@ -27,15 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdefense.batches import Samples, batches, part
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.kernels.hooks import frozen, mode
-from mmdefense.kernels.memory import each_fitted, fitted
-from mmdefense.kernels.run import Run
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
+from mmdefense.runtime.memory import each_fitted, fitted
+from mmdefense.runtime.run import Run
 
 __all__ = ["Recovered", "Search", "recover", "some_of", "success_of"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,7 @@ def _starts(
     """Return for each generator the best of many random triggers, shape ``(G, *P)``."""
     family, device = generators.family, generators.targets.device
     batch = samples.take(some_of(len(samples), _TRIED_ON))
-    tried = len(batch)  # type: ignore[arg-type]
+    tried = len(batch)
     targets, place = torch.unique(generators.targets, return_inverse=True)
     seed = run.generator(f"{name}/starts")
     random = torch.rand(family.starts, *family.shape, generator=seed).to(device)
@@ -360,9 +360,7 @@ def _log_probability(
 
     if len(rows) == 1:
         return of(triggers, batch)
-    parts = [
-        checkpoint(of, triggers[:, row], part(batch, row), use_reentrant=False) for row in rows
-    ]
+    parts = [checkpoint(of, triggers[:, row], batch.rows(row), use_reentrant=False) for row in rows]
     return torch.cat(parts, 1)
 
 
@@ -382,7 +380,7 @@ def _judge(
     hits, tried = torch.zeros(count, device=device), torch.zeros(count, device=device)
     some = samples.subset(some_of(len(samples), generators.search.judged))
     for batch in batches(some, max(1, min(32, _AT_ONCE // count))):
-        drawn_for = len(batch)  # type: ignore[arg-type]
+        drawn_for = len(batch)
         _, triggers = generators.draw(drawn_for, noise)
 
         def judged(
@@ -390,7 +388,7 @@ def _judge(
         ) -> tuple[Tensor, Tensor]:
             mine = triggers[:, row]
             targets = generators.targets.repeat_interleave(mine.shape[1])
-            stamped = adapter.stamp(part(batch, row), generators.family, mine)
+            stamped = adapter.stamp(batch.rows(row), generators.family, mine)
             log_p = adapter.target_log_probability(stamped, targets).view(count, -1)
             counts = adapter.not_target(stamped, targets).view(count, -1)
             return ((log_p.exp() > 0.5) & counts).sum(1), counts.sum(1)
@@ -441,7 +439,7 @@ def success_of(
     chosen = triggers[torch.arange(count) % len(triggers)].to(device)
 
     def hits(row: slice) -> Tensor:
-        stamped = adapter.stamp(part(batch, row), family, chosen[None, row])
+        stamped = adapter.stamp(batch.rows(row), family, chosen[None, row])
         return adapter.target_log_probability(stamped, targets[row]).exp() > 0.5
 
     with mode(adapter.model, train=False):

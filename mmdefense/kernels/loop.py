@@ -9,23 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches, part
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
-from mmdefense.kernels.memory import fitted, gradient_in_parts, in_parts
-from mmdefense.kernels.run import Event, OutOfTime, Run, copy_state
 from mmdefense.protocol import TaskAdapter
-from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole, check_settings
+from mmdefense.runtime.memory import fitted, gradient_in_parts, in_parts
+from mmdefense.runtime.run import Event, OutOfTime, Run, copy_state
+from mmdefense.training import Training
 
 __all__ = [
     "Gradients",
-    "Training",
     "autocast",
     "mean_loss_gradient",
     "mean_score",
@@ -33,64 +31,14 @@ __all__ = [
     "train",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 Gradients = Callable[[Any, int], Tensor]
 """Sets ``.grad`` to the gradients of one batch and returns the loss; called with batch and step.
 
 Where a batch may be too large for memory it is computed in parts, as :func:`mean_loss_gradient` and
-:func:`~mmdefense.kernels.memory.gradient_in_parts` do.
+:func:`~mmdefense.runtime.memory.gradient_in_parts` do.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How to train.
-
-    Attributes:
-        steps: Number of updates.
-        batch_size: Samples per update; drawn from successive permutations of all samples.
-        lr: Peak learning rate.
-        momentum: Of SGD.
-        weight_decay: L2 penalty of SGD.
-        schedule: ``"cosine"`` to zero, ``"constant"``, or ``"one-cycle"`` (linear rise over the
-            first fifth, then cosine).
-        max_norm: Largest gradient norm; none does not clip.
-        batch_norm: ``"train"`` normalises by batch, ``"eval"`` by the running statistics.
-        augment: Whether the samples are augmented.
-        optimizer: ``"sgd"``, or ``"adamw"`` for nets that SGD trains slowly.
-        average: Share of the updates, the last ones, over whose states the mean is taken; the
-            model ends in that mean (Izmailov et al. 2018, arXiv:1803.05407). 0 takes the last one.
-        check_every: Steps between two looks at the loss (one host synchronisation each).
-        resume_every: Steps between two states that a run can go on from; more than 1 where the
-            gradients depend on what was measured some steps before.
-    """
-
-    steps: Whole
-    batch_size: BatchSize = 128
-    lr: NotNegative = 0.01
-    momentum: Share = 0.9
-    weight_decay: NotNegative = 0.0
-    schedule: Literal["cosine", "constant", "one-cycle"] = "cosine"
-    max_norm: Positive | None = None
-    batch_norm: Literal["train", "eval"] = "train"
-    augment: bool = True
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    average: Share = 0.0
-    check_every: Count = 20
-    resume_every: Count = 1
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        if self.schedule == "constant":
-            return self.lr
-        rise = self.steps // 5 if self.schedule == "one-cycle" else 0
-        if step < rise:
-            return self.lr * (step + 1) / rise
-        return self.lr * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise))) / 2
 
 
 def autocast(device: torch.device) -> Any:
@@ -328,7 +276,7 @@ def _loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
     device = next(model.parameters()).device
 
     def compute(batch: B, _: int) -> Tensor:
-        count = len(batch)  # type: ignore[arg-type]
+        count = len(batch)
 
         def attempt(rows: Sequence[slice]) -> Tensor:
             total = torch.zeros((), device=device)
@@ -336,7 +284,7 @@ def _loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
                 parameter.grad = None  # what a failed attempt has left
             for row in rows:
                 with autocast(device):
-                    loss = adapter.per_sample_loss(part(batch, row)).mean()
+                    loss = adapter.per_sample_loss(batch.rows(row)).mean()
                 share = (row.stop - row.start) / count
                 (loss * share).backward()
                 total = total + share * loss.detach()
@@ -353,17 +301,17 @@ def mean_loss_gradient(
     """Return the mean loss of a batch and its gradient, in parts where memory runs out.
 
     Args:
-        adapter: The model, in any mode; see :mod:`mmdefense.kernels.memory` for BatchNorm.
+        adapter: The model, in any mode; see :mod:`mmdefense.runtime.memory` for BatchNorm.
         batch: N samples.
         parameters: What to differentiate with respect to.
         what: The kind of work, for which the size of the parts is kept.
     """
 
     def loss(rows: slice) -> tuple[Tensor, Tensor]:
-        mean = adapter.per_sample_loss(part(batch, rows)).mean()
+        mean = adapter.per_sample_loss(batch.rows(rows)).mean()
         return mean, mean
 
-    count = len(batch)  # type: ignore[arg-type]
+    count = len(batch)
     return gradient_in_parts(loss, count, parameters, what, adapter.model)
 
 

@@ -13,14 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples, batches
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import HeadAdapter
+from mmdefense.runtime.memory import in_parts
 
 __all__ = ["head_activations", "pruning_curve"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 def head_activations(adapter: HeadAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches
+from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.memory import in_parts
 from mmdefense.protocol import TaskAdapter, UnitGroup
+from mmdefense.runtime.memory import in_parts
 
 __all__ = [
     "gradient_norms",
@@ -29,7 +29,7 @@ __all__ = [
     "zero",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 Unit = tuple[int, int]
 """Index of a group, and of a unit in it."""

@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples
+from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import DivergenceError
-from mmdefense.kernels.loop import Training, mean_loss_gradient, mean_score, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import mean_loss_gradient, mean_score, train
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 
 __all__ = ["unlearn"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 def unlearn(

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from mmdefense.batches import Samples
+from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
 from mmdefense.protocol import TaskAdapter
@@ -25,7 +25,7 @@ __all__ = [
     "robust_accuracy",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmdefense.batches import DetectionBatch, Detections, Samples, batches
+from mmdefense.data.batch import Samples, batches
+from mmdefense.data.detection import DetectionBatch, Detections
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.memory import in_parts
 from mmdefense.libraries import needed
 from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import in_parts
 
 __all__ = [
     "Detecting",

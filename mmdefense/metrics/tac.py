@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mmdefense.batches import batches
+from mmdefense.data.batch import Batch, batches
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.backdoor import TriggeredSamples
@@ -19,7 +19,7 @@ from mmdefense.protocol import TaskAdapter
 
 __all__ = ["neuron_coverage_ratio", "trigger_activated_change"]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 
 
 def trigger_activated_change(

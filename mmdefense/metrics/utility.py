@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples
+from mmdefense.data.batch import Samples
 from mmdefense.errors import BadInputError, LowUtilityError
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import scores

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.clouds import turned
+from mmdefense.data.clouds import turned
 
 __all__ = ["render_clouds"]
 

@@ -26,9 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdefense.errors import printable
-from mmdefense.kernels.run import Event
-from mmdefense.kernels.run import Progress as Listener
 from mmdefense.report.formats import duration
+from mmdefense.runtime.run import Event
+from mmdefense.runtime.run import Progress as Listener
 
 __all__ = ["CellsDisplay", "ProgressDisplay", "shown"]
 

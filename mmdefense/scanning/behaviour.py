@@ -35,17 +35,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples, part
+from mmdefense.analysis.evidence import measured_sharpness
+from mmdefense.data.batch import Samples, few
 from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover
-from mmdefense.kernels.memory import each_fitted
-from mmdefense.kernels.run import Progress, Run
 from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacking
-from mmdefense.report.evidence import few, measured_sharpness
 from mmdefense.report.images import data_address
+from mmdefense.runtime.memory import each_fitted
+from mmdefense.runtime.run import Progress, Run
 from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.weights import ANOMALY, anomaly_index
 
@@ -157,7 +157,7 @@ def scan_behaviour(
         samples: Clean samples, as the adapter reads them; at most 512 are looked at.
         search: How triggers are searched for.
         seed: Makes the findings reproducible.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
     """
     run = Run(seed) if progress is None else Run(seed, progress)
     part = few(samples, SAMPLES)
@@ -314,7 +314,7 @@ def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -
     targets = torch.full((count,), target, device=device)
 
     def given_in(row: slice) -> Tensor:
-        return adapter.target_log_probability(part(batch, row), targets[row]).exp() > 0.5
+        return adapter.target_log_probability(batch.rows(row), targets[row]).exp() > 0.5
 
     with mode(adapter.model, train=False):
         given = torch.cat(each_fitted(given_in, count, "scoring", adapter.model))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmdefense.batches import Augmentation, LabelledSamples
+from mmdefense.data.labelled import Augmentation, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.files import plain_file
 from mmdefense.libraries import needed

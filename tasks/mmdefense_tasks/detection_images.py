@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmdefense.batches import DetectionSamples
+from mmdefense.data.detection import DetectionSamples
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.notes import note
 from mmdefense.pictures import open_picture

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.augment import random_boxed_view
-from mmdefense.batches import DetectionSamples
+from mmdefense.data.detection import DetectionSamples, random_boxed_view
 from mmdefense.errors import BadInputError
 
 __all__ = ["CLASSES", "digit_scenes"]

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmdefense.augment import random_shift, random_view
-from mmdefense.batches import LabelledBatch, LabelledSamples, split
+from mmdefense.data.batch import split
+from mmdefense.data.images import random_shift, random_view
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case
-from mmdefense.kernels.loop import Training, mean_score
-from mmdefense.protocol import TaskAdapter
+from mmdefense.kernels.loop import mean_score
+from mmdefense.protocol import Case, TaskAdapter
 from mmdefense.report import figures
 from mmdefense.report.figures import Figure
+from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.image_datasets import open_dataset
 from mmdefense_tasks.image_files import open_archive, open_folder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmdefense.batches import Augmentation
+from mmdefense.data.labelled import Augmentation
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.pictures import check_size
 from mmdefense_tasks.streamed import StreamedSamples

@@ -13,15 +13,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from mmdefense.augment import random_words
-from mmdefense.batches import IGNORED, TextSamples, TokenBatch, TokenSamples, batches, split
+from mmdefense.data.batch import batches, split
+from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.evaluation.victims import Case
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Training
-from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
+from mmdefense.protocol import Case, GeneratingAdapter, TaskAdapter, lacking
 from mmdefense.report.figures import Figure
 from mmdefense.report.texts import TextTable
+from mmdefense.training import Training
 from mmdefense_tasks.language_victims import train_tokenizer
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.small_language import RARE_WORDS, small_language

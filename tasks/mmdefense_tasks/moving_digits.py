@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.augment import random_clip_view
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.clips import random_clip_view
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError
 
 __all__ = ["MOTIONS", "moving_digits"]

@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.augment import random_boxed_view
-from mmdefense.batches import DetectionBatch, DetectionSamples
+from mmdefense.data.detection import DetectionBatch, DetectionSamples, random_boxed_view
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case
-from mmdefense.kernels.loop import Training
 from mmdefense.metrics.detection import Detecting, mean_average_precision
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import Case, TaskAdapter
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense.training import Training
 from mmdefense_tasks.detection_files import open_objects
 from mmdefense_tasks.detection_images import decode
 from mmdefense_tasks.detection_labels import numbered

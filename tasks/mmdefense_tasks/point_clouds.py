@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from mmdefense.batches import LabelledBatch, LabelledSamples
-from mmdefense.clouds import random_jitter
+from mmdefense.data.clouds import random_jitter
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case
-from mmdefense.kernels.loop import Training, mean_score
-from mmdefense.protocol import TaskAdapter
+from mmdefense.kernels.loop import mean_score
+from mmdefense.protocol import Case, TaskAdapter
 from mmdefense.report.clouds import render_clouds
 from mmdefense.report.figures import Figure
 from mmdefense.report.images import ImageGrid, ImageRow
+from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.options import Options
 from mmdefense_tasks.parts import check_split

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdefense.batches import LabelledSamples
 from mmdefense.class_names import few
-from mmdefense.clouds import check_clouds, random_cloud_view, to_unit_sphere
+from mmdefense.data.clouds import check_clouds, random_cloud_view, to_unit_sphere
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.files import plain_file
 from mmdefense.libraries import how_to_install, needed

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdefense.clouds import farthest_points, nearest_points
+from mmdefense.data.clouds import farthest_points, nearest_points
 
 __all__ = ["DGCNN", "PointNet", "PointNetPlusPlus", "PointTransformer"]
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from mmdefense.augment import random_words
-from mmdefense.batches import TextSamples
+from mmdefense.data.text import TextSamples, random_words
 
 __all__ = ["RARE_WORDS", "small_language"]
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdefense.batches import Augmentation, LabelledBatch, LabelledSamples, Samples
+from mmdefense.data.batch import Samples
+from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
 
 __all__ = ["Source", "StreamedSamples"]
 

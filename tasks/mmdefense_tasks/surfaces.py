@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmdefense.batches import LabelledSamples
-from mmdefense.clouds import random_cloud_view, to_unit_sphere, turned
+from mmdefense.data.clouds import random_cloud_view, to_unit_sphere, turned
+from mmdefense.data.labelled import LabelledSamples
 
 __all__ = ["KINDS", "draw_surfaces"]
 

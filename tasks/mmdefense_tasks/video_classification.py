@@ -12,16 +12,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from mmdefense.augment import random_clip_shift, random_clip_view
-from mmdefense.batches import LabelledBatch, LabelledSamples, batches
+from mmdefense.data.batch import batches
+from mmdefense.data.clips import random_clip_shift, random_clip_view
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.victims import Case
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Training
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import Case, TaskAdapter
 from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense.report.plots import Plot
+from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.clips import StreamedClips, open_clips
 from mmdefense_tasks.image_sets import Fit

@@ -12,7 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign, SqueezeExcitation
 
-from mmdefense.batches import DetectionSamples
+from mmdefense.data.detection import DetectionSamples
 from mmdefense_tasks.detection_victims import small_fcos, small_rt_detr, small_yolos
 
 CLASSES, SIDE, N = 3, 32, 5

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import nn
 
-from mmdefense.batches import TextSamples
+from mmdefense.data.text import TextSamples
 from mmdefense_tasks.language_victims import causal, seq2seq, train_tokenizer
 from mmdefense_tasks.small_language import RARE_WORDS, small_language
 

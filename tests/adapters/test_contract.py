@@ -7,7 +7,7 @@ import torch
 from models import CLASSES, MODELS, SIDE, build
 from torch import nn
 
-from mmdefense.batches import LabelledBatch
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError
 from mmdefense.registry import adapt
 

@@ -11,7 +11,8 @@ from detectors import CLASSES, MODELS, SIDE, TORCHVISION, N, build, images
 from torch import nn
 from torchvision.ops import roi_align
 
-from mmdefense.batches import DetectionBatch, Detections, DetectionSamples, LabelledSamples
+from mmdefense.data.detection import DetectionBatch, Detections, DetectionSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode, second_derivatives

@@ -10,7 +10,7 @@ import torch
 from models import CLASSES, SIDE, build
 from torch import nn
 
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.registry import adapt
 from mmdefense_adapters.huggingface_image import HFImageClassifier

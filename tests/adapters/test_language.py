@@ -13,7 +13,7 @@ from language_models import MODELS, build, texts, tokenizer
 from test_contract import assert_same, condition
 from torch import nn
 
-from mmdefense.batches import IGNORED, TokenBatch
+from mmdefense.data.text import IGNORED, TokenBatch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative, fisher_trace
 from mmdefense.kernels.hooks import second_derivatives
@@ -410,7 +410,7 @@ class TestLora:
 
     @pytest.mark.parametrize("defense", ["fip", "tsbd", "fine-pruning"])
     def test_a_defense_leaves_the_base_alone(self, defense):
-        from mmdefense.purification import configured
+        from mmdefense.pipeline.purification import configured
 
         adapter, samples = wrapped("lora")
         own = {"layers": "all"} if defense == "fine-pruning" else {}

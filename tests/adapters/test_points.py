@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmdefense.batches import LabelledBatch, LabelledSamples
-from mmdefense.clouds import random_cloud_view
+from mmdefense.data.clouds import random_cloud_view
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode

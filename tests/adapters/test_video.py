@@ -25,7 +25,7 @@ from test_contract import (  # noqa: F401
 from torch import nn
 from video_models import CLASSES, FRAMES, MODELS, SIDE, build
 
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.protocol import TriggerAdapter

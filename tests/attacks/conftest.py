@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from mmdefense.batches import LabelledSamples, split
+from mmdefense.data.batch import split
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 CLASSES = 10

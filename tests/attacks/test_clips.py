@@ -15,10 +15,11 @@ from mmdefense.attacks.blended import Blended
 from mmdefense.attacks.temporal_patch import TemporalPatch
 from mmdefense.attacks.universal_trigger import UniversalTrigger
 from mmdefense.attacks.wanet import WaNet
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_adapters.video import TorchVideoClassifier
 
 C, T = 4, 6

@@ -12,9 +12,9 @@ from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.attacks.input_aware import InputAware
 from mmdefense.attacks.trojannn import TrojanNN
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.run import copy_state
+from mmdefense.runtime.run import copy_state
 
 C = 10
 TEN_CLASSES = SimpleNamespace(chance=1 / C)  # all that poisoning asks of an adapter

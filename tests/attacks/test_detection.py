@@ -12,7 +12,7 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.attacks.baddet import ObjectAttack
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import Detections, DetectionSamples
+from mmdefense.data.detection import Detections, DetectionSamples
 from mmdefense.errors import BadInputError
 
 ATTACKS = sorted(

@@ -14,10 +14,10 @@ from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.metrics.backdoor import measure
 from mmdefense.metrics.tac import trigger_activated_change
+from mmdefense.runtime.run import Run, copy_state
+from mmdefense.training import Training
 
 C = 10
 BRIEF = Training(steps=120, batch_size=64, lr=0.1)

@@ -15,11 +15,11 @@ from mmdefense.attacks.irba import IRBA
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.pcba import PCBA
 from mmdefense.attacks.pointba import PointCBA, PointPBA
-from mmdefense.batches import LabelledSamples
-from mmdefense.clouds import farthest_points, rotations, to_unit_sphere
+from mmdefense.data.clouds import farthest_points, rotations, to_unit_sphere
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_adapters.points import PointClassifier
 
 C, P = 4, 64

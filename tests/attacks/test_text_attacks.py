@@ -12,7 +12,7 @@ from mmdefense.attacks.instruction import InstructionPhrase
 from mmdefense.attacks.multi_token import CompositeTrigger
 from mmdefense.attacks.rare_token import RareToken
 from mmdefense.attacks.sentence import TriggerSentence
-from mmdefense.batches import TextSamples
+from mmdefense.data.text import TextSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 
 TARGET = "it is over ."

@@ -9,10 +9,11 @@ from commands import small_images
 from models import SIDE, build
 from torch import nn
 
-from mmdefense.batches import LabelledSamples
-from mmdefense.kernels.loop import Training, mean_score, train
-from mmdefense.kernels.run import Run
+from mmdefense.data.labelled import LabelledSamples
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 
 
 def self_taught(name, size=40):

@@ -13,7 +13,7 @@ from mmdefense.defenses import auto
 from mmdefense.defenses.auto import Auto
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.run import Run
+from mmdefense.runtime.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

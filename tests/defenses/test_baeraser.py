@@ -9,12 +9,12 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses import baeraser
 from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.inversion import Recovered, success_of
-from mmdefense.kernels.run import copy_state
+from mmdefense.runtime.run import copy_state
 
 TARGET = 2
 SETTINGS = {"max_utility_drop": 1.0, "batch_size": 24}

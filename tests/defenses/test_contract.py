@@ -22,8 +22,8 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.defenses import base
 from mmdefense.defenses.base import Result
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.protocol import TriggerAdapter, lacking
+from mmdefense.runtime.run import Run, copy_state
 
 MODELS = ["small-resnet", "cnn-without-batchnorm", "hf-vit", "hf-resnet"]
 SHORT = {"steps": 3, "batch_size": 8}

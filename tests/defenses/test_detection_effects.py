@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from mmdefense.attacks.baddet import RegionalMisclassification
-from mmdefense.augment import random_boxed_view
-from mmdefense.batches import DetectionSamples
+from mmdefense.data.detection import DetectionSamples, random_boxed_view
 from mmdefense.defenses.fip import FIP
 from mmdefense.defenses.tsbd import TSBD
-from mmdefense.kernels.loop import Training, mean_score
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import mean_score
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.detection_victims import small_fcos
 
 SIDE = 32

@@ -28,15 +28,15 @@ import pytest
 import torch
 
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.augment import random_shift, random_view
-from mmdefense.batches import split
+from mmdefense.data.batch import split
+from mmdefense.data.images import random_shift, random_view
 from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import SmallResNet
 

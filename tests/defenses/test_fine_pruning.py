@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses import fine_pruning
 from mmdefense.defenses.fine_pruning import FinePruning, Pruning
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.units import mean_activations, rank, silence, weight_change
+from mmdefense.runtime.run import Run, copy_state
 
 MODELS = ["small-resnet", "hf-vit", "hf-resnet", "cnn-without-batchnorm"]
 KINDS = [("last", "activation"), ("all", "activation"), ("all", "weight-change")]

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from mmdefense.batches import LabelledSamples, split
+from mmdefense.data.batch import split
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses import fip
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.run import copy_state
+from mmdefense.runtime.run import copy_state
 
 ONE_STEP = {
     "steps": 1, "batch_size": 1, "lr": 1.0, "momentum": 0.0, "max_norm": None,

@@ -11,13 +11,13 @@ import torch
 from clocks import Clock
 from torch import nn
 
-from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses import base
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
-from mmdefense.kernels.deadline import Deadline
+from mmdefense.runtime.deadline import Deadline
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 HELD = 100

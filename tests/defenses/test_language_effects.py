@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from mmdefense.attacks.rare_token import RareToken
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.defenses.baeraser import BaEraser
-from mmdefense.kernels.loop import Training, mean_score
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import mean_score
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.language_generation import tokenizer_for
 from mmdefense_tasks.language_victims import seq2seq
 from mmdefense_tasks.small_language import small_language

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from mmdefense.attacks.pointba import PointPBA
-from mmdefense.batches import split
-from mmdefense.clouds import random_jitter
+from mmdefense.data.batch import split
+from mmdefense.data.clouds import random_jitter
 from mmdefense.defenses.fip import FIP
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.point_victims import PointNet
 from mmdefense_tasks.surfaces import draw_surfaces
 

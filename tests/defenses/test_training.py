@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP

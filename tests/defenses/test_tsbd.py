@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmdefense.batches import LabelledSamples, split
+from mmdefense.data.batch import split
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses import base, tsbd
 from mmdefense.defenses.guard import choose as choose_of
 from mmdefense.defenses.tsbd import TSBD, unlearning_change
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.units import parameters_by_name
 from mmdefense.kernels.unlearning import unlearn
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run, copy_state
 
 UNLEARNING = {"unlearn_lr": 0.5, "unlearn_batch_size": 8, "unlearn_epochs": 60}
 QUICK = UNLEARNING | {"max_utility_drop": 1.0}

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.augment import random_clip_shift
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.clips import random_clip_shift
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.fip import FIP
 from mmdefense.defenses.tsbd import TSBD
-from mmdefense.kernels.loop import Training
-from mmdefense.kernels.run import Run
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.moving_digits import moving_digits
 from mmdefense_tasks.video_victims import SmallVideoResNet
 

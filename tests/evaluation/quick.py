@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.evaluation.victims import Case
-from mmdefense.kernels.loop import Training
+from mmdefense.protocol import Case
+from mmdefense.training import Training
 
 CASE = Case(
     name="quick",

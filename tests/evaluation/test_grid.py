@@ -15,8 +15,8 @@ import torch
 from quick import CASE
 
 from mmdefense import registry
-from mmdefense.augment import random_shift
 from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.data.images import random_shift
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
 from mmdefense.evaluation import identity, victims
@@ -27,9 +27,9 @@ from mmdefense.evaluation.spec import read_spec
 from mmdefense.evaluation.tables import markdown
 from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
 from mmdefense.evaluation.workers import run_workers
-from mmdefense.kernels.run import Run
 from mmdefense.report.leaderboard import leaderboard
 from mmdefense.report.record import Rates, Row
+from mmdefense.runtime.run import Run
 from mmdefense.store import Store
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mmdefense as mmd
-from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.models import load_model, save_model
+from mmdefense.data.labelled import LabelledSamples
 
 Heads = namedtuple("Heads", ["logits", "aux_logits"])
 

@@ -13,7 +13,8 @@ from everyday.rows import Command, Refused, Row
 from safetensors.torch import save_file
 
 import mmdefense as mmd
-from mmdefense.batches import LabelledSamples, TextSamples
+from mmdefense.data.labelled import LabelledSamples
+from mmdefense.data.text import TextSamples
 from mmdefense.report.record import read_record
 from mmdefense.report.statement import differing
 

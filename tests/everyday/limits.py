@@ -11,8 +11,8 @@ from everyday.rows import Command, Row
 from safetensors.torch import save_file
 
 import mmdefense as mmd
-from mmdefense.kernels.deadline import Deadline
 from mmdefense.report.record import read_record
+from mmdefense.runtime.deadline import Deadline
 
 
 def purification(*more: str):

@@ -96,7 +96,7 @@ def begun(folder: Path, *more: str) -> list[str]:
     arguments = purify(folder, *FINE_TUNING, *more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["mmdefense", *arguments])
-        patch.setattr("mmdefense.purification.gather", interrupt)
+        patch.setattr("mmdefense.pipeline.purification.gather", interrupt)
         with contextlib.suppress(SystemExit):
             main()
     assert (folder / "out.partial").exists()

@@ -249,8 +249,8 @@ def scanned(_: Path) -> object:
     """Scan a net for which a search finds a trigger that works, among others that nearly do."""
     from commands import small_images
 
-    from mmdefense.kernels.run import Run
     from mmdefense.registry import adapt
+    from mmdefense.runtime.run import Run
     from mmdefense.scanning import behaviour
     from mmdefense.scanning.findings import ScanRecord
     from mmdefense.scanning.formats import to_html, to_json
@@ -283,9 +283,9 @@ def nine_alike(_: Path) -> int:
 
 def rejected(_: Path) -> object:
     """Return what BAERASER's page calls a trigger that works and was not accepted."""
+    from mmdefense.analysis.evidence import defense_figures
     from mmdefense.defenses.baeraser import _pictures
     from mmdefense.registry import adapt
-    from mmdefense.report.evidence import defense_figures
 
     adapter = adapt(net())
     record = found(0.99, 0.5, 0.4)

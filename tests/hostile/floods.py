@@ -11,8 +11,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import mmdefense.evaluating  # noqa: F401  # here, so that each command need not
-import mmdefense.scanning  # noqa: F401
+import mmdefense.pipeline.evaluating  # noqa: F401  # here, so that each command need not
+import mmdefense.pipeline.scan  # noqa: F401
 from mmdefense.cli import main
 
 SECONDS, PATIENCE, BYTES = 30, 120, 2 << 30

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mmdefense.checkpoints.models import load_model
-from mmdefense.scanning import scan_files
+from mmdefense.scanning.files import scan_files
 
 BIG = 10**9
 

@@ -11,7 +11,7 @@ from commands import CLASSES, small_images, write_images
 
 from mmdefense import registry
 from mmdefense.errors import BadInputError
-from mmdefense.purification import configured
+from mmdefense.pipeline.purification import configured
 from mmdefense.settings import checked_settings, fields_of
 
 FAR = str(2**64)

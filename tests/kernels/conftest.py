@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense_adapters.huggingface_image import HFImageClassifier
 from mmdefense_adapters.torch_classifier import TorchClassifier
 

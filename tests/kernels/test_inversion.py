@@ -10,11 +10,11 @@ import torch
 from commands import CLASSES, small_images
 from torch import nn
 
-from mmdefense.batches import LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.kernels import inversion
 from mmdefense.kernels.inversion import Recovered, Search, recover, success_of
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.protocol import TriggerFamily
+from mmdefense.runtime.run import Run, copy_state
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 TARGET, PIXEL = 1, (6, 6)

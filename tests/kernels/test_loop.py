@@ -9,13 +9,14 @@ from clocks import LATE, looks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdefense.augment import random_shift
-from mmdefense.batches import LabelledSamples
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.data.images import random_shift
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, DivergenceError
-from mmdefense.kernels.loop import Training, mean_score, scores, train
-from mmdefense.kernels.run import OutOfTime, Run, copy_state
+from mmdefense.kernels.loop import mean_score, scores, train
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
+from mmdefense.runtime.run import OutOfTime, Run, copy_state
+from mmdefense.training import Training
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 PLAN = Training(steps=11, batch_size=4, lr=0.1, max_norm=1.0, check_every=2)

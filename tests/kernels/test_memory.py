@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import weakref
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ import torch
 from limits import limited
 from torch import nn
 
-from mmdefense.batches import DetectionBatch, part
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.data.batch import TensorBatch
+from mmdefense.data.detection import DetectionBatch
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.curvature import gradient_norm_penalty, hessian_product
 from mmdefense.kernels.fisher import fisher_diagonal, penalised_gradient
-from mmdefense.kernels.loop import Training, mean_loss_gradient, scores, train
-from mmdefense.kernels.memory import RandomState, Room, fitted, in_parts, is_out_of_memory, roomy
+from mmdefense.kernels.loop import mean_loss_gradient, scores, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
-from mmdefense.kernels.run import Run, copy_state
 from mmdefense.kernels.units import mean_activations
 from mmdefense.kernels.unlearning import unlearn
+from mmdefense.runtime.memory import RandomState, Room, fitted, in_parts, is_out_of_memory, roomy
+from mmdefense.runtime.run import Run, copy_state
+from mmdefense.training import Training
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -67,14 +68,13 @@ def test_the_allocator_of_the_cpu_says_what_is_looked_for():
 
 def test_a_part_of_any_batch_has_its_rows_of_every_field(samples):
     batch = samples.everything()
-    assert part(batch, slice(0, 7)) is batch
-    cut = part(batch, slice(2, 5))
+    assert batch.rows(slice(0, 7)) is batch
+    cut = batch.rows(slice(2, 5))
     assert torch.equal(cut.inputs, batch.inputs[2:5])
     assert torch.equal(cut.labels, batch.labels[2:5])
     boxes = tuple(torch.full((n, 4), float(n)) for n in range(4))
     found = DetectionBatch(torch.rand(4, 1, 2, 2), boxes, tuple(b[:, 0].long() for b in boxes))
-    assert [len(b) for b in part(found, slice(1, 3)).boxes] == [1, 2]
-    assert part([1, 2, 3], slice(1, 3)) == [2, 3]
+    assert [len(b) for b in found.rows(slice(1, 3)).boxes] == [1, 2]
 
 
 def test_the_size_is_halved_until_it_fits_and_then_kept(room):
@@ -313,17 +313,15 @@ class _Fixed(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    rows: torch.Tensor
+class _Batch(TensorBatch):
+    numbers: torch.Tensor
     more: tuple[str, ...]
-
-    def __len__(self):
-        return len(self.rows)
 
 
 def test_a_batch_of_ones_own_is_cut_by_its_fields():
     batch = _Batch(torch.arange(3), ("a", "b", "c"))
-    assert dataclasses.asdict(part(batch, slice(1, 3)))["more"] == ("b", "c")
+    assert batch.rows(slice(1, 3)).more == ("b", "c")
+    assert batch.rows(slice(0, 3)) is batch
 
 
 def test_training_goes_on_in_the_parts_that_were_kept(build, draw, tmp_path):

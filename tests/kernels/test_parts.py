@@ -8,9 +8,9 @@ import pytest
 from clocks import Clock
 
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.kernels.parts import Parts
-from mmdefense.kernels.run import Run
 from mmdefense.notes import Note
+from mmdefense.runtime.parts import Parts
+from mmdefense.runtime.run import Run
 
 
 def part_of(tmp_path, clock, threads=1):

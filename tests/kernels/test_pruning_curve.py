@@ -9,8 +9,8 @@ from torch import nn
 
 from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
-from mmdefense.kernels.run import copy_state
 from mmdefense.kernels.units import silence
+from mmdefense.runtime.run import copy_state
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
 SIZE = 12

@@ -10,8 +10,8 @@ from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.deadline import Deadline
-from mmdefense.kernels.run import OutOfTime, Run, copy_state
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.run import OutOfTime, Run, copy_state
 
 
 @pytest.fixture

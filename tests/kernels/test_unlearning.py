@@ -6,9 +6,10 @@ from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
-from mmdefense.kernels.loop import Training, mean_score, train
-from mmdefense.kernels.run import Run, copy_state
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
+from mmdefense.runtime.run import Run, copy_state
+from mmdefense.training import Training
 
 SETTINGS = {"stop": 1 / 3, "lr": 0.1, "batch_size": 16, "max_epochs": 60}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import (
     BackdoorMetrics,

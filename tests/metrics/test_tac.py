@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.batches import LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.tac import neuron_coverage_ratio, trigger_activated_change
 from mmdefense_adapters.torch_classifier import TorchClassifier

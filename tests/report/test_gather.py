@@ -7,10 +7,10 @@ import torch
 from clocks import Clock
 from commands import Net, small_images
 
-from mmdefense.kernels.deadline import Deadline
+from mmdefense.analysis import gather as module
+from mmdefense.analysis.gather import gather
 from mmdefense.registry import adapt
-from mmdefense.report import gather as module
-from mmdefense.report.gather import gather
+from mmdefense.runtime.deadline import Deadline
 
 ONE = 0.01
 """Seconds that the loss of a sample takes; its gradients and their own take nothing."""

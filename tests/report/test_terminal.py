@@ -8,8 +8,8 @@ import pytest
 from clocks import Clock
 from rich.console import Console
 
-from mmdefense.kernels.run import Event
 from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
+from mmdefense.runtime.run import Event
 
 UNLEARN = Event("unlearn", 43, 1000, {"loss": 2.0})
 

@@ -12,16 +12,17 @@ from torch import nn
 
 import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.batches import split
+from mmdefense.data.batch import split
 from mmdefense.kernels.inversion import Recovered
-from mmdefense.kernels.loop import Training, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import train
 from mmdefense.protocol import TriggerFamily
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
 from mmdefense.scanning import behaviour
 from mmdefense.scanning.behaviour import answers, scan_behaviour
 from mmdefense.scanning.findings import ScanRecord
 from mmdefense.scanning.formats import to_html, to_json, to_sarif
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits
 
 TRAINING = Training(steps=300, batch_size=64, lr=0.1, schedule="one-cycle", max_norm=5.0)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmdefense.augment import random_words
-from mmdefense.batches import TextSamples, batches, split
+from mmdefense.data.batch import batches, split
+from mmdefense.data.text import TextSamples, random_words
 from mmdefense.errors import BadInputError
 from mmdefense.registry import adapt, load
 from mmdefense_tasks.language_generation import LanguageGeneration, bleu, load_text, tokenizer_for
@@ -182,7 +182,7 @@ class TestSamples:
         assert (len(rest), len(held)) == (15, 5)
         assert sorted((*rest.prompts, *held.prompts)) == sorted(samples.prompts)
         assert [len(batch) for batch in batches(samples, 8)] == [8, 8, 4]
-        assert samples.to(torch.device("cpu")) is samples
+        assert samples.to(torch.device("cpu")) == samples
         assert samples.fingerprint() != rest.fingerprint()
         with pytest.raises(BadInputError, match="one length, got 1 and 2"):
             TextSamples(("a",), ("b", "c"))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdefense.augment import random_boxed_view
-from mmdefense.batches import Detections, DetectionSamples
+from mmdefense.data.detection import Detections, DetectionSamples, random_boxed_view
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.detection import (

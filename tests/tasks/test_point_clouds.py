@@ -12,7 +12,7 @@ import torch
 
 from mmdefense import registry
 from mmdefense.checkpoints.architecture import build_architecture
-from mmdefense.clouds import random_cloud_view, random_jitter
+from mmdefense.data.clouds import random_cloud_view, random_jitter
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.protocol import Task
 from mmdefense_tasks.point_clouds import PointCloudClassification, load_clouds

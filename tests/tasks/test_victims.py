@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdefense.kernels.loop import Training, mean_score, train
-from mmdefense.kernels.run import Run
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.registry import adapt
+from mmdefense.runtime.run import Run
+from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits
 from mmdefense_tasks.victims import PreActResNet18, SmallResNet, vit_classifier
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.augment import random_clip_shift, random_clip_view
-from mmdefense.batches import LabelledSamples, batches
+from mmdefense.data.batch import batches
+from mmdefense.data.clips import random_clip_shift, random_clip_view
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.registry import adapt, load
 from mmdefense_tasks import video_classification

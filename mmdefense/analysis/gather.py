@@ -14,30 +14,29 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mmdefense.batches import Samples
-from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.curvature import Smoothness, hessian_product
-from mmdefense.kernels.deadline import Deadline
-from mmdefense.kernels.fisher import check_second_derivative
-from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import mean_loss_gradient
-from mmdefense.kernels.memory import is_out_of_memory
-from mmdefense.kernels.run import Event, OutOfTime, Progress
-from mmdefense.protocol import TaskAdapter
-from mmdefense.report.evidence import (
+from mmdefense.analysis.evidence import (
     CURVED,
     EMBEDDED,
     curvature_batch,
     curvature_steps,
     embedding_figure,
-    few,
     layer_changes,
     measured_sharpness,
     smoothness_figure,
 )
+from mmdefense.data.batch import Samples, few
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.curvature import Smoothness, hessian_product
+from mmdefense.kernels.fisher import check_second_derivative
+from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.protocol import TaskAdapter
 from mmdefense.report.figures import Figure, map_seconds
 from mmdefense.report.formats import duration
 from mmdefense.report.record import LayerChange
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.memory import is_out_of_memory
+from mmdefense.runtime.run import Event, OutOfTime, Progress
 
 __all__ = ["LEVELS", "Curvature", "Evidence", "Level", "check_level", "gather", "most_seconds"]
 

@@ -12,20 +12,19 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from mmdefense import registry
+from mmdefense.analysis.measurement import learnt_tensors, measured, read_trigger
 from mmdefense.attacks.base import Attack
-from mmdefense.batches import in_memory
 from mmdefense.checkpoints.models import weight_names
 from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import hash_file, hash_weights
 from mmdefense.defenses.base import versions
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.measurement import learnt_tensors, measured, read_trigger
+from mmdefense.pipeline.sources import AUTO, Opened, Source
+from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, check_recordable
-from mmdefense.scanning.vetting import open_vetted
 from mmdefense.settings import checked_settings
-from mmdefense.sources import AUTO, Opened, Source
 
 __all__ = ["AttackChoice", "evaluate", "evaluate_files"]
 
@@ -138,7 +137,7 @@ def evaluate(
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint its weights are.
         split: ``"train"`` or ``"test"``, where the data is split.
-        reading: How data is read, by name; see :class:`mmdefense.sources.Source`.
+        reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         record: The output of a purification, whose record and page get what was measured.
         accept_low_utility: Whether to go on where the model is near chance on the data.
@@ -206,7 +205,7 @@ def evaluate_files(
     model = _model_info(source, opened, seal)
     if record is not None:
         check_recordable(Path(record), model)
-    task, data = opened.task, in_memory(opened.data)
+    task, data = opened.task, opened.data.in_memory()
     classes = _classes(opened)
     tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
     if tried is not None and task.name not in tried.tasks:

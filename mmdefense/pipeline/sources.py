@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from mmdefense import registry
-from mmdefense.batches import Samples
 from mmdefense.checkpoints.huggingface import named_base
 from mmdefense.checkpoints.models import load_model
+from mmdefense.data.batch import Samples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
 from mmdefense.settings import checked_value
@@ -65,7 +65,7 @@ class Source:
         device: For example ``"cpu"`` or ``"cuda"``.
         accept_low_utility: Whether to go on where the model does not work on the data as read.
         accept_findings: Whether to go on where a file of the model speaks strongly against it; see
-            :func:`mmdefense.scanning.vetting.open_vetted`.
+            :func:`mmdefense.pipeline.vetting.open_vetted`.
         also_read: Further files that ``reading`` was read from, such as class names.
     """
 

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import Samples, batches
+from mmdefense.data.batch import Samples, batches, few
 from mmdefense.defenses.base import Result
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.curvature import Smoothness, smoothness
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.memory import in_parts, is_out_of_memory, saved_bytes
 from mmdefense.kernels.units import relative_change, unit_rows
 from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.report import figures
 from mmdefense.report.figures import Figure
 from mmdefense.report.record import LayerChange
+from mmdefense.runtime.memory import in_parts, is_out_of_memory, saved_bytes
 
 __all__ = [
     "CURVED",
@@ -30,7 +30,6 @@ __all__ = [
     "defense_figures",
     "embedding_figure",
     "embeddings",
-    "few",
     "layer_changes",
     "measured_sharpness",
     "sharpness",
@@ -46,12 +45,6 @@ EMBEDDED = 300
 _STEPS, _FEWEST, _KEPT = 16, 4, 2**29  # ours: Lanczos vectors, and entries of all: 2 GiB in float32
 _GRAPH = 2**30  # ours: bytes that the graph of a product with the Hessian may take
 _TWICE = 6  # ours: how many times as much as that of a forward pass it takes
-
-
-def few(samples: Samples[Any], count: int) -> Samples[Any]:
-    """Return at most ``count`` samples, evenly from the whole set."""
-    total = len(samples)
-    return samples.subset(torch.linspace(0, total - 1, min(count, total)).round().long())
 
 
 def sharpness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int = 0) -> Smoothness | None:

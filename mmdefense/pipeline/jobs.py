@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mmdefense import __version__
+from mmdefense.analysis.gather import Level
 from mmdefense.checkpoints.folders import reserved
 from mmdefense.checkpoints.outputs import check_apart
 from mmdefense.checkpoints.runs import RunStore
@@ -22,16 +23,15 @@ from mmdefense.checkpoints.seals import read_once
 from mmdefense.checkpoints.weights import hash_weights, write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
-from mmdefense.kernels.deadline import Deadline
-from mmdefense.kernels.run import Event, Progress
 from mmdefense.notes import note
-from mmdefense.purification import Purification, purify
+from mmdefense.pipeline.purification import Purification, purify
+from mmdefense.pipeline.scan import scan_loaded
+from mmdefense.pipeline.sources import AUTO, Opened, Source
+from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.report.encoding import plain
-from mmdefense.report.gather import Level
-from mmdefense.scanning import scan_loaded
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.run import Event, Progress
 from mmdefense.scanning.formats import summary
-from mmdefense.scanning.vetting import open_vetted
-from mmdefense.sources import AUTO, Opened, Source
 
 __all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files", "writing_seconds"]
 
@@ -73,11 +73,11 @@ def purify_files(
         out: The folder to make.
         resume: Whether an unfinished run of the same call goes on.
         force: Whether an earlier output at ``out`` is replaced.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
         max_seconds: Within how many seconds to be done with all of it, reading and writing
             included, or by what deadline; the best state so far is written.
         evidence: How much is measured beyond the verdict; see
-            :func:`~mmdefense.purification.purify`.
+            :func:`~mmdefense.pipeline.purification.purify`.
         command: For the record, the command line.
 
     Raises:

@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mmdefense.batches import part
+from mmdefense.data.batch import Batch
 from mmdefense.errors import BadInputError, UnsupportedError
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "saved_bytes",
 ]
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Batch)
 T = TypeVar("T")
 
 _SIGNS = (
@@ -233,8 +233,8 @@ def in_parts(
     generator: torch.Generator | None = None,
 ) -> list[T]:
     """Return ``compute`` of each part of a batch, as :func:`each_fitted` does of its rows."""
-    count = len(batch)  # type: ignore[arg-type]
-    return each_fitted(lambda row: compute(part(batch, row)), count, what, model, generator)
+    count = len(batch)
+    return each_fitted(lambda row: compute(batch.rows(row)), count, what, model, generator)
 
 
 def gradient_in_parts(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.deadline import Deadline
-from mmdefense.kernels.memory import Room
-from mmdefense.kernels.parts import Parts
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.memory import Room
+from mmdefense.runtime.parts import Parts
 
 __all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from mmdefense.checkpoints.huggingface import local_folder
 from mmdefense.errors import BadInputError, printable
 from mmdefense.notes import note
+from mmdefense.pipeline.sources import Opened, Source
 from mmdefense.scanning.files import HEADER, scan_files
 from mmdefense.scanning.findings import Finding
-from mmdefense.sources import Opened, Source
 
 __all__ = ["Vetted", "open_vetted"]
 
@@ -40,8 +40,8 @@ def open_vetted(source: Source) -> Vetted:
 
     Raises:
         BadInputError: If a file does, and the source does not accept that; or as
-            :meth:`mmdefense.sources.Source.open` does.
-        UnsupportedError: As :meth:`mmdefense.sources.Source.open` does.
+            :meth:`mmdefense.pipeline.sources.Source.open` does.
+        UnsupportedError: As :meth:`mmdefense.pipeline.sources.Source.open` does.
     """
     if not isinstance(source.model, str | Path):
         return Vetted(source.open())

@@ -14,37 +14,37 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from mmdefense import registry
-from mmdefense.batches import Samples
+from mmdefense.analysis.evidence import defense_figures
+from mmdefense.analysis.gather import Evidence, Level, check_level, gather
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import weight_names, write_model
 from mmdefense.checkpoints.outputs import CARD, FIGURES
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import check_finite, hash_file, hash_weights
+from mmdefense.data.batch import Samples
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.precision import in_float32, typed_like
-from mmdefense.kernels.run import Progress
 from mmdefense.metrics.utility import check_raise, check_utility
+from mmdefense.pipeline.sources import AUTO, Source
+from mmdefense.pipeline.vetting import Vetted, open_vetted
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
 from mmdefense.report.archive import write_figures
 from mmdefense.report.card import clear_card, write_card
 from mmdefense.report.compare import rebuild
-from mmdefense.report.evidence import defense_figures
 from mmdefense.report.figures import Figure
 from mmdefense.report.findings import ScanSummary
 from mmdefense.report.formats import duration
-from mmdefense.report.gather import Evidence, Level, check_level, gather
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
 from mmdefense.report.terminal import shown
-from mmdefense.scanning.vetting import Vetted, open_vetted
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.run import Progress
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
-from mmdefense.sources import AUTO, Source
 
 __all__ = ["Purification", "configured", "purify"]
 
@@ -83,10 +83,11 @@ def purify(
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint its weights are; see
             :func:`mmdefense.checkpoints.models.load_model`.
-        reading: How data at a path is read, by name; see :class:`mmdefense.sources.Source`.
+        reading: How data at a path is read, by name; see
+            :class:`mmdefense.pipeline.sources.Source`.
         device: Where a model at a path is loaded to; a module stays where it is.
         seed: Makes the result reproducible; by default the defense's own.
-        progress: Called with each :class:`~mmdefense.kernels.run.Event`; by default it is shown
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown
             on a terminal and in a notebook, and not at all with None or False.
         store: Where to keep states, so that the same call goes on after a kill.
         max_seconds: Within how many seconds to be done, or by what deadline; what was reached by

@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 
-from mmdefense.batches import Samples, split
+from mmdefense.analysis.gather import SHARE, Level, most_seconds
 from mmdefense.checkpoints.weights import hash_weights
+from mmdefense.data.batch import Samples, few, split
 from mmdefense.defenses.base import Defense, TrainingDefense
-from mmdefense.jobs import writing_seconds
-from mmdefense.kernels.deadline import Deadline
 from mmdefense.kernels.loop import mean_loss_gradient
 from mmdefense.kernels.precision import in_float32
-from mmdefense.kernels.run import Event
 from mmdefense.metrics.utility import check_utility
+from mmdefense.pipeline.jobs import writing_seconds
+from mmdefense.pipeline.scan import scan_loaded
+from mmdefense.pipeline.sources import Source
+from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.protocol import TaskAdapter
-from mmdefense.report.evidence import few
-from mmdefense.report.gather import SHARE, Level, most_seconds
-from mmdefense.scanning import scan_loaded
-from mmdefense.scanning.vetting import open_vetted
-from mmdefense.sources import Source
+from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.run import Event
 
 __all__ = ["Plan", "plan"]
 

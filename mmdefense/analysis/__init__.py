@@ -1,0 +1,1 @@
+"""What running a model on data tells: rates, evidence of a purification, curvature."""

@@ -1,0 +1,1 @@
+"""From a model and its data to a result: read, scanned, purified or evaluated, and written."""

@@ -1,0 +1,329 @@
+"""Look at a model of unknown origin before it is used: its files, its weights, its behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.checkpoints.huggingface import download, local_folder
+from mmdefense.checkpoints.models import load_model
+from mmdefense.checkpoints.seals import hash_all, unchanged
+from mmdefense.checkpoints.weights import read_state
+from mmdefense.data.batch import Samples
+from mmdefense.errors import MMDefenseError, one_line
+from mmdefense.kernels.precision import in_float32
+from mmdefense.metrics.utility import check_utility
+from mmdefense.pipeline.sources import AUTO, Source, usable_device
+from mmdefense.protocol import TaskAdapter
+from mmdefense.report.encoding import plain
+from mmdefense.report.terminal import shown
+from mmdefense.runtime.run import Event, Progress
+from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
+from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
+from mmdefense.scanning.files import BEYOND, scan_files
+from mmdefense.scanning.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
+from mmdefense.scanning.weights import scan_weights
+from mmdefense.settings import check_seed
+
+UNREAD = Rule(
+    id="weights-unread",
+    level="medium",
+    measured="whether the weights can be read as tensors",
+    reference="safetensors, and what torch.save writes of a state dict",
+    meaning="Nothing is known of them, and `purify` and `evaluate` refuse such a model.",
+    blind_spot="all of the weights.",
+)
+
+__all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_Step = tuple[str, list[Finding]]
+"""A part that was looked at, empty where it could not be, and what was found there."""
+
+_Seen = tuple[TaskAdapter[Any], Samples[Any]]
+
+
+def scan(
+    model: str | Path | nn.Module | TaskAdapter[Any],
+    data: Any = None,
+    *,
+    task: str = AUTO,
+    arch: str | None = None,
+    weights: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | Literal["auto", False] | None = "auto",
+    accept_low_utility: bool = False,
+) -> ScanRecord:
+    """Return what speaks against a model; no code that comes with it is run.
+
+    Files and weights are looked at without data. With a little clean data the model is loaded and
+    its behaviour is looked at too, unless a file speaks strongly against it.
+
+    Args:
+        model: A folder, a file or a hub id; or a module, or an adapter around one, of which there
+            are no files to look at.
+        data: Clean data: where it is, as ``mmdefense purify --data`` has it; or samples, as
+            :func:`mmdefense.purify` takes them.
+        task: The name of a task; by default that of the model.
+        arch: ``module:callable`` that builds the model of a state dict.
+        weights: Where in a checkpoint the weights are; see
+            :func:`mmdefense.checkpoints.models.load_model`.
+        reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
+        device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        seed: Makes the findings reproducible.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown on
+            a terminal and in a notebook, and not at all with None or False.
+        accept_low_utility: Whether to go on where the model is near chance on the data.
+
+    Raises:
+        LowUtilityError: If the model does not work on the data as it was read.
+        BadInputError: If there is no model, its files were changed meanwhile, or the data cannot be
+            read.
+        UnsupportedError: If a library that it takes is not installed, or no adapter accepts the
+            model.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> print(mmd.scan("a-folder", data="images").verdict.text)  # doctest: +SKIP
+    """
+    check_seed(seed)
+    name, files, findings = _named(model), {}, []
+    source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
+    source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
+    if isinstance(model, str | Path):
+        model = _at_hand(model)
+    with unchanged(name, model), shown(progress) as display:
+        if isinstance(model, Path):
+            files, findings = hash_all(model), scan_files(model)
+        look = _Look(model, data, source, seed, display or (lambda _: None), findings)
+        parts = [*(["files"] if files else []), *look.taken()]
+    return ScanRecord(
+        model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
+    )
+
+
+@dataclass
+class _Look:
+    """A look at the weights and the behaviour of a model.
+
+    Of files, it is taken in a child process, in which the model is built: what the files make of it
+    is not known. Bounds of time and memory hold until it has been built; see
+    :mod:`mmdefense.sandbox`. The one exception is a CUDA device that this process uses already,
+    for none can be used in a fork then: the child builds the model and looks at its weights, and
+    the behaviour is looked at here.
+
+    Attributes:
+        model: As :func:`scan` has it.
+        data: As :func:`scan` has it; none leaves the behaviour out.
+        source: Further arguments of a :class:`~mmdefense.pipeline.sources.Source`.
+        seed: Makes the findings reproducible.
+        progress: Is called with each event.
+        findings: Those of the files; what is found is added.
+        channel: In the child process, what it tells this one by.
+        built: There, the model of the files, once it has been built.
+    """
+
+    model: Path | nn.Module | TaskAdapter[Any]
+    data: Any
+    source: dict[str, Any]
+    seed: int
+    progress: Progress
+    findings: list[Finding]
+    channel: Channel | None = None
+    built: nn.Module | None = None
+
+    def taken(self) -> list[str]:
+        """Return the parts that were looked at.
+
+        Raises:
+            LowUtilityError: If the model does not work on the data as it was read.
+            BadInputError: If the data cannot be read, or the model cannot with data.
+            UnsupportedError: If a library is not installed, or no adapter accepts the model.
+        """
+        parts: list[str] = []
+        is_file = isinstance(self.model, Path)
+        if is_file and worst_level(self.findings) != "high":
+            whole = self.data is None or not self._uses_cuda()
+            self._apart(parts, self._steps() if whole else self._weights())
+            if whole:
+                return parts
+        for part, found in self._behaviour() if is_file else self._steps():
+            self.findings += found
+            parts += [part] if part else []
+        return parts
+
+    def _uses_cuda(self) -> bool:
+        used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return used and self.source["device"].startswith("cuda")
+
+    def _apart(self, parts: list[str], steps: Iterator[_Step]) -> None:
+        """Take steps in a child process; one that is ended by its bounds is a finding."""
+        assert isinstance(self.model, Path)
+
+        def work(channel: Channel) -> None:
+            self.channel = channel
+            self.progress = lambda event: channel.tell(["event", asdict(event)])
+            for part, found in steps:
+                self.findings += found
+                told = [{**plain(finding), "value": finding.value} for finding in found]
+                channel.tell([part, told])
+
+        def hear(message: Any) -> None:
+            part, content = message
+            if part == "event":
+                self.progress(Event(**content))
+            else:
+                self.findings += [Finding(**finding) for finding in content]
+                parts.extend([part] if part else [])
+
+        network: Network = "never" if Path(str(self.data)).exists() else "later"
+        if self.source["arch"] is not None:
+            network = "always"  # the user's own code may do what it likes
+        size = total_size(self.model)
+        try:
+            apart(work, hear, what=f"loading {self.model.name}", size=size, network=network)
+        except BeyondBoundsError as error:
+            self.findings.append(BEYOND.found(self.model.name, str(error)))
+            if self.data is not None:
+                self.findings.append(NOT_LOOKED.found("behaviour", str(error), level="low"))
+
+    def _steps(self) -> Iterator[_Step]:
+        yield from self._weights()
+        yield from self._behaviour()
+
+    def _weights(self) -> Iterator[_Step]:
+        """Yield what stands apart in the weights, as far as they can be read."""
+        looked_at: nn.Module | Mapping[str, Tensor] | MMDefenseError
+        if isinstance(self.model, Path):
+            looked_at = self._loaded(self.model)
+            if isinstance(looked_at, MMDefenseError):
+                if LEVELS.index(worst_level(self.findings) or "info") < LEVELS.index("medium"):
+                    yield "", [UNREAD.found(self.model.name, one_line(looked_at))]
+                return
+        else:
+            looked_at = self.model if isinstance(self.model, nn.Module) else self.model.model
+        if looked_at:
+            ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
+            yield "weights", scan_weights(looked_at, ordered=ordered)
+
+    def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | MMDefenseError:
+        """Return a model, or the tensors of files that do not tell which one they belong to.
+
+        Where they cannot be read, that is the error.
+        """
+        task = None if self.source["task"] == AUTO else self.source["task"]
+        arch, weights = self.source["arch"], self.source["weights"]
+        try:
+            self.built = load_model(where, arch=arch, task=task, weights=weights)
+            return self.built
+        except MMDefenseError:
+            return _tensors(where, weights)
+
+    def _behaviour(self) -> Iterator[_Step]:
+        if self.data is None:
+            return
+        if self.channel is not None:
+            self.channel.lift()
+        model = self.model
+        if self.built is not None:  # not from its files again, for bounds hold no more
+            model = self.built.to(usable_device(self.source["device"]))
+        opened = _opened(model, self.data, self.findings, self.source)
+        if isinstance(opened, Finding):
+            yield "", [opened]
+        else:
+            yield "behaviour", scan_behaviour(*opened, seed=self.seed, progress=self.progress)
+
+
+def scan_loaded(
+    where: str | Path,
+    model: nn.Module,
+    files: Mapping[str, str] | None = None,
+    findings: Sequence[Finding] | None = None,
+) -> ScanRecord:
+    """Return what speaks against the files and weights of a model that was loaded from them.
+
+    It needs no data, and reads each file once. Of a hub id, the files are those that were
+    downloaded to load it.
+
+    Args:
+        where: A folder, a file or a hub id.
+        model: What was loaded.
+        files: SHA-256 of each file by name, where they are hashed already.
+        findings: Of the files, where they have been looked at already.
+    """
+    path = Path(where) if Path(where).is_file() else local_folder(where)
+    return ScanRecord(
+        model=str(where),
+        findings=[*(scan_files(path) if findings is None else findings), *scan_weights(model)],
+        parts=["files", "weights"],
+        files=hash_all(path) if files is None else files,
+        version=version("mmdefense"),
+    )
+
+
+def _named(model: str | Path | nn.Module | TaskAdapter[Any]) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    return type(model if isinstance(model, nn.Module) else model.model).__name__
+
+
+def _at_hand(where: str | Path) -> Path:
+    """Return a model's folder or file, with all of its files downloaded if it is a hub id."""
+    return Path(where) if Path(where).exists() else download(where)
+
+
+def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | MMDefenseError:
+    files = sorted(model.glob("*")) if model.is_dir() else [model]
+    stored = [path for path in files if path.suffix in _WEIGHTS and path.is_file()]
+    chosen = [path for path in stored if path.suffix == ".safetensors"] or stored
+    try:
+        return {name: value for path in chosen for name, value in read_state(path, weights).items()}
+    except MMDefenseError as error:
+        return error
+
+
+def _is_sorted(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names have lost the order of registration, as those of safetensors have."""
+    return list(state) == sorted(state)
+
+
+def _opened(
+    model: Path | nn.Module | TaskAdapter[Any],
+    data: Any,
+    findings: list[Finding],
+    source: dict[str, Any],
+) -> _Seen | Finding:
+    """Return the model in its adapter and the data as it reads them, or why they are not there.
+
+    A model that its files speak against is not loaded where they do so strongly; where they speak
+    less strongly, and it cannot be loaded, that is a remark, so that the findings are told.
+    """
+    level = worst_level(findings)
+    if level == "high":
+        why = "a file speaks strongly against it: not loaded"
+        return NOT_LOOKED.found("behaviour", why, level="low")
+    try:
+        seen = _read(model, data, source)
+        check_utility(*seen, accept=source["accept_low_utility"])
+        return seen
+    except MMDefenseError as error:
+        if level != "medium":
+            raise
+        return NOT_LOOKED.found("behaviour", one_line(error), level="low")
+
+
+def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:
+    if isinstance(model, nn.Module | Path) or isinstance(data, str | Path):
+        opened = Source(model=model, data=data, **source).open()
+        return in_float32(opened.adapter), opened.samples
+    wide = in_float32(model)
+    return wide, wide.samples(data)

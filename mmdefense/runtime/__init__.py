@@ -1,0 +1,1 @@
+"""What accompanies a computation: seeds, progress, deadlines, states kept, and memory."""
