@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.data.batch import split
 from mmdefense.defenses.base import Defense
 from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating, measure
+from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating, measure
 from mmdefense.pipeline.jobs import Source, purify_files
 from mmdefense.pipeline.purification import configured
-from mmdefense.report.record import Rates, Row
+from mmdefense.report.record import Row
 from mmdefense.report.tables import results_table
 from mmdefense.runtime.run import Run
 from mmdefense.training import Training
@@ -69,7 +70,7 @@ for index, (image, label) in enumerate(zip(clean.inputs, clean.labels.tolist(), 
     Image.fromarray((255 * image[0]).round().byte().cpu().numpy()).save(path)
 
 
-def judged(folder: Path) -> BackdoorMetrics:
+def judged(folder: Path) -> Rates:
     """Return what a judge who knows the trigger measures, in plain Transformers."""
     from transformers import ViTForImageClassification
 
@@ -88,11 +89,10 @@ def purify(name: str, defense: Defense, baseline: str = "") -> Row:
     choice = purified.choice
     print(*([purified.guard.message] if choice is None else choice.why), sep="\n")
     after = judged(place / name)
-    der = defense_effectiveness_rating(before, after)
     return Row(
         defense=name,
-        before=Rates(acc=before.acc, asr=before.asr, ra=before.ra),
-        after=Rates(acc=after.acc, asr=after.asr, ra=after.ra, der=der),
+        before=before,
+        after=replace(after, der=defense_effectiveness_rating(before, after)),
         seconds=purified.result.seconds,
         baseline=baseline,
         violated=purified.guard.violated,

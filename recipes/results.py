@@ -34,9 +34,9 @@ from statistics import fmean, stdev
 from mmdefense import registry
 from mmdefense.evaluation.grid import Cell, Grid, Views, cell_of
 from mmdefense.evaluation.victims import named_cases
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build
-from mmdefense.report.record import Rates
 from mmdefense.report.terminal import ProgressDisplay
 from mmdefense.store import Store
 

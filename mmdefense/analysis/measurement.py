@@ -19,7 +19,7 @@ from mmdefense.kernels.loop import scores
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pictures import open_picture
 from mmdefense.protocol import TaskAdapter
-from mmdefense.report.evaluation import Share
+from mmdefense.report.evaluation import Proportion
 
 __all__ = ["FileTrigger", "Measured", "learnt_tensors", "measured", "read_trigger"]
 
@@ -34,9 +34,9 @@ class Measured:
         ra: Mean score despite the trigger, where the attack leaves a right answer.
     """
 
-    score: Share
-    asr: Share | None = None
-    ra: Share | None = None
+    score: Proportion
+    asr: Proportion | None = None
+    ra: Proportion | None = None
 
 
 def measured(
@@ -61,15 +61,15 @@ def measured(
     samples = adapter.samples(test)
     found = scores(adapter, samples)
     check_utility(adapter, samples, found, accept=accept_low_utility)
-    clean = Share.of(found)
+    clean = Proportion.of(found)
     if attack is None:
         return Measured(clean)
     triggered = attack.triggered(test, adapter)
     truth = triggered.truth
     return Measured(
         clean,
-        asr=Share.of(attack.success(adapter, adapter.samples(triggered.samples))),
-        ra=None if truth is None else Share.of(scores(adapter, adapter.samples(truth))),
+        asr=Proportion.of(attack.success(adapter, adapter.samples(triggered.samples))),
+        ra=None if truth is None else Proportion.of(scores(adapter, adapter.samples(truth))),
     )
 
 

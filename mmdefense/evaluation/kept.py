@@ -13,9 +13,9 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
 from mmdefense.evaluation.identity import victim_identity
 from mmdefense.evaluation.victims import Victim, kept_tensors, restore_victim, train_victim
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
-from mmdefense.report.record import Rates
 from mmdefense.runtime.run import Progress, Run
 from mmdefense.store import Entry, Store
 

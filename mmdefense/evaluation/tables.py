@@ -7,9 +7,10 @@ from statistics import fmean, stdev
 
 from mmdefense import registry
 from mmdefense.evaluation.grid import Cell
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.metrics.definitions import heading
 from mmdefense.report.formats import number
-from mmdefense.report.record import Rates, Row
+from mmdefense.report.record import Row
 
 __all__ = ["markdown"]
 

@@ -20,10 +20,10 @@ from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score, train
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
+from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.pipeline.purification import Purification, purify
 from mmdefense.protocol import Case, Task, TaskAdapter
-from mmdefense.report.record import Rates, Row
+from mmdefense.report.record import Row
 from mmdefense.runtime.run import Progress, Run
 
 __all__ = [
@@ -68,10 +68,7 @@ class Victim:
     def after(self, adapter: TaskAdapter[Any]) -> Rates:
         """Return task metric, ASR, RA and DER of a purified model."""
         rates = _rates(self.task, adapter, self.attack, self.test)
-        if self.attack is None:
-            return rates
-        der = defense_effectiveness_rating(_metrics(self.before), _metrics(rates))
-        return replace(rates, der=der)
+        return replace(rates, der=defense_effectiveness_rating(self.before, rates))
 
 
 def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
@@ -147,12 +144,6 @@ def _rates(
     if triggered.truth is None:
         return Rates(acc=acc, asr=asr)
     return Rates(acc=acc, asr=asr, ra=mean_score(adapter, adapter.samples(triggered.truth)))
-
-
-def _metrics(rates: Rates) -> BackdoorMetrics:
-    assert rates.acc is not None
-    assert rates.asr is not None
-    return BackdoorMetrics(rates.acc, rates.asr, rates.ra)
 
 
 def baseline_of(defense: Defense) -> Defense | None:

@@ -5,25 +5,16 @@ All figures are shares in ``[0, 1]``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-from torch import Tensor
 
 from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
 from mmdefense.protocol import TaskAdapter
 
-__all__ = [
-    "BackdoorMetrics",
-    "TriggeredSamples",
-    "accuracy",
-    "attack_success_rate",
-    "defense_effectiveness_rating",
-    "measure",
-    "robust_accuracy",
-]
+__all__ = ["Rates", "TriggeredSamples", "defense_effectiveness_rating", "measure"]
 
 B = TypeVar("B", bound=Batch)
 
@@ -47,20 +38,29 @@ class TriggeredSamples(Generic[B]):
         return len(self.samples)
 
 
-@dataclass(frozen=True)
-class BackdoorMetrics:
-    """What a model does with clean and with triggered inputs, each a share in ``[0, 1]``.
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How a model behaves, each rate in ``[0, 1]``; none where it was not measured.
 
     Attributes:
-        acc: Clean accuracy, or the task's metric in its place.
-        asr: Attack success rate: triggered inputs that are answered as the attacker wants.
-        ra: Robust accuracy: triggered inputs that are answered rightly all the same, where such an
-            answer exists.
+        acc: Accuracy on clean samples, or another task metric where the record says so.
+        asr: Attack success rate: share of triggered samples that get the attacker's target.
+        ra: Robust accuracy: share of triggered samples that get their true label.
+        der: Defense effectiveness rating (FT-SAM, arXiv:2304.11823, Eq. 7); of a purified model.
     """
 
-    acc: float
-    asr: float
+    acc: float | None = None
+    asr: float | None = None
     ra: float | None = None
+    der: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("acc", "asr", "ra", "der"):
+            rate = getattr(self, name)
+            if rate is None or math.isnan(rate):
+                object.__setattr__(self, name, None)
+            elif not 0 <= rate <= 1:
+                raise BadInputError(f"{name} must be a fraction in [0, 1], got {rate}")
 
 
 def measure(
@@ -68,7 +68,7 @@ def measure(
     clean_test: Samples[B],
     triggered: TriggeredSamples[B],
     batch_size: int = 256,
-) -> BackdoorMetrics:
+) -> Rates:
     """Return ACC, ASR and RA of a model in eval mode, by its adapter's own score.
 
     Args:
@@ -77,75 +77,23 @@ def measure(
         triggered: What :meth:`mmdefense.attacks.base.Attack.triggered` makes of them.
         batch_size: Samples per forward pass.
     """
-    return BackdoorMetrics(
+    return Rates(
         acc=mean_score(adapter, clean_test, batch_size),
         asr=mean_score(adapter, triggered.samples, batch_size),
         ra=None if triggered.truth is None else mean_score(adapter, triggered.truth, batch_size),
     )
 
 
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Return the share of predicted classes, shape ``(N,)``, that equal ``labels``.
-
-    Raises:
-        BadInputError: If the shapes differ or there is no sample.
-    """
-    if predicted.shape != labels.shape or not len(labels):
-        raise BadInputError(
-            "predicted and labels must have one shape (N,) with N >= 1, got "
-            f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
-        )
-    return float((predicted == labels).double().mean())
-
-
-def attack_success_rate(predicted: Tensor, labels: Tensor, targets: Tensor) -> float:
-    """Return the share of triggered samples that are predicted as their target.
-
-    Samples whose true label is the target say nothing about the trigger, and do not count.
-
-    Args:
-        predicted: Classes that the model gives to triggered inputs, shape ``(N,)``.
-        labels: True classes, shape ``(N,)``.
-        targets: Classes that the attacker wants, shape ``(N,)``.
-
-    Raises:
-        BadInputError: If no sample has a target other than its label.
-    """
-    attacked = _attacked(labels, targets)
-    return accuracy(predicted[attacked], targets[attacked])
-
-
-def robust_accuracy(predicted: Tensor, labels: Tensor, targets: Tensor) -> float:
-    """Return the share of triggered samples that are predicted as their true class.
-
-    It counts the samples of :func:`attack_success_rate`, so that the two never sum to more than 1.
-
-    Args:
-        predicted: Classes that the model gives to triggered inputs, shape ``(N,)``.
-        labels: True classes, shape ``(N,)``.
-        targets: Classes that the attacker wants, shape ``(N,)``.
-
-    Raises:
-        BadInputError: If no sample has a target other than its label.
-    """
-    attacked = _attacked(labels, targets)
-    return accuracy(predicted[attacked], labels[attacked])
-
-
-def _attacked(labels: Tensor, targets: Tensor) -> Tensor:
-    attacked = labels != targets
-    if not attacked.any():
-        raise BadInputError("every sample is of its target class, so there is nothing to measure")
-    return attacked
-
-
-def defense_effectiveness_rating(before: BackdoorMetrics, after: BackdoorMetrics) -> float:
+def defense_effectiveness_rating(before: Rates, after: Rates) -> float | None:
     """Return the DER, ``(max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2``, in ``[0, 1]``.
 
-    1 is a backdoor that always worked and never does, at no cost; 0.5 is no change.
+    1 is a backdoor that always worked and never does, at no cost; 0.5 is no change. It is none
+    where an ASR or an ACC was not measured.
 
     References:
         Zhu, Wei, Shen, Fan, Wu. *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware
         Minimization* (FT-SAM), Eq. 7. ICCV 2023. arXiv:2304.11823
     """
+    if before.asr is None or after.asr is None or before.acc is None or after.acc is None:
+        return None
     return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmdefense.metrics.definitions import heading
 from mmdefense.report.encoding import JsonRecord, plain
 
-__all__ = ["ASR_GOAL", "EvaluatedData", "EvaluatedModel", "Evaluation", "Share", "TriedAttack"]
+__all__ = ["ASR_GOAL", "EvaluatedData", "EvaluatedModel", "Evaluation", "Proportion", "TriedAttack"]
 
 ASR_GOAL = 0.05
 """Ours: a trigger that works on at most 5 % of the samples counts as removed."""
@@ -22,7 +22,7 @@ _Z = 1.96  # two-sided 95 %
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A share of samples, in ``[0, 1]``, with its 95 % confidence interval.
 
     Attributes:
@@ -38,7 +38,7 @@ class Share:
     count: int
 
     @classmethod
-    def of(cls, values: Tensor) -> Share:
+    def of(cls, values: Tensor) -> Proportion:
         """Return the mean of ``values``, shape ``(N,)`` in ``[0, 1]``, with its Wilson interval.
 
         References:
@@ -152,12 +152,12 @@ class Evaluation(JsonRecord):
     task: str
     metric: str
     value: float
-    score: Share
+    score: Proportion
     score_name: str
     also: Mapping[str, float] = field(default_factory=dict)
     attack: TriedAttack | None = None
-    asr: Share | None = None
-    ra: Share | None = None
+    asr: Proportion | None = None
+    ra: Proportion | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     created: str = ""

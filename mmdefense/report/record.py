@@ -6,7 +6,6 @@ person is in percent. A figure that was not measured is none, never zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.encoding import JsonRecord, parse_record, plain
 from mmdefense.report.evaluation import Evaluation
 from mmdefense.report.findings import ScanSummary
@@ -30,7 +30,6 @@ __all__ = [
     "ModelInfo",
     "Provenance",
     "PurificationRecord",
-    "Rates",
     "Record",
     "Row",
     "SpectrumFigures",
@@ -38,31 +37,6 @@ __all__ = [
     "read_record",
     "write_record",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """How a model behaves, each rate in ``[0, 1]``; none where it was not measured.
-
-    Attributes:
-        acc: Accuracy on clean samples, or another task metric where the record says so.
-        asr: Attack success rate: share of triggered samples that get the attacker's target.
-        ra: Robust accuracy: share of triggered samples that get their true label.
-        der: Defense effectiveness rating (FT-SAM, arXiv:2304.11823, Eq. 7); of a purified model.
-    """
-
-    acc: float | None = None
-    asr: float | None = None
-    ra: float | None = None
-    der: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("acc", "asr", "ra", "der"):
-            rate = getattr(self, name)
-            if rate is None or math.isnan(rate):
-                object.__setattr__(self, name, None)
-            elif not 0 <= rate <= 1:
-                raise BadInputError(f"{name} must be a fraction in [0, 1], got {rate}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 from mmdefense.checkpoints.outputs import CARD
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
-from mmdefense.metrics.backdoor import BackdoorMetrics, defense_effectiveness_rating
+from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.report.card import write_card
 from mmdefense.report.compare import purification_record, rebuild
-from mmdefense.report.evaluation import EvaluatedModel, Evaluation, Share
-from mmdefense.report.record import AttackFigures, PurificationRecord, Rates
+from mmdefense.report.evaluation import EvaluatedModel, Evaluation, Proportion
+from mmdefense.report.record import AttackFigures, PurificationRecord
 from mmdefense.report.statement import differing, materials, subjects, write_statement
 
 __all__ = ["GIVEN", "PURIFIED", "add_evaluation", "check_recordable"]
@@ -110,22 +110,15 @@ def _figures(record: PurificationRecord, added: Evaluation) -> AttackFigures:
         for one in like
         for role in one.recorded_as
     }
+    before, after = rates.get(GIVEN, Rates()), rates.get(PURIFIED, Rates())
     words = f"{added.attack}, on {added.data.samples} samples of {added.data.name}"
     return AttackFigures(
         attack=words,
-        before=rates.get(GIVEN, Rates()),
-        after=_with_der(rates.get(GIVEN), rates.get(PURIFIED, Rates())),
+        before=before,
+        after=dataclasses.replace(after, der=defense_effectiveness_rating(before, after)),
         metric=added.metric,
     )
 
 
-def _value(share: Share | None) -> float | None:
+def _value(share: Proportion | None) -> float | None:
     return None if share is None else share.value
-
-
-def _with_der(before: Rates | None, after: Rates) -> Rates:
-    """Return the rates of the purified model with their DER, where both models were measured."""
-    if before is None or None in {before.acc, before.asr, after.acc, after.asr}:
-        return after
-    pair = [BackdoorMetrics(rates.acc or 0.0, rates.asr or 0.0) for rates in (before, after)]
-    return dataclasses.replace(after, der=defense_effectiveness_rating(*pair))

@@ -9,9 +9,10 @@ from itertools import groupby
 from rich.markup import escape
 from rich.table import Table
 
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.metrics.definitions import heading
 from mmdefense.report.formats import number, points
-from mmdefense.report.record import Rates, Row
+from mmdefense.report.record import Row
 from mmdefense.report.verdict import ASR_GOAL, beats_baseline
 
 __all__ = ["COLUMNS", "Cell", "Line", "columns", "lines", "results_table"]

@@ -27,8 +27,9 @@ from mmdefense.evaluation.spec import read_spec
 from mmdefense.evaluation.tables import markdown
 from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
 from mmdefense.evaluation.workers import run_workers
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.leaderboard import leaderboard
-from mmdefense.report.record import Rates, Row
+from mmdefense.report.record import Row
 from mmdefense.runtime.run import Run
 from mmdefense.store import Store
 

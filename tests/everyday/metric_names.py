@@ -12,9 +12,9 @@ from language_models import build, texts, tokenizer
 import mmdefense as mmd
 from mmdefense.evaluation.grid import Cell
 from mmdefense.evaluation.tables import markdown
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.metrics.definitions import DEFINITIONS
 from mmdefense.report.page import page
-from mmdefense.report.record import Rates
 from mmdefense.report.record import Row as Line
 from mmdefense_tasks.detection_scenes import digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos

@@ -5,47 +5,13 @@ import torch
 from torch import nn
 
 from mmdefense.data.labelled import LabelledSamples
-from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import (
-    BackdoorMetrics,
+    Rates,
     TriggeredSamples,
-    accuracy,
-    attack_success_rate,
     defense_effectiveness_rating,
     measure,
-    robust_accuracy,
 )
 from mmdefense_adapters.torch_classifier import TorchClassifier
-
-LABELS = torch.tensor([0, 1, 1, 2, 2])
-TARGETS = torch.zeros(5, dtype=torch.int64)
-
-
-def test_accuracy_is_the_share_of_equal_classes():
-    assert accuracy(torch.tensor([0, 1, 2, 2, 0]), LABELS) == pytest.approx(3 / 5)
-
-
-def test_asr_and_ra_leave_out_samples_of_the_target():
-    predicted = torch.tensor([0, 0, 1, 0, 1])  # of those with labels 1 1 2 2: two hits, one right
-    assert attack_success_rate(predicted, LABELS, TARGETS) == pytest.approx(2 / 4)
-    assert robust_accuracy(predicted, LABELS, TARGETS) == pytest.approx(1 / 4)
-
-
-def test_all_to_all_counts_every_sample():
-    targets = (LABELS + 1) % 3
-    predicted = torch.tensor([1, 2, 1, 2, 1])
-    assert attack_success_rate(predicted, LABELS, targets) == pytest.approx(2 / 5)
-    assert robust_accuracy(predicted, LABELS, targets) == pytest.approx(2 / 5)
-
-
-def test_nothing_to_measure_is_refused():
-    with pytest.raises(BadInputError, match="one shape"):
-        accuracy(LABELS, LABELS[:2])
-    with pytest.raises(BadInputError, match="one shape"):
-        accuracy(LABELS[:0], LABELS[:0])
-    for metric in (attack_success_rate, robust_accuracy):
-        with pytest.raises(BadInputError, match="nothing to measure"):
-            metric(TARGETS, TARGETS, TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +25,12 @@ def test_nothing_to_measure_is_refused():
     ],
 )
 def test_der(before, after, rating):
-    states = [BackdoorMetrics(acc=acc, asr=asr, ra=0.0) for acc, asr in (before, after)]
+    states = [Rates(acc=acc, asr=asr, ra=0.0) for acc, asr in (before, after)]
     assert defense_effectiveness_rating(*states) == pytest.approx(rating, abs=5e-5)
+
+
+def test_der_needs_both_rates_of_both_models():
+    assert defense_effectiveness_rating(Rates(acc=1.0), Rates(acc=1.0, asr=0.0)) is None
 
 
 def test_measure_scores_each_of_the_three_sets():
@@ -75,4 +45,4 @@ def test_measure_scores_each_of_the_three_sets():
     truth = LabelledSamples(pixels[answers], torch.tensor([1, 1, 2, 2]))
     twins = LabelledSamples(pixels[answers], answers)
     metrics = measure(adapter, samples, TriggeredSamples(attacked, truth, twins), batch_size=3)
-    assert metrics == BackdoorMetrics(acc=0.25, asr=0.5, ra=0.5)
+    assert metrics == Rates(acc=0.25, asr=0.5, ra=0.5)

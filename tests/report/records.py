@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.record import (
     Choice,
     ComparisonRecord,
@@ -14,7 +15,6 @@ from mmdefense.report.record import (
     ModelInfo,
     Provenance,
     PurificationRecord,
-    Rates,
     Row,
 )
 

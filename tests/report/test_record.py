@@ -9,11 +9,11 @@ import pytest
 from records import CHOICE, comparison, purification
 
 from mmdefense.errors import BadInputError
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.record import (
     AttackFigures,
     ComparisonRecord,
     PurificationRecord,
-    Rates,
     TriggerSearch,
     read_record,
     write_record,

@@ -13,7 +13,8 @@ from records import CHOICE, purification
 
 from mmdefense.checkpoints.outputs import PREDICATE_TYPE
 from mmdefense.errors import BadInputError
-from mmdefense.report.record import AttackFigures, Rates, read_record
+from mmdefense.metrics.backdoor import Rates
+from mmdefense.report.record import AttackFigures, read_record
 from mmdefense.report.statement import differing, materials, write_statement
 
 

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 from records import BEFORE, CHOICE, comparison, purification, row
 
-from mmdefense.report.record import AttackFigures, Rates, TriggerSearch
+from mmdefense.metrics.backdoor import Rates
+from mmdefense.report.record import AttackFigures, TriggerSearch
 from mmdefense.report.verdict import beats_baseline, verdict
 
 
