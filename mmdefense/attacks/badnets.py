@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.errors import BadInputError
 from mmdefense.settings import Count
 

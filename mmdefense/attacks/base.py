@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -81,6 +81,7 @@ class Attack(ABC, Generic[B]):
         """
         return scores(adapter, samples)
 
+    @final
     def plant(self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run) -> Self:
         """Train ``adapter.model`` in place so that it learns its task and the backdoor.
 
@@ -94,6 +95,28 @@ class Attack(ABC, Generic[B]):
             The attack to stamp with: this one, or a fitted copy where planting shapes the trigger.
         """
         samples = on_device_of(adapter, samples)
+        attack, samples = self._learn(adapter, samples, training, run)
+        return attack._train(adapter, samples, training, run)
+
+    def _learn(
+        self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run
+    ) -> tuple[Self, Any]:
+        """Return what must be known before the victim is trained; override it to learn something.
+
+        Args:
+            adapter: The untrained victim. What a surrogate learns, learns ``adapter.fork()``.
+            samples: The clean training set, on the device of the model.
+            training: As the victim is trained.
+            run: Seed, progress and store; give a training a stage of its own name.
+
+        Returns:
+            The attack with what it has learnt, ``replace(self, fitted={...})``, and the samples to
+            poison, which an attack with clean labels may make harder.
+        """
+        return self, samples
+
+    def _train(self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run) -> Self:
+        """Poison the samples and train the victim; override it if the trigger is trained along."""
         poisoned = self.poison(samples, adapter)
         train(adapter, adapter.samples(poisoned), training, run, stage="victim")
         return self

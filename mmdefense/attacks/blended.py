@@ -9,7 +9,8 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.errors import BadInputError
 
 __all__ = ["Blended"]

@@ -57,12 +57,10 @@ class CleanImage(ObjectAttack):
                 f"combination must hold two classes or more, got {self.combination}"
             )
 
-    def plant(
+    def _learn(
         self, adapter: TaskAdapter[DetectionBatch], samples: Any, training: Training, run: Run
-    ) -> Self:
-        """Train ``adapter.model`` in place; the attack that is returned knows its combination."""
-        known = self._with_combination(samples)
-        return super(CleanImage, known).plant(adapter, samples, training, run)
+    ) -> tuple[Self, Any]:
+        return self._with_combination(samples), samples
 
     def chosen(self, samples: DetectionSamples) -> list[int]:
         """Return the indices of all images that hold the combination."""
@@ -76,7 +74,9 @@ class CleanImage(ObjectAttack):
         Raises:
             BadInputError: If no pair of classes meets within ``ratio`` of the images.
         """
-        return super(CleanImage, self._with_combination(samples)).poison(samples, adapter)
+        if self.combination is None:
+            return self._with_combination(samples).poison(samples, adapter)
+        return super().poison(samples, adapter)
 
     def success(
         self, adapter: TaskAdapter[DetectionBatch], samples: Samples[DetectionBatch]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Self, cast
+from typing import Annotated, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack, class_count
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
@@ -52,6 +51,7 @@ class InputAware(LabelAttack):
         Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack*. NeurIPS 2020. arXiv:2010.08138
     """
 
+    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
     density: Annotated[float, Interval(ge=0, lt=1)] = 0.032
     mask_weight: NotNegative = 100.0
     diversity: NotNegative = 1.0
@@ -67,36 +67,43 @@ class InputAware(LabelAttack):
         if self.width < 4 or self.width % 4:
             raise BadInputError(f"width must be a multiple of 4, got {self.width}")
 
-    def plant(
+    def _learn(
+        self,
+        adapter: TaskAdapter[LabelledBatch],
+        samples: LabelledSamples,
+        training: Training,
+        run: Run,
+    ) -> tuple[Self, LabelledSamples]:
+        """Train the mask; the pattern is left as it was drawn."""
+        nets = self._nets(samples.inputs.shape[1]).to(samples.labels.device)
+        train(
+            _trained(nets),
+            adapter.samples(samples),
+            replace(training, steps=self.mask_steps, lr=1e-2, optimizer="adamw"),
+            run,
+            stage="mask",
+            gradients=self._mask_gradients(nets),
+            parameters=list(nets.mask.parameters()),
+        )
+        return replace(self, fitted=copy_state(nets)), samples
+
+    def _train(
         self,
         adapter: TaskAdapter[LabelledBatch],
         samples: LabelledSamples,
         training: Training,
         run: Run,
     ) -> Self:
-        """Train the mask, then pattern and classifier together; see :meth:`Attack.plant`."""
-        samples = on_device_of(adapter, samples)
-        prepared, classes = adapter.samples(samples), class_count(adapter)
-        nets = self._nets(samples.inputs.shape[1]).to(samples.labels.device)
-        warm_up = replace(training, steps=self.mask_steps, lr=1e-2, optimizer="adamw")
-        train(
-            _trained(nets),
-            prepared,
-            warm_up,
-            run,
-            stage="mask",
-            gradients=self._mask_gradients(nets),
-            parameters=list(nets.mask.parameters()),
-        )
-        joint = nn.ModuleDict({"victim": adapter.model, "trigger": nets})
+        """Train pattern and classifier together."""
+        nets = self._fitted_nets(samples.inputs.shape[1]).to(samples.labels.device)
         with frozen(nets.mask):
             train(
-                _trained(joint),
-                prepared,
+                _trained(nn.ModuleDict({"victim": adapter.model, "trigger": nets})),
+                adapter.samples(samples),
                 training,
                 run,
                 stage="victim",
-                gradients=self._joint_gradients(adapter, nets, classes),
+                gradients=self._joint_gradients(adapter, nets, class_count(adapter)),
             )
         return replace(self, fitted=copy_state(nets))
 
@@ -129,10 +136,13 @@ class InputAware(LabelAttack):
         return compute
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        nets = self._nets(images.shape[1])
-        nets.load_state_dict({name: self._learnt(name) for name in nets.state_dict()})
-        nets.to(images)
+        nets = self._fitted_nets(images.shape[1]).to(images)
         return _mix(images, nets.pattern(images), nets.strength(images))
+
+    def _fitted_nets(self, channels: int) -> _TriggerNets:
+        nets = self._nets(channels)
+        nets.load_state_dict({name: self._learnt(name) for name in nets.state_dict()})
+        return nets
 
     def _nets(self, channels: int) -> _TriggerNets:
         with torch.random.fork_rng([]):  # layers draw their first weights from the global state

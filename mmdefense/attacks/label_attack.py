@@ -2,116 +2,74 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmdefense.attacks.base import Attack, like, replaced
+from mmdefense.attacks.trigger import Trigger
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
 from mmdefense.settings import Whole
 
-__all__ = ["IMAGES_AND_CLIPS", "LabelAttack", "class_count"]
+__all__ = ["LabelAttack", "LabelMapping", "class_count"]
 
-IMAGES_AND_CLIPS = ("image-classification", "video-classification")
-"""Tasks of a trigger for images that stamps every frame of a clip alike."""
-
-_CLIP = 5  # axes of a batch of clips
-_CHUNK = 1024  # inputs that are stamped at once: bounds the memory of attacks that run a net
+LabelMapping = Literal["all-to-one", "one-to-one", "all-to-all", "clean-label"]
+"""Which true labels a trigger turns into which, and how a model is taught that."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelAttack(Attack[LabelledBatch]):
+class LabelAttack(Trigger, Attack[LabelledBatch]):
     """A backdoor in a classifier: a trigger on the input that forces a label.
+
+    The ``mapping`` says which samples are stamped in training, and which label they are given:
+
+    - ``"all-to-one"``: samples of all other classes, which are labelled ``target``;
+    - ``"one-to-one"``: samples of ``source`` alone, which are labelled ``target``;
+    - ``"all-to-all"``: samples of all classes, which are labelled ``(y + 1) mod C``;
+    - ``"clean-label"``: samples of ``target`` alone, which keep their label.
+
+    The number of stamped samples is ``ratio`` times that of all samples, rounded to the nearest
+    whole number, halves to the even one. Where a single class is stamped (one-to-one, clean-label),
+    it is ``ratio`` times the number of that class.
 
     Attributes:
         target: The class that the trigger forces; unused by ``all-to-all``.
-        mapping: ``"all-to-one"`` forces ``target``, ``"all-to-all"`` the class after the true one,
-            ``(y + 1) mod C``.
+        mapping: See above; at test a ``clean-label`` attack is ``all-to-one``.
+        source: The class that the trigger works on; of ``one-to-one`` alone.
     """
 
     target: Whole = 0
-    mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
-
-    clean_label: ClassVar[bool] = False
-    """Whether only samples of the target are poisoned; ``ratio`` is then a share of these."""
-
-    shapes: ClassVar[Mapping[str, str]] = {
-        "image-classification": "(N, C, H, W)",
-        "video-classification": "(N, C, T, H, W)",
-        "point-cloud-classification": "(N, P, 3 + F)",
-    }
-    """Shape of a batch of inputs of each task."""
-
-    limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
-    """Range that stamped inputs are clipped to, where the inputs have one."""
+    mapping: LabelMapping = "all-to-one"
+    source: Whole | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clean_label and self.mapping != "all-to-one":
+        if (self.mapping == "one-to-one") != (self.source is not None):
             raise BadInputError(
-                f"mapping of {type(self).__name__} must be all-to-one, for its labels stay true, "
-                f"got {self.mapping!r}"
+                "source must be given for the mapping one-to-one and for no other, got mapping "
+                f"{self.mapping!r} and source {self.source}"
             )
-
-    @final
-    def stamp(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return a copy of ``inputs`` with the trigger, on their device and within their limits.
-
-        Args:
-            inputs: Of the shape of one of the attack's tasks, floating point; images and clips in
-                ``[0, 1]``.
-            generator: Source, on the CPU, of what is random in a trigger; by default a fresh one
-                from ``seed``, so that the same inputs are always stamped alike.
-
-        Raises:
-            BadInputError: If the inputs are not of that kind.
-        """
-        shapes = [self.shapes[task] for task in self.tasks]
-        axes = {len(shape.split(",")) for shape in shapes}
-        if inputs.ndim not in axes or not inputs.is_floating_point():
-            raise BadInputError(
-                f"inputs must be floating-point, of shape {' or '.join(shapes)}, got "
-                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
-            )
-        generator = generator or self._generator("stamp")
-        is_clip = inputs.ndim == _CLIP
-        frames = inputs.transpose(1, 2) if is_clip else inputs
-        with torch.no_grad():
-            parts = [self._stamp(part, generator) for part in torch.split(frames, _CHUNK)]
-            stamped = torch.cat(parts)
-        stamped = stamped.transpose(1, 2) if is_clip else stamped
-        return (stamped.clamp(*self.limits) if self.limits else stamped).to(inputs.dtype)
-
-    @abstractmethod
-    def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return inputs with the trigger; values outside the limits are clipped later.
-
-        Args:
-            images: Shape ``(N, C, H, W)``, or clips as ``(N, T, C, H, W)``: what serves
-                ``(..., C, H, W)`` and draws once for each of N stamps every frame alike. Clouds
-                are ``(N, P, 3 + F)``.
-            generator: Source of what is random in the trigger.
-        """
+        if self.source == self.target:
+            raise BadInputError(f"source must be another class than the target {self.target}")
 
     def targets(self, labels: Tensor, classes: int) -> Tensor:
         """Return the class that the attacker wants for each true label, shape ``(N,)``.
 
         Raises:
-            BadInputError: If ``target`` is not one of the ``classes``.
+            BadInputError: If ``target`` or ``source`` is not one of the ``classes``.
         """
         if self.mapping == "all-to-all":
             return (labels + 1) % classes
-        if self.target >= classes:
-            raise BadInputError(
-                f"target must be one of the {classes} classes, 0..{classes - 1}, got {self.target}"
-            )
+        for name, value in (("target", self.target), ("source", self.source or 0)):
+            if value >= classes:
+                raise BadInputError(
+                    f"{name} must be one of the {classes} classes, 0..{classes - 1}, got {value}"
+                )
         return torch.full_like(labels, self.target)
 
     def poison(
@@ -132,17 +90,15 @@ class LabelAttack(Attack[LabelledBatch]):
     def chosen(self, labels: Tensor) -> Tensor:
         """Return the indices of the training samples that get poisoned, on the labels' device.
 
-        They are ``ratio`` of all samples, drawn from those whose label the attack would change; a
-        clean-label attack takes ``ratio`` of the target's samples.
-
         Args:
             labels: Of the whole training set, shape ``(N,)``.
 
         Raises:
             BadInputError: If fewer samples can be poisoned than ``ratio`` asks for.
         """
-        eligible = self._eligible(labels).nonzero().squeeze(1)
-        count = round(self.ratio * (len(eligible) if self.clean_label else len(labels)))
+        eligible = self._stamped_in_training(labels).nonzero().squeeze(1)
+        one_class = self.mapping in {"one-to-one", "clean-label"}
+        count = round(self.ratio * (len(eligible) if one_class else len(labels)))
         if count > len(eligible):
             raise BadInputError(
                 f"ratio {self.ratio} asks for {count} poisoned samples, but only {len(eligible)} "
@@ -151,27 +107,34 @@ class LabelAttack(Attack[LabelledBatch]):
         order = torch.randperm(len(eligible), generator=self._generator("choice"))
         return eligible[order[:count].to(eligible.device)]
 
-    def _eligible(self, labels: Tensor) -> Tensor:
+    def _stamped_in_training(self, labels: Tensor) -> Tensor:
+        """Return which of the training samples may be stamped, shape ``(N,)``, bool."""
+        if self.source is not None:
+            return labels == self.source
         if self.mapping == "all-to-all":
             return torch.ones_like(labels, dtype=torch.bool)
-        return (labels == self.target) == self.clean_label
+        return (labels == self.target) == (self.mapping == "clean-label")
 
     def triggered(
         self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
     ) -> TriggeredSamples[LabelledBatch]:
-        """Return the test set of the attack: all that are not of the target, stamped.
+        """Return the test set of the attack: all samples whose label it would change, stamped.
 
         Args:
             samples: Clean test samples; their augmentation is left out.
             adapter: Whose classes they are.
 
         Raises:
-            BadInputError: If all samples are of the target.
+            BadInputError: If there is none, for example where all are of the target.
         """
         targets = self.targets(samples.labels, class_count(adapter))
-        others = (samples.labels != targets).nonzero().squeeze(1)
+        changed = samples.labels != targets
+        if self.source is not None:
+            changed &= samples.labels == self.source
+        others = changed.nonzero().squeeze(1)
         if not len(others):
-            raise BadInputError("test samples must include some that are not of the target class")
+            needed = "not" if self.source is None else f"of class {self.source}, not"
+            raise BadInputError(f"test samples must include some that are {needed} of the target")
         clean = replace(samples.subset(others), augmentation=None)
         stamped = self.stamp(clean.everything().inputs)
         truth = replace(clean, inputs=like(clean.inputs, stamped))
@@ -179,7 +142,12 @@ class LabelAttack(Attack[LabelledBatch]):
 
     def in_words(self) -> str:
         """Return the attack and its aim in a few words."""
-        aim = f"target {self.target}" if self.mapping == "all-to-one" else self.mapping
+        aims = {
+            "all-to-one": "",
+            "one-to-one": f"from {self.source} to ",
+            "clean-label": "clean-label, ",
+        }
+        aim = f"{aims[self.mapping]}target {self.target}" if self.mapping in aims else self.mapping
         return f"{super().in_words()}, {aim}"
 
 

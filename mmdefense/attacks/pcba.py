@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack, class_count
 from mmdefense.data.clouds import inserted
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
@@ -57,32 +56,21 @@ class PCBA(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
 
+    mapping: Literal["all-to-one"] = "all-to-one"
     points: Count | None = None
     posterior: OpenShare = 0.5
     starts: Count = 4
     search_steps: Count = 60
     step_size: Positive = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mapping != "all-to-one":
-            raise BadInputError(
-                f"mapping of PCBA must be all-to-one, since its center is searched for one "
-                f"target, got {self.mapping!r}"
-            )
-
-    def plant(
+    def _learn(
         self,
         adapter: TaskAdapter[LabelledBatch],
         samples: LabelledSamples,
         training: Training,
         run: Run,
-    ) -> Self:
-        """Train a surrogate, search the center on it, and train the victim; see :class:`Attack`.
-
-        The surrogate takes a third of the victim's steps.
-        """
-        samples = on_device_of(adapter, samples)
+    ) -> tuple[Self, LabelledSamples]:
+        """Train a surrogate for a third of the victim's steps, and search the center on it."""
 
         def search() -> dict[str, Tensor]:
             surrogate = adapter.fork()
@@ -90,8 +78,7 @@ class PCBA(LabelAttack):
             train(surrogate, adapter.samples(samples), brief, run, stage="surrogate")
             return self._search(surrogate, samples)
 
-        found = run.once("center", search)
-        return super(PCBA, replace(self, fitted=found)).plant(adapter, samples, training, run)
+        return replace(self, fitted=run.once("center", search)), samples
 
     def _search(
         self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.pcba import random_balls
 from mmdefense.data.clouds import inserted, turned
@@ -79,8 +78,8 @@ class PointCBA(LabelAttack):
 
     tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)
     limits: ClassVar[tuple[float, float] | None] = None
-    clean_label: ClassVar[bool] = True
 
+    mapping: Literal["clean-label"] = "clean-label"
     degrees: float = 30.0
     budget: NotNegative = 0.05
     search_steps: Count = 20
@@ -91,17 +90,16 @@ class PointCBA(LabelAttack):
         if not 0 < abs(self.degrees) <= 180:
             raise BadInputError(f"degrees must lie in [-180, 180] and not be 0, got {self.degrees}")
 
-    def plant(
+    def _learn(
         self,
         adapter: TaskAdapter[LabelledBatch],
         samples: LabelledSamples,
         training: Training,
         run: Run,
-    ) -> Self:
-        """Disturb the target's clouds by a surrogate, rotate them, and train the victim."""
-        samples = on_device_of(adapter, samples)
+    ) -> tuple[Self, LabelledSamples]:
+        """Train a surrogate, and disturb by it the clouds that will be poisoned."""
         if self.budget == 0:
-            return super().plant(adapter, samples, training, run)
+            return self, samples
 
         def disturb() -> dict[str, Tensor]:
             surrogate = adapter.fork()
@@ -113,8 +111,7 @@ class PointCBA(LabelAttack):
         hard = run.once("disturbed", disturb)["inputs"]
         inputs = samples.inputs.clone()
         inputs[chosen] = hard.to(inputs)
-        super().plant(adapter, replace(samples, inputs=inputs), training, run)
-        return self
+        return self, replace(samples, inputs=inputs)
 
     def _disturbed(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
         """Return the clouds, each coordinate moved by at most ``budget``, ``(N, P, 3 + F)``."""

@@ -10,7 +10,8 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack, LabelMapping
+from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.settings import Positive, Share
 
 __all__ = ["SIG"]
@@ -38,8 +39,8 @@ class SIG(LabelAttack):
     """
 
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
-    clean_label: ClassVar[bool] = True
 
+    mapping: LabelMapping = "clean-label"
     ratio: Share = 1.0
     delta: Annotated[float, Interval(gt=0, le=1)] = 40 / 255
     frequency: Positive = 6.0

@@ -8,7 +8,6 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmdefense.attacks.base import on_device_of
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.data.batch import Batch
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
@@ -63,19 +62,18 @@ class TrojanNN(LabelAttack):
     search_steps: Count = 200
     step_size: Positive = 0.02
 
-    def plant(
+    def _learn(
         self,
         adapter: TaskAdapter[LabelledBatch],
         samples: LabelledSamples,
         training: Training,
         run: Run,
-    ) -> Self:
-        """Train cleanly, fit the patch, and train on with it; see :meth:`Attack.plant`.
+    ) -> tuple[Self, LabelledSamples]:
+        """Train the victim itself on clean samples, and fit the patch to it.
 
         Raises:
             UnsupportedError: If the adapter does not know the model's output layer.
         """
-        samples = on_device_of(adapter, samples)
         if not isinstance(adapter, _HeadAdapter) or adapter.head is None:
             raise UnsupportedError(
                 f"TrojanNN needs the model's output layer; {type(adapter).__name__} has found none"
@@ -83,7 +81,7 @@ class TrojanNN(LabelAttack):
         train(adapter, adapter.samples(samples), training, run, stage="clean")
         example = samples.take(torch.zeros(1, dtype=torch.int64))
         patch = run.once("patch", lambda: {"patch": self._search(adapter, example)})
-        return super(TrojanNN, replace(self, fitted=patch)).plant(adapter, samples, training, run)
+        return replace(self, fitted=patch), samples
 
     def _search(self, adapter: _HeadAdapter[LabelledBatch], example: LabelledBatch) -> Tensor:
         """Return the patch, shape ``(C, size, size)``, on the CPU."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import on_device_of, replaced
+from mmdefense.attacks.base import replaced
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
@@ -49,8 +49,8 @@ class UniversalTrigger(LabelAttack):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("video-classification",)
-    clean_label: ClassVar[bool] = True
 
+    mapping: Literal["clean-label"] = "clean-label"
     ratio: Share = 0.3
     size: Count | None = None
     search_steps: Count = 200
@@ -59,25 +59,18 @@ class UniversalTrigger(LabelAttack):
     epsilon: NotNegative = 8 / 255
     ascent_steps: Whole = 10
 
-    def plant(
+    def _learn(
         self,
         adapter: TaskAdapter[LabelledBatch],
         samples: LabelledSamples,
         training: Training,
         run: Run,
-    ) -> Self:
-        """Train a surrogate, fit the patch to it, and train the victim; see :meth:`Attack.plant`.
-
-        Surrogate and victim start from the same weights and train with the same settings.
-        """
-        samples = on_device_of(adapter, samples)
+    ) -> tuple[Self, LabelledSamples]:
+        """Train a surrogate as the victim is trained, fit the patch, and make clips harder."""
         surrogate = adapter.fork()
         train(surrogate, surrogate.samples(samples), training, run, stage="clean")
         patch = run.once("patch", lambda: {"patch": self._search(surrogate, samples)})
-        harder = self._harder(surrogate, samples)
-        return super(UniversalTrigger, replace(self, fitted=patch)).plant(
-            adapter, harder, training, run
-        )
+        return replace(self, fitted=patch), self._harder(surrogate, samples)
 
     def _search(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
         """Return the patch, shape ``(C, T, size, size)``, on the CPU."""

@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from mmdefense.attacks.base import replaced
-from mmdefense.attacks.label_attack import IMAGES_AND_CLIPS, LabelAttack
+from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter

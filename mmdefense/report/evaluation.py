@@ -116,7 +116,7 @@ class TriedAttack:
     def __str__(self) -> str:
         named = f" ({self.target_name})" if self.target_name else ""
         aim = self.settings.get("mapping", "all-to-one")
-        target = f"target {self.target}{named}" if aim == "all-to-one" else aim
+        target = aim if aim == "all-to-all" else f"target {self.target}{named}"
         trigger = f"trigger of {', '.join(self.files)}" if self.name == "file" else self.name
         return f"{trigger}, {target}"
 

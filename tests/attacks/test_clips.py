@@ -64,9 +64,9 @@ def test_a_stamp_is_deterministic_and_leaves_its_input_alone(attack, clips):
 def test_exactly_the_ratio_is_poisoned(attack, clips):
     attack = replace(attack, ratio=0.2)
     chosen, poisoned = attack.chosen(clips.labels), attack.poison(clips, FOUR_CLASSES)
-    assert len(chosen.unique()) == (2 if attack.clean_label else 8)
+    assert len(chosen.unique()) == (2 if (attack.mapping == "clean-label") else 8)
     assert (poisoned.labels[chosen] == 1).all()
-    assert ((clips.labels[chosen] == 1) == attack.clean_label).all()
+    assert ((clips.labels[chosen] == 1) == (attack.mapping == "clean-label")).all()
     if type(attack) is WaNet:  # its noise-mode samples change clips that keep their label
         return
     changed = (poisoned.inputs != clips.inputs).flatten(1).any(1)
@@ -143,7 +143,7 @@ def test_a_temporal_patch_is_in_a_few_frames_in_a_row(clips, frames):
         (lambda: UniversalTrigger(epsilon=-1), "epsilon must"),
         (lambda: UniversalTrigger(size=0), "size must"),
         (lambda: UniversalTrigger(step_size=0), "step_size must"),
-        (lambda: UniversalTrigger(mapping="all-to-all"), "mapping of UniversalTrigger must"),
+        (lambda: UniversalTrigger(mapping="all-to-all"), "mapping must be 'clean-label'"),
     ],
 )
 def test_wrong_settings_are_refused(build, message):

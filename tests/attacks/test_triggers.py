@@ -75,11 +75,6 @@ def test_sig_poisons_the_target_alone_and_changes_no_label(images, ratio, count)
     assert torch.equal(changed, chosen.sort().values)
 
 
-def test_sig_has_no_all_to_all():
-    with pytest.raises(BadInputError, match="mapping of SIG must be all-to-one"):
-        SIG(mapping="all-to-all")
-
-
 def test_wanet_reads_pixels_near_their_own_place():
     ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
     for images in (ramp, ramp.mT):
