@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, and again only when the dependencies change.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix check bench results-check clean
+.PHONY: help setup demo test test-slow test-matrix check bench results-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ MATRIX := tests/hostile tests/checkpoints tests/scanning/test_files.py \
   --deselect tests/adapters/test_detection.py::test_the_loss_can_be_differentiated_twice'[rt-detr]'
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## install mmdefense and its tools into .venv
 
@@ -48,6 +48,9 @@ demo: $(READY)  ## plant a backdoor, remove it by each defense, write out/demo/r
 
 test: $(READY)  ## run the tests
 	@$(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) $(ARGS)
+
+test-slow: $(READY)  ## run the tests that take minutes each, which make test leaves out
+	@MMDEFENSE_SLOW=1 $(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) -m slow $(ARGS)
 
 test-matrix: $(READY)  ## load models and refuse hostile files with the oldest versions that are admitted
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(FLOOR)

@@ -17,11 +17,28 @@ __all__ = [
 
 
 class MMDefenseError(Exception):
-    """Base of every error that mmdefense raises on purpose; its message is one clear line."""
+    """Base of every error that mmdefense raises on purpose; its message is one clear line.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> try:
+        ...     mmd.purify(model, (images, labels), "tsdb")
+        ... except mmd.MMDefenseError as error:
+        ...     print(error)
+        unknown defense 'tsdb'; did you mean 'tsbd'?
+    """
 
 
 class BadInputError(MMDefenseError, ValueError):
-    """What was given is wrong: the message says what, what was given, and what to do."""
+    """What was given is wrong: the message says what, what was given, and what to do.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> mmd.purify(model, (images, labels), "fine-tuning", holdout=0)
+        Traceback (most recent call last):
+        ...
+        mmdefense.errors.BadInputError: holdout must lie in ...
+    """
 
 
 class LowUtilityError(BadInputError):
@@ -29,7 +46,15 @@ class LowUtilityError(BadInputError):
 
 
 class UnsupportedError(MMDefenseError, TypeError):
-    """What was given is sound, but this defense or adapter cannot serve it."""
+    """What was given is sound, but this defense or adapter cannot serve it.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> mmd.adapt(model, task="language-generation")
+        Traceback (most recent call last):
+        ...
+        mmdefense.errors.UnsupportedError: no adapter of language-generation accepts a ...
+    """
 
 
 class DivergenceError(MMDefenseError, RuntimeError):
@@ -37,6 +62,14 @@ class DivergenceError(MMDefenseError, RuntimeError):
 
     Attributes:
         state: The last good state dict of the model, where it is at hand.
+
+    Example:
+        >>> import mmdefense as mmd
+        >>> try:
+        ...     mmd.purify(model, (images, labels), "fine-tuning", lr=1e30)
+        ... except mmd.DivergenceError as error:
+        ...     model.load_state_dict(error.state)
+        <All keys matched successfully>
     """
 
     def __init__(self, message: str, state: Mapping[str, Any] | None = None) -> None:

@@ -82,8 +82,11 @@ def needed(what: str, *packages: str) -> Iterator[None]:
         UnsupportedError: In place of an :class:`ImportError`.
 
     Example:
-        >>> with needed("decoding a clip"):
-        ...     import av  # doctest: +SKIP
+        >>> with needed("drawing a cloud"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        ...
+        mmdefense.errors.UnsupportedError: drawing a cloud needs the package 'no_such_package'...
     """
     try:
         yield

@@ -154,6 +154,12 @@ def adapt(
     Raises:
         BadInputError: If the model is of another task.
         UnsupportedError: If no adapter accepts the model.
+
+    Example:
+        >>> adapter = adapt(model, mean=[0.5], std=[0.25])
+        >>> samples = adapter.samples((images, labels))
+        >>> adapter.per_sample_loss(samples.take(torch.arange(4))).shape
+        torch.Size([4])
     """
     kind = load("adapters", adapter) if adapter is not None else adapter_for(model, task)
     return kind(model, **options)  # type: ignore[no-any-return]

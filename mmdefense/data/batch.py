@@ -197,6 +197,11 @@ def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], 
 
     Raises:
         BadInputError: If there are fewer than two samples.
+
+    Example:
+        >>> fit, holdout = split(samples, 0.2, seed=0)
+        >>> len(samples), len(fit), len(holdout)
+        (30, 24, 6)
     """
     total = len(samples)
     if total < 2:

@@ -165,6 +165,12 @@ def capture(
 
     Yields:
         A dict that each forward pass fills, by name.
+
+    Example:
+        >>> with capture(model, ["conv"]) as outputs:
+        ...     _ = model(images)
+        >>> outputs["conv"].shape
+        torch.Size([30, 4, 8, 8])
     """
     names = {model.get_submodule(name): name for name in layers}
     kept: dict[str, Tensor] = {}

@@ -79,6 +79,11 @@ def train(
         OutOfTime: If the run's deadline has passed after an update, of which there is at least
             one; the state of that moment is in the model, and what is needed to go on from it (or
             from the last multiple of ``resume_every`` that was looked at) in the store.
+
+    Example:
+        >>> from mmdefense.runtime.run import Run
+        >>> train(adapter, samples, Training(steps=20, batch_size=10), Run(seed=0)) < 0.1
+        True
     """
     chosen = _trainable(adapter.model) if parameters is None else list(parameters)
     if not chosen:
@@ -372,5 +377,10 @@ def scores(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) 
 
 
 def mean_score(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> float:
-    """Return the task metric over ``samples``."""
+    """Return the task metric over ``samples``, in ``[0, 1]``.
+
+    Example:
+        >>> mean_score(adapter, samples)
+        1.0
+    """
     return float(scores(adapter, samples, batch_size).mean())

@@ -114,7 +114,19 @@ def _indices(group: UnitGroup, units: Sequence[int], device: torch.device) -> Te
 
 
 def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
-    """Zero every parameter entry of the chosen units, in place."""
+    """Zero every parameter entry of the chosen units, in place.
+
+    Args:
+        model: The model to prune.
+        groups: Its unit groups.
+        chosen: For each unit the index of its group and its own within it.
+
+    Example:
+        >>> groups = adapter.unit_groups()
+        >>> silence(model, groups, [(0, 2)])
+        >>> model.conv.weight.flatten(1).count_nonzero(1)
+        tensor([9, 9, 0, 9])
+    """
     parameters = _parameters(model)
     with torch.no_grad():
         for index, units in _by_group(chosen).items():

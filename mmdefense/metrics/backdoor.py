@@ -76,6 +76,11 @@ def measure(
         clean_test: Test samples without a trigger, all classes.
         triggered: What :meth:`mmdefense.attacks.base.Attack.triggered` makes of them.
         batch_size: Samples per forward pass.
+
+    Example:
+        >>> from mmdefense.attacks.badnets import BadNets
+        >>> measure(adapter, samples, BadNets(target=0).triggered(samples, adapter)).acc
+        1.0
     """
     return Rates(
         acc=mean_score(adapter, clean_test, batch_size),

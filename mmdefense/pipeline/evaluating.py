@@ -151,7 +151,13 @@ def evaluate(
 
     Example:
         >>> import mmdefense as mmd
-        >>> mmd.evaluate("folder", "images", attack="badnets", target="cat")  # doctest: +SKIP
+        >>> arch = "my_models:SignNet"
+        >>> mmd.evaluate("model.safetensors", "images", arch=arch, attack="badnets", target="stop")
+        Evaluation of model.safetensors on images
+          ACC 100.0 % (95 % interval 88.6 to 100.0, n = 30)
+          attack badnets, target 2 (stop)
+          ASR ...
+          RA ...
     """
     choice: Attack[Any] | AttackChoice | None
     others = not (target is None and trigger is None and not settings)

@@ -109,9 +109,10 @@ def purify(
 
     Example:
         >>> import mmdefense as mmd
-        >>> purified = mmd.purify(model, (images, labels), "tsbd")  # doctest: +SKIP
-        >>> purified.save("out")  # doctest: +SKIP
-        >>> mmd.purify("my-model", "my-images").save("out")  # doctest: +SKIP
+        >>> purified = mmd.purify(model, (images, labels), "fine-tuning", steps=5)
+        >>> purified.save("purified")
+        >>> again = mmd.purify("model.safetensors", "images", arch="my_models:SignNet", steps=5)
+        >>> again.save("purified-too")
     """
     deadline, level = Deadline.after(max_seconds), check_level(evidence)
     chosen = configured(defense, settings if seed is None else {**settings, "seed": seed})
@@ -205,6 +206,13 @@ class Purification:
         low_utility: The low utility that was accepted, as a sentence; empty where there was none.
         seal: What the files of the model were when they were read, where it came from files.
         accepted_findings: What speaks strongly against the files of the model and was accepted.
+
+    Example:
+        >>> purified = purify(model, (images, labels), "fine-tuning", steps=5)
+        >>> purified.guard.violated
+        False
+        >>> purified.model.state_dict().keys() == model.state_dict().keys()
+        True
     """
 
     victim: TaskAdapter[Any]

@@ -93,7 +93,9 @@ def scan(
 
     Example:
         >>> import mmdefense as mmd
-        >>> print(mmd.scan("a-folder", data="images").verdict.text)  # doctest: +SKIP
+        >>> record = mmd.scan("model.safetensors", "images", arch="my_models:SignNet")
+        >>> print(record.verdict.text)
+        Nothing was found by what was looked at, ...
     """
     check_seed(seed)
     name, files, findings = _named(model), {}, []

@@ -182,6 +182,11 @@ def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
 
     Args:
         seed: Makes the split reproducible.
+
+    Example:
+        >>> train, test = load_digits()
+        >>> len(train), len(test), train.inputs.shape[1:]
+        (1438, 359, torch.Size([1, 16, 16]))
     """
     from sklearn.datasets import load_digits as load
 
@@ -243,6 +248,11 @@ def load_data(
         BadInputError: If there is no such data, it is empty or damaged, its channels, sizes or
             class names do not fit.
         UnsupportedError: If a library that it needs is not installed.
+
+    Example:
+        >>> data = load_data("images", image_size=16)
+        >>> data.inputs.shape, data.classes
+        (torch.Size([30, 1, 16, 16]), ('left', 'right', 'stop'))
     """
     options = Options(
         said,

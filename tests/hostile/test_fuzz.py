@@ -1,7 +1,7 @@
 """Files altered at random: exit codes 0 to 3, never 70, and nothing left behind.
 
-Half a minute in all; ten where ``MMDEFENSE_SLOW`` is set. Each kind of file begins with the same
-seed; a failure shows the altered file.
+Half a minute in all, and ten more for the tests that are marked as slow. Each kind of file begins
+with the same seed; a failure shows the altered file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from mmdefense.errors import MMDefenseError
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-BRIEF, LONG = 1.3, 27.0  # seconds for each kind
+# Seconds for each kind.
+LENGTHS = [pytest.param(1.3, id="brief"), pytest.param(27.0, id="long", marks=pytest.mark.slow)]
 Tree = dict[str, bytes]
 
 SPECIAL = (
@@ -259,9 +260,8 @@ def altered(draw, tree: Tree) -> Tree:
     return tree | {name: draw(altered_bytes(content))}
 
 
-def fuzzed(check, strategy) -> None:
+def fuzzed(check, strategy, seconds: float) -> None:
     """Try one round of examples after the other until the time is up."""
-    seconds = LONG if "MMDEFENSE_SLOW" in os.environ else BRIEF
     end, number, failed = time.monotonic() + seconds, 0, False
 
     def until_then(drawn):
@@ -294,8 +294,9 @@ def written(tree: Tree, folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seconds", LENGTHS)
 @pytest.mark.parametrize("kind", data())
-def test_data(kind, tmp_path, monkeypatch):
+def test_data(kind, seconds, tmp_path, monkeypatch):
     task, tree = data()[kind]
     monkeypatch.chdir(tmp_path)
 
@@ -305,13 +306,14 @@ def test_data(kind, tmp_path, monkeypatch):
             registry.load("tasks", task).load(folder, split="train").fingerprint()
         assert os.listdir(tmp_path) == ["set"]
 
-    fuzzed(check, altered(tree))
+    fuzzed(check, altered(tree), seconds)
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seconds", LENGTHS)
 @pytest.mark.parametrize("command", ["scan", "purify"])
 @pytest.mark.parametrize("kind", models())
-def test_models(kind, command, place, mmdefense, monkeypatch):
+def test_models(kind, command, seconds, place, mmdefense, monkeypatch):
     tree = models()[kind]
     monkeypatch.chdir(place.folder)
 
@@ -326,4 +328,4 @@ def test_models(kind, command, place, mmdefense, monkeypatch):
             shutil.rmtree(place.folder / "out.partial")
         assert place.files() == ["model"], outcome
 
-    fuzzed(check, altered(tree))
+    fuzzed(check, altered(tree), seconds)
