@@ -97,11 +97,11 @@ def calibrate(
 def _cell(case: Case, seed: int, store: Store, progress: Progress | None) -> Scanned:
     victim = victim_identity(case, seed)
     parts = {"victim": victim.digest, "clean": case.clean, "search": plain(SEARCH)}
-    identity = Identity("scan", f"{case.name}/{seed}", {**parts, "code": code_version()})
+    identity = Identity("calibration", f"{case.name}/{seed}", {**parts, "code": code_version()})
     entry = store.find(identity)
     if entry is None or entry.status == "failed":
         show = named(f"{case.name}/{seed}", progress, ", ")
-        while (model := kept_victim(store, case, seed, show)) is None:
+        while (model := kept_victim(store, victim, case, seed, show)) is None:
             time.sleep(1)  # another process trains it
         entry = store.put(identity, plain(_scanned(case, model, seed, show)))
     found: Scanned = build(Scanned, store.content(entry), f"scan {entry.name}")

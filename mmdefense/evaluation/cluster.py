@@ -109,9 +109,10 @@ def _train(case: Case, seed: int, device: str, digest: str, threads: int) -> Kep
 
 def _try_out(victim: Kept, cell: Planned, digest: str, threads: int) -> tuple[dict[str, Any], None]:
     """Measure a cell on a node."""
-    from mmdefense.evaluation.identity import cell_identity
+    from mmdefense.evaluation.identity import cell_identity, victim_identity
 
-    found = cell_identity(cell.case, cell.label, cell.defense, cell.views, cell.device)
+    mine = victim_identity(cell.case, cell.defense.seed, cell.device)
+    found = cell_identity(mine, cell.case, cell.label, cell.defense, cell.views)
     _alike(found.digest, digest, threads)
     model = for_views(restored(cell.case, cell.defense.seed, *victim, cell.device), cell.views)
     return plain(measure(cell, model, lambda _: None)), None

@@ -6,10 +6,10 @@ they depend on. Any number of processes may work on one grid: each claims a cell
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from mmdefense.defenses.base import Defense, versions
 from mmdefense.evaluation.identity import cell_identity, victim_identity
-from mmdefense.evaluation.kept import kept_victim
+from mmdefense.evaluation.kept import kept_victim, trained
 from mmdefense.evaluation.victims import Victim, baseline_of, for_views, purified_row
 from mmdefense.pipeline.purification import configured
 from mmdefense.protocol import Case
@@ -103,6 +103,8 @@ class Planned:
         baseline: The label of plain fine-tuning with its budget; empty where there is none.
         views: How the clean samples are augmented.
         device: What computes, for example ``"cuda:1"``.
+        victim: All that its victim depends on.
+        identity: All that the cell depends on.
     """
 
     case: Case
@@ -110,17 +112,14 @@ class Planned:
     defense: Defense
     baseline: str
     views: Views
-    device: str = "cpu"
+    device: str
+    victim: Identity
+    identity: Identity
 
-    @cached_property
-    def identity(self) -> Identity:
-        """All that the cell depends on."""
-        return cell_identity(self.case, self.label, self.defense, self.views, self.device)
-
-    @cached_property
-    def victim(self) -> Identity:
-        """All that its victim depends on."""
-        return victim_identity(self.case, self.defense.seed, self.device)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What cells that differ in their seeds alone have in common."""
+        return self.case.name, self.label, self.views, self.case.clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +162,20 @@ class Grid:
 
     def _of(self, case: Case, seed: int, views: Views) -> Iterator[Planned]:
         """Yield each defense, and plain fine-tuning with its budget right after it."""
+        victim = victim_identity(case, seed, self.device)
+
+        def planned(label: str, defense: Defense, baseline: str) -> Planned:
+            identity = cell_identity(victim, case, label, defense, views)
+            return Planned(case, label, defense, baseline, views, self.device, victim, identity)
+
         for given in self.defenses:
             entry = Lineup(defense=given) if isinstance(given, str) else given
             defense = entry.build(seed)
             plain_training = baseline_of(defense) if self.baselines else None
             baseline = f"fine-tuning like {entry.name}" if plain_training else ""
-            yield Planned(case, entry.name, defense, baseline, views, self.device)
+            yield planned(entry.name, defense, baseline)
             if plain_training:
-                yield Planned(case, baseline, plain_training, "", views, self.device)
+                yield planned(baseline, plain_training, "")
 
     def run(
         self,
@@ -232,18 +237,39 @@ def forget_failures(store: Store, cells: Sequence[Planned]) -> None:
 def work(store: Store, cells: Sequence[Planned], progress: Progress | None = None) -> None:
     """Measure the cells that nobody has measured, until there is none left.
 
+    Victims are trained first. Then one cell of each kind is measured, and behind these the rest,
+    those first whose kind takes longest, so that no process is left alone with a long one.
     A cell that another process is at work on, or whose victim it is training, is left to it; this
     returns when all of them are done or failed.
     """
-    victims = _Victims(store)
-    left = list(cells)
-    while left:
-        before = len(left)
-        for cell in list(left):
-            if store.find(cell.identity) is not None or _measured(store, cell, victims, progress):
-                left.remove(cell)
-        if len(left) == before:  # others are at work on all of them
-            time.sleep(_POLL)
+    victims, seconds = _Victims(store), dict[tuple[Any, ...], float]()
+    left = _left(store, cells, seconds)
+    for cell in {cell.victim.digest: cell for cell in left}.values():
+        show = named(cell.victim.name, progress, ", ")
+        trained(store, cell.victim, cell.case, cell.defense.seed, show, cell.device)
+    while left := _left(store, cells, seconds):
+        if not any(_measured(store, cell, victims, progress) for cell in left):
+            time.sleep(_POLL)  # others are at work on all of them
+
+
+def _left(
+    store: Store, cells: Sequence[Planned], seconds: dict[tuple[Any, ...], float]
+) -> list[Planned]:
+    """Return the cells that the store lacks, those first of which none of their kind is done.
+
+    Args:
+        store: Where cells are kept.
+        cells: All of them.
+        seconds: How long a cell of each kind takes; what the store knows is added.
+    """
+    entries = {entry.digest: entry for entry in store.entries("cell")}
+    for cell in cells:
+        entry = entries.get(cell.identity.digest)
+        if entry is not None and cell.kind not in seconds:
+            done = entry.status == "done"
+            seconds[cell.kind] = cell_of(store, entry).row.seconds if done else 0.0
+    left = [cell for cell in cells if cell.identity.digest not in entries]
+    return sorted(left, key=lambda cell: seconds.get(cell.kind, math.inf), reverse=True)
 
 
 def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress | None) -> bool:
@@ -297,7 +323,7 @@ class _Victims:
         key = (cell.victim.digest, cell.case.clean)
         if key != self._key:
             seed, device = cell.defense.seed, cell.device
-            victim = kept_victim(self.store, cell.case, seed, progress, device)
+            victim = kept_victim(self.store, cell.victim, cell.case, seed, progress, device)
             if victim is None:
                 return None
             self._key, self._last = key, victim

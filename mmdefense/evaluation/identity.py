@@ -6,9 +6,10 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from mmdefense import registry
 from mmdefense.defenses.base import Defense
@@ -16,16 +17,19 @@ from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
 from mmdefense.store import Identity
 
-__all__ = ["cell_identity", "code_version", "data_fingerprint", "victim_identity"]
+__all__ = ["cell_identity", "code_version", "data_fingerprint", "loaded", "victim_identity"]
 
 _TALKING = {
-    *("arguments", "catalogue", "cli", "cli_grid", "doctor", "evaluating", "jobs", "libraries"),
-    *("notes", "planning", "report", "scanning", "shown", "store"),
+    *("analysis", "arguments", "catalogue", "cli", "cli_grid", "doctor", "libraries", "notes"),
+    *("report", "sandbox", "scanning", "shown", "store"),
 }
 """Rooms of mmdefense that change no figure of a grid."""
 
-_DEFENDING = {"defenses", "purification"}
+_DEFENDING = {"defenses", "pipeline"}
 """Rooms that no victim depends on."""
+
+_SETS = 4
+"""Parts of data sets that stay in memory, such as the two of two data sets."""
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")
 
@@ -54,18 +58,17 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
 
 
 def cell_identity(
-    case: Case, label: str, defense: Defense, views: str, device: str = "cpu"
+    victim: Identity, case: Case, label: str, defense: Defense, views: str
 ) -> Identity:
     """Return what the measurement of a defense on a victim depends on.
 
     Args:
+        victim: What the victim depends on.
         case: The victim.
         label: What tables call the defense.
         defense: With its settings and the seed, which is the victim's as well.
         views: How the clean samples are augmented.
-        device: What computes.
     """
-    victim = victim_identity(case, defense.seed, device)
     return Identity(
         "cell",
         f"{case.name}/{defense.seed}: {label}, {views} views",
@@ -84,9 +87,13 @@ def cell_identity(
 @cache
 def data_fingerprint(task: str, data: str) -> tuple[str, ...]:
     """Return a hash of the train and of the test part of a data set."""
-    known = registry.load("tasks", task)()
-    parts = (known.load(data, split=split) for split in ("train", "test"))
-    return tuple(part.in_memory().fingerprint() for part in parts)
+    return tuple(loaded(task, data, split).fingerprint() for split in ("train", "test"))
+
+
+@lru_cache(maxsize=_SETS)
+def loaded(task: str, data: str, split: str) -> Any:
+    """Return the ``"train"`` or ``"test"`` part of a data set, in memory."""
+    return registry.load("tasks", task)().load(data, split=split).in_memory()
 
 
 @cache

@@ -11,23 +11,30 @@ from torch import Tensor
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
-from mmdefense.evaluation.identity import victim_identity
 from mmdefense.evaluation.victims import Victim, kept_tensors, restore_victim, train_victim
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.runtime.run import Progress, Run
-from mmdefense.store import Entry, Store
+from mmdefense.store import Entry, Identity, Store
 
-__all__ = ["kept_victim", "restored", "train_and_describe"]
+__all__ = ["kept_victim", "restored", "train_and_describe", "trained"]
 
 
 def kept_victim(
-    store: Store, case: Case, seed: int, progress: Progress, device: str = "cpu"
+    store: Store, identity: Identity, case: Case, seed: int, progress: Progress, device: str = "cpu"
 ) -> Victim | None:
     """Return the victim of a case from the store; it is trained first where it is not there.
 
     A victim that was just trained is read back as well, so that every process sees the same one.
+
+    Args:
+        store: Where it is kept.
+        identity: What it depends on.
+        case: What is trained.
+        seed: Of the weights, the poisoned samples and the training.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
+        device: What computes.
 
     Returns:
         None while another process trains it.
@@ -35,8 +42,7 @@ def kept_victim(
     Raises:
         DivergenceError: If its training has failed, now or earlier.
     """
-    identity = victim_identity(case, seed, device)
-    entry = store.find(identity) or _train(store, case, seed, progress, device)
+    entry = trained(store, identity, case, seed, progress, device)
     if entry is None:
         return None
     if entry.status == "failed":
@@ -68,9 +74,16 @@ def train_and_describe(
     return {"case": plain(case), "before": plain(victim.before)}, kept_tensors(victim)
 
 
-def _train(store: Store, case: Case, seed: int, progress: Progress, device: str) -> Entry | None:
-    """Train a victim and keep it; none where another process trains it."""
-    identity = victim_identity(case, seed, device)
+def trained(
+    store: Store, identity: Identity, case: Case, seed: int, progress: Progress, device: str
+) -> Entry | None:
+    """Train the victim that the store lacks, and return its entry, or that of its failure.
+
+    Returns:
+        None while another process trains it.
+    """
+    if found := store.find(identity):
+        return found
     with store.claim(identity) as mine:
         if not mine:
             return None

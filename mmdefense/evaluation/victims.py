@@ -19,6 +19,7 @@ from mmdefense.data.batch import Samples, split
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.evaluation.identity import loaded
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.pipeline.purification import Purification, purify
@@ -114,7 +115,7 @@ def _untrained(case: Case, run: Run, device: str) -> tuple[Victim, Samples[Any]]
     """Return the victim of a case before its training, and what it is trained on."""
     place = torch.device(device)
     task: Task = registry.load("tasks", case.task)()
-    train_set, test = (task.load(case.data, split=part).in_memory() for part in ("train", "test"))
+    train_set, test = (loaded(case.task, case.data, part) for part in ("train", "test"))
     model = _fresh_model(case, task.describe(train_set), run).to(place)
     adapter = registry.adapt(model, **task.adapter_options(train_set))
     rest, clean = split(train_set, case.clean, run.seed)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mmdefense.errors import BadInputError, MMDefenseError
 from mmdefense.evaluation.grid import Grid, Planned, work
@@ -77,74 +81,120 @@ def run_workers(
         threads: Of each process.
 
     Raises:
-        BadInputError: If a name is unknown, or workers are killed again and again.
+        BadInputError: If a name is unknown, devices are of two kinds, or workers are killed again
+            and again.
     """
+    _check_one_kind(devices)
     cells, store = grid.planned(), Store(folder)
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
+    context: Any = multiprocessing.get_context("fork" if _can_fork(grid, threads) else "spawn")
 
-    def start(index: int) -> Any:
+    def start(index: int) -> _Worker:
         device = devices[index % len(devices)] if devices else grid.device
-        given = (replace(grid, device=device), str(folder), threads, messages, os.getpid())
-        worker = context.Process(target=_worker, args=given, name=f"worker {index}")
-        worker.start()
-        return worker
+        mine = [replace(cell, device=device) for cell in cells]
+        heard, sender = context.Pipe(duplex=False)  # each has its own: no lock to be killed with
+        given = (mine, str(folder), threads, sender, os.getpid())
+        process = context.Process(target=_work, args=given, name=f"worker {index}")
+        process.start()
+        sender.close()
+        return _Worker(process, heard)
 
     workers = {index: start(index) for index in range(count)}
-    tell = display.say if display is not None else note
+    say = display.say if display is not None else note
+    tell = _once(say)
     deaths, reached = 0, 0
     try:
         while workers:
             time.sleep(_LOOK)
-            _pass_on(messages, tell)
             now = standing(store, cells)
             if display is not None:
                 display.show(now.done, now.failed, now.total, now.running)
             if now.done + now.failed > reached:
                 deaths, reached = 0, now.done + now.failed
             for index, worker in list(workers.items()):
-                if worker.exitcode is None:
+                worker.pass_on(tell)
+                code = worker.process.exitcode
+                if code is None:
                     continue
                 del workers[index]
-                if worker.exitcode == 0:
+                if code == 0:
                     continue
                 deaths += 1
-                if worker.exitcode > 0 or deaths > _DEATHS:
+                if code > 0 or deaths > _DEATHS:
                     raise BadInputError(
-                        f"{worker.name} ended with exit code {worker.exitcode}; what was measured "
+                        f"{worker.process.name} ended with exit code {code}; what was measured "
                         f"is kept in {folder}, and the same command goes on from there"
                     )
-                tell(f"{worker.name} was killed (signal {-worker.exitcode}); another takes over")
+                say(f"{worker.process.name} was killed (signal {-code}); another takes over")
                 workers[index] = start(index)
     finally:
         for worker in workers.values():
-            worker.terminate()
-            worker.join()
-        _pass_on(messages, tell)
+            worker.process.terminate()
+            worker.process.join()
 
 
-def _pass_on(messages: Any, tell: Callable[[str], None]) -> None:
-    while True:
+def _check_one_kind(devices: Sequence[str]) -> None:
+    if len({device.partition(":")[0] for device in devices}) > 1:
+        raise BadInputError(
+            f"workers must compute on devices of one kind, got {', '.join(devices)}: results "
+            "differ between kinds in their last bits"
+        )
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process, and the end of the pipe that its messages come out of."""
+
+    process: Any
+    heard: Any
+
+    def pass_on(self, tell: Callable[[str], None]) -> None:
+        """Tell what it has to say."""
         try:
-            tell(messages.get_nowait())
-        except queue.Empty:
+            while self.heard.poll():
+                tell(self.heard.recv())
+        except EOFError:  # it has ended
             return
 
 
-def _worker(grid: Grid, folder: str, threads: int, messages: Any, parent: int) -> None:
-    """Work on a grid in a process of its own, for as long as the one that started it lives."""
-    import torch
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what tells each sentence once, though all workers say it."""
+    said: set[str] = set()
 
+    def tell_once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            tell(text)
+
+    return tell_once
+
+
+def _can_fork(grid: Grid, threads: int) -> bool:
+    """Say whether workers can be forks, which have all libraries and data sets of this process.
+
+    CUDA does not survive a fork, nor do the threads of PyTorch; and a lock that another thread
+    holds would be held forever.
+    """
+    single = threads == 1 and threading.active_count() == 1
+    return single and sys.platform == "linux" and grid.device == "cpu"
+
+
+def _work(cells: Sequence[Planned], folder: str, threads: int, sender: Any, parent: int) -> None:
+    """Measure cells in a process of its own, for as long as the one that started it lives."""
     torch.set_num_threads(threads)
+
+    def warned(message: Warning | str, *_: Any) -> None:
+        sender.send(str(message))
+
+    warnings.showwarning = warned  # type: ignore[assignment]
 
     def progress(event: Event) -> None:
         if os.getppid() != parent:
             raise SystemExit(1)
         if event.note:
-            messages.put(event.note)
+            sender.send(event.note)
 
     try:
-        work(Store(folder), grid.planned(), progress)
+        work(Store(folder), cells, progress)
     except (MMDefenseError, OSError) as error:
-        messages.put(f"a worker stopped: {error}")
+        sender.send(f"a worker stopped: {error}")
         raise SystemExit(2) from error

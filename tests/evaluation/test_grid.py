@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -184,7 +185,9 @@ def test_cells_of_like_settings_keep_their_names_and_baselines(plug, tmp_path):
 def test_a_victim_from_the_store_is_the_one_that_was_trained(tmp_path):
     fresh = train_victim(CASE, Run(0))
     for _ in range(2):
-        kept = kept_module.kept_victim(Store(tmp_path), CASE, 0, lambda event: None)
+        kept = kept_module.kept_victim(
+            Store(tmp_path), identity.victim_identity(CASE, 0), CASE, 0, lambda event: None
+        )
         assert hash_weights(kept.adapter.model) == hash_weights(fresh.adapter.model)
         assert kept.before == fresh.before
         assert kept.attack == fresh.attack
@@ -194,7 +197,9 @@ def test_a_victim_from_the_store_is_the_one_that_was_trained(tmp_path):
 def test_what_an_attack_has_learnt_is_in_the_store(tmp_path):
     case = dataclasses.replace(CASE, attack="trojannn", settings={})
     before = [
-        kept_module.kept_victim(Store(tmp_path), case, 0, lambda event: None).attack.fitted
+        kept_module.kept_victim(
+            Store(tmp_path), identity.victim_identity(case, 0), case, 0, lambda event: None
+        ).attack.fitted
         for _ in range(2)
     ]
     assert before[0].keys() == before[1].keys() != set()
@@ -237,6 +242,64 @@ def test_a_cell_names_what_it_was_measured_with(grid, tmp_path):
     assert cell.case["training"]["steps"] == 40
     assert cell.row.settings["steps"] == 3
     assert cell.versions.keys() >= {"torch", "mmdefense"}
+
+
+def test_a_data_set_is_loaded_once_for_all_victims(grid, tmp_path, monkeypatch):
+    task = registry.load("tasks", CASE.task)
+    genuine, parts = task.load, []
+
+    def load(where, *, split="train", **options):
+        parts.append(split)
+        return genuine(where, split=split, **options)
+
+    monkeypatch.setattr(task, "load", staticmethod(load))
+    identity.loaded.cache_clear()
+    identity.data_fingerprint.cache_clear()
+    dataclasses.replace(grid, seeds=(0, 1)).run(tmp_path)
+    assert sorted(parts) == ["test", "train"]
+
+
+def test_victims_come_first_then_a_cell_of_each_kind_then_the_longest(plug, tmp_path, monkeypatch):
+    plug("defenses", quick="quick:Quick")
+    names = []
+
+    def row(victim, name, *rest):
+        names.append(name)
+        return Row(defense=name, before=victim.before, after=Rates(), seconds=len(name)), None
+
+    def train(case, run, *rest):
+        names.append("victim")
+        return genuine(case, run, *rest)
+
+    genuine = kept_module.train_victim
+    monkeypatch.setattr(kept_module, "train_victim", train)
+    monkeypatch.setattr(grid_module, "purified_row", row)
+    defenses = [Lineup(defense="quick", label=label) for label in ("xx", "xxx", "x")]
+    Grid(cases=[CASE], defenses=defenses, seeds=(0, 1), baselines=False).run(tmp_path)
+    assert names == ["victim", "victim", "xx", "xxx", "x", "xxx", "xx", "x"]
+
+
+def test_workers_get_the_digests_of_their_parent_and_give_the_cells_of_one(
+    grid, tmp_path, monkeypatch
+):
+    both = dataclasses.replace(grid, seeds=(0, 1))
+    torch.set_num_threads(1)
+    alone = both.run(tmp_path / "one")
+
+    def digest(*given):
+        (tmp_path / f"digest-{os.getpid()}").touch()
+        return genuine(*given)
+
+    genuine = grid_module.victim_identity
+    monkeypatch.setattr(grid_module, "victim_identity", digest)
+    run_workers(both, tmp_path / "two", 2)
+    assert without_time(both.measured(Store(tmp_path / "two"))) == without_time(alone)
+    assert [p.name for p in tmp_path.glob("digest-*")] == [f"digest-{os.getpid()}"]
+
+
+def test_workers_on_devices_of_two_kinds_are_refused(grid, tmp_path):
+    with pytest.raises(BadInputError, match="devices of one kind, got cpu, cuda:0"):
+        run_workers(grid, tmp_path, 2, devices=["cpu", "cuda:0"])
 
 
 @pytest.mark.slow
