@@ -355,9 +355,9 @@ def scan(
     No code that comes with the model is run.
     """
     from mmdefense import sandbox
+    from mmdefense.findings import FAILING, reaches
     from mmdefense.pipeline.scan import scan as look_into
     from mmdefense.report.terminal import ProgressDisplay
-    from mmdefense.scanning.findings import FAILING, reaches
     from mmdefense.scanning.formats import FORMATS
 
     if format_ not in FORMATS:

@@ -37,8 +37,8 @@ from typing import Any
 
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.errors import MMDefenseError
+from mmdefense.findings import worst_level
 from mmdefense.scanning.files import scan_files
-from mmdefense.scanning.findings import worst_level
 
 SECONDS = 30
 """What takes longer has hung."""

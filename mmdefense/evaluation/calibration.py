@@ -18,12 +18,12 @@ from mmdefense.defenses.base import versions
 from mmdefense.evaluation.identity import code_version, victim_identity
 from mmdefense.evaluation.kept import kept_victim
 from mmdefense.evaluation.victims import Victim
+from mmdefense.findings import Finding
 from mmdefense.pipeline.scan import scan
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.runtime.run import Progress, named
 from mmdefense.scanning.behaviour import APART, COMMON, SEARCH, TRIGGER
-from mmdefense.scanning.findings import Finding
 from mmdefense.store import Identity, Store
 
 __all__ = ["Scanned", "calibrate", "clean_twin", "markdown"]

@@ -31,7 +31,6 @@ from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.report.encoding import plain
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.run import Event, Progress
-from mmdefense.scanning.formats import summary
 
 __all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files", "writing_seconds"]
 
@@ -99,9 +98,7 @@ def purify_files(
             tell(Event("reading", 1, 1))
             tell(Event("scan", 0, 1))
             files = None if seal is None else seal.own
-            scanned = summary(
-                scan_loaded(source.model, opened.adapter.model, files, vetted.findings)
-            )
+            scanned = scan_loaded(source.model, opened.adapter.model, files, vetted.findings)
             tell(Event("scan", 1, 1))
         begin = deadline.clock()
         _claim(store, _identity(source, opened, defense))

@@ -26,6 +26,7 @@ from mmdefense.data.batch import Samples
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
+from mmdefense.findings import ScanRecord
 from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.metrics.utility import check_raise, check_utility
 from mmdefense.pipeline.sources import AUTO, Source
@@ -36,7 +37,6 @@ from mmdefense.report.archive import write_figures
 from mmdefense.report.card import clear_card, write_card
 from mmdefense.report.compare import rebuild
 from mmdefense.report.figures import Figure
-from mmdefense.report.findings import ScanSummary
 from mmdefense.report.formats import duration
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
@@ -220,7 +220,7 @@ class Purification:
     samples: Samples[Any] = field(repr=False)
     defense: Defense
     names: Mapping[str, str] = field(default_factory=dict)
-    scan: ScanSummary | None = None
+    scan: ScanRecord | None = None
     evidence: Evidence = field(default_factory=Evidence, repr=False)
     low_utility: str = ""
     seal: Seal | None = field(default=None, repr=False)

@@ -17,6 +17,7 @@ from mmdefense.checkpoints.seals import hash_all, unchanged
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.data.batch import Samples
 from mmdefense.errors import MMDefenseError, one_line
+from mmdefense.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
 from mmdefense.kernels.precision import in_float32
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.sources import AUTO, Source, usable_device
@@ -27,7 +28,6 @@ from mmdefense.runtime.run import Event, Progress
 from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, scan_files
-from mmdefense.scanning.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
 from mmdefense.scanning.weights import scan_weights
 from mmdefense.settings import check_seed
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mmdefense.checkpoints.huggingface import local_folder
 from mmdefense.errors import BadInputError, printable
+from mmdefense.findings import Finding
 from mmdefense.notes import note
 from mmdefense.pipeline.sources import Opened, Source
 from mmdefense.scanning.files import HEADER, scan_files
-from mmdefense.scanning.findings import Finding
 
 __all__ = ["Vetted", "open_vetted"]
 

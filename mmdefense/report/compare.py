@@ -17,9 +17,10 @@ from mmdefense.checkpoints.outputs import (
 )
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
+from mmdefense.findings import ScanRecord
 from mmdefense.report.archive import read_figures
 from mmdefense.report.figures import Figure
-from mmdefense.report.findings import ScanSummary, read_scan
+from mmdefense.report.findings import read_scan
 from mmdefense.report.formats import DASH, duration, percent, points
 from mmdefense.report.page import figure_contexts, provenance, render_page, template
 from mmdefense.report.plots import Curve, Curves
@@ -102,7 +103,7 @@ def purification_record(folder: Path) -> PurificationRecord:
     return record
 
 
-def _scan(path: Path) -> ScanSummary | None:
+def _scan(path: Path) -> ScanRecord | None:
     """Return what a scan found; none where there is none, or a file of another kind."""
     try:
         return read_scan(path)

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -54,13 +55,13 @@ def build(kind: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
-    if origin in {Union, types.UnionType}:  # the only unions of the records are `X | None`
-        return None if value is None else build(inner[0], value, where)
+    if origin in {Union, types.UnionType}:
+        return _build_one_of(inner, value, where)
     if origin is Literal:
         return _one_of(inner, value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
-    if origin is tuple:
+    if origin in {tuple, Sequence}:
         return tuple(build(inner[0], item, where) for item in _check(list, value, where))
     if origin is not None and issubclass(origin, Mapping):
         items = _check(dict, value, where).items()
@@ -68,6 +69,17 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if kind is float:
         return _number(value, where)
     return _check(kind, value, where)
+
+
+def _build_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Return the first type of a union that ``value`` fits."""
+    if value is None and type(None) in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not type(None))
+    for kind in others:
+        with suppress(BadInputError):
+            return build(kind, value, where)
+    return build(last, value, where)
 
 
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:

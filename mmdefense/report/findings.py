@@ -1,134 +1,37 @@
-"""What a scan found before a purification, read from its JSON."""
+"""A scan read from its JSON, and its findings grouped for a table."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.findings import Finding, ScanRecord
 from mmdefense.report.encoding import build
-from mmdefense.report.images import is_picture
 
-__all__ = [
-    "Alike",
-    "Found",
-    "ScanFinding",
-    "ScanSummary",
-    "ScanVerdict",
-    "alike",
-    "read_scan",
-    "scan_of",
-]
+__all__ = ["Alike", "alike", "read_scan", "scan_of"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScanFinding:
-    """One finding; the fields are those of ``mmdefense scan --format json``.
-
-    Attributes:
-        figures: Numbers behind the value, such as nodes and weights of a spectrum.
-        picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
-    """
-
-    id: str
-    level: str
-    subject: str
-    value: Any
-    reference: str = ""
-    meaning: str = ""
-    blind_spot: str = ""
-    measured: str = ""
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    picture: str = ""
-
-    @property
-    def shown(self) -> str:
-        """The value for a person."""
-        return _shown(self.value)
-
-    @property
-    def pictured(self) -> str:
-        """The address of the picture; empty where there is none, or it leads elsewhere."""
-        return self.picture if is_picture(self.picture) else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanVerdict:
-    """What the scan concluded; the level is none where nothing was found."""
-
-    level: str | None
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanSummary:
-    """What the page shows of a scan.
-
-    Attributes:
-        model: What was scanned.
-        findings: Strongest first.
-        verdict: The conclusion.
-        parts: Which of files, weights and behaviour were looked at.
-        files: SHA-256 of each file that was scanned, by name.
-    """
-
-    model: str
-    findings: tuple[ScanFinding, ...]
-    verdict: ScanVerdict
-    parts: tuple[str, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-
-    def is_of(self, files: Mapping[str, str]) -> bool:
-        """Say whether all of these files, given as SHA-256 by name, were scanned."""
-        return bool(files) and set(files.values()) <= set(self.files.values())
-
-
-class Found(Protocol):
-    """What findings are grouped by."""
-
-    @property
-    def id(self) -> str:
-        """The rule that found it."""
-        ...
-
-    @property
-    def level(self) -> str:
-        """How strong it is."""
-        ...
-
-    @property
-    def subject(self) -> str:
-        """The file, layer or class."""
-        ...
-
-    @property
-    def value(self) -> Any:
-        """What was found there."""
-        ...
-
-
-F = TypeVar("F", bound=Found)
 
 _ALIKE, _NAMED = 4, 5
 """From how many alike findings on they stand as one, and how many of them are named. Ours."""
 
 
 @dataclass(frozen=True)
-class Alike(Generic[F]):
+class Alike:
     """Findings of one rule and level, which are shown as one.
 
     Attributes:
         findings: One or more.
     """
 
-    findings: Sequence[F]
+    findings: Sequence[Finding]
 
     @property
-    def first(self) -> F:
+    def first(self) -> Finding:
         """The first of them, which says what all mean."""
         return self.findings[0]
 
@@ -140,12 +43,12 @@ class Alike(Generic[F]):
     @property
     def what(self) -> str:
         """The values, the first few of them."""
-        return _some([_shown(found.value) for found in self.findings], "findings")
+        return _some([found.shown for found in self.findings], "findings")
 
 
-def alike(findings: Sequence[F]) -> list[Alike[F]]:
+def alike(findings: Sequence[Finding]) -> list[Alike]:
     """Return findings in their order, those alike as one at the place of the first."""
-    groups: dict[tuple[str, str], list[F]] = {}
+    groups: dict[tuple[str, str], list[Finding]] = {}
     for found in findings:
         groups.setdefault((found.id, found.level), []).append(found)
     parts = (
@@ -163,11 +66,7 @@ def _some(texts: list[str], name: str) -> str:
     return f"{len(different)} {name}: {', '.join(different[:_NAMED])}{more}"
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def read_scan(path: Path) -> ScanSummary:
+def read_scan(path: Path) -> ScanRecord:
     """Return what ``mmdefense scan --format json`` wrote; what is not shown is passed by.
 
     Raises:
@@ -180,25 +79,22 @@ def read_scan(path: Path) -> ScanSummary:
     return scan_of(value, f"scan {path}")
 
 
-def scan_of(value: Any, where: str) -> ScanSummary:
+def scan_of(value: Any, where: str) -> ScanRecord:
     """Return a scan from its plain JSON values; what is not shown is passed by.
 
     Raises:
         BadInputError: If they are of no scan.
     """
-    summary: ScanSummary = build(ScanSummary, _known(ScanSummary, value), where)
-    return summary
+    known = _known(ScanRecord, value)
+    if isinstance(known, dict) and isinstance(known.get("findings"), list):
+        known["findings"] = [_known(Finding, item) for item in known["findings"]]
+    record: ScanRecord = build(ScanRecord, known, where)
+    return record
 
 
 def _known(kind: type, value: Any) -> Any:
-    """Return a mapping without the keys that a dataclass has no field for, at each level."""
+    """Return a mapping without the keys that a dataclass has no field for."""
     if not isinstance(value, Mapping):
         return value
     names = {entry.name for entry in dataclasses.fields(kind)}
-    known = {name: item for name, item in value.items() if name in names}
-    if kind is ScanSummary:
-        found = known.get("findings")
-        if isinstance(found, list):
-            known["findings"] = [_known(ScanFinding, item) for item in found]
-        known["verdict"] = _known(ScanVerdict, known.get("verdict"))
-    return known
+    return {name: item for name, item in value.items() if name in names}

@@ -15,12 +15,14 @@ from markupsafe import Markup
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
+from mmdefense.findings import Finding, ScanRecord
 from mmdefense.kernels.curvature import Spectrum
 from mmdefense.metrics.definitions import DEFINITIONS
 from mmdefense.report.encoding import build
 from mmdefense.report.figures import Figure, layer_changes, spectral_density, training_curves
-from mmdefense.report.findings import Alike, ScanFinding, ScanSummary, alike
+from mmdefense.report.findings import Alike, alike
 from mmdefense.report.formats import duration
+from mmdefense.report.images import is_picture
 from mmdefense.report.plots import Interval
 from mmdefense.report.record import Guard, PurificationRecord, Record, SpectrumFigures
 from mmdefense.report.tables import columns, lines
@@ -40,7 +42,7 @@ _LARGEST = 1e30  # ours: an eigenvalue that a chart can still show
 
 
 def render_page(
-    record: Record, figures: Sequence[Figure], path: Path, scan: ScanSummary | None = None
+    record: Record, figures: Sequence[Figure], path: Path, scan: ScanRecord | None = None
 ) -> None:
     """Write the page of ``record`` to ``path``, atomically.
 
@@ -53,7 +55,7 @@ def render_page(
     write_atomically(path, lambda file: file.write(page(record, figures, scan).encode()))
 
 
-def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | None = None) -> str:
+def page(record: Record, figures: Sequence[Figure] = (), scan: ScanRecord | None = None) -> str:
     """Return the page of ``record`` as HTML text; the same input gives the same text."""
     shown = [*figures, *_own_figures(record)]
     return template("page.html.j2").render(
@@ -71,11 +73,11 @@ def page(record: Record, figures: Sequence[Figure] = (), scan: ScanSummary | Non
     )
 
 
-def scan_page(scan: ScanSummary, version: str) -> str:
+def scan_page(scan: ScanRecord) -> str:
     """Return the page of a scan alone, as HTML text."""
     entry = ScanEntry("", scan, scan.findings, drawing=_drawn(scan.findings, "scan"))
     level = "fail" if scan.verdict.level == "high" else "open"  # a scan never passes a model
-    return template("scan.html.j2").render(scan=scan, scans=[entry], level=level, version=version)
+    return template("scan.html.j2").render(scan=scan, scans=[entry], level=level)
 
 
 _STEERING = re.compile(
@@ -94,6 +96,7 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         finalize=_without_steering,
     )
+    environment.tests["picture"] = is_picture
     return environment.get_template(name)
 
 
@@ -117,18 +120,18 @@ class ScanEntry:
     """
 
     heading: str
-    scan: ScanSummary
-    findings: tuple[ScanFinding, ...]
+    scan: ScanRecord
+    findings: Sequence[Finding]
     warning: str = ""
     drawing: Markup | str = ""
 
     @property
-    def alike(self) -> list[Alike[ScanFinding]]:
+    def alike(self) -> list[Alike]:
         """The findings, those alike as one."""
         return alike(self.findings)
 
 
-def _scans(record: Record, kept: ScanSummary | None) -> Iterator[ScanEntry]:
+def _scans(record: Record, kept: ScanRecord | None) -> Iterator[ScanEntry]:
     """Yield the scan of the purification's own, and the behaviour that another one looked at.
 
     Where the purification scanned files and weights itself, it does not take another's word.
@@ -148,13 +151,13 @@ def _scans(record: Record, kept: ScanSummary | None) -> Iterator[ScanEntry]:
         yield ScanEntry(heading, kept, more, warning, _drawn(more, "scan"))
 
 
-def _drawn(findings: Sequence[ScanFinding], prefix: str) -> Markup | str:
+def _drawn(findings: Sequence[Finding], prefix: str) -> Markup | str:
     """Return the spectrum that a finding holds as a drawing; empty where none does."""
     found = [spectrum for spectrum in map(_spectrum, findings) if spectrum is not None]
     return spectral_density({"given model": found[0]}).markup(prefix) if found else ""
 
 
-def _spectrum(found: ScanFinding) -> Spectrum | None:
+def _spectrum(found: Finding) -> Spectrum | None:
     """Return the spectrum of a finding; none where it has none that can be drawn."""
     held = {name: found.figures.get(name) for name in ("nodes", "weights")}
     try:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.findings import ScanRecord
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.encoding import JsonRecord, parse_record, plain
 from mmdefense.report.evaluation import Evaluation
-from mmdefense.report.findings import ScanSummary
 
 __all__ = [
     "AttackFigures",
@@ -357,7 +357,7 @@ class PurificationRecord(JsonRecord):
     history: tuple[Mapping[str, Any], ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, SpectrumFigures] = field(default_factory=dict)
-    scan: ScanSummary | None = None
+    scan: ScanRecord | None = None
     evidence: EvidenceInfo | None = None
     evaluations: tuple[Evaluation, ...] = ()
     unchanged: str = ""

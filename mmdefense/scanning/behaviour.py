@@ -38,6 +38,7 @@ from torch import Tensor
 from mmdefense.analysis.evidence import measured_sharpness
 from mmdefense.data.batch import Samples, few
 from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
+from mmdefense.findings import Finding, Level, Rule
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover
 from mmdefense.kernels.units import gradient_norms
@@ -46,7 +47,6 @@ from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacki
 from mmdefense.report.images import data_address
 from mmdefense.runtime.memory import each_fitted
 from mmdefense.runtime.run import Progress, Run
-from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.weights import ANOMALY, anomaly_index
 
 __all__ = ["NOT_LOOKED", "Answer", "answers", "scan_behaviour"]

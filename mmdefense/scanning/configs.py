@@ -17,7 +17,7 @@ from mmdefense.checkpoints.configs import content_faults
 from mmdefense.checkpoints.faults import CODE_KEYS, leads_outside
 from mmdefense.checkpoints.names import DATA, is_dangerous
 from mmdefense.errors import BadInputError, one_line
-from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.templates import MAX_TEMPLATE, scan_template
 from mmdefense.scanning.yaml_values import Tagged, parse_yaml
 

@@ -25,8 +25,8 @@ from mmdefense.checkpoints.faults import (
     zip_faults,
 )
 from mmdefense.errors import one_line
+from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.arrays import MAGIC, read_header
-from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.opcodes import follow
 from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, PLAIN, scan_pickles, speaks
 from mmdefense.scanning.python import CODE

@@ -12,10 +12,10 @@ from typing import Any
 from mmdefense.checkpoints.faults import all_files, link_faults, safetensors_faults
 from mmdefense.checkpoints.huggingface import base_folder
 from mmdefense.errors import BadInputError, MMDefenseError, one_line
+from mmdefense.findings import Finding, Level, Rule
 from mmdefense.report.encoding import plain
 from mmdefense.sandbox import BeyondBoundsError, Channel, apart
 from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content, unread_level
-from mmdefense.scanning.findings import Finding, Level, Rule
 from mmdefense.scanning.texts import is_unknown, scan_text
 
 __all__ = ["scan_files"]

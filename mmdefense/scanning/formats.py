@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mmdefense.errors import printable
+from mmdefense.findings import Finding, Level, ScanRecord
 from mmdefense.report.encoding import plain
-from mmdefense.report.findings import ScanSummary, alike, scan_of
+from mmdefense.report.findings import alike
 from mmdefense.report.page import scan_page
-from mmdefense.scanning.findings import Finding, Level, ScanRecord
 
-__all__ = ["FORMATS", "summary", "to_html", "to_json", "to_sarif", "to_text"]
+__all__ = ["FORMATS", "to_html", "to_json", "to_sarif", "to_text"]
 
 _STYLES: Mapping[Level, str] = {
     "info": "dim",
@@ -63,22 +63,9 @@ def _table(record: ScanRecord) -> Table:
     return table
 
 
-def _shown(found: Finding) -> str:
-    return f"{found.value:.3g}" if isinstance(found.value, float) else printable(found.value)
-
-
 def to_json(record: ScanRecord) -> str:
     """Return the whole record, verdict included."""
-    return json.dumps(_content(record), indent=2)
-
-
-def _content(record: ScanRecord) -> dict[str, Any]:
-    return {**plain(record), "verdict": plain(record.verdict)}
-
-
-def summary(record: ScanRecord) -> ScanSummary:
-    """Return what a page shows of the record."""
-    return scan_of(_content(record), "scan")
+    return json.dumps({**plain(record), "verdict": plain(record.verdict)}, indent=2)
 
 
 def to_sarif(record: ScanRecord) -> str:
@@ -131,7 +118,9 @@ def _result(found: Finding, rule: int, files: Mapping[str, str]) -> dict[str, An
         "ruleIndex": rule,
         "kind": "informational" if found.level == "info" else "fail",
         "level": _SARIF_LEVELS[found.level],
-        "message": {"text": f"{found.subject}: {_shown(found)}; against {found.reference}"},
+        "message": {
+            "text": f"{found.subject}: {printable(found.shown)}; against {found.reference}"
+        },
         "locations": [location],
         "properties": {key: value for key, value in plain(found).items() if key != "picture"},
     }
@@ -145,7 +134,7 @@ def _file_of(subject: str, files: Mapping[str, str]) -> str:
 
 def to_html(record: ScanRecord) -> str:
     """Return one self-contained page, of the form of a purification's."""
-    return scan_page(summary(record), record.version)
+    return scan_page(record)
 
 
 FORMATS: Mapping[str, Callable[[ScanRecord], str]] = {

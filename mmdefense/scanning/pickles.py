@@ -26,7 +26,7 @@ from mmdefense.checkpoints.names import (
     built_level,
     is_dangerous,
 )
-from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.machine import MAX_STEPS, Followed, Name, Use
 from mmdefense.scanning.opcodes import follow
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.findings import Finding, Rule
 
 __all__ = ["CODE", "MAX_PYTHON", "scan_notebook", "scan_path_file", "scan_python"]
 

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from mmdefense.scanning.findings import Finding, Level, Rule
+from mmdefense.findings import Finding, Level, Rule
 
 if TYPE_CHECKING:
     from jinja2 import Environment, nodes

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from mmdefense.errors import BadInputError
+from mmdefense.findings import Finding, Rule
 from mmdefense.scanning.configs import MAX_JSON, UNREADABLE, parse_config, scan_values
-from mmdefense.scanning.findings import Finding, Rule
 from mmdefense.scanning.gguf import MAGIC, gguf_texts
 from mmdefense.scanning.python import MAX_PYTHON, scan_notebook, scan_path_file, scan_python
 from mmdefense.scanning.templates import scan_template

@@ -31,7 +31,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from mmdefense.scanning.findings import Finding, Rule
+from mmdefense.findings import Finding, Rule
 
 __all__ = [
     "anomaly_index",

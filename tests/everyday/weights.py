@@ -249,10 +249,10 @@ def scanned(_: Path) -> object:
     """Scan a net for which a search finds a trigger that works, among others that nearly do."""
     from commands import small_images
 
+    from mmdefense.findings import ScanRecord
     from mmdefense.registry import adapt
     from mmdefense.runtime.run import Run
     from mmdefense.scanning import behaviour
-    from mmdefense.scanning.findings import ScanRecord
     from mmdefense.scanning.formats import to_html, to_json
 
     adapter = adapt(net())
@@ -273,7 +273,7 @@ def scanned(_: Path) -> object:
 
 def nine_alike(_: Path) -> int:
     """Return how often the text of a scan tells of nine layers of which the same is found."""
-    from mmdefense.scanning.findings import Rule, ScanRecord
+    from mmdefense.findings import Rule, ScanRecord
     from mmdefense.scanning.formats import to_text
 
     rule = Rule(id="r", level="low", measured="m", reference="x", meaning="n", blind_spot="b")

@@ -11,8 +11,8 @@ import zipfile
 
 import pytest
 
+from mmdefense.findings import LEVELS, worst_level
 from mmdefense.scanning.files import scan_files
-from mmdefense.scanning.findings import LEVELS, worst_level
 from mmdefense.scanning.texts import MAX_PYTHON
 
 WALK = "{{ cycler['__in' ~ 'it__'].__globals__ }}"

@@ -13,6 +13,7 @@ from torch import nn
 import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.data.batch import split
+from mmdefense.findings import ScanRecord
 from mmdefense.kernels.inversion import Recovered
 from mmdefense.kernels.loop import train
 from mmdefense.protocol import TriggerFamily
@@ -20,7 +21,6 @@ from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run
 from mmdefense.scanning import behaviour
 from mmdefense.scanning.behaviour import answers, scan_behaviour
-from mmdefense.scanning.findings import ScanRecord
 from mmdefense.scanning.formats import to_html, to_json, to_sarif
 from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits

@@ -13,8 +13,8 @@ from mmdefense.errors import BadInputError
 from mmdefense.evaluation import calibration
 from mmdefense.evaluation.calibration import calibrate, clean_twin, markdown
 from mmdefense.evaluation.victims import named_cases
+from mmdefense.findings import ScanRecord
 from mmdefense.scanning.behaviour import APART, SMOOTHNESS, TRIGGER
-from mmdefense.scanning.findings import ScanRecord
 from mmdefense.store import Store
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "scan_calibration.py"

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.seals import hash_all
 from mmdefense.errors import BadInputError
+from mmdefense.findings import reaches
 from mmdefense.scanning.files import scan_files
-from mmdefense.scanning.findings import reaches
 
 ROWS = [*FILES, *FOLDERS, *TEMPLATES]
 

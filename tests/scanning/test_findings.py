@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmdefense.errors import BadInputError
+from mmdefense.findings import Finding, ScanRecord, reaches, worst_level
 from mmdefense.pipeline.scan import scan
-from mmdefense.scanning.findings import Finding, ScanRecord, reaches, worst_level
 from mmdefense.scanning.formats import to_html, to_json, to_sarif, to_text
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from crafted import CRAFTED
 
+from mmdefense.findings import worst_level
 from mmdefense.scanning.files import scan_files
-from mmdefense.scanning.findings import worst_level
 
 LIVE = [row for row in CRAFTED if row.load]
 

@@ -16,7 +16,7 @@ __all__ = [
     "Level",
     "Rule",
     "ScanRecord",
-    "Verdict",
+    "ScanVerdict",
     "reaches",
     "worst_level",
 ]
@@ -64,6 +64,11 @@ class Finding:
     blind_spot: str
     figures: Mapping[str, Any] = field(default_factory=dict)
     picture: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The value for a person."""
+        return f"{self.value:.3g}" if isinstance(self.value, float) else str(self.value)
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -132,7 +137,7 @@ def reaches(findings: Iterable[Finding], level: Level) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ScanVerdict:
     """What may be concluded, in one sentence or two.
 
     Attributes:
@@ -176,10 +181,14 @@ class ScanRecord:
         return as_html(repr(self))
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ScanVerdict:
         """What may be concluded."""
         level = worst_level(self.findings)
-        return Verdict(level=level, text=f"{self._found(level)} {self._limits()}")
+        return ScanVerdict(level=level, text=f"{self._found(level)} {self._limits()}")
+
+    def is_of(self, files: Mapping[str, str]) -> bool:
+        """Say whether all of these files, given as SHA-256 by name, were scanned."""
+        return bool(files) and set(files.values()) <= set(self.files.values())
 
     def _found(self, level: Level | None) -> str:
         count = sum(finding.level == level for finding in self.findings)
