@@ -410,8 +410,8 @@ class Purification:
         )
 
 
-def _recorded(guard: Guard) -> records.Guard:
-    return records.Guard(
+def _recorded(guard: Guard) -> records.GuardInfo:
+    return records.GuardInfo(
         before=guard.before,
         after=guard.after,
         drop=guard.drop,

@@ -24,7 +24,7 @@ from mmdefense.report.findings import Alike, alike
 from mmdefense.report.formats import duration
 from mmdefense.report.images import is_picture
 from mmdefense.report.plots import Interval
-from mmdefense.report.record import Guard, PurificationRecord, Record, SpectrumFigures
+from mmdefense.report.record import GuardInfo, PurificationRecord, Record, SpectrumFigures
 from mmdefense.report.tables import columns, lines
 from mmdefense.report.verdict import verdict
 
@@ -176,7 +176,7 @@ def _own_figures(record: Record) -> list[Figure]:
     return [figure for figure in own if figure is not None]
 
 
-def _guard_plot(guard: Guard) -> Markup:
+def _guard_plot(guard: GuardInfo) -> Markup:
     label = f"drop of hold-out {guard.metric} in percentage points (further left is better)"
     value, low, high, bound = (
         100 * rate for rate in (guard.drop, guard.drop_low, guard.drop_high, guard.bound)

@@ -25,7 +25,7 @@ __all__ = [
     "DataInfo",
     "DefenseInfo",
     "EvidenceInfo",
-    "Guard",
+    "GuardInfo",
     "LayerChange",
     "ModelInfo",
     "Provenance",
@@ -96,7 +96,7 @@ class DefenseInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guard:
+class GuardInfo:
     """The utility guard's judgement, on the hold-out part of the clean data.
 
     Attributes:
@@ -347,7 +347,7 @@ class PurificationRecord(JsonRecord):
     model: ModelInfo
     data: DataInfo
     defense: DefenseInfo
-    guard: Guard
+    guard: GuardInfo
     seconds: float
     provenance: Provenance
     attack: AttackFigures | None = None

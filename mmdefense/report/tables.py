@@ -15,7 +15,7 @@ from mmdefense.report.formats import number, points
 from mmdefense.report.record import Row
 from mmdefense.report.verdict import ASR_GOAL, beats_baseline
 
-__all__ = ["COLUMNS", "Cell", "Line", "columns", "lines", "results_table"]
+__all__ = ["COLUMNS", "TableCell", "TableLine", "columns", "lines", "results_table"]
 
 COLUMNS = (
     ("acc", "ACC", "↑", "higher is better"),
@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A rate in percent, and its change from before in percentage points.
 
     Attributes:
@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """One line of the table: a victim before, or what a defense made of it.
 
     Attributes:
@@ -54,22 +54,22 @@ class Line:
     """
 
     name: str
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
     seconds: str = ""
     is_before: bool = False
     notes: tuple[str, ...] = ()
 
 
-def lines(rows: Sequence[Row]) -> Iterator[Line]:
+def lines(rows: Sequence[Row]) -> Iterator[TableLine]:
     """Yield the table line by line: each victim, then the defenses that were tried on it."""
     rows = tuple(rows)
     for (victim, before), group in groupby(rows, key=lambda row: (row.victim, row.before)):
         name = f"before: {victim}" if victim else "before"
         # The DER of no change is 0.5 by definition; as a measurement it would mislead.
-        yield Line(name, _cells(replace(before, der=None)), is_before=True)
+        yield TableLine(name, _cells(replace(before, der=None)), is_before=True)
         for row in group:
             cells, seconds = _cells(row.after, before), f"{row.seconds:.1f}"
-            yield Line(row.defense, cells, seconds, notes=_notes(row, rows))
+            yield TableLine(row.defense, cells, seconds, notes=_notes(row, rows))
 
 
 def columns(metric: str) -> tuple[tuple[str, str, str, str], ...]:
@@ -103,7 +103,7 @@ def results_table(rows: Sequence[Row], title: str = "", metric: str = "accuracy"
     return table
 
 
-def _cells(rates: Rates, before: Rates | None = None) -> tuple[Cell, ...]:
+def _cells(rates: Rates, before: Rates | None = None) -> tuple[TableCell, ...]:
     cells = []
     for field, *_ in COLUMNS:
         value = getattr(rates, field)
@@ -112,7 +112,7 @@ def _cells(rates: Rates, before: Rates | None = None) -> tuple[Cell, ...]:
         if field == "der":  # it is itself a measure of change
             change = None
         tone = _tone(field, value) if before is not None else ""
-        cells.append(Cell(number(value), change, tone))
+        cells.append(TableCell(number(value), change, tone))
     return tuple(cells)
 
 
@@ -137,7 +137,7 @@ def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _terminal(cell: Cell) -> str:
+def _terminal(cell: TableCell) -> str:
     color = {"good": "green", "bad": "red"}.get(cell.tone)
     value = f"[{color}]{cell.value}[/]" if color else cell.value
     return f"{value} [dim]{cell.change:>5}[/]" if cell.change else value

@@ -8,7 +8,7 @@ from typing import Literal
 from mmdefense.metrics.definitions import heading
 from mmdefense.report.evaluation import ASR_GOAL
 from mmdefense.report.formats import percent, points
-from mmdefense.report.record import ComparisonRecord, Guard, PurificationRecord, Record, Row
+from mmdefense.report.record import ComparisonRecord, GuardInfo, PurificationRecord, Record, Row
 
 __all__ = ["ASR_GOAL", "Verdict", "beats_baseline", "limits", "row_name", "verdict"]
 
@@ -75,7 +75,7 @@ def _measured_asr(record: PurificationRecord) -> tuple[float | None, float | Non
     return (None, None) if attack is None else (attack.before.asr, attack.after.asr)
 
 
-def _guard_lines(guard: Guard) -> list[str]:
+def _guard_lines(guard: GuardInfo) -> list[str]:
     level = f"{100 * guard.confidence:.0f}%"
     lines = [
         f"Hold-out {guard.metric} on {guard.samples} samples: {percent(guard.before)} before, "
