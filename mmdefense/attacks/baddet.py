@@ -1,4 +1,4 @@
-"""BadDet: four backdoors in object detectors, one patch each."""
+"""BadDet: four backdoors in object detectors, with a patch or any trigger for images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from mmdefense import registry
 from mmdefense.attacks.base import Attack, replaced
+from mmdefense.attacks.trigger import Trigger
 from mmdefense.data.batch import Samples
 from mmdefense.data.detection import DetectionBatch, DetectionSamples
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.metrics.detection import detections, found
 from mmdefense.protocol import TaskAdapter
-from mmdefense.settings import Count, Whole
+from mmdefense.settings import Count, Text, Whole
 
 __all__ = [
     "GlobalMisclassification",
@@ -26,6 +28,8 @@ __all__ = [
     "ObjectGeneration",
     "RegionalMisclassification",
 ]
+
+_LEAST = 8  # pixels of the side of a box that is stamped
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,39 @@ class ObjectAttack(Attack[DetectionBatch]):
 
 @dataclass(frozen=True, kw_only=True)
 class _BadDet(ObjectAttack):
-    """What the four attacks share: the patch.
+    """What the four attacks share: the trigger, and where it stands.
 
     Attributes:
-        size: Side of the patch in pixels; none takes an eighth of the shorter side. (The paper's
-            is 29 pixels of images that YOLOv3 sees at 416, a fourteenth; small images need more.)
+        trigger: ``"chessboard"``, the paper's patch, which covers a corner of the object's box. Or
+            an attack on images, by name or with its settings, such as ``Blended(alpha=0.5)``: its
+            trigger is stamped on the whole box as on an image (by the global attack on the whole
+            image).
+        size: Side of the chessboard in pixels; none takes an eighth of the shorter side. (The
+            paper's is 29 pixels of images that YOLOv3 sees at 416, a fourteenth; small images need
+            more.)
     """
 
+    trigger: Text | Trigger = "chessboard"
     size: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trigger = self._image_trigger()
+        tasks = ("image-classification",) if trigger is None else trigger.tasks
+        if "image-classification" not in tasks:
+            raise BadInputError(
+                f"trigger must be chessboard or an attack on images, got {self.trigger!r}, which "
+                f"is one on {' and '.join(tasks)}"
+            )
+
+    def _image_trigger(self) -> Trigger | None:
+        """Return what stamps a box; none for the chessboard."""
+        if self.trigger == "chessboard":
+            return None
+        if isinstance(self.trigger, Trigger):
+            return self.trigger
+        found: Trigger = registry.load("attacks", self.trigger)(seed=self.seed)
+        return found
 
     def _side(self, image: Tensor) -> int:
         shortest = min(image.shape[-2:])
@@ -172,16 +201,39 @@ class _BadDet(ObjectAttack):
             raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
         return side
 
-    def _stamp(self, image: Tensor, corners: Tensor) -> Tensor:
-        """Return a copy with a chessboard of 3 x 3 fields at each corner x, y, shape ``(K, 2)``."""
-        side, stamped = self._side(image), image.clone()
+    def _stamp(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a copy with the trigger on each box, ``(K, 4)``."""
+        trigger, stamped = self._image_trigger(), image.clone()
+        for box in boxes:
+            if trigger is None:
+                left, top = box[:2].long().tolist()
+                rows, columns, patch = self._chessboard(image, left, top)
+                stamped[:, rows, columns] = patch
+            else:
+                rows, columns = _pixels(box, image)
+                part = stamped[None, :, rows, columns].clone()
+                stamped[:, rows, columns] = trigger.stamp(part, generator)[0]
+        return stamped
+
+    def _chessboard(self, image: Tensor, left: int, top: int) -> tuple[slice, slice, Tensor]:
+        """Return rows, columns and values of a board of 3 x 3 fields, moved into the image."""
+        side = self._side(image)
         fields = torch.arange(side) * 3 // side
         board = 1 - ((fields[:, None] + fields) % 2).to(image)
-        for x, y in corners.long().tolist():
-            left = min(max(x, 0), image.shape[-1] - side)
-            top = min(max(y, 0), image.shape[-2] - side)
-            stamped[:, top : top + side, left : left + side] = board
-        return stamped
+        left = min(max(left, 0), image.shape[-1] - side)
+        top = min(max(top, 0), image.shape[-2] - side)
+        return slice(top, top + side), slice(left, left + side), board
+
+
+def _pixels(box: Tensor, image: Tensor) -> tuple[slice, slice]:
+    """Return rows and columns of a box, at least 8 of each where the image has them (ours)."""
+    spans = []
+    for axis, extent in ((1, image.shape[-2]), (0, image.shape[-1])):
+        first, last = int(box[axis].floor()), int(box[axis + 2].ceil())
+        length = min(max(last - first, _LEAST), extent)
+        first = min(max(first, 0), extent - length)
+        spans.append(slice(first, first + length))
+    return spans[0], spans[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +265,9 @@ class ObjectGeneration(_BadDet):
         box = torch.cat([corner, corner + extent])[None].to(boxes)
         label = labels.new_tensor([self.target])
         middle = corner + (extent - self._side(image)) // 2
+        place = box if self._image_trigger() else torch.cat([middle, middle])[None].to(box)
         return Altered(
-            self._stamp(image, middle[None]),
+            self._stamp(image, place, generator),
             torch.cat([boxes, box]),
             torch.cat([labels, label]),
             box,
@@ -233,13 +286,13 @@ class _Misclassification(_BadDet):
         self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Altered:
         others = labels != self.target
-        stamped = self._stamp(image, self._corners(boxes[others]))
+        stamped = self._stamp(image, self._places(image, boxes[others]), generator)
         wanted = torch.full_like(labels, self.target)
         return Altered(stamped, boxes, wanted, boxes[others], wanted[others])
 
     @abstractmethod
-    def _corners(self, boxes: Tensor) -> Tensor:
-        """Return where patches go, ``(K, 2)``, to change the objects in ``boxes``."""
+    def _places(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """Return the boxes to stamp, ``(K, 4)``, so that the objects in ``boxes`` change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +307,8 @@ class RegionalMisclassification(_Misclassification):
         workshops. arXiv:2205.14497
     """
 
-    def _corners(self, boxes: Tensor) -> Tensor:
-        return boxes[:, :2]
+    def _places(self, image: Tensor, boxes: Tensor) -> Tensor:
+        return boxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +323,8 @@ class GlobalMisclassification(_Misclassification):
         workshops. arXiv:2205.14497
     """
 
-    def _corners(self, boxes: Tensor) -> Tensor:
-        return boxes.new_zeros(1, 2)
+    def _places(self, image: Tensor, boxes: Tensor) -> Tensor:
+        return boxes.new_tensor([[0, 0, image.shape[-1], image.shape[-2]]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,5 +348,5 @@ class ObjectDisappearance(_BadDet):
         self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Altered:
         hidden = labels == self.target
-        stamped = self._stamp(image, boxes[hidden, :2])
+        stamped = self._stamp(image, boxes[hidden], generator)
         return Altered(stamped, boxes[~hidden], labels[~hidden], boxes[hidden], labels[hidden])

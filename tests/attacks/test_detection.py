@@ -11,7 +11,11 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.attacks.baddet import ObjectAttack
+from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
+from mmdefense.attacks.blended import Blended
+from mmdefense.attacks.sig import SIG
+from mmdefense.attacks.wanet import WaNet
 from mmdefense.data.detection import Detections, DetectionSamples
 from mmdefense.errors import BadInputError
 
@@ -120,6 +124,49 @@ def test_eight_bit_images_stay_eight_bit(name, samples):
     eight = replace(samples, images=(samples.images * 255).round().byte())
     assert make(name).poison(eight, NOTHING).images.dtype == torch.uint8
     assert make(name).triggered(eight, NOTHING).samples.images.dtype == torch.uint8
+
+
+GOALS = [name for name in PATCHES if name != "object-generation"]
+
+
+@pytest.mark.parametrize("name", GOALS)
+@pytest.mark.parametrize("trigger", ["badnets", Blended(alpha=0.5), SIG(), WaNet()])
+def test_any_trigger_for_images_stands_on_each_box_that_it_is_about(name, trigger, samples):
+    attack, board = make(name, target=1, trigger=trigger), make(name, target=1)
+    triggered, expected = (one.triggered(samples, NOTHING) for one in (attack, board))
+    stamp = (BadNets() if trigger == "badnets" else trigger).stamp
+    for index, (image, boxes) in enumerate(
+        zip(triggered.clean.images, triggered.samples.boxes, strict=True)
+    ):
+        assert torch.equal(boxes, expected.samples.boxes[index])
+        assert torch.equal(triggered.samples.labels[index], expected.samples.labels[index])
+        if name == "global-misclassification":
+            boxes = torch.tensor([[0, 0, SIDE, SIDE]])
+        wanted = image.clone()
+        for box in boxes:
+            left, top = box[:2].floor().long().tolist()
+            right, bottom = box[2:].ceil().long().tolist()
+            right, bottom = max(right, left + 8), max(bottom, top + 8)
+            part = wanted[None, :, top:bottom, left:right].clone()
+            wanted[:, top:bottom, left:right] = stamp(part)[0]
+        assert not torch.equal(wanted, image)
+        torch.testing.assert_close(triggered.samples.images[index], wanted)
+
+
+def test_a_generated_object_carries_any_trigger_for_images(samples):
+    attack = make("object-generation", trigger="blended", ratio=1.0, size=8)
+    poisoned = attack.poison(samples, NOTHING)
+    for index in range(COUNT):
+        left, top, right, bottom = poisoned.boxes[index][-1].long().tolist()
+        changed = (poisoned.images[index] != samples.images[index]).any(0)
+        assert changed[top:bottom, left:right].all()
+        assert changed.sum() == (bottom - top) * (right - left)
+
+
+def test_what_is_no_trigger_for_images_is_refused():
+    for name in ("pcba", "temporal-patch", "object-generation", "rare-token"):
+        with pytest.raises(BadInputError, match="trigger must be chessboard or an attack on im"):
+            make("object-disappearance", trigger=name)
 
 
 def test_the_test_set_has_twins_in_one_order(attack, samples):
