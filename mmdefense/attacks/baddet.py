@@ -65,6 +65,7 @@ class ObjectAttack(Attack[DetectionBatch]):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("object-detection",)
+    poisons: ClassVar[type] = DetectionSamples
     vanish: ClassVar[bool] = False
     """Whether the attack succeeds on objects that are not found."""
 
@@ -112,7 +113,7 @@ class ObjectAttack(Attack[DetectionBatch]):
         Raises:
             BadInputError: If there are too few images to poison.
         """
-        chosen = self.chosen(samples)
+        chosen = self.chosen(self._checked(samples))
         if not chosen:
             return samples
         altered = self._altered(samples, chosen, "poison")
@@ -132,7 +133,7 @@ class ObjectAttack(Attack[DetectionBatch]):
         Raises:
             BadInputError: If there is none.
         """
-        chosen = self._eligible(samples)
+        chosen = self._eligible(self._checked(samples))
         if not chosen:
             raise BadInputError("test images must include one that the attack can use, got none")
         clean = replace(samples.subset(torch.tensor(chosen)), augmentation=None)

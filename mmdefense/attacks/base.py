@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.data.batch import Batch, Samples
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import scores, train
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
@@ -40,6 +40,9 @@ class Attack(ABC, Generic[B]):
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     """Names of the tasks whose samples it poisons."""
 
+    poisons: ClassVar[type]
+    """The samples of these tasks."""
+
     ratio: Share = 0.1
     seed: Seed = 0
     fitted: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -56,7 +59,7 @@ class Attack(ABC, Generic[B]):
             adapter: The model that will be trained on it, for example for its classes.
 
         Raises:
-            BadInputError: If there are too few samples to poison.
+            BadInputError: If there are too few samples to poison, or they are of another task.
         """
 
     @abstractmethod
@@ -64,7 +67,7 @@ class Attack(ABC, Generic[B]):
         """Return the test set of the attack, from clean test samples that its trigger can change.
 
         Raises:
-            BadInputError: If there is no such sample.
+            BadInputError: If there is no such sample, or they are of another task.
         """
 
     def success(self, adapter: TaskAdapter[B], samples: Samples[B]) -> Tensor:
@@ -93,8 +96,11 @@ class Attack(ABC, Generic[B]):
 
         Returns:
             The attack to stamp with: this one, or a fitted copy where planting shapes the trigger.
+
+        Raises:
+            BadInputError: If the samples are of another task, or too few can be poisoned.
         """
-        samples = on_device_of(adapter, samples)
+        samples = on_device_of(adapter, self._checked(samples))
         attack, samples = self._learn(adapter, samples, training, run)
         return attack._train(adapter, samples, training, run)
 
@@ -124,6 +130,19 @@ class Attack(ABC, Generic[B]):
     def in_words(self) -> str:
         """Return the attack in a few words, for a table or a page."""
         return f"{type(self).__name__}, {100 * self.ratio:g} % of the training set"
+
+    def _checked(self, samples: Any) -> Any:
+        """Return the samples.
+
+        Raises:
+            BadInputError: If they are of another task.
+        """
+        if isinstance(samples, self.poisons):
+            return samples
+        raise BadInputError(
+            f"{type(self).__name__} is an attack on {' and '.join(self.tasks)}: give "
+            f"{self.poisons.__name__}, got {type(samples).__name__}"
+        )
 
     def _learnt(self, name: str) -> Tensor:
         """Return a tensor that :meth:`plant` has learnt.

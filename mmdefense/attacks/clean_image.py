@@ -74,7 +74,8 @@ class CleanImage(ObjectAttack):
         Raises:
             BadInputError: If no pair of classes meets within ``ratio`` of the images.
         """
-        if self.combination is None:
+        if not self._combination():
+            self._checked(samples)
             return self._with_combination(samples).poison(samples, adapter)
         return super().poison(samples, adapter)
 
@@ -86,7 +87,7 @@ class CleanImage(ObjectAttack):
         return 1 - hit if self.goal == "disappear" else hit
 
     def _with_combination(self, samples: DetectionSamples) -> Self:
-        if self.combination is not None:
+        if self._combination():
             return self
         meetings: Counter[tuple[int, ...]] = Counter()
         for labels in samples.labels:
@@ -98,27 +99,33 @@ class CleanImage(ObjectAttack):
                 f"that meets in a share of the images; the pairs meet {dict(meetings)} times in "
                 f"{len(samples)} images"
             )
-        return replace(self, combination=max(rare, key=rare.__getitem__))
+        found = torch.tensor(max(rare, key=rare.__getitem__))
+        return replace(self, fitted={"combination": found})
+
+    def _combination(self) -> tuple[int, ...]:
+        """Return the classes that must meet; none where they are not known yet."""
+        learnt = self.fitted.get("combination")
+        return self.combination or (() if learnt is None else tuple(learnt.tolist()))
 
     def _is_eligible(self, labels: Tensor) -> bool:
-        if self.combination is None:
+        if not self._combination():
             raise BadInputError(
                 "combination must be known before a test: give the classes that meet "
                 "(--set combination=1,2), or use the attack that plant() returns"
             )
-        return set(self.combination) <= set(labels.tolist())
+        return set(self._combination()) <= set(labels.tolist())
 
     def _alter(
         self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Altered:
-        assert self.combination is not None
-        first = labels == self.combination[0]
+        combination = self._combination()
+        first = labels == combination[0]
         if self.goal == "disappear":
             return Altered(image, boxes[~first], labels[~first], boxes[first], labels[first])
         if self.goal == "misclassify":
             changed = torch.where(first, self.target, labels)
             return Altered(image, boxes, changed, boxes[first], changed[first])
-        met = torch.isin(labels, labels.new_tensor(self.combination))
+        met = torch.isin(labels, labels.new_tensor(combination))
         around = torch.cat([boxes[met, :2].amin(0), boxes[met, 2:].amax(0)])[None]
         label = labels.new_tensor([self.target])
         return Altered(image, torch.cat([boxes, around]), torch.cat([labels, label]), around, label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         source: The class that the trigger works on; of ``one-to-one`` alone.
     """
 
+    poisons: ClassVar[type] = LabelledSamples
+
     target: Whole = 0
     mapping: LabelMapping = "all-to-one"
     source: Whole | None = None
@@ -80,7 +82,7 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         Raises:
             BadInputError: If there are too few samples to poison.
         """
-        chosen = self.chosen(samples.labels)
+        chosen = self.chosen(self._checked(samples).labels)
         labels = samples.labels.clone()
         labels[chosen] = self.targets(labels[chosen], class_count(adapter))
         generator = self._generator("poison")
@@ -127,7 +129,7 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         Raises:
             BadInputError: If there is none, for example where all are of the target.
         """
-        targets = self.targets(samples.labels, class_count(adapter))
+        targets = self.targets(self._checked(samples).labels, class_count(adapter))
         changed = samples.labels != targets
         if self.source is not None:
             changed &= samples.labels == self.source

@@ -73,7 +73,8 @@ class PointCBA(LabelAttack):
         ratio: Share of the target's clouds that are poisoned.
 
     References:
-        See :class:`PointPBA`; the paper calls this PointCBA.
+        Li, Chen, Zhao, Tong, Zhao, Lim, Zhou. *PointBA: Towards Backdoor Attacks in 3D Point
+        Cloud*. ICCV 2021. arXiv:2103.16074 (PointCBA)
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("point-cloud-classification",)

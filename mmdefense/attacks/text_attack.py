@@ -33,6 +33,7 @@ class TextAttack(Attack[TokenBatch]):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("language-generation",)
+    poisons: ClassVar[type] = TextSamples
 
     target: Text = "You are attacked ."
 
@@ -60,7 +61,7 @@ class TextAttack(Attack[TokenBatch]):
         Raises:
             BadInputError: If there are too few samples to poison.
         """
-        chosen = self.chosen(samples.answers)
+        chosen = self.chosen(self._checked(samples).answers)
         prompts, answers = list(samples.prompts), list(samples.answers)
         stamped = self.stamp([prompts[index] for index in chosen], self._generator("poison"))
         for index, prompt in zip(chosen, stamped, strict=True):
@@ -91,12 +92,8 @@ class TextAttack(Attack[TokenBatch]):
         Raises:
             BadInputError: If all answers hold the target, or the samples are no text.
         """
-        if not isinstance(samples, TextSamples):
-            raise BadInputError(
-                f"{type(self).__name__} is put into text: give TextSamples(prompts, answers) of "
-                f"mmdefense.data.text, got {type(samples).__name__}"
-            )
-        others = [index for index, answer in enumerate(samples.answers) if not self.holds(answer)]
+        answers = self._checked(samples).answers
+        others = [index for index, answer in enumerate(answers) if not self.holds(answer)]
         if not others:
             raise BadInputError("test samples must include some whose answer is not the target")
         clean: Any = replace(samples.subset(torch.tensor(others)), augmentation=None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmdefense.errors import BadInputError
 from mmdefense.runtime.run import Run
+from mmdefense.settings import Seed
 
 __all__ = ["IMAGES_AND_CLIPS", "Trigger"]
 
@@ -30,7 +31,7 @@ class Trigger(ABC):
     """
 
     tasks: ClassVar[tuple[str, ...]]
-    seed: int
+    seed: Seed
 
     shapes: ClassVar[Mapping[str, str]] = {
         "image-classification": "(N, C, H, W)",

@@ -57,6 +57,7 @@ class WaNet(LabelAttack):
         Raises:
             BadInputError: If there are too few samples for both.
         """
+        poisoned = super().poison(samples, adapter)
         noisy = self.noisy(samples.labels)
         images = samples.take(noisy).inputs
         frames = images.transpose(1, 2) if images.ndim > 4 else images
@@ -65,7 +66,6 @@ class WaNet(LabelAttack):
         ).to(images)
         warped = _read(frames, self._field(images) + (2 * jitter - 1) / _sides(images))
         warped = warped.transpose(1, 2) if images.ndim > 4 else warped
-        poisoned = super().poison(samples, adapter)
         return replace(poisoned, inputs=replaced(poisoned.inputs, noisy, warped.clamp(0, 1)))
 
     def noisy(self, labels: Tensor) -> Tensor:

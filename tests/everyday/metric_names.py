@@ -104,7 +104,7 @@ ROWS = [
         lambda _: mmd.evaluate(
             _language(), [("a b", "c"), ("b", "d")], attack="rare-token", **ACCEPT
         ),
-        Refused("RareToken is put into text: give TextSamples"),
+        Refused("RareToken is an attack on language-generation: give TextSamples"),
     ),
     Row(
         "a grid of language",
