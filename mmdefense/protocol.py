@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,40 @@ from mmdefense.data.batch import Batch, Samples
 from mmdefense.training import Training
 
 __all__ = [
+    "AdapterKind",
     "Case",
     "GeneratingAdapter",
     "HeadAdapter",
+    "InputAdapter",
+    "ReadAt",
     "ReadingAdapter",
     "Task",
     "TaskAdapter",
+    "Traits",
     "TriggerAdapter",
     "TriggerFamily",
     "UnitGroup",
     "WordedAdapter",
     "lacking",
+    "traits",
 ]
 
 B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAt:
+    """Where a forward pass shows what the units of a group compute.
+
+    Attributes:
+        layer: Dotted name of a layer; none is the layer that owns the units.
+        side: Whether the units are in its output or in its first input.
+        axis: The axis of that tensor that indexes the units; ``width`` indices each.
+    """
+
+    layer: str | None = None
+    side: Literal["output", "input"] = "output"
+    axis: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +65,14 @@ class UnitGroup:
     Attributes:
         layer: Dotted name of the layer that owns the units, as in ``model.named_modules()``.
         size: Number of units U.
-        axes: For each parameter that carries the units, the axis that indexes them.
+        axes: For each parameter that carries the units, the axis that indexes them, in the order of
+            the forward pass. A unit's output is proportional to its entries in the parameters of
+            the last module (:attr:`outer`): of a filter with BatchNorm, the norm's weight and bias.
         width: Consecutive indices per unit.
         kind: ``"filter"``, ``"neuron"`` or ``"head"``; for reports only.
+        read_at: Where the activation of the units is read; by default the last axis of the output
+            of ``layer``. Filters are on axis 1 of the output of their convolution or BatchNorm, and
+            heads on the last axis of the input of their output projection.
     """
 
     layer: str
@@ -54,17 +80,24 @@ class UnitGroup:
     axes: Mapping[str, int]
     width: int = 1
     kind: str = "filter"
+    read_at: ReadAt = ReadAt()
+
+    @property
+    def outer(self) -> dict[str, int]:
+        """The axes of the last module's parameters.
+
+        Multiplying a unit's entries of these by m multiplies the unit's output by m.
+        """
+        module = list(self.axes)[-1].rpartition(".")[0]
+        return {n: axis for n, axis in self.axes.items() if n.rpartition(".")[0] == module}
 
 
 @runtime_checkable
 class TaskAdapter(Protocol[B]):
     """What every kernel may ask of a wrapped model. ``N`` is the batch size.
 
-    An adapter may also say by ``optimizer``, ``"sgd"`` or ``"adamw"``, what defenses train models
-    of its kind with, without it SGD; and by ``layer_norm`` whether LayerNorm or RMSNorm normalises
-    the model, as in transformers, which takes larger steps of SGD and smaller ones of AdamW; by
-    ``score_name`` what its score is called, without it ``"accuracy"``; and by ``misreadings``, a
-    phrase, what to check where the model does not work on data of its task.
+    What an adapter may state beside these members, such as the optimizer that suits its models, is
+    in :class:`Traits`.
     """
 
     model: nn.Module
@@ -101,10 +134,25 @@ class TaskAdapter(Protocol[B]):
         """Return each sample's share of the task metric in ``[0, 1]``, shape ``(N,)``, no grad."""
         ...
 
-    def features(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return each layer's output pooled to one value per unit, ``(N, U)``, one pass, no grad.
+    def activations(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the units of each layer compute, ``(N, L, U * width)``, with grad, one pass.
 
-        For attention heads the value is the mean magnitude of the head's output.
+        It is the tensor at the group's ``read_at``, before any nonlinearity, with the units last
+        and the L positions of a sample (pixels, frames, points, tokens) side by side. Of a layer
+        that runs several times, the positions of all runs follow each other.
+
+        Args:
+            batch: N samples.
+            layers: ``layer`` of some of the :meth:`unit_groups`.
+        """
+        ...
+
+    def features(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the activations pooled to one value per unit, ``(N, U)``, one pass, no grad.
+
+        It is the mean over the positions that count, padding left out, of the rectified activation;
+        for attention heads of the magnitude of what the head adds to its block's output. A layer
+        that runs several times counts each run alike.
         """
         ...
 
@@ -149,6 +197,26 @@ class HeadAdapter(TaskAdapter[B], Protocol[B]):
 
     def score_outputs(self, batch: B, outputs: Tensor) -> Tensor:
         """Return the score of ``outputs``, shape ``(R, K)``, as the model's, shape ``(N,)``."""
+        ...
+
+
+@runtime_checkable
+class InputAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter whose inputs are continuous, so that they can be perturbed by gradients.
+
+    Images, clips and clouds as they come in the data; for text, the embeddings of its tokens.
+    """
+
+    def inputs(self, batch: B) -> Tensor:
+        """Return what the model reads, shape ``(N, ...)``, detached."""
+        ...
+
+    def with_inputs(self, batch: B, inputs: Tensor) -> B:
+        """Return ``batch`` with other inputs of the same shape; gradients flow back to them."""
+        ...
+
+    def input_bounds(self, batch: B) -> tuple[float, float] | None:
+        """Return the least and the largest value of an input, ``(0, 1)`` for images, or none."""
         ...
 
 
@@ -329,6 +397,65 @@ class Task(Protocol):
     def show(self, clean: Any, triggered: Any) -> Any:
         """Return a figure for the page: a few samples without and with the trigger."""
         ...
+
+
+class AdapterKind(Protocol):
+    """A class of adapters, as the registry asks it; see also :class:`Traits`."""
+
+    __name__: str
+
+    def accepts(self, model: nn.Module) -> bool:
+        """Say whether the class can wrap ``model``; cheap, and imports nothing for it."""
+        ...
+
+    def __call__(self, model: nn.Module, **options: Any) -> TaskAdapter[Any]:
+        """Return an adapter around ``model``, which is neither copied nor changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What an adapter or its class may state beside its members, each by an attribute.
+
+    The values here are those of an adapter that does not state them.
+
+    Attributes:
+        task: Name of the task that its data is of.
+        priority: Among the classes that accept a model, the one with the highest is taken.
+        generic: Whether this very class, not one that inherits from it, serves any module of its
+            task where the task is named.
+        auto_class: The ``AutoModelFor...`` of ``transformers`` that loads its models.
+        score_name: What its score is called.
+        misreadings: What to check where a model does not work on data of its task, as a phrase.
+        optimizer: What defenses train such models with.
+        layer_norm: Whether LayerNorm or RMSNorm normalises the model, as in transformers, which
+            takes larger steps of SGD and smaller ones of AdamW. A class cannot state it.
+        mean: What inputs are shifted by, per channel, before the model reads them. A class cannot
+            state it.
+        std: What they are divided by, per channel. A class cannot state it.
+    """
+
+    task: str | None = None
+    priority: int = 0
+    generic: bool = False
+    auto_class: str | None = None
+    score_name: str = "accuracy"
+    misreadings: str = "labels, preprocessing"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    layer_norm: bool = False
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+def traits(adapter: object) -> Traits:
+    """Return what an adapter, or a class of adapters, states about itself."""
+    stated: dict[str, Any] = {}
+    for entry in fields(Traits):
+        value = getattr(adapter, entry.name, entry.default)
+        if not isinstance(value, (property, cached_property)):  # a class knows no model yet
+            stated[entry.name] = value
+    kind = adapter if isinstance(adapter, type) else type(adapter)
+    return Traits(**stated | {"generic": vars(kind).get("generic", False)})
 
 
 def lacking(adapter: object, protocol: type) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.libraries import missing
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import AdapterKind, TaskAdapter, Traits, traits
 
 __all__ = ["adapt", "adapter_for", "installed", "load", "name_of", "names", "packages"]
 
@@ -102,7 +102,7 @@ def installed(kind: Kind) -> Iterator[Any]:
             continue
 
 
-def adapter_for(model: nn.Module, task: str | None = None) -> Any:
+def adapter_for(model: nn.Module, task: str | None = None) -> AdapterKind:
     """Return the adapter class for ``model``, chosen by the model itself.
 
     Every registered class is asked ``accepts(model)``; of those that say yes, the one with the
@@ -117,27 +117,24 @@ def adapter_for(model: nn.Module, task: str | None = None) -> Any:
         BadInputError: If the model is of another task.
         UnsupportedError: If no adapter accepts the model.
     """
-    classes = list(installed("adapters"))
-    accepting = (kind for kind in classes if kind.accepts(model))
-    best = max(accepting, key=lambda kind: kind.priority, default=None)
-    if best is not None and task in {None, getattr(best, "task", task)}:
-        return best
-    if best is not None and not _is_generic(best):
-        raise BadInputError(
-            f"a {type(model).__name__} is a model of {best.task}, got task {task!r}; leave the "
-            "task open, or name that one"
-        )
-    for kind in classes:
-        if best is not None and _is_generic(kind) and kind.task == task:
-            return kind
+    kinds: list[tuple[AdapterKind, Traits]] = [(k, traits(k)) for k in installed("adapters")]
+    accepting = [(kind, its) for kind, its in kinds if kind.accepts(model)]
+    if accepting:
+        best, its = max(accepting, key=lambda pair: pair[1].priority)
+        if task is None or its.task in {None, task}:
+            return best
+        if not its.generic:
+            raise BadInputError(
+                f"a {type(model).__name__} is a model of {its.task}, got task {task!r}; leave the "
+                "task open, or name that one"
+            )
+        for kind, its in kinds:
+            if its.generic and its.task == task:
+                return kind
     raise UnsupportedError(
         f"no adapter{f' of {task}' if task else ''} accepts a {type(model).__name__}; known: "
         f"{', '.join(names('adapters'))}; docs/howto/add_an_adapter.md shows how to write one"
     )
-
-
-def _is_generic(kind: Any) -> bool:
-    return bool(vars(kind).get("generic", False))  # of the class itself: no subclass inherits it
 
 
 def adapt(
@@ -161,5 +158,6 @@ def adapt(
         >>> adapter.per_sample_loss(samples.take(torch.arange(4))).shape
         torch.Size([4])
     """
+    kind: AdapterKind
     kind = load("adapters", adapter) if adapter is not None else adapter_for(model, task)
-    return kind(model, **options)  # type: ignore[no-any-return]
+    return kind(model, **options)

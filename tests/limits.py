@@ -8,6 +8,7 @@ _ASKED = (
     "per_sample_loss",
     "sampled_loss",
     "score",
+    "activations",
     "features",
     "embedding",
     "head_inputs",

@@ -42,7 +42,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     :meth:`samples` sees decides, see :mod:`mmdefense_adapters.outputs`.
     """
 
-    inputs: ClassVar[str] = "inputs"
+    noun: ClassVar[str] = "inputs"
     """What the inputs are called in messages."""
 
     bounded: ClassVar[bool] = False
@@ -93,12 +93,12 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         samples = self._as_samples(data)
         _check_names(samples, self)
         if len(samples) == 0:
-            raise BadInputError(f"data must hold at least one sample ({self.inputs}), got none")
+            raise BadInputError(f"data must hold at least one sample ({self.noun}), got none")
         samples = samples.to(self.device)
         places = torch.linspace(0, len(samples) - 1, min(_TRIED, len(samples))).long()
         some = samples.take(places).inputs
         values = samples.inputs if isinstance(samples, LabelledSamples) else some
-        check_values(values, self.inputs, bounded=self.bounded and values.ndim >= 4)
+        check_values(values, self.noun, bounded=self.bounded and values.ndim >= 4)
         classes = self._check(samples, some)
         if not self._forms:
             self._forms = self._found_forms(some, classes)
@@ -120,7 +120,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         shape = tuple(some.shape[1:])
         if self.mean is not None and len(self.mean) != shape[0]:
             raise BadInputError(
-                f"mean and std must have a value for each channel of the {self.inputs}, got "
+                f"mean and std must have a value for each channel of the {self.noun}, got "
                 f"{len(self.mean)} for shape {shape}"
             )
         try:
@@ -128,14 +128,14 @@ class Classifier(ModuleAdapter[LabelledBatch]):
                 answer = self._run(some)
         except Exception as error:  # the model is the user's own and may raise anything
             raise BadInputError(
-                f"the model cannot read {self.inputs} of shape {shape}: {one_line(error)}; have "
+                f"the model cannot read {self.noun} of shape {shape}: {one_line(error)}; have "
                 f"them read as it takes them: --channels, --image-size or --read{_layout(shape)}"
             ) from error
         logits = main_output(answer, check=True)
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise UnsupportedError(
                 "a classifier must return logits (N, K) of at least 2 classes, got "
-                f"{tuple(logits.shape)} for {self.inputs} of shape {shape}"
+                f"{tuple(logits.shape)} for {self.noun} of shape {shape}"
             )
         _check_labels(samples, logits.shape[1])
         return logits.shape[1]
@@ -166,7 +166,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         except Exception as error:  # the model is the user's own and may raise anything
             when = "train" if self.model.training else "eval"
             raise UnsupportedError(
-                f"the model cannot be run on {len(inputs)} {self.inputs} in {when} mode, as "
+                f"the model cannot be run on {len(inputs)} {self.noun} in {when} mode, as "
                 f"defenses do: {one_line(error)}"
             ) from error
 
@@ -206,6 +206,18 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     def _each_class_alone(self) -> bool:
         """Whether a sigmoid stands at the end: each class is a yes or a no for itself."""
         return any(form.kind == "sigmoid" for form in self._forms.values())
+
+    def inputs(self, batch: LabelledBatch) -> Tensor:
+        """Return the inputs as they come in the data, shape ``(N, ...)``."""
+        return batch.inputs.detach()
+
+    def with_inputs(self, batch: LabelledBatch, inputs: Tensor) -> LabelledBatch:
+        """Return the same labels on other inputs."""
+        return batch.with_inputs(inputs)
+
+    def input_bounds(self, batch: LabelledBatch) -> tuple[float, float] | None:
+        """Return ``(0, 1)`` for images and clips, and none for vectors and clouds."""
+        return (0.0, 1.0) if self.bounded and batch.inputs.ndim >= 4 else None
 
     def per_sample_loss(self, batch: LabelledBatch) -> Tensor:
         """Return the cross-entropy of each sample in nats, shape ``(N,)``.

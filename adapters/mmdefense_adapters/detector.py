@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -184,6 +185,18 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     def _units(self) -> tuple[list[UnitGroup], str | None]:
         groups, _ = super()._units  # classes stand in several layers here, so there is no one head
         return [g for g in groups if not re.search(self.predictors, g.layer)], None
+
+    def inputs(self, batch: DetectionBatch) -> Tensor:
+        """Return the images, shape ``(N, C, H, W)``."""
+        return batch.images.detach()
+
+    def with_inputs(self, batch: DetectionBatch, inputs: Tensor) -> DetectionBatch:
+        """Return the same objects in other images."""
+        return replace(batch, images=inputs)
+
+    def input_bounds(self, batch: DetectionBatch) -> tuple[float, float]:
+        """Return ``(0, 1)``."""
+        return 0.0, 1.0
 
     def _image_shape(self) -> tuple[int, ...]:
         return tuple(self._example().images.shape[1:])

@@ -22,7 +22,7 @@ from mmdefense.protocol import UnitGroup
 from mmdefense_adapters.given import told
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.peft_models import base_of
-from mmdefense_adapters.text_triggers import TextTriggers, soft_tokens
+from mmdefense_adapters.text_triggers import EmbeddedBatch, TextTriggers, soft_tokens
 
 __all__ = ["HFText"]
 
@@ -220,6 +220,25 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         """Return what the logits predict, shape ``(N, T)``."""
         return batch.labels
 
+    def inputs(self, batch: TokenBatch) -> Tensor:
+        """Return the embeddings of the tokens that the model reads, shape ``(N, L, D)``.
+
+        Of a model with an encoder, those of the prompt.
+        """
+        if isinstance(batch, EmbeddedBatch):
+            return batch.embedded.detach()
+        with torch.no_grad():
+            found: Tensor = self._embeddings()(batch.input_ids)
+        return found
+
+    def with_inputs(self, batch: TokenBatch, inputs: Tensor) -> EmbeddedBatch:
+        """Return ``batch`` with its tokens given as embeddings."""
+        held = (batch.input_ids, batch.attention_mask, batch.content, batch.labels)
+        return EmbeddedBatch(*held, inputs)
+
+    def input_bounds(self, batch: TokenBatch) -> None:
+        """Return none: an embedding has no bounds."""
+
     def per_sample_loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean negative log-likelihood of each answer's tokens, in nats, ``(N,)``."""
         logits, targets = self._logits(batch), self._targets(batch)
@@ -301,9 +320,8 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         weight, _ = self.head_weights()
         layer = self._last_norm(weight.shape[1])
         names = [name for name, _ in self.model.get_submodule(layer).named_parameters()]
-        return UnitGroup(
-            layer, weight.shape[1], {f"{layer}.{name}": 0 for name in names}, kind="neuron"
-        )
+        axes = {f"{layer}.{name}": 0 for name in names}
+        return UnitGroup(layer, weight.shape[1], axes, kind="neuron")
 
     def _last_norm(self, width: int) -> str:
         """Return the name of the last layer whose parameters are vectors of this width."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmdefense.data.batch import Batch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import capture, watch_modules
-from mmdefense.protocol import UnitGroup
+from mmdefense.protocol import ReadAt, UnitGroup
 from mmdefense_adapters.peft_models import base_of, is_update, rank_groups
 from mmdefense_adapters.units import capture_heads, find_units
 
@@ -137,9 +137,8 @@ class ModuleAdapter(ABC, Generic[B]):
                 "the last layer of this peft model is part of its base, which is not touched; "
                 "prune the updates instead: --set layers=all"
             )
-        return UnitGroup(
-            self.head or "", weight.shape[1], {f"{self.head}.weight": 1}, kind="neuron"
-        )
+        layer, axes = self.head or "", {f"{self.head}.weight": 1}
+        return UnitGroup(layer, weight.shape[1], axes, kind="neuron", read_at=ReadAt(side="input"))
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(K, D)`` and bias ``(K,)`` of the output layer.
@@ -167,37 +166,66 @@ class ModuleAdapter(ABC, Generic[B]):
         """Return the input of the output layer, one row a sample: the embedding."""
         return self.embedding(batch)
 
+    def activations(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the units of each layer compute, ``(N, L, U * width)``, with grad.
+
+        A layer whose rows are proposals has as many positions as the image with the most of them;
+        what is missing is zero.
+        """
+        runs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        # A copy: the model may go on to add a shortcut to this very tensor in place.
+        with self._watched(layers, lambda name, values: runs[name].append(values.clone())):
+            self.answer(batch)
+        return {
+            name: torch.cat([self._by_sample(run, batch) for run in found], 1)
+            for name, found in runs.items()
+        }
+
     @torch.no_grad()
     def features(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
         """Return pooled activations: after BatchNorm and ReLU for rows, magnitude for heads."""
-        groups = {group.layer: group for group in self.unit_groups()}
-        heads = [name for name in layers if groups[name].kind == "head"]
-        rows = {
-            self.model.get_submodule(_read_at(groups[name])): groups[name]
+        groups = self._groups_by_layer
+        runs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+        def pool(name: str, values: Tensor) -> None:
+            sizes = _sizes(values, groups[name], self.model)
+            runs[name].append(self._pool_at(name, sizes, batch))
+
+        with self._watched(layers, pool):
+            self.answer(batch)
+        # A layer that runs several times, as over the levels of a pyramid, counts each run alike.
+        return {name: torch.stack(found).mean(0) for name, found in runs.items()}
+
+    @property
+    def _groups_by_layer(self) -> dict[str, UnitGroup]:
+        return {group.layer: group for group in self.unit_groups()}
+
+    @contextmanager
+    def _watched(
+        self, layers: Sequence[str], take: Callable[[str, Tensor], None]
+    ) -> Iterator[None]:
+        """Call ``take`` with each layer's name and what its units compute, in each run, units last.
+
+        At once, while the values are right, and before they need memory: a model may write into the
+        tensor that it was given.
+        """
+        groups = self._groups_by_layer
+        heads = [name for name in layers if groups[name].read_at.side == "input"]
+        rows: dict[nn.Module, UnitGroup] = {
+            self.model.get_submodule(groups[name].read_at.layer or name): groups[name]
             for name in layers
             if name not in heads
         }
-        runs: dict[str, list[Tensor]] = defaultdict(list)
 
-        def pool(module: nn.Module, _: Any, output: Tensor) -> None:
-            # At once: the model may go on to add a shortcut to this very tensor in place.
-            values = _per_unit(output, rows[module])
-            layer = rows[module].layer
-            runs[layer].append(self._pool_at(layer, values, batch))
+        def read(module: nn.Module, _: Any, output: Tensor) -> None:
+            take(rows[module].layer, output.movedim(rows[module].read_at.axis, -1))
 
-        with (
-            watch_modules(list(rows), pool),
-            capture_heads(self.model, heads) as mixed,
-        ):
-            self.answer(batch)
-        # A layer that runs several times, as over the levels of a pyramid, counts each run alike.
-        pooled = {name: torch.stack(parts).mean(0) for name, parts in runs.items()}
-        for name in heads:
-            axis = groups[name].axes[f"{name}.weight"]
-            weight = self.model.get_parameter(f"{name}.weight").movedim(axis, 1)
-            sizes = _head_sizes(mixed[name], weight, groups[name])
-            pooled[name] = self._pool_at(name, sizes, batch)
-        return pooled
+        with watch_modules(list(rows), read), capture_heads(self.model, heads, take):
+            yield
+
+    def _by_sample(self, values: Tensor, batch: B) -> Tensor:
+        """Return ``(..., C)`` as ``(N, L, C)``; the positions of a sample lie side by side."""
+        return values.reshape(len(batch), -1, values.shape[-1])
 
     def _pool_at(self, layer: str, values: Tensor, batch: B) -> Tensor:
         """Average the ``(..., U)`` values of a layer over what counts of each sample: all of it."""
@@ -209,16 +237,12 @@ class ModuleAdapter(ABC, Generic[B]):
         return values.reshape(count, -1, values.shape[-1]).mean(1)
 
 
-def _read_at(group: UnitGroup) -> str:
-    """Return the layer whose output speaks for a group: its BatchNorm, where it has one."""
-    return list(group.axes)[-1].rpartition(".")[0]
-
-
-def _per_unit(output: Tensor, group: UnitGroup) -> Tensor:
-    """Rectify, with the units last: they are axis 1 of a convolution's output."""
-    if group.kind == "filter":
-        output = output.movedim(1, -1)
-    return F.relu(output)
+def _sizes(values: Tensor, group: UnitGroup, model: nn.Module) -> Tensor:
+    """Return how active each unit is, ``(..., U)``: rectified, or a head's magnitude."""
+    if group.read_at.side == "output":
+        return F.relu(values)
+    ((name, axis),) = group.axes.items()
+    return _head_sizes(values, model.get_parameter(name).movedim(axis, 1), group)
 
 
 def _head_sizes(mixed: Tensor, weight: Tensor, group: UnitGroup) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mmdefense.errors import UnsupportedError
-from mmdefense.protocol import UnitGroup
+from mmdefense.protocol import ReadAt, UnitGroup
 
 __all__ = ["base_of", "is_update", "rank_groups"]
 
@@ -36,9 +36,10 @@ def rank_groups(model: nn.Module) -> list[UnitGroup]:
         for key, layer in down.items():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 lower, upper = f"{name}.lora_A.{key}", f"{name}.lora_B.{key}"
-                axes = {f"{upper}.weight": 1, f"{lower}.weight": 0}
-                kind = "neuron" if isinstance(layer, nn.Linear) else "filter"
-                groups.append(UnitGroup(lower, layer.weight.shape[0], axes, kind=kind))
+                axes = {f"{lower}.weight": 0, f"{upper}.weight": 1}
+                size, flat = layer.weight.shape[0], isinstance(layer, nn.Linear)
+                kind, read_at = ("neuron", ReadAt()) if flat else ("filter", ReadAt(axis=1))
+                groups.append(UnitGroup(lower, size, axes, kind=kind, read_at=read_at))
     if not groups:
         raise UnsupportedError(
             "a peft model has units where it has low-rank updates (LoRA) of linear layers or "

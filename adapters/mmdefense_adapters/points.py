@@ -36,7 +36,7 @@ class PointClassifier(Classifier):
     """
 
     task: ClassVar[str] = "point-cloud-classification"
-    inputs: ClassVar[str] = "clouds"
+    noun: ClassVar[str] = "clouds"
     misreadings: ClassVar[str] = (
         "the labels, the units and axes of the points, their features, and their number"
     )

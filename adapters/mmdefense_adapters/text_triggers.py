@@ -18,7 +18,7 @@ from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import mode, watch_modules
 from mmdefense.protocol import TriggerFamily
 
-__all__ = ["SoftBatch", "TextTriggers", "inserted", "packed", "soft_tokens"]
+__all__ = ["EmbeddedBatch", "SoftBatch", "TextTriggers", "inserted", "packed", "soft_tokens"]
 
 # Ours: soft tokens of a trigger, tokens that a mixture is made of, that a scan looks at and that
 # continuations are looked for with, and how many continuations are kept.
@@ -35,6 +35,17 @@ class SoftBatch(TokenBatch):
     """
 
     soft: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedBatch(TokenBatch):
+    """A token batch all of whose input tokens are given as embeddings.
+
+    Attributes:
+        embedded: What stands in for the tokens, shape ``(N, L, D)``.
+    """
+
+    embedded: Tensor
 
 
 @dataclass(frozen=True)
@@ -242,16 +253,18 @@ def _repeated(batch: TokenBatch, count: int) -> TokenBatch:
 
 @contextmanager
 def soft_tokens(embeddings: nn.Module, batch: TokenBatch) -> Iterator[None]:
-    """Let the embedding layer give the soft tokens of a batch, where it has some."""
-    if not isinstance(batch, SoftBatch):
+    """Let the embedding layer give the embeddings that a batch brings, where it has some."""
+    if not isinstance(batch, SoftBatch | EmbeddedBatch):
         yield
         return
     start = int(batch.content.any(0).int().argmax())
-    stop = start + batch.soft.shape[1]
 
     def give(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if given[0].data_ptr() != batch.input_ids.data_ptr():  # a decoder reads its own tokens
             return None
+        if isinstance(batch, EmbeddedBatch):
+            return batch.embedded.to(output)
+        stop = start + batch.soft.shape[1]
         return torch.cat([output[:, :start], batch.soft.to(output), output[:, stop:]], 1)
 
     with watch_modules([embeddings], give):

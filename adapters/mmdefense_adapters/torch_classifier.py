@@ -25,7 +25,7 @@ class TorchClassifier(ImageTriggers, Classifier):
     """
 
     task: ClassVar[str] = "image-classification"
-    inputs: ClassVar[str] = "images"
+    noun: ClassVar[str] = "images"
     bounded: ClassVar[bool] = True
     misreadings: ClassVar[str] = "the labels, normalisation, channels and image size"
     generic: ClassVar[bool] = True

@@ -241,6 +241,14 @@ class TorchvisionDetector(Detector):
         pooled = heads.box_roi_pool(seen.features, proposals, seen.images.image_sizes)
         return heads.box_predictor(heads.box_head(pooled))[0], proposals
 
+    def _by_sample(self, values: Tensor, batch: DetectionBatch) -> Tensor:
+        """Return the proposals of each image side by side, where there are rows for each."""
+        if self.family != "FasterRCNN" or len(values) != sum(self._proposals):
+            return super()._by_sample(values, batch)
+        rows = values.reshape(len(values), -1, values.shape[-1])
+        parts = [part.flatten(0, 1) for part in torch.split(rows, self._proposals)]
+        return pad_sequence(parts, batch_first=True)
+
     def _pool(self, values: Tensor, batch: DetectionBatch) -> Tensor:
         """Average over places, and over the proposals of an image where there are rows for each."""
         if self.family != "FasterRCNN" or len(values) != sum(self._proposals):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.kernels.hooks import mode, watch_modules
-from mmdefense.protocol import UnitGroup
+from mmdefense.protocol import ReadAt, UnitGroup
 
 __all__ = ["capture_heads", "find_head", "find_units"]
 
@@ -163,69 +164,75 @@ def _head_count(module: nn.Module, projection: nn.Module) -> int | None:
 def _heads(projection: nn.Module, count: int, names: dict[nn.Module, str]) -> UnitGroup:
     layer, width = names[projection], _inputs(projection) // count
     axes = {f"{layer}.weight": _input_axis(projection)}
-    return UnitGroup(layer, count, axes, width=width, kind="head")
+    return UnitGroup(layer, count, axes, width=width, kind="head", read_at=ReadAt(side="input"))
 
 
 def _rows(module: nn.Module, norm: nn.Module | None, names: dict[nn.Module, str]) -> UnitGroup:
-    layer = names[module]
+    layer, linear = names[module], _is_linear(module)
     axes = {f"{layer}.{name}": 0 for name, _ in module.named_parameters(recurse=False)}
     axes[f"{layer}.weight"] = 1 - _input_axis(module)
+    read = layer
     if norm is not None:
         scaled = {f"{names[norm]}.{name}": 0 for name, _ in norm.named_parameters(recurse=False)}
-        # A unit's features are read at the last of its axes. What a group norm gives of one unit
-        # depends on its neighbours, so there that is the layer itself.
-        axes = {**scaled, **axes} if isinstance(norm, nn.GroupNorm) else {**axes, **scaled}
-    return UnitGroup(
-        layer, _outputs(module), axes, kind="neuron" if _is_linear(module) else "filter"
-    )
+        axes |= scaled
+        # What a group norm gives of one unit depends on its neighbours, so it is read before that.
+        if scaled and not isinstance(norm, nn.GroupNorm):
+            read = names[norm]
+    kind, axis = ("neuron", -1) if linear else ("filter", 1)
+    return UnitGroup(layer, _outputs(module), axes, kind=kind, read_at=ReadAt(read, axis=axis))
 
 
 @contextmanager
-def capture_heads(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what reaches the output projection of each attention block.
+def capture_heads(
+    model: nn.Module, layers: Sequence[str], keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``keep`` with the name and the input of each output projection of attention.
+
+    ``nn.MultiheadAttention`` never calls its projection: for it, the block runs once more with a
+    projection that is the identity and the same other weights. In train mode with Dropout that run
+    draws a mask of its own.
 
     Args:
         model: The model that holds the blocks.
         layers: Names of the output projections.
-
-    Yields:
-        A dict that each forward pass fills: by name, shape ``(N, L, heads * head_dim)``.
+        keep: Gets what the projection reads, shape ``(N, L, heads * head_dim)``, with its graph.
     """
-    kept: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name in layers:
             parent = model.get_submodule(name.rpartition(".")[0])
             if isinstance(parent, nn.MultiheadAttention):
-                handle = parent.register_forward_hook(
-                    _keep_twin(parent, name, kept), with_kwargs=True
-                )
+                hook = _keep_twin(parent, name, keep)
+                handle = parent.register_forward_hook(hook, with_kwargs=True)
             else:
-                handle = model.get_submodule(name).register_forward_hook(_keep_input(name, kept))
+                handle = model.get_submodule(name).register_forward_hook(_keep_input(name, keep))
             stack.callback(handle.remove)
-        yield kept
+        yield
 
 
-def _keep_input(name: str, kept: dict[str, Tensor]) -> Callable[..., None]:
-    def keep(_: nn.Module, given: tuple[Any, ...], __: Any) -> None:
-        kept[name] = given[0]
+def _keep_input(name: str, keep: Callable[[str, Tensor], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], __: Any) -> None:
+        keep(name, given[0])
 
-    return keep
+    return hook
 
 
 def _keep_twin(
-    attention: nn.MultiheadAttention, name: str, kept: dict[str, Tensor]
+    attention: nn.MultiheadAttention, name: str, keep: Callable[[str, Tensor], None]
 ) -> Callable[..., None]:
     """Return a hook that asks a twin whose output projection is the identity.
 
-    ``nn.MultiheadAttention`` never calls its projection, so the heads cannot be read at its input.
+    The twin shares all other parameters, so that gradients reach them.
     """
-    twin = copy.deepcopy(attention)
+    twin = copy.copy(attention)
+    twin._forward_hooks, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+    twin._modules = dict(attention._modules)
+    twin.out_proj = copy.deepcopy(attention.out_proj)
     nn.init.eye_(twin.out_proj.weight)
     if twin.out_proj.bias is not None:
         nn.init.zeros_(twin.out_proj.bias)
 
-    def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
         heads = twin(*given, **named)[0]
-        kept[name] = heads if attention.batch_first else heads.transpose(0, 1)
+        keep(name, heads if attention.batch_first else heads.transpose(0, 1))
 
-    return keep
+    return hook

@@ -29,7 +29,7 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
     """
 
     task: ClassVar[str] = "video-classification"
-    inputs: ClassVar[str] = "clips"
+    noun: ClassVar[str] = "clips"
     bounded: ClassVar[bool] = True
     misreadings: ClassVar[str] = (
         "the labels, normalisation, channels, image size, and the number and spacing of frames"

@@ -37,6 +37,7 @@ from mmdefense.checkpoints.weights import hash_file, read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line, printable
 from mmdefense.files import open_plain, read_json
 from mmdefense.libraries import missing, needed
+from mmdefense.protocol import traits
 
 __all__ = [
     "base_folder",
@@ -235,9 +236,9 @@ def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
     import transformers
 
     doors = {
-        door: adapter.task
-        for adapter in registry.installed("adapters")
-        if (door := getattr(adapter, "auto_class", None)) and task in {None, adapter.task}
+        its.auto_class: its.task
+        for its in map(traits, registry.installed("adapters"))
+        if its.auto_class and its.task and task in {None, its.task}
     }
     found = [name for name in doors if type(config) in getattr(transformers, name)._model_mapping]
     if len(found) == 1:

@@ -24,7 +24,7 @@ from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, o
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
-from mmdefense.protocol import TaskAdapter, lacking
+from mmdefense.protocol import TaskAdapter, lacking, traits
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import is_out_of_memory, roomy
 from mmdefense.runtime.parts import Parts
@@ -228,7 +228,7 @@ class Defense(ABC):
             bound = self.max_utility_drop
             guard, chosen, state = choose(trials, given, before, score, bound, deadline)
             work.adapter.model.load_state_dict(rounded(state, work.types))
-        guard = replace(guard, metric=getattr(work.adapter, "score_name", "accuracy"))
+        guard = replace(guard, metric=traits(work.adapter).score_name)
         if chosen.work is not work:
             work.run.adopt(at_rate(chosen.rate), chosen.work.run)
             work.figures = chosen.work.figures
@@ -331,11 +331,10 @@ class TrainingDefense(Defense):
         return self._layer_norm_factor(adapter) if self._optimizer(adapter) == "sgd" else 1.0
 
     def _layer_norm_factor(self, adapter: TaskAdapter[Any]) -> float:
-        return self.layer_norm_factor if getattr(adapter, "layer_norm", False) else 1.0
+        return self.layer_norm_factor if traits(adapter).layer_norm else 1.0
 
     def _optimizer(self, adapter: TaskAdapter[Any]) -> Literal["sgd", "adamw"]:
-        usual: Literal["sgd", "adamw"] = getattr(adapter, "optimizer", "sgd")
-        return usual if self.optimizer == "auto" else self.optimizer
+        return traits(adapter).optimizer if self.optimizer == "auto" else self.optimizer
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""

@@ -18,7 +18,7 @@ from mmdefense.errors import BadInputError, LowUtilityError
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import scores
 from mmdefense.notes import note
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import TaskAdapter, traits
 
 __all__ = ["check_raise", "check_utility", "near_chance"]
 
@@ -57,8 +57,9 @@ def check_utility(
     chance = near_chance(found, samples.strata(), adapter.chance)
     if chance is None:
         return ""
+    name = traits(adapter).score_name
     what = (
-        f"the model's {_score_name(adapter)} is {float(found.mean()):.3f} on {len(found):,} clean "
+        f"the model's {name} is {float(found.mean()):.3f} on {len(found):,} clean "
         f"samples, near chance ({chance:.3f})"
     )
     if damaged := _not_finite(adapter, samples):
@@ -139,21 +140,17 @@ def check_raise(
     least = max(_RAISE, _RAISE_SHARE * (1 - before))
     if after - before - margin <= least:
         return ""
+    name = traits(adapter).score_name
     what = (
-        f"the purification raised the {_score_name(adapter)} from {before:.3f} to {after:.3f} on "
+        f"the purification raised the {name} from {before:.3f} to {after:.3f} on "
         "held-out samples, so the given model did not know what it has learnt now"
     )
     refusal = f"{what}: {_UNLIKE}; nothing was written; {_causes(adapter)}"
     return _accepted(what, accept, refusal)
 
 
-def _score_name(adapter: TaskAdapter[Any]) -> str:
-    return str(getattr(adapter, "score_name", "accuracy"))
-
-
 def _causes(adapter: TaskAdapter[Any]) -> str:
-    causes = getattr(adapter, "misreadings", "labels, preprocessing")
     return (
-        f"check {causes}; if the model is known to be this weak on this data, give "
-        "--accept-low-utility (in Python accept_low_utility=True)"
+        f"check {traits(adapter).misreadings}; if the model is known to be this weak on this "
+        "data, give --accept-low-utility (in Python accept_low_utility=True)"
     )

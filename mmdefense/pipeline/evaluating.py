@@ -21,7 +21,7 @@ from mmdefense.defenses.base import versions
 from mmdefense.errors import BadInputError
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
-from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, check_recordable
 from mmdefense.settings import checked_settings
@@ -221,7 +221,7 @@ def evaluate_files(
         )
     accept = source.accept_low_utility
     found = measured(opened.adapter, data, tried, accept_low_utility=accept)
-    score_name = getattr(opened.adapter, "score_name", "accuracy")
+    score_name = traits(opened.adapter).score_name
     samples = opened.adapter.samples(data)
     own = task.metric == score_name
     evaluation = Evaluation(

@@ -28,6 +28,7 @@ from mmdefense.pipeline.purification import Purification, purify
 from mmdefense.pipeline.scan import scan_loaded
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
+from mmdefense.protocol import traits
 from mmdefense.report.encoding import plain
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.run import Event, Progress
@@ -138,6 +139,7 @@ def writing_seconds(hashing: float) -> float:
 
 def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any]:
     """Return all that the result depends on, as plain values."""
+    its = traits(opened.adapter)
     return {
         **{f"option {name}": value for name, value in plain(source.reading).items()},
         "architecture": plain(source.arch),
@@ -148,7 +150,7 @@ def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any
         **{f"setting {name}": value for name, value in plain(dataclasses.asdict(defense)).items()},
         "task": opened.task.name,
         "model": hash_weights(opened.adapter.model),
-        "normalisation": plain([getattr(opened.adapter, name, None) for name in ("mean", "std")]),
+        "normalisation": plain([its.mean, its.std]),
         "data": opened.samples.fingerprint(),
         "mmdefense": __version__,
         "torch": str(torch.__version__),

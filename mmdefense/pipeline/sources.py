@@ -17,7 +17,7 @@ from mmdefense.checkpoints.huggingface import named_base
 from mmdefense.checkpoints.models import load_model
 from mmdefense.data.batch import Samples
 from mmdefense.errors import BadInputError
-from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.settings import checked_value
 
 __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
@@ -127,7 +127,7 @@ def _task_of(kind: Any) -> str:
     Raises:
         BadInputError: If it does not say.
     """
-    named: str | None = getattr(kind, "task", None)
+    named = traits(kind).task
     if named is None:
         raise BadInputError(f"{kind.__name__} does not say of which task it is; name one: task=")
     return named

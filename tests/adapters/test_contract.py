@@ -57,6 +57,7 @@ def calls(adapter, batch):
         "per_sample_loss": lambda: adapter.per_sample_loss(batch),
         "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
         "score": lambda: adapter.score(batch),
+        "activations": lambda: adapter.activations(batch, [g.layer for g in adapter.unit_groups()]),
         "features": lambda: adapter.features(batch, [g.layer for g in adapter.unit_groups()]),
         "embedding": lambda: adapter.embedding(batch),
         "fork": adapter.fork,

@@ -110,9 +110,9 @@ class Untriggered:
 
     def __init__(self, adapter):
         self.model, self.chance, self.fork = adapter.model, adapter.chance, adapter.fork
-        for name in ("samples", "per_sample_loss", "sampled_loss", "score", "features"):
+        for name in ("samples", "per_sample_loss", "sampled_loss", "score", "activations"):
             setattr(self, name, getattr(adapter, name))
-        self.embedding = adapter.embedding
+        self.features, self.embedding = adapter.features, adapter.embedding
 
 
 def test_what_a_model_has_no_hooks_for_is_a_remark(models):
