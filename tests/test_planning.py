@@ -12,6 +12,7 @@ from commands import Net, small_images
 from mmdefense.defenses.base import TrainingDefense
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.pipeline.planning import Plan, _duration, _seconds
+from mmdefense.prepared import prepare
 from mmdefense.registry import adapt
 
 
@@ -101,26 +102,24 @@ class Timed(TrainingDefense):
 )
 def test_the_time_is_that_of_a_trial_that_goes_on_as_it_began(settings, seconds, at_least):
     clock = Clock()
-    told = _seconds(*small(), Timed(clock=clock, **settings), 0.0, clock)
+    told = _seconds(small(), Timed(clock=clock, **settings), 0.0, clock)
     assert told == (pytest.approx(seconds), at_least)
     assert clock.now <= 10
 
 
 def test_what_grows_with_the_samples_is_tried_on_some_of_them():
     clock = Clock()
-    adapter, samples = small(1024)
-    told = _seconds(adapter, samples, Timed(clock=clock, before=2.0, each=0.01), 0.0, clock)
+    told = _seconds(small(1024), Timed(clock=clock, before=2.0, each=0.01), 0.0, clock)
     assert told == (pytest.approx(2 * 2.0 + 1.0), False)
 
 
 def test_a_model_whose_update_alone_takes_too_long_is_not_tried():
-    told = _seconds(*small(), FineTuning(steps=10, batch_size=4), 3.0, Clock())
+    told = _seconds(small(), FineTuning(steps=10, batch_size=4), 3.0, Clock())
     assert told == ((10 * 4 + 30) * 3.0, True)
 
 
 def small(count=30):
-    adapter = adapt(Net())
-    return adapter, adapter.samples(small_images(count))
+    return prepare(adapt(Net()), small_images(count))
 
 
 @pytest.mark.parametrize(

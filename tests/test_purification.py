@@ -80,7 +80,7 @@ def test_the_given_model_stays_and_the_purified_one_is_of_its_class(net, clean):
 def test_an_adapter_is_taken_as_it_is(net, clean):
     adapter = mmd.adapt(net, mean=(0.5,), std=(0.5,))
     purified = mmd.purify(adapter, clean, Shrink())
-    assert purified.victim is adapter
+    assert purified.prepared.adapter is adapter
     assert purified.result.adapter.mean == (0.5,)
 
 

@@ -80,7 +80,7 @@ def measured_sharpness(
 
     Args:
         adapter: The model.
-        samples: Clean samples.
+        samples: Clean samples, as the adapter reads them.
         seed: Of the probes.
         probes: Number of random vectors.
         steps: Products with the Hessian a probe; by default as many as are allowed.
@@ -89,7 +89,7 @@ def measured_sharpness(
     Raises:
         UnsupportedError: If the model has no Hessian, or is too large even for four products.
     """
-    part = few(adapter.samples(samples), CURVED[0])  # fewer than the classes may be left
+    part = few(samples, CURVED[0])  # fewer than the classes may be left
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
     most = curvature_steps(adapter)
@@ -148,7 +148,7 @@ def embeddings(
 ) -> tuple[Tensor, Tensor] | None:
     """Return the penultimate layer of both models, each ``(N, D)``; none where there is none.
 
-    Of all samples, or of at most ``count``, evenly from the whole set.
+    Of all samples, as the adapters read them, or of at most ``count``, evenly from the whole set.
     """
     try:
         return _embedded(before, samples, count), _embedded(after, samples, count)
@@ -158,8 +158,7 @@ def embeddings(
 
 def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any], count: int | None) -> Tensor:
     with mode(adapter.model, train=False):
-        read = adapter.samples(samples)
-        read = read if count is None else few(read, count)
+        read = samples if count is None else few(samples, count)
         found = [
             each.cpu()
             for batch in batches(read, 64)

@@ -128,7 +128,7 @@ def gather(
     Args:
         before: The given model.
         after: The purified one.
-        samples: Clean samples.
+        samples: Clean samples, as the adapters read them.
         level: ``"fast"`` takes at most 15 % of the purification's time, ``"full"`` what is left
             until the deadline, ``"none"`` measures nothing.
         seconds: What the purification took.
@@ -253,7 +253,7 @@ class _Gathering:
 
     def _map_cost(self) -> float | None:
         """Return what the map costs; none where the samples have no labels."""
-        part = few(self.before.samples(self.samples), EMBEDDED)
+        part = few(self.samples, EMBEDDED)
         if part.strata() is None or len(part) < 3:
             return None
         with mode(self.before.model, train=False), torch.no_grad():
@@ -269,7 +269,7 @@ class _Gathering:
     def _product_cost(self) -> float | None:
         """Return what the least of the curvature costs: its trace, on the fewest samples."""
         adapter = self.before
-        part = few(adapter.samples(self.samples), CURVED[-1])
+        part = few(self.samples, CURVED[-1])
         weights: list[Tensor] = [p for p in adapter.model.parameters() if p.requires_grad]
         curvature_steps(adapter)
         with mode(adapter.model, train=False):
@@ -287,11 +287,10 @@ class _Gathering:
 
     def _curvature(self, cost: float) -> None:
         """Measure as much of the curvature as there is time for, on as many samples as there is."""
-        read = self.before.samples(self.samples)
-        one = cost / (2 * len(few(read, CURVED[-1])))
+        one = cost / (2 * len(few(self.samples, CURVED[-1])))
         most = curvature_steps(self.before)
         for count in CURVED:
-            part = few(read, count)
+            part = few(self.samples, count)
             both = 2 * _SLACK * len(part) * one  # of a product with either model
             if most * both < self.limit.left:
                 return self._sharpness(part, most, ("trace", "lambda_max", "spectrum"))

@@ -18,7 +18,7 @@ from mmdefense.files import plain_file
 from mmdefense.kernels.loop import scores
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pictures import open_picture
-from mmdefense.protocol import TaskAdapter
+from mmdefense.prepared import Prepared
 from mmdefense.report.evaluation import Proportion
 
 __all__ = ["FileTrigger", "Measured", "learnt_tensors", "measured", "read_trigger"]
@@ -40,17 +40,17 @@ class Measured:
 
 
 def measured(
-    adapter: TaskAdapter[Any],
+    prepared: Prepared[Any],
     test: Any,
     attack: Attack[Any] | None = None,
     *,
     accept_low_utility: bool = False,
 ) -> Measured:
-    """Measure a model on ``test`` and, where an attack is given, with its trigger.
+    """Measure a model on test samples and, where an attack is given, with its trigger.
 
     Args:
-        adapter: The model; it is not changed.
-        test: Clean samples that the model was not trained on.
+        prepared: The model, and clean samples that it was not trained on.
+        test: The same samples as the task read them, for the attack.
         attack: Whose trigger is tried.
         accept_low_utility: Whether to go on where the model is near chance.
 
@@ -58,10 +58,8 @@ def measured(
         LowUtilityError: If the model is near chance on the samples, as they were read.
         BadInputError: If the trigger does not fit the samples, or all of them are of its target.
     """
-    samples = adapter.samples(test)
-    found = scores(adapter, samples)
-    check_utility(adapter, samples, found, accept=accept_low_utility)
-    clean = Proportion.of(found)
+    check_utility(prepared, accept=accept_low_utility)
+    adapter, clean = prepared.adapter, Proportion.of(prepared.scores)
     if attack is None:
         return Measured(clean)
     triggered = attack.triggered(test, adapter)

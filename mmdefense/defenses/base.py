@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.checkpoints.weights import check_finite
 from mmdefense.data.batch import Batch, Samples, split
-from mmdefense.defenses.guard import Guard, State, Trial, at_rate, choose
-from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError, one_line
+from mmdefense.defenses.guard import Guard, State, at_rate, between, judge
+from mmdefense.errors import DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import scores
-from mmdefense.kernels.precision import half_types, in_float32, rounded, typed_like
+from mmdefense.kernels.precision import half_types, rounded, typed_like
+from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter, lacking, traits
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import is_out_of_memory, roomy
@@ -129,21 +128,22 @@ class Defense(ABC):
     @final
     def purify(
         self,
-        adapter: TaskAdapter[B],
-        clean: Any,
+        model: TaskAdapter[B] | Prepared[B],
+        clean: Any = None,
         *,
         progress: Progress | None = None,
         store: RunStore | None = None,
         max_seconds: float | Deadline | None = None,
     ) -> Result:
-        """Purify a copy of ``adapter.model``; the given model stays as it is, bit for bit.
+        """Purify a copy of a model; the given one stays as it is, bit for bit.
 
         A model in half precision is purified in float32, for a sum of tiny updates would be lost
         in its own type, and handed back in that; the guard judges what it is rounded to.
 
         Args:
-            adapter: The model in its adapter.
-            clean: Clean samples, in any form that ``adapter.samples`` reads.
+            model: The model in its adapter; or model and clean data, checked by
+                :func:`~mmdefense.prepared.prepare`.
+            clean: With an adapter, clean samples in any form that ``adapter.samples`` reads.
             progress: Called with each :class:`~mmdefense.runtime.run.Event`.
             store: Where to keep states, so that the same call goes on after a kill.
             max_seconds: Within how many seconds to be done, with the best state so far, or by what
@@ -155,6 +155,7 @@ class Defense(ABC):
             BadInputError: If the clean data or the model cannot be used.
             DivergenceError: If the loss stopped being finite.
         """
+        adapter = model.adapter if isinstance(model, Prepared) else model
         if missing := lacking(adapter, self.requires):
             raise UnsupportedError(
                 f"{type(self).__name__} needs a {self.requires.__name__}; "
@@ -162,18 +163,14 @@ class Defense(ABC):
             )
         deadline = Deadline.after(max_seconds)
         begin = deadline.clock()
-        given = adapter.model
-        check_finite(given.state_dict(), type(given).__name__)
-        adapter = in_float32(adapter)
-        samples = adapter.samples(clean)
-        _check_enough(samples, adapter)
-        fit, held = split(samples, self.holdout, self.seed)
+        prepared = model if isinstance(model, Prepared) else prepare(model, clean)
+        fit, held = split(prepared.samples, self.holdout, self.seed)
         parts = Parts(deadline.clock, begin)
         run = Run(seed=self.seed, store=store, deadline=deadline, parts=parts)
         if progress is not None:
             run.progress = progress
-        private = adapter.fork() if adapter.model is given else adapter
-        work = Purifying(private, fit, held, run, types=half_types(given))
+        given = prepared.model
+        work = Purifying(prepared.adapter.fork(), fit, held, run, types=half_types(given))
         guard = self.attempt(work)
         for module, one in zip(work.adapter.model.modules(), given.modules(), strict=True):
             module.training = one.training
@@ -188,7 +185,7 @@ class Defense(ABC):
             figures=work.figures,
             seconds=parts.seconds,
             versions=versions(),
-            data={"fingerprint": samples.fingerprint(), "samples": len(samples)},
+            data={"fingerprint": prepared.fingerprint, "samples": len(prepared.samples)},
             stopped=work.stopped,
             threads=tuple(parts.threads),
             unchanged=self._why_unchanged(work) if _same(given, purified) else "",
@@ -209,11 +206,8 @@ class Defense(ABC):
     def attempt(self, work: Purifying[Any]) -> Guard:
         """Run in ``work``, up to its deadline, and leave the state that the guard chose there.
 
-        Where neither the final state nor one near to it keeps the bound, or the loss stops being
-        finite, it begins again with :meth:`milder`, and so on.
-
         Raises:
-            DivergenceError: If the loss stopped being finite every time.
+            DivergenceError: If the loss stopped being finite at every rate.
         """
         again = getattr(self, "gradient_checkpointing", False)
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
@@ -223,25 +217,34 @@ class Defense(ABC):
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
             work.run.progress(Event("utility before", 1, 1))
             work.run.deadline = _before_the_guard(deadline, deadline.clock() - begin)
-            trials = self._trials(work, given)
-            score = partial(_judged, work, itertools.count(1))
-            bound = self.max_utility_drop
-            guard, chosen, state = choose(trials, given, before, score, bound, deadline)
-            work.adapter.model.load_state_dict(rounded(state, work.types))
-        guard = replace(guard, metric=traits(work.adapter).score_name)
-        if chosen.work is not work:
-            work.run.adopt(at_rate(chosen.rate), chosen.work.run)
-            work.figures = chosen.work.figures
-        return guard
+            judging = _Judging(work, before, self.max_utility_drop, deadline)
+            self._run_until_kept(work, given, judging)
+            chosen = judging.best
+            work.adapter.model.load_state_dict(rounded(chosen.state, work.types))
+        if chosen.part is not work:
+            work.run.adopt(at_rate(chosen.guard.rate), chosen.part.run)
+            work.figures = chosen.part.figures
+        return replace(chosen.guard, metric=traits(work.adapter).score_name)
 
-    def _trials(self, work: Purifying[Any], given: State) -> Iterator[Trial]:
-        """Run this defense, and then milder ones, each when it is asked for.
+    def _run_until_kept(self, work: Purifying[Any], given: State, judging: _Judging) -> None:
+        """Run at one rate after another until a state keeps the utility bound.
 
-        Yields:
-            Each that did not diverge, nor, if it is not the first, was cut off by the deadline.
+        Tried at each rate: the final state, and states on the line from it to the given one, down
+        to 60 % of the way. Where none of them keeps the bound, or the loss stopped being finite,
+        the next rate is that of :meth:`milder`. In the end come the states that the defense kept on
+        its way at the first rate, latest first, and the rest of its line.
+
+        Args:
+            work: What the defense works with at its own rate.
+            given: The state of the given model.
+            judging: Judges the states, and keeps the best.
+
+        Raises:
+            DivergenceError: If the loss stopped being finite at every rate.
         """
         defense: Defense | None = self
-        part, rate, failure, ended = work, 1.0, None, False
+        part, rate, failure = work, 1.0, None
+        ended: list[tuple[Purifying[Any], float, State]] = []
         while defense is not None and not work.stopped:
             if part is not work:
                 why = "the loss stopped being finite" if failure else "too much utility is lost"
@@ -256,14 +259,19 @@ class Defense(ABC):
             except DivergenceError as error:
                 failure = error
             if failure is None and (part is work or not work.stopped):
-                ended = True
-                final = f"{work.stopped}, when the time was up" if work.stopped else "final"
-                states = [*part.run.states, (final, copy_state(work.adapter.model))]
-                yield Trial(part, rate, states)
+                final = copy_state(work.adapter.model)
+                ended.append((part, rate, final))
+                label = f"{work.stopped}, when the time was up" if work.stopped else "final"
+                near = between(given, final, (0.9, 0.8, 0.7, 0.6))
+                if judging.settles(part, rate, chain([(label, final)], near)):
+                    return
             defense, rate = defense.milder(), rate / 2
             part = replace(work, run=work.run.milder(at_rate(rate)), figures={})
         if failure is not None and not ended:
             raise failure
+        part, rate, final = ended[0]
+        far = between(given, final, (0.5, 0.4, 0.3, 0.2, 0.1))
+        judging.settles(part, rate, chain(reversed(part.run.states), far))
 
     def milder(self) -> Defense | None:
         """Return the defense to try where this one costs too much utility, if there is one."""
@@ -341,19 +349,6 @@ class TrainingDefense(Defense):
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
 
 
-def _check_enough(samples: Samples[Any], adapter: TaskAdapter[Any]) -> None:
-    """Refuse labelled data with fewer samples than the model has classes.
-
-    Raises:
-        BadInputError: Naming both numbers.
-    """
-    classes = round(1 / adapter.chance)
-    if samples.strata() is not None and len(samples) < classes:
-        raise BadInputError(
-            f"clean data must hold at least one sample per class ({classes}), got {len(samples)}"
-        )
-
-
 def _same(given: nn.Module, purified: nn.Module) -> bool:
     """Say whether all weights and buffers of two models are equal, bit for bit."""
     before, after = given.state_dict(), purified.state_dict()
@@ -362,13 +357,63 @@ def _same(given: nn.Module, purified: nn.Module) -> bool:
     )
 
 
-def _judged(work: Purifying[Any], numbers: Iterator[int], state: State) -> Tensor:
-    """Return the scores of a state for the guard, and say how many were judged."""
-    number = next(numbers)
-    work.run.progress(Event("guard", number - 1, 0))
-    found = _scores(work, state)
-    work.run.progress(Event("guard", number, 0))
-    return found
+@dataclass(frozen=True)
+class _Chosen:
+    """A state that was judged, with its verdict and the part of the run that reached it."""
+
+    guard: Guard
+    part: Purifying[Any]
+    state: State
+
+
+@dataclass
+class _Judging:
+    """Judges one state after another on the hold-out part, and keeps the best of them.
+
+    Attributes:
+        work: Around the model that the states are of.
+        before: Each held-out sample's share of the task metric under the given model, ``(N,)``.
+        bound: The largest drop that is allowed.
+        deadline: Once it has passed, no further state is judged.
+        judged: What was judged so far: none, or the best.
+        count: How many states were judged.
+    """
+
+    work: Purifying[Any]
+    before: Tensor
+    bound: float
+    deadline: Deadline
+    judged: _Chosen | None = None
+    count: int = 0
+
+    @property
+    def best(self) -> _Chosen:
+        """The state that keeps the bound, or else the one with the smallest drop."""
+        assert self.judged is not None
+        return self.judged
+
+    def settles(
+        self, part: Purifying[Any], rate: float, states: Iterable[tuple[str, State]]
+    ) -> bool:
+        """Judge states in turn; return whether one keeps the bound, or the time is up.
+
+        Args:
+            part: The part of the run that reached them.
+            rate: The share of the learning rate at which it did.
+            states: Each with its label.
+        """
+        for label, state in states:
+            if self.judged is not None and self.deadline.passed:
+                return True
+            self.work.run.progress(Event("guard", self.count, 0))
+            guard = judge(self.before, _scores(self.work, state), self.bound, label, rate)
+            self.count += 1
+            self.work.run.progress(Event("guard", self.count, 0))
+            if self.judged is None or guard.drop < self.judged.guard.drop or not guard.violated:
+                self.judged = _Chosen(guard, part, state)
+            if not guard.violated:
+                return True
+        return False
 
 
 def _scores(work: Purifying[Any], state: State) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from mmdefense.runtime.deadline import Deadline
 
 __all__ = [
     "KEPT",
@@ -18,9 +16,9 @@ __all__ = [
     "VIOLATED",
     "Guard",
     "State",
-    "Trial",
     "at_rate",
-    "choose",
+    "between",
+    "judge",
     "not_decidable",
 ]
 
@@ -134,21 +132,6 @@ class Guard:
         return f"bound {self.undecided}"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A defense that has run.
-
-    Attributes:
-        work: What it worked with.
-        rate: The share of the learning rate at which it ran.
-        states: What it may hand back, each with its label; the final one stands last.
-    """
-
-    work: Any
-    rate: float
-    states: list[tuple[str, State]]
-
-
 def not_decidable(samples: int, needed: int | None) -> str:
     """Return in words that a hold-out part does not decide, and how large one would."""
     would = "" if needed is None else f" (about {needed:,} would decide)"
@@ -160,70 +143,16 @@ def at_rate(rate: float) -> str:
     return f"at {rate:g} times the learning rate"
 
 
-def choose(
-    trials: Iterable[Trial],
-    given: State,
-    before: Tensor,
-    score: Callable[[State], Tensor],
-    bound: float,
-    deadline: Deadline | None = None,
-) -> tuple[Guard, Trial, State]:
-    """Return the most purified state whose drop is within ``bound``, judged with its interval.
-
-    Tried in turn: the final state of a trial and states on the line from it to the given one, down
-    to 60 % of the way; then those of the next trial, at half of the rate; and in the end the states
-    that the first one kept on its way, latest first, and the rest of its line. A state is turned
-    down only where its drop exceeds the bound beyond the error of the hold-out part: the lower end
-    of the one-sided 95 % interval is above it. Where all are, the one with the smallest drop is
-    returned.
+def judge(before: Tensor, after: Tensor, bound: float, state: str, rate: float = 1.0) -> Guard:
+    """Return the verdict on a state.
 
     Args:
-        trials: At least one; the next is asked for where nothing near to the last one will do.
-        given: The state of the given model.
-        before: Each held-out sample's share of the task metric under it, shape ``(N,)``.
-        score: Returns the same of another state.
-        bound: The largest drop, in ``[0, 1]``.
-        deadline: Once it has passed only the first state is judged, and no other is tried.
+        before: Each held-out sample's share of the task metric under the given model, ``(N,)``.
+        after: The same under the state, shape ``(N,)``.
+        bound: The largest drop of the mean that is allowed, in ``[0, 1]``.
+        state: What the state is called.
+        rate: The share of the learning rate at which it was reached.
     """
-    best: tuple[Guard, Trial, State] | None = None
-    for trial, label, state in _candidates(trials, given):
-        if best is not None and deadline is not None and deadline.passed:
-            break
-        guard = replace(_judge(before, score(state), bound, label), rate=trial.rate)
-        if best is None or guard.drop < best[0].drop or not guard.violated:
-            best = guard, trial, state
-        if not guard.violated:
-            break
-    assert best is not None
-    return best
-
-
-def _candidates(trials: Iterable[Trial], given: State) -> Iterator[tuple[Trial, str, State]]:
-    first = None
-    for trial in trials:
-        first = first or trial
-        yield trial, *trial.states[-1]
-        yield from _on_the_line(trial, given, (0.9, 0.8, 0.7, 0.6))
-    if first is not None:
-        for label, state in reversed(first.states[:-1]):
-            yield first, label, state
-        yield from _on_the_line(first, given, (0.5, 0.4, 0.3, 0.2, 0.1))
-
-
-def _on_the_line(
-    trial: Trial, given: State, shares: Sequence[float]
-) -> Iterator[tuple[Trial, str, State]]:
-    """Yield states between the final one of a trial and the given one."""
-    _, final = trial.states[-1]
-    for share in shares:
-        mixed = {
-            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
-            for name, value in final.items()
-        }
-        yield trial, f"{share:.0%} of the way to the final state", mixed
-
-
-def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
     difference = (before - after).double()
     count = len(difference)
     return Guard(
@@ -234,4 +163,15 @@ def _judge(before: Tensor, after: Tensor, bound: float, state: str) -> Guard:
         bound=bound,
         samples=count,
         state=state,
+        rate=rate,
     )
+
+
+def between(given: State, final: State, shares: Iterable[float]) -> Iterator[tuple[str, State]]:
+    """Yield the states at shares of the way from the given one to the final one, with labels."""
+    for share in shares:
+        mixed = {
+            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+            for name, value in final.items()
+        }
+        yield f"{share:.0%} of the way to the final state", mixed

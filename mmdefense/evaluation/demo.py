@@ -158,7 +158,7 @@ def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
 
     Of few samples, for there are many models.
     """
-    some = few(victim.clean, _CURVED)
+    some = victim.adapter.samples(few(victim.clean, _CURVED))
     adapters = {"before": victim.adapter, **{name: r.adapter for name, r in results.items()}}
     measured = {name: sharpness(adapter, some) for name, adapter in adapters.items()}
     found = {name: value for name, value in measured.items() if value is not None}
@@ -183,7 +183,8 @@ def _embedding_figure(
         for part, count in ((victim.test, 200), (triggered.samples, 90), (triggered.clean, 90))
     )
     labels = [part.strata() for part in (clean, truth)]
-    pairs = [embeddings(victim.adapter, result.adapter, part) for part in (clean, stamped)]
+    read = [victim.adapter.samples(part) for part in (clean, stamped)]
+    pairs = [embeddings(victim.adapter, result.adapter, part) for part in read]
     known = [label for label in labels if label is not None]
     found = [pair for pair in pairs if pair is not None]
     if len(known) < 2 or len(found) < 2:

@@ -16,8 +16,8 @@ from torch import Tensor
 from mmdefense.data.batch import Samples
 from mmdefense.errors import BadInputError, LowUtilityError
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import scores
 from mmdefense.notes import note
+from mmdefense.prepared import Prepared
 from mmdefense.protocol import TaskAdapter, traits
 
 __all__ = ["check_raise", "check_utility", "near_chance"]
@@ -31,19 +31,11 @@ _RAISE = 0.1  # ours: a raise of the task metric that a purification does not br
 _RAISE_SHARE = 0.25  # ours: the same as a share of what was missing to a perfect score
 
 
-def check_utility(
-    adapter: TaskAdapter[Any],
-    samples: Samples[Any],
-    found: Tensor | None = None,
-    *,
-    accept: bool = False,
-) -> str:
+def check_utility(prepared: Prepared[Any], *, accept: bool = False) -> str:
     """Refuse a model whose task metric on clean samples is near chance, unless it is accepted.
 
     Args:
-        adapter: The model.
-        samples: Clean samples, as the adapter reads them.
-        found: Their scores, shape ``(N,)``, where they are known already.
+        prepared: The model and the samples.
         accept: Whether such a model is taken all the same, with a note.
 
     Returns:
@@ -53,7 +45,7 @@ def check_utility(
         LowUtilityError: With the likely causes.
         BadInputError: If the model's loss is NaN or infinite.
     """
-    found = scores(adapter, samples) if found is None else found
+    adapter, samples, found = prepared.adapter, prepared.samples, prepared.scores
     chance = near_chance(found, samples.strata(), adapter.chance)
     if chance is None:
         return ""

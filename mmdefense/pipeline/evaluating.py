@@ -16,11 +16,12 @@ from mmdefense.analysis.measurement import learnt_tensors, measured, read_trigge
 from mmdefense.attacks.base import Attack
 from mmdefense.checkpoints.models import weight_names
 from mmdefense.checkpoints.seals import Seal, read_once
-from mmdefense.checkpoints.weights import hash_file, hash_weights
+from mmdefense.checkpoints.weights import hash_file
 from mmdefense.defenses.base import versions
 from mmdefense.errors import BadInputError
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
+from mmdefense.prepared import Prepared
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, check_recordable
@@ -208,21 +209,24 @@ def evaluate_files(
     """
     with read_once(source.model) as seal:
         opened = open_vetted(source).opened
-    model = _model_info(source, opened, seal)
+    decoded = getattr(opened.data, "in_memory", None)  # what is decoded once is read often
+    if decoded is not None:
+        opened = dataclasses.replace(opened, data=decoded())
+    prepared = opened.prepare(to_learn=False)
+    adapter, samples = prepared.adapter, prepared.samples
+    model = _model_info(source, prepared, seal)
     if record is not None:
         check_recordable(Path(record), model)
-    task, data = opened.task, opened.data.in_memory()
-    classes = _classes(opened)
+    task, classes = opened.task, _classes(opened)
     tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
     if tried is not None and task.name not in tried.tasks:
         raise BadInputError(
             f"{type(tried).__name__} is an attack on {' and '.join(tried.tasks)}, but the model "
             f"is of {task.name}; choose one of its own"
         )
-    accept = source.accept_low_utility
-    found = measured(opened.adapter, data, tried, accept_low_utility=accept)
-    score_name = traits(opened.adapter).score_name
-    samples = opened.adapter.samples(data)
+    raw = samples if decoded is None else opened.data
+    found = measured(prepared, raw, tried, accept_low_utility=source.accept_low_utility)
+    score_name = traits(adapter).score_name
     own = task.metric == score_name
     evaluation = Evaluation(
         model=model,
@@ -230,33 +234,33 @@ def evaluate_files(
             name=_named(source.data, "samples"),
             split=source.split,
             samples=len(samples),
-            fingerprint=samples.fingerprint(),
+            fingerprint=prepared.fingerprint,
         ),
         task=task.name,
         metric=task.metric,
-        value=found.score.value if own else task.measure(opened.adapter, samples),
+        value=found.score.value if own else task.measure(adapter, samples),
         score=found.score,
         score_name=score_name,
-        also=_also(task, opened.adapter, samples),
+        also=_also(task, adapter, samples),
         attack=None if tried is None else _tried(attack, tried, classes),
         asr=found.asr,
         ra=found.ra,
         versions=versions(),
-        device=str(next(opened.adapter.model.parameters()).device),
+        device=str(next(adapter.model.parameters()).device),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
     return evaluation if record is None else add_evaluation(Path(record), evaluation)
 
 
-def _model_info(source: Source, opened: Opened, seal: Seal | None) -> EvaluatedModel:
-    model = opened.adapter.model
+def _model_info(source: Source, prepared: Prepared[Any], seal: Seal | None) -> EvaluatedModel:
+    model = prepared.model
     files = {} if seal is None else {n: seal.files[n] for n in weight_names(source.model)}
     return EvaluatedModel(
         name=_named(source.model, type(model).__name__),
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        sha256=hash_weights(model),
+        sha256=prepared.sha256,
         files=files,
     )
 

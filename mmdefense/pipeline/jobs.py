@@ -20,14 +20,15 @@ from mmdefense.checkpoints.folders import reserved
 from mmdefense.checkpoints.outputs import check_apart
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.seals import read_once
-from mmdefense.checkpoints.weights import hash_weights, write_state
+from mmdefense.checkpoints.weights import write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
 from mmdefense.notes import note
-from mmdefense.pipeline.purification import Purification, purify
+from mmdefense.pipeline.purification import Purification, purify_prepared
 from mmdefense.pipeline.scan import scan_loaded
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
+from mmdefense.prepared import Prepared
 from mmdefense.protocol import traits
 from mmdefense.report.encoding import plain
 from mmdefense.runtime.deadline import Deadline
@@ -95,23 +96,22 @@ def purify_files(
         with read_once(source.model, every=True) as seal:
             tell(Event("reading", 0, 1))
             vetted = open_vetted(source)
-            opened = vetted.opened
+            prepared = vetted.opened.prepare()
             tell(Event("reading", 1, 1))
             tell(Event("scan", 0, 1))
             files = None if seal is None else seal.own
-            scanned = scan_loaded(source.model, opened.adapter.model, files, vetted.findings)
+            scanned = scan_loaded(source.model, prepared.model, files, vetted.findings)
             tell(Event("scan", 1, 1))
         begin = deadline.clock()
-        _claim(store, _identity(source, opened, defense))
+        _claim(store, _identity(source, vetted.opened, prepared, defense))
         writing = writing_seconds(deadline.clock() - begin)
-        with _kept_or_cleared(store, opened.adapter.model):
-            purified = purify(
-                opened.adapter,
-                opened.samples,
+        with _kept_or_cleared(store, prepared.model):
+            purified = purify_prepared(
+                prepared,
                 defense,
                 progress=progress,
                 store=store,
-                max_seconds=deadline.earlier(writing),
+                deadline=deadline.earlier(writing),
                 evidence=evidence,
                 accept_low_utility=source.accept_low_utility,
             )
@@ -137,7 +137,9 @@ def writing_seconds(hashing: float) -> float:
     return _FOR_THE_PAGE + _PASSES * hashing
 
 
-def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any]:
+def _identity(
+    source: Source, opened: Opened, prepared: Prepared[Any], defense: Defense
+) -> dict[str, Any]:
     """Return all that the result depends on, as plain values."""
     its = traits(opened.adapter)
     return {
@@ -149,9 +151,9 @@ def _identity(source: Source, opened: Opened, defense: Defense) -> dict[str, Any
         "defense": type(defense).__name__,
         **{f"setting {name}": value for name, value in plain(dataclasses.asdict(defense)).items()},
         "task": opened.task.name,
-        "model": hash_weights(opened.adapter.model),
+        "model": prepared.sha256,
         "normalisation": plain([its.mean, its.std]),
-        "data": opened.samples.fingerprint(),
+        "data": prepared.fingerprint,
         "mmdefense": __version__,
         "torch": str(torch.__version__),
     }

@@ -17,12 +17,12 @@ from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.data.batch import Samples, few, split
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.kernels.loop import mean_loss_gradient
-from mmdefense.kernels.precision import in_float32
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.jobs import writing_seconds
 from mmdefense.pipeline.scan import scan_loaded
 from mmdefense.pipeline.sources import Source
 from mmdefense.pipeline.vetting import open_vetted
+from mmdefense.prepared import Prepared
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.run import Event
@@ -119,21 +119,21 @@ def plan(
     """
     begin = clock()
     vetted = open_vetted(source)
-    opened = vetted.opened
-    adapter, samples = opened.adapter, opened.samples
-    check_utility(in_float32(adapter), samples, accept=source.accept_low_utility)
-    scanned = scan_loaded(source.model, adapter.model, findings=vetted.findings)
+    prepared = vetted.opened.prepare()
+    model, adapter, samples = prepared.model, prepared.adapter, prepared.samples
+    check_utility(prepared, accept=source.accept_low_utility)
+    scanned = scan_loaded(source.model, model, findings=vetted.findings)
     read, begin = clock() - begin, clock()
-    hash_weights(adapter.model)
+    hash_weights(model)
     written = writing_seconds(clock() - begin)
     gradient = _gradient_seconds(adapter, samples, clock)
-    seconds, at_least = _seconds(adapter, samples, defense, gradient, clock)
+    seconds, at_least = _seconds(prepared, defense, gradient, clock)
     fit, held = split(samples, defense.holdout, defense.seed)
     return Plan(
-        task=opened.task.name,
+        task=vetted.opened.task.name,
         adapter=type(adapter).__name__,
-        architecture=type(adapter.model).__name__,
-        parameters=sum(p.numel() for p in adapter.model.parameters()),
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
         trained=(defense.trained(adapter.fork()) if isinstance(defense, TrainingDefense) else None),
         fit=len(fit),
         holdout=len(held),
@@ -144,7 +144,7 @@ def plan(
         evidence_seconds=(
             SHARE * seconds if evidence == "fast" else most_seconds(len(samples), gradient)
         ),
-        memory=_peak(next(adapter.model.parameters()).device),
+        memory=_peak(next(model.parameters()).device),
         scan=scanned.verdict.text,
     )
 
@@ -153,13 +153,12 @@ def _gradient_seconds(
     adapter: TaskAdapter[Any], samples: Samples[Any], clock: Callable[[], float]
 ) -> float:
     """Return about how long the gradient of one sample's loss takes, among eight or alone."""
-    wide = in_float32(adapter)
-    weights = [p for p in wide.model.parameters() if p.requires_grad]
+    weights = [p for p in adapter.model.parameters() if p.requires_grad]
     took = 0.0
     for count in (1, 8):
-        some = few(wide.samples(samples), count)
+        some = few(samples, count)
         begin = clock()
-        mean_loss_gradient(wide, some.take(torch.arange(len(some))), weights)
+        mean_loss_gradient(adapter, some.take(torch.arange(len(some))), weights)
         took = (clock() - begin) / len(some)
         if took > 0.25:
             break
@@ -167,26 +166,24 @@ def _gradient_seconds(
 
 
 def _seconds(
-    adapter: TaskAdapter[Any],
-    samples: Samples[Any],
-    defense: Defense,
-    gradient: float,
-    clock: Callable[[], float],
+    prepared: Prepared[Any], defense: Defense, gradient: float, clock: Callable[[], float]
 ) -> tuple[float, bool]:
     """Return about how long a purification takes, and whether it may take longer.
 
     The defense is run for some seconds, and the stage in which it is cut off taken to go on as it
     began. Where one update alone would take longer, nothing is tried.
     """
+    samples = prepared.samples
     steps, batch = getattr(defense, "steps", None) or 0, getattr(defense, "batch_size", None) or 32
     if batch * gradient > _TRIAL:
         return (steps * batch + len(samples)) * gradient, True
-    part = few(adapter.samples(samples), _TRIED)
+    part = few(samples, _TRIED)
     heard = _Heard(clock)
     once = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
     trial = dataclasses.replace(defense, **once)
     limit = Deadline(clock() + _TRIAL, clock)
-    result = trial.purify(adapter, part, progress=heard, max_seconds=limit)
+    some = dataclasses.replace(prepared, samples=part)
+    result = trial.purify(some, progress=heard, max_seconds=limit)
     settings = {v for v in result.settings.values() if type(v) is int and v > 1}
     stages = heard.stages()
     cut = _cut(stages) if result.stopped else None

@@ -21,16 +21,15 @@ from mmdefense.checkpoints.models import weight_names, write_model
 from mmdefense.checkpoints.outputs import CARD, FIGURES
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.seals import Seal, read_once
-from mmdefense.checkpoints.weights import check_finite, hash_file, hash_weights
-from mmdefense.data.batch import Samples
+from mmdefense.checkpoints.weights import hash_file, hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.errors import BadInputError
 from mmdefense.findings import ScanRecord
-from mmdefense.kernels.precision import in_float32, typed_like
 from mmdefense.metrics.utility import check_raise, check_utility
 from mmdefense.pipeline.sources import AUTO, Source
 from mmdefense.pipeline.vetting import Vetted, open_vetted
+from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
 from mmdefense.report.archive import write_figures
@@ -46,7 +45,7 @@ from mmdefense.runtime.run import Progress
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
 
-__all__ = ["Purification", "configured", "purify"]
+__all__ = ["Purification", "configured", "purify", "purify_prepared"]
 
 
 def purify(
@@ -137,44 +136,65 @@ def purify(
         )
         with read_once(model) as seal:
             vetted = open_vetted(source)
-        victim, clean = vetted.opened.adapter, vetted.opened.samples
+            prepared = vetted.opened.prepare()
         names |= {"weights": weights} if weights is not None else {}
     elif arch is not None or weights is not None or reading:
         raise BadInputError(
             "arch, weights and reading are for a model or data at a path; leave them out"
         )
     else:
-        victim = cast("TaskAdapter[Any]", model)
-    wide = in_float32(victim)  # what the report measures; images in float32 need it
-    samples = wide.samples(clean)
-    check_finite(victim.model.state_dict(), type(victim.model).__name__)
-    near_chance = check_utility(wide, samples, accept=accept_low_utility)
-    computed = time.process_time()
+        prepared = prepare(cast("TaskAdapter[Any]", model), clean)
     with shown(progress) as display:
-        result = chosen.purify(victim, samples, progress=display, store=store, max_seconds=deadline)
-        guard = result.guard
-        raised = check_raise(
-            wide, guard.before, guard.after, guard.margin, accept=accept_low_utility
-        )
-        found = gather(
-            wide,
-            result.adapter,
-            samples,
-            level,
-            seconds=result.seconds,
-            slowness=max(1.0, result.seconds / max(1e-3, time.process_time() - computed)),
-            seed=chosen.seed,
-            deadline=deadline,
+        purified = purify_prepared(
+            prepared,
+            chosen,
             progress=display,
+            store=store,
+            deadline=deadline,
+            evidence=level,
+            accept_low_utility=accept_low_utility,
         )
-    accepted = "; ".join(text for text in (near_chance, raised) if text)
-    return Purification(
-        *(wide, result, samples, chosen, names),
-        evidence=found,
-        low_utility=accepted,
-        seal=seal,
-        accepted_findings="" if vetted is None else vetted.accepted,
+    accepted = "" if vetted is None else vetted.accepted
+    return dataclasses.replace(purified, names=names, seal=seal, accepted_findings=accepted)
+
+
+def purify_prepared(
+    prepared: Prepared[Any],
+    defense: Defense,
+    *,
+    progress: Progress | None = None,
+    store: RunStore | None = None,
+    deadline: Deadline,
+    evidence: Level = "fast",
+    accept_low_utility: bool = False,
+) -> Purification:
+    """Purify a model that was checked with its data; the arguments are those of :func:`purify`.
+
+    Raises:
+        LowUtilityError: If the model does not work on the data as it was read.
+        UnsupportedError: If it lacks what the defense needs.
+        DivergenceError: If a loss stopped being finite.
+    """
+    near_chance = check_utility(prepared, accept=accept_low_utility)
+    computed = time.process_time()
+    result = defense.purify(prepared, progress=progress, store=store, max_seconds=deadline)
+    guard, adapter = result.guard, prepared.adapter
+    raised = check_raise(
+        adapter, guard.before, guard.after, guard.margin, accept=accept_low_utility
     )
+    found = gather(
+        adapter,
+        result.adapter,
+        prepared.samples,
+        evidence,
+        seconds=result.seconds,
+        slowness=max(1.0, result.seconds / max(1e-3, time.process_time() - computed)),
+        seed=defense.seed,
+        deadline=deadline,
+        progress=progress,
+    )
+    accepted = "; ".join(text for text in (near_chance, raised) if text)
+    return Purification(prepared, result, defense, evidence=found, low_utility=accepted)
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
@@ -195,10 +215,8 @@ class Purification:
     """A purified model with its evidence.
 
     Attributes:
-        victim: The adapter around the given model, which is as it was; where that is in half
-            precision, around a copy in float32.
+        prepared: The given model, which is as it was, and the clean samples.
         result: What the defense returned.
-        samples: The clean samples.
         defense: The defense with all its settings.
         names: What the user called ``model`` and ``data``, and the ``command``, for the record.
         scan: What a look at the given model found before, for the record.
@@ -215,9 +233,8 @@ class Purification:
         True
     """
 
-    victim: TaskAdapter[Any]
+    prepared: Prepared[Any]
     result: Result
-    samples: Samples[Any] = field(repr=False)
     defense: Defense
     names: Mapping[str, str] = field(default_factory=dict)
     scan: ScanRecord | None = None
@@ -261,10 +278,10 @@ class Purification:
 
     def record(self) -> PurificationRecord:
         """Return what is known about the purification, as ``purification.json`` has it."""
-        title = self.names.get("model", type(self.victim.model).__name__)
+        title = self.names.get("model", type(self.prepared.model).__name__)
         return PurificationRecord(
             title=title,
-            task=getattr(self.victim, "task", ""),
+            task=getattr(self.prepared.adapter, "task", ""),
             model=self._model_info(title),
             data=records.DataInfo(name=self.names.get("data", "clean samples"), **self.result.data),
             defense=records.DefenseInfo(
@@ -395,7 +412,7 @@ class Purification:
             name=name,
             architecture=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            sha256_before=hash_weights(typed_like(self.victim.model, self.model)),
+            sha256_before=self.prepared.sha256,
             sha256_after=hash_weights(self.model),
         )
 

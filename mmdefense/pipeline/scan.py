@@ -18,9 +18,9 @@ from mmdefense.checkpoints.weights import read_state
 from mmdefense.data.batch import Samples
 from mmdefense.errors import MMDefenseError, one_line
 from mmdefense.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
-from mmdefense.kernels.precision import in_float32
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.sources import AUTO, Source, usable_device
+from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report.encoding import plain
 from mmdefense.report.terminal import shown
@@ -315,17 +315,17 @@ def _opened(
         return NOT_LOOKED.found("behaviour", why, level="low")
     try:
         seen = _read(model, data, source)
-        check_utility(*seen, accept=source["accept_low_utility"])
-        return seen
+        check_utility(seen, accept=source["accept_low_utility"])
+        return seen.adapter, seen.samples
     except MMDefenseError as error:
         if level != "medium":
             raise
         return NOT_LOOKED.found("behaviour", one_line(error), level="low")
 
 
-def _read(model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]) -> _Seen:
+def _read(
+    model: Path | nn.Module | TaskAdapter[Any], data: Any, source: dict[str, Any]
+) -> Prepared[Any]:
     if isinstance(model, nn.Module | Path) or isinstance(data, str | Path):
-        opened = Source(model=model, data=data, **source).open()
-        return in_float32(opened.adapter), opened.samples
-    wide = in_float32(model)
-    return wide, wide.samples(data)
+        return Source(model=model, data=data, **source).open().prepare(to_learn=False)
+    return prepare(model, data, to_learn=False)

@@ -15,8 +15,8 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.checkpoints.huggingface import named_base
 from mmdefense.checkpoints.models import load_model
-from mmdefense.data.batch import Samples
 from mmdefense.errors import BadInputError
+from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.settings import checked_value
 
@@ -31,19 +31,23 @@ NOT_WRITTEN = {"split", "said", "fit", "fill", "processor", "tokenizer", "exampl
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and its data, read and checked.
+    """A model and its data, as they were read.
 
     Attributes:
         task: What the model is for.
         adapter: Around the model.
-        data: As the task reads it: what attacks stamp and metrics read.
-        samples: The same as the adapter reads it: what defenses take.
+        data: As the task reads it, or as it was given.
+        finite: Whether the weights are known to be finite.
     """
 
     task: Task
     adapter: TaskAdapter[Any]
-    data: Samples[Any]
-    samples: Samples[Any]
+    data: Any
+    finite: bool = False
+
+    def prepare(self, *, to_learn: bool = True) -> Prepared[Any]:
+        """Return model and data, checked; see :func:`mmdefense.prepared.prepare`."""
+        return prepare(self.adapter, self.data, finite=self.finite, to_learn=to_learn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +93,11 @@ class Source:
         return paths if base is None else [*paths, base]
 
     def open(self) -> Opened:
-        """Return the model in its adapter, and the data as the task and the model read them.
+        """Return the model in its adapter, and the data as the task reads it.
 
         Raises:
-            BadInputError: If either cannot be read, they do not fit each other or the task, or an
-                option is none of theirs.
+            BadInputError: If either cannot be read, they do not fit the task, or an option is none
+                of theirs.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
         device = usable_device(self.device)
@@ -115,10 +119,10 @@ class Source:
         if isinstance(self.data, str | Path):
             said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}  # type: ignore[attr-defined]
             data = task.load(self.data, split=self.split, said=said, **mine)
-            return Opened(task, adapter, data, adapter.samples(data))
-        _refuse(mine, "samples in memory")
-        samples = adapter.samples(self.data)
-        return Opened(task, adapter, self.data if _is_set(self.data) else samples, samples)
+        else:
+            _refuse(mine, "samples in memory")
+            data = self.data
+        return Opened(task, adapter, data, finite=isinstance(self.model, str | Path))
 
 
 def _task_of(kind: Any) -> str:
@@ -136,11 +140,6 @@ def _task_of(kind: Any) -> str:
 def _refuse(options: Mapping[str, Any], given: str) -> None:
     for name, value in options.items():
         raise BadInputError(f"{name}={value} has no effect on {given}; leave it out")
-
-
-def _is_set(data: Any) -> bool:
-    """Say whether data is samples as a task's ``load`` returns them."""
-    return hasattr(data, "subset") and hasattr(data, "strata")
 
 
 def _told_apart(

@@ -74,7 +74,7 @@ def write_images(folder: Path, sizes=SQUARE) -> Path:
 
 
 def opened(model: Path, data: Path):
-    return Source(model=str(model), data=str(data)).open()
+    return Source(model=str(model), data=str(data)).open().prepare(to_learn=False)
 
 
 def seen(adapter, samples) -> torch.Tensor:

@@ -33,7 +33,7 @@ def measure(clock, monkeypatch):
                 torch.manual_seed(seed)
                 adapters.append(adapt(Net()))
             adapters[-1].per_sample_loss = timed(adapters[-1].per_sample_loss, cost)
-        samples = adapters[0].samples(small_images(128))
+        samples, _ = (adapter.samples(small_images(128)) for adapter in adapters)
         deadline = Deadline(clock.now + left, clock)
         return gather(*adapters, samples, level, seconds=seconds, deadline=deadline, **more)
 
