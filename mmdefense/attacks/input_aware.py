@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from mmdefense.attacks.label_attack import LabelAttack, class_count
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen
-from mmdefense.kernels.loop import Gradients, autocast, train
+from mmdefense.kernels.loop import Gradients, autocast, optimise
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.run import Run, copy_state
 from mmdefense.settings import Count, NotNegative, Whole
@@ -76,8 +76,8 @@ class InputAware(LabelAttack):
     ) -> tuple[Self, LabelledSamples]:
         """Train the mask; the pattern is left as it was drawn."""
         nets = self._nets(samples.inputs.shape[1]).to(samples.labels.device)
-        train(
-            _trained(nets),
+        optimise(
+            nets,
             adapter.samples(samples),
             replace(training, steps=self.mask_steps, lr=1e-2, optimizer="adamw"),
             run,
@@ -97,8 +97,8 @@ class InputAware(LabelAttack):
         """Train pattern and classifier together."""
         nets = self._fitted_nets(samples.inputs.shape[1]).to(samples.labels.device)
         with frozen(nets.mask):
-            train(
-                _trained(nn.ModuleDict({"victim": adapter.model, "trigger": nets})),
+            optimise(
+                nn.ModuleDict({"victim": adapter.model, "trigger": nets}),
                 adapter.samples(samples),
                 training,
                 run,
@@ -198,14 +198,3 @@ def _diversity(images: Tensor, painted: Tensor) -> Tensor:
     # the square root has no gradient at zero, where two paintings are the same
     painted_apart = (painted - painted.roll(1, 0)).square().flatten(1).mean(1).add(1e-12).sqrt()
     return (apart / (painted_apart + 1e-3)).mean()
-
-
-@dataclass
-class _Trained:
-    """All that the training loop asks of an adapter when it is given the gradients."""
-
-    model: nn.Module
-
-
-def _trained(model: nn.Module) -> TaskAdapter[LabelledBatch]:
-    return cast(TaskAdapter[LabelledBatch], _Trained(model))

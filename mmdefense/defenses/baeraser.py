@@ -16,7 +16,7 @@ from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
-from mmdefense.kernels.loop import Gradients, train
+from mmdefense.kernels.loop import Gradients, optimise
 from mmdefense.protocol import (
     TaskAdapter,
     TriggerAdapter,
@@ -146,8 +146,8 @@ class BaEraser(TrainingDefense):
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters]
 
-        train(
-            adapter,
+        optimise(
+            adapter.model,
             work.fit,
             self.training(adapter),
             work.run,

@@ -19,7 +19,7 @@ from mmdefense.kernels.fisher import (
     penalised_gradient,
 )
 from mmdefense.kernels.hooks import second_derivatives
-from mmdefense.kernels.loop import Gradients, mean_loss_gradient, train
+from mmdefense.kernels.loop import Gradients, mean_loss_gradient, optimise
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts
@@ -148,8 +148,8 @@ class _FisherPurification(TrainingDefense):
             if step % max(1, self.steps // 4) == 0 and step < self.steps:
                 run.snapshot(f"step {step}", adapter.model)
 
-        train(
-            adapter,
+        optimise(
+            adapter.model,
             work.fit,
             training,
             run,

@@ -14,7 +14,7 @@ from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.curvature import gradient_norm_penalty
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.loop import Gradients, mean_score, train
+from mmdefense.kernels.loop import Gradients, loss_gradients, mean_score, optimise
 from mmdefense.kernels.units import (
     Unit,
     gradient_norms,
@@ -172,9 +172,14 @@ class TSBD(TrainingDefense):
         self._reinitialise(adapter, groups, change, order[: int(ratio * len(order))])
         work.run.report("reinitialise", 1, 1, ratio=ratio)
         if self.fine_tuning != "none":
-            gradients = self._gradients(adapter) if self.fine_tuning != "vanilla" else None
-            training = self.training(adapter)
-            train(adapter, work.fit, training, work.run, stage="fine-tune", gradients=gradients)
+            optimise(
+                adapter.model,
+                work.fit,
+                self.training(adapter),
+                work.run,
+                gradients=self._gradients(adapter),
+                stage="fine-tune",
+            )
         reset = torch.zeros(len(order), dtype=torch.bool)
         reset[: int(ratio * len(order))] = True
         work.figures |= {
@@ -221,6 +226,8 @@ class TSBD(TrainingDefense):
             zero(adapter.model, select_sub_weights(change, groups, units, self.sub_ratio))
 
     def _gradients(self, adapter: TaskAdapter[Any]) -> Gradients:
+        if self.fine_tuning == "vanilla":
+            return loss_gradients(adapter)
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
 
         def compute(batch: Any, _: int) -> Tensor:

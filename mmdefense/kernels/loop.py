@@ -25,8 +25,10 @@ from mmdefense.training import Training
 __all__ = [
     "Gradients",
     "autocast",
+    "loss_gradients",
     "mean_loss_gradient",
     "mean_score",
+    "optimise",
     "scores",
     "train",
 ]
@@ -55,19 +57,48 @@ def train(
     run: Run,
     *,
     stage: str = "train",
-    gradients: Gradients | None = None,
     parameters: Sequence[Tensor] | None = None,
     after_step: Callable[[int], bool | None] | None = None,
 ) -> float:
-    """Train ``adapter.model`` in place; resume from ``run.store`` where a run was cut off.
+    """Minimise the mean loss of an adapter, in place; see :func:`optimise` for the rest.
+
+    Example:
+        >>> from mmdefense.runtime.run import Run
+        >>> train(adapter, samples, Training(steps=20, batch_size=10), Run(seed=0)) < 0.1
+        True
+    """
+    return optimise(
+        adapter.model,
+        samples,
+        training,
+        run,
+        stage=stage,
+        gradients=loss_gradients(adapter),
+        parameters=parameters,
+        after_step=after_step,
+    )
+
+
+def optimise(
+    model: nn.Module,
+    samples: Samples[Any],
+    training: Training,
+    run: Run,
+    *,
+    gradients: Gradients,
+    stage: str = "train",
+    parameters: Sequence[Tensor] | None = None,
+    after_step: Callable[[int], bool | None] | None = None,
+) -> float:
+    """Train ``model`` in place; resume from ``run.store`` where a run was cut off.
 
     Args:
-        adapter: The model to train.
+        model: The model to train.
         samples: What to train on.
         training: Steps, rates and modes.
         run: Seed, progress and store.
+        gradients: Computes the gradients of one batch.
         stage: A name that is unique in the run; it labels progress, randomness and checkpoints.
-        gradients: Replaces the gradient of the mean loss.
         parameters: What to update; all parameters that require grad by default.
         after_step: Called after each update with the number of updates done; true ends the stage.
 
@@ -79,27 +110,21 @@ def train(
         OutOfTime: If the run's deadline has passed after an update, of which there is at least
             one; the state of that moment is in the model, and what is needed to go on from it (or
             from the last multiple of ``resume_every`` that was looked at) in the store.
-
-    Example:
-        >>> from mmdefense.runtime.run import Run
-        >>> train(adapter, samples, Training(steps=20, batch_size=10), Run(seed=0)) < 0.1
-        True
     """
-    chosen = _trainable(adapter.model) if parameters is None else list(parameters)
+    chosen = _trainable(model) if parameters is None else list(parameters)
     if not chosen:
         raise BadInputError("the model must have a parameter that requires grad, got none")
     optimizer = _optimizer(chosen, training)
     device = chosen[0].device
     noise = torch.Generator(device)
-    compute = gradients or _loss_gradients(adapter)
-    course = _Course(adapter.model, chosen, optimizer, training, run, stage)
+    course = _Course(model, chosen, optimizer, training, run, stage)
     start = course.resume()
     run.progress(Event(stage, start, training.steps))
     with (
-        mode(adapter.model, train=True, batch_norm=training.batch_norm == "train"),
-        channels_last(adapter.model),
+        mode(model, train=True, batch_norm=training.batch_norm == "train"),
+        channels_last(model),
         _own_rng(device),
-        _tidied(adapter.model, optimizer, course.average),
+        _tidied(model, optimizer, course.average),
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
@@ -110,7 +135,7 @@ def train(
             if training.augment:
                 batch = samples.augment(batch, noise.manual_seed(seed))
             optimizer.zero_grad(set_to_none=True)
-            course.add(compute(batch, step).detach())
+            course.add(gradients(batch, step).detach())
             if training.max_norm is not None:
                 nn.utils.clip_grad_norm_(chosen, training.max_norm, foreach=True)
             optimizer.step()
@@ -276,7 +301,8 @@ def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Opti
     )
 
 
-def _loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
+def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
+    """Return what computes the gradient of the mean loss, in bf16 where that is faster and safe."""
     model = adapter.model
     device = next(model.parameters()).device
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import DivergenceError
-from mmdefense.kernels.loop import mean_loss_gradient, mean_score, train
+from mmdefense.kernels.loop import mean_loss_gradient, mean_score, optimise
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.run import Run
 from mmdefense.training import Training
@@ -76,7 +76,15 @@ def unlearn(
         check_every=per_epoch,
     )
     try:
-        train(adapter, samples, plan, run, stage=stage, gradients=ascend, after_step=is_done)
+        optimise(
+            adapter.model,
+            samples,
+            plan,
+            run,
+            gradients=ascend,
+            stage=stage,
+            after_step=is_done,
+        )
     except DivergenceError:
         if not any(entry["stage"] == stage and "loss" in entry for entry in run.history):
             raise

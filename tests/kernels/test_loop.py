@@ -13,7 +13,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.images import random_shift
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, DivergenceError
-from mmdefense.kernels.loop import mean_score, scores, train
+from mmdefense.kernels.loop import mean_score, optimise, scores, train
 from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.runtime.run import OutOfTime, Run, copy_state
 from mmdefense.training import Training
@@ -161,14 +161,16 @@ def test_what_depends_on_earlier_steps_goes_on_from_where_it_began(noisy, tmp_pa
         return compute
 
     adapter, samples = noisy()
-    train(adapter, samples, plan, Run(seed=3), gradients=gradients(adapter))
+    optimise(adapter.model, samples, plan, Run(seed=3), gradients=gradients(adapter))
     for _ in range(2):
         twin, samples = noisy()
         run = Run(seed=3, store=RunStore(tmp_path), checkpoint_every=1, deadline=looks(6))
         with pytest.raises(OutOfTime):
-            train(twin, samples, plan, run, gradients=gradients(twin))
+            optimise(twin.model, samples, plan, run, gradients=gradients(twin))
     twin, samples = noisy()
-    train(twin, samples, plan, Run(seed=3, store=RunStore(tmp_path)), gradients=gradients(twin))
+    optimise(
+        twin.model, samples, plan, Run(seed=3, store=RunStore(tmp_path)), gradients=gradients(twin)
+    )
     assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
 
 
@@ -203,8 +205,8 @@ def test_parameters_that_are_not_the_models_own_are_resumed_too(build, draw, tmp
                 shift.grad = gradient
             return loss
 
-        train(
-            adapter,
+        optimise(
+            adapter.model,
             draw(10),
             PLAN,
             run,
@@ -281,7 +283,7 @@ def test_a_diverging_run_restores_the_last_good_state(build, draw, tmp_path, whe
 
     run = Run(store=RunStore(tmp_path), checkpoint_every=1)
     with pytest.raises(DivergenceError, match="after step 6") as caught:
-        train(adapter, draw(10), plan, run, gradients=compute)
+        optimise(adapter.model, draw(10), plan, run, gradients=compute)
     assert "\n" not in str(caught.value)
     assert_equal_states(copy_state(adapter.model), copy_state(twin.model))
     assert run.history[-1]["step"] == 6
@@ -443,7 +445,7 @@ def test_the_returned_loss_is_the_mean_of_the_last_steps(build, draw):
         return loss
 
     run = Run()
-    found = train(adapter, draw(10), PLAN, run, gradients=compute)
+    found = optimise(adapter.model, draw(10), PLAN, run, gradients=compute)
     assert found == pytest.approx(losses[-1], rel=1e-5)  # 11 steps, read after each second
     assert run.history[0]["loss"] == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
 
