@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from mmdefense import registry
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.evaluation.victims import all_cases
+from mmdefense.evaluation.cases import all_cases
 from mmdefense.pipeline.sources import NOT_WRITTEN
 from mmdefense.protocol import Case
 from mmdefense.settings import described_type

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.arguments import aligned, say
+from mmdefense.arguments import aligned, key_values, say
 from mmdefense.errors import BadInputError
 
 if TYPE_CHECKING:
+    from mmdefense.evaluation.cases import CleanData
     from mmdefense.evaluation.grid import Grid
     from mmdefense.store import Store
 
@@ -35,10 +36,28 @@ store_app = typer.Typer(
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")]
 Spec = Annotated[Path | None, typer.Argument(metavar="SPEC.toml", help="The axes, as a file.")]
 Cases = Annotated[
-    list[str] | None, typer.Option("--case", help="A victim; by default all of them.")
+    list[str] | None,
+    typer.Option(
+        "--case",
+        metavar="NAME[,KEY=VALUE...]",
+        help="A victim, and what differs from it, such as ratio=0.01; by default all of them.",
+    ),
 ]
 Defenses = Annotated[
-    list[str] | None, typer.Option("--defense", help="By default the five of the demo.")
+    list[str] | None,
+    typer.Option(
+        "--defense",
+        metavar="NAME[,KEY=VALUE...]",
+        help="A defense with its settings; by default the five of the demo.",
+    ),
+]
+Clean = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SHARE[:KIND]",
+        help="Of the training set, for the defenses: seen or unseen by the victim, noisy or "
+        "blurred; by default as each case says. May be given twice.",
+    ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]
 Baselines = Annotated[
@@ -61,29 +80,57 @@ def _grid(
     seeds: int,
     baselines: bool,
     views: list[str] | None,
+    clean: list[str] | None,
 ) -> Grid:
     """Return the grid of a file, or of the options."""
+    from mmdefense.evaluation.cases import described_case, named_cases
     from mmdefense.evaluation.demo import DEFENSES
     from mmdefense.evaluation.grid import VIEWS, Grid
+    from mmdefense.evaluation.lineup import Lineup
     from mmdefense.evaluation.spec import read_spec
-    from mmdefense.evaluation.victims import named_cases
 
     if spec is not None:
-        if cases or defenses or views:
+        if cases or defenses or views or clean:
             raise BadInputError(
-                f"{spec} says what is measured; leave --case, --defense, --views out"
+                f"{spec} says what is measured; leave --case, --defense, --views, --clean out"
             )
         return read_spec(spec)
     chosen = [known for known in VIEWS if known in (views or VIEWS[:1])]
     if unknown := [name for name in views or () if name not in VIEWS]:
         raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {unknown[0]!r}")
+    described = [_with_settings(text) for text in cases or ()]
+    lineup = [_with_settings(text) for text in defenses or DEFENSES]
     return Grid(
-        cases=named_cases(cases),
-        defenses=defenses or list(DEFENSES),
+        cases=[described_case({"base": name, **given}) for name, given in described]
+        or named_cases(),
+        defenses=[Lineup(defense=name, settings=given) for name, given in lineup],
         seeds=range(seeds),
         baselines=baselines,
         views=chosen,
+        clean=[_clean_data(text) for text in clean or [""]],
     )
+
+
+def _with_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """Return a name and the settings behind it; a comma may also be part of a value."""
+    name, *parts = text.split(",")
+    settings: list[str] = []
+    for part in parts:
+        if "=" in part or not settings:
+            settings.append(part)
+        else:
+            settings[-1] += f",{part}"
+    return name, key_values(settings)
+
+
+def _clean_data(text: str) -> CleanData:
+    """Return share and kind of the clean data; nothing stands for what each case says."""
+    from mmdefense.evaluation.cases import CleanData
+    from mmdefense.settings import checked_settings
+
+    share, _, kind = text.partition(":")
+    given = {**key_values([f"share={share}"] if share else []), **({"kind": kind} if kind else {})}
+    return CleanData(**checked_settings(CleanData, given))
 
 
 @grid_app.command("run")
@@ -95,6 +142,7 @@ def run(
     seeds: Seeds = 3,
     baselines: Baselines = True,
     views: Views = None,
+    clean: Clean = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     threads: Annotated[
         int, typer.Option(min=1, help="Of each process; results depend on it in their last bits.")
@@ -126,7 +174,7 @@ def run(
     from mmdefense.store import Store
 
     devices = device.split(",")
-    grid = replace(_grid(spec, cases, defenses, seeds, baselines, views), device=devices[0])
+    grid = replace(_grid(spec, cases, defenses, seeds, baselines, views, clean), device=devices[0])
     cells, store = grid.planned(), Store(out)
     if retry_failed:
         forget_failures(store, cells)

@@ -33,8 +33,9 @@ from mmdefense.data.batch import Samples, split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
+from mmdefense.evaluation.cases import named_cases
 from mmdefense.evaluation.peak import peak_growth
-from mmdefense.evaluation.victims import Victim, named_cases, train_victim
+from mmdefense.evaluation.victims import Victim, train_victim
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve

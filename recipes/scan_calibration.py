@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmdefense.evaluation.calibration import calibrate, markdown
-from mmdefense.evaluation.victims import named_cases
+from mmdefense.evaluation.cases import named_cases
 from mmdefense.report.terminal import ProgressDisplay
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -16,7 +16,6 @@ from torch import Tensor
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.grid import Grid, Planned, measure
 from mmdefense.evaluation.kept import restored, train_and_describe
-from mmdefense.evaluation.victims import for_views
 from mmdefense.libraries import needed
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
@@ -112,9 +111,9 @@ def _try_out(victim: Kept, cell: Planned, digest: str, threads: int) -> tuple[di
     from mmdefense.evaluation.identity import cell_identity, victim_identity
 
     mine = victim_identity(cell.case, cell.defense.seed, cell.device)
-    found = cell_identity(mine, cell.case, cell.label, cell.defense, cell.views)
+    found = cell_identity(mine, cell.case, cell.label, cell.defense, cell.views, cell.shift)
     _alike(found.digest, digest, threads)
-    model = for_views(restored(cell.case, cell.defense.seed, *victim, cell.device), cell.views)
+    model = restored(cell.case, cell.defense.seed, *victim, cell.device)
     return plain(measure(cell, model, lambda _: None)), None
 
 

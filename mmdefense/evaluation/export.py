@@ -41,6 +41,7 @@ def rows_of(store: Store) -> list[dict[str, Any]]:
                 "defense": row.defense,
                 "views": cell.views,
                 "clean": case.get("clean"),
+                "kind": cell.kind,
                 "seed": cell.seed,
                 **rates,
                 "der": row.after.der,

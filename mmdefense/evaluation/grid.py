@@ -9,24 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from mmdefense.data.shifts import Shift
 from mmdefense.defenses.base import Defense, versions
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.evaluation.cases import CleanData, Kind
 from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import kept_victim, trained
-from mmdefense.evaluation.victims import Victim, baseline_of, for_views, purified_row
-from mmdefense.pipeline.purification import configured
+from mmdefense.evaluation.lineup import Contender, Lineup, with_baselines
+from mmdefense.evaluation.victims import Victim, for_defenses, purified_row
+from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.record import Row
 from mmdefense.runtime.run import Progress, named
 from mmdefense.store import Entry, Identity, Store
 
-__all__ = ["VIEWS", "Cell", "Grid", "Lineup", "Planned", "Views", "cell_of", "measure", "work"]
+__all__ = ["VIEWS", "Cell", "Grid", "Planned", "Views", "cell_of", "measure", "work"]
 
 Views = Literal["insertions", "standard"]
 """How clean samples are augmented for a defense.
@@ -52,6 +57,7 @@ class Cell:
         case: The description of the victim, as plain values.
         versions: Of what computed it.
         views: How the clean samples were augmented.
+        kind: What the clean samples were like; see :data:`mmdefense.evaluation.cases.Kind`.
         threads: Of each process that computed it.
     """
 
@@ -60,36 +66,8 @@ class Cell:
     case: Mapping[str, Any]
     versions: Mapping[str, str]
     views: Views = "insertions"
+    kind: Kind = "seen"
     threads: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lineup:
-    """A defense in a grid.
-
-    Attributes:
-        defense: Its registered name.
-        settings: Those that are not at their defaults.
-        label: What tables call it; by default its name, with the settings behind it.
-    """
-
-    defense: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        given = ", ".join(f"{key}={value}" for key, value in self.settings.items())
-        return self.label or (f"{self.defense} ({given})" if given else self.defense)
-
-    def build(self, seed: int) -> Defense:
-        """Return the defense with its settings.
-
-        Raises:
-            BadInputError: If the name, a setting or a value is unknown.
-        """
-        return configured(self.defense, {**self.settings, "seed": seed})
 
 
 @dataclass(frozen=True)
@@ -102,6 +80,7 @@ class Planned:
         defense: With its settings and the seed, which is the victim's as well.
         baseline: The label of plain fine-tuning with its budget; empty where there is none.
         views: How the clean samples are augmented.
+        shift: How they are altered, if at all.
         device: What computes, for example ``"cuda:1"``.
         victim: All that its victim depends on.
         identity: All that the cell depends on.
@@ -112,14 +91,20 @@ class Planned:
     defense: Defense
     baseline: str
     views: Views
+    shift: Shift | None
     device: str
     victim: Identity
     identity: Identity
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def group(self) -> tuple[Any, ...]:
         """What cells that differ in their seeds alone have in common."""
-        return self.case.name, self.label, self.views, self.case.clean
+        return self.case.name, self.label, self.views, self.case.clean, self.kind
+
+    @property
+    def kind(self) -> Kind:
+        """What the clean samples are like."""
+        return self.shift or ("seen" if self.case.seen else "unseen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +118,8 @@ class Grid:
         baselines: Whether each defense that trains gets plain fine-tuning with the same steps,
             learning rate and augmentation beside it.
         views: How the clean samples are augmented.
-        clean: Shares of the training set that the defenses are given; by default as each case says.
+        clean: What the defenses are given: shares of the training set and kinds; by default as
+            each case says.
         device: What computes.
     """
 
@@ -142,40 +128,38 @@ class Grid:
     seeds: Sequence[int] = (0, 1, 2)
     baselines: bool = True
     views: Sequence[Views] = ("insertions",)
-    clean: Sequence[float] = ()
+    clean: Sequence[CleanData] = (CleanData(),)
     device: str = "cpu"
 
     def planned(self) -> list[Planned]:
         """Return the cells in order, those of one victim beside each other.
 
         Raises:
-            BadInputError: If a name or setting is unknown.
+            BadInputError: If a name or setting is unknown, or two cases or defenses bear one name.
         """
+        _check_names("cases", [case.name for case in self.cases])
         return [
             cell
             for case in self.cases
             for seed in self.seeds
-            for share in self.clean or (case.clean,)
+            for clean in self.clean
             for views in self.views
-            for cell in self._of(replace(case, clean=share), seed, views)
+            for cell in self._of(clean.of(case), seed, views, clean.shift)
         ]
 
-    def _of(self, case: Case, seed: int, views: Views) -> Iterator[Planned]:
-        """Yield each defense, and plain fine-tuning with its budget right after it."""
+    def _of(self, case: Case, seed: int, views: Views, shift: Shift | None) -> Iterator[Planned]:
+        """Yield each defense, with the baselines of its budget right after it."""
+        entries = [Lineup(defense=one) if isinstance(one, str) else one for one in self.defenses]
+        defenses = {entry.name: entry.build(seed) for entry in entries}
+        _check_names("defenses", [entry.name for entry in entries])
         victim = victim_identity(case, seed, self.device)
-
-        def planned(label: str, defense: Defense, baseline: str) -> Planned:
-            identity = cell_identity(victim, case, label, defense, views)
-            return Planned(case, label, defense, baseline, views, self.device, victim, identity)
-
-        for given in self.defenses:
-            entry = Lineup(defense=given) if isinstance(given, str) else given
-            defense = entry.build(seed)
-            plain_training = baseline_of(defense) if self.baselines else None
-            baseline = f"fine-tuning like {entry.name}" if plain_training else ""
-            yield planned(entry.name, defense, baseline)
-            if plain_training:
-                yield planned(baseline, plain_training, "")
+        rows = starmap(Contender, defenses.items())
+        for row in with_baselines(defenses) if self.baselines else rows:
+            label, defense = row.label, row.defense
+            identity = cell_identity(victim, case, label, defense, views, shift)
+            yield Planned(
+                case, label, defense, row.baseline, views, shift, self.device, victim, identity
+            )
 
     def run(
         self,
@@ -213,6 +197,12 @@ class Grid:
                 row = replace(cell.row, baseline=planned.baseline)
                 measured.append(replace(cell, row=row))
         return measured
+
+
+def _check_names(what: str, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BadInputError(f"two {what} of the grid are called {twice!r}; name one otherwise")
 
 
 def cell_of(store: Store, entry: Entry) -> Cell:
@@ -265,11 +255,11 @@ def _left(
     entries = {entry.digest: entry for entry in store.entries("cell")}
     for cell in cells:
         entry = entries.get(cell.identity.digest)
-        if entry is not None and cell.kind not in seconds:
+        if entry is not None and cell.group not in seconds:
             done = entry.status == "done"
-            seconds[cell.kind] = cell_of(store, entry).row.seconds if done else 0.0
+            seconds[cell.group] = cell_of(store, entry).row.seconds if done else 0.0
     left = [cell for cell in cells if cell.identity.digest not in entries]
-    return sorted(left, key=lambda cell: seconds.get(cell.kind, math.inf), reverse=True)
+    return sorted(left, key=lambda cell: seconds.get(cell.group, math.inf), reverse=True)
 
 
 def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress | None) -> bool:
@@ -293,21 +283,33 @@ def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress
 
 
 def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
-    """Measure a cell on its victim, whose clean samples are augmented as the cell says."""
-    baseline = cell.baseline
-    row = purified_row(victim, cell.label, cell.defense, baseline, progress)[0]
+    """Measure a cell on its victim; where its clean samples cannot be altered so, it says that."""
+    seed = cell.defense.seed
+    try:
+        given = for_defenses(victim, cell.views, cell.shift, seed)
+        row, _ = purified_row(given, cell.label, cell.defense, cell.baseline, progress)
+    except UnsupportedError as error:
+        row = Row(
+            defense=cell.label,
+            before=victim.before,
+            after=Rates(),
+            seconds=0.0,
+            settings=asdict(cell.defense),
+            note=str(error),
+        )
     return Cell(
-        seed=cell.defense.seed,
+        seed=seed,
         row=replace(row, victim=cell.case.name),
         case=plain(cell.case),
         versions=versions(),
         views=cell.views,
+        kind=cell.kind,
         threads=torch.get_num_threads(),
     )
 
 
 class _Victims:
-    """The victims of a grid as their defenses see them; the last one stays at hand."""
+    """The victims of a grid; the last one stays at hand."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -320,7 +322,7 @@ class _Victims:
         Raises:
             DivergenceError: If its training has failed, now or earlier.
         """
-        key = (cell.victim.digest, cell.case.clean)
+        key = (cell.victim.digest, cell.case.clean)  # no part of a victim that saw all samples
         if key != self._key:
             seed, device = cell.defense.seed, cell.device
             victim = kept_victim(self.store, cell.victim, cell.case, seed, progress, device)
@@ -329,4 +331,4 @@ class _Victims:
             self._key, self._last = key, victim
         victim = self._last
         assert victim is not None
-        return for_views(victim, cell.views)
+        return victim

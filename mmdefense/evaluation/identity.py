@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense import registry
+from mmdefense.data.shifts import Shift
 from mmdefense.defenses.base import Defense
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
@@ -58,7 +59,7 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
 
 
 def cell_identity(
-    victim: Identity, case: Case, label: str, defense: Defense, views: str
+    victim: Identity, case: Case, label: str, defense: Defense, views: str, shift: Shift | None
 ) -> Identity:
     """Return what the measurement of a defense on a victim depends on.
 
@@ -68,6 +69,7 @@ def cell_identity(
         label: What tables call the defense.
         defense: With its settings and the seed, which is the victim's as well.
         views: How the clean samples are augmented.
+        shift: How they are altered, if at all.
     """
     return Identity(
         "cell",
@@ -79,6 +81,7 @@ def cell_identity(
             "settings": plain(asdict(defense)),
             "views": views,
             "clean": case.clean,
+            "shift": shift,
             "code": code_version(*_TALKING),
         },
     )

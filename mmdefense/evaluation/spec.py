@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation.grid import VIEWS, Grid, Lineup
-from mmdefense.evaluation.victims import named_cases
+from mmdefense.evaluation.cases import CleanData, described_case, named_cases
+from mmdefense.evaluation.grid import VIEWS, Grid
+from mmdefense.evaluation.lineup import Lineup
+from mmdefense.protocol import Case
+from mmdefense.settings import checked_settings
 
 __all__ = ["read_spec"]
 
@@ -23,10 +26,10 @@ def read_spec(path: Path) -> Grid:
     Args:
         path: TOML such as::
 
-            cases = ["digits-badnets", "digits-blended"]
+            cases = ["digits-badnets", { base = "digits-badnets", ratio = 0.01 }]
             seeds = 3                     # a number, or a list of seeds
             views = ["standard"]
-            clean = [0.05, 0.1]
+            clean = [0.05, { share = 0.05, kind = "unseen" }]
             defenses = ["tsbd", { name = "fip", settings = { strength = 0.5 } }]
 
     Raises:
@@ -46,11 +49,13 @@ def read_spec(path: Path) -> Grid:
     for name in views:
         if name not in VIEWS:
             raise BadInputError(f"views of {path} must be of {', '.join(VIEWS)}, got {name!r}")
-    clean = _listed(held, "clean", float, path)
-    if not all(0 < share < 1 for share in clean):
-        raise BadInputError(f"clean of {path} must hold shares between 0 and 1, got {clean}")
+    try:
+        cases = [_case(entry) for entry in _entries(held, "cases", path)] or named_cases()
+        clean = [_clean(entry) for entry in _entries(held, "clean", path)] or [CleanData()]
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
     return Grid(
-        cases=named_cases(_listed(held, "cases", str, path) or None),
+        cases=cases,
         defenses=[_lineup(entry, path) for entry in held["defenses"]],
         seeds=_listed({"seeds": seeds}, "seeds", int, path),
         baselines=bool(held.get("baselines", True)),
@@ -58,6 +63,24 @@ def read_spec(path: Path) -> Grid:
         clean=clean,
         device=str(held.get("device", "cpu")),
     )
+
+
+def _entries(held: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    """Return the entries of an axis; one alone may stand without brackets."""
+    values = held.get(key, [])
+    return values if isinstance(values, list) else [values]
+
+
+def _case(entry: Any) -> Case:
+    if isinstance(entry, Mapping):
+        return described_case(entry)
+    return described_case({"base": entry})
+
+
+def _clean(entry: Any) -> CleanData:
+    """Return what the defenses are given, from a share or a table of share and kind."""
+    given = entry if isinstance(entry, Mapping) else {"share": entry}
+    return CleanData(**checked_settings(CleanData, given))
 
 
 def _known(held: Mapping[str, Any], keys: set[str], path: Path) -> None:

@@ -23,13 +23,14 @@ def markdown(cells: Iterable[Cell]) -> str:
     Where the victims are of tasks with other metrics than accuracy, these stand by the victim.
 
     Args:
-        cells: In the order of the table; those of one case and defense are averaged.
+        cells: In the order of the table; those that differ in their seeds alone are averaged.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     metrics: dict[str, str] = {}
-    for cell in cells:
-        groups.setdefault((cell.row.victim, cell.row.defense), []).append(cell.row)
-        metrics[cell.row.victim] = _metric(cell)
+    cells = list(cells)
+    for cell, victim in zip(cells, _victims(cells), strict=True):
+        groups.setdefault((victim, cell.row.defense), []).append(cell.row)
+        metrics[victim] = _metric(cell)
     mixed = len(set(metrics.values())) > 1
     metric = "task metric" if mixed else heading(next(iter(metrics.values()), "accuracy"))
     head = ["victim", "defense", metric, "ASR", "RA", "DER", "seconds", "beats its baseline"]
@@ -55,6 +56,16 @@ def markdown(cells: Iterable[Cell]) -> str:
         note = "; ".join(part for part in (rows[0].note, beats, guard) if part)
         lines.append(_line([victim, defense, *rates, seconds, note]))
     return "\n".join(lines) + "\n"
+
+
+def _victims(cells: Sequence[Cell]) -> list[str]:
+    """Return the victim of each cell, and what its defenses were given where cells differ in it."""
+    axes = [
+        [f", {cell.views} views" for cell in cells],
+        [f", {100 * float(cell.case.get('clean', 0)):g} % {cell.kind}" for cell in cells],
+    ]
+    varied = [axis for axis in axes if len(set(axis)) > 1]
+    return ["".join(texts) for texts in zip([c.row.victim for c in cells], *varied, strict=True)]
 
 
 def _metric(cell: Cell) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,11 @@ from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.data.batch import Samples, split
-from mmdefense.defenses.base import Defense, TrainingDefense
-from mmdefense.defenses.fine_tuning import FineTuning
-from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.data.shifts import Shift, shifted
+from mmdefense.defenses.base import Defense
+from mmdefense.errors import UnsupportedError
 from mmdefense.evaluation.identity import loaded
+from mmdefense.evaluation.lineup import with_baselines
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.pipeline.purification import Purification, purify
@@ -29,12 +29,9 @@ from mmdefense.runtime.run import Progress, Run
 
 __all__ = [
     "Victim",
-    "all_cases",
-    "baseline_of",
     "compared",
-    "for_views",
+    "for_defenses",
     "kept_tensors",
-    "named_cases",
     "purified_row",
     "restore_victim",
     "train_victim",
@@ -100,11 +97,24 @@ def restore_victim(
     return replace(victim, attack=attack, known=before)
 
 
-def for_views(victim: Victim, views: str) -> Victim:
-    """Return a victim whose clean samples are augmented as a grid's ``views`` say."""
-    if views == "insertions":
-        return victim
-    return replace(victim, clean=victim.task.for_training(victim.clean))
+def for_defenses(victim: Victim, views: str, shift: Shift | None, seed: int) -> Victim:
+    """Return a victim whose clean samples are as the defenses of a grid are given them.
+
+    Args:
+        victim: With clean samples as the task loads them.
+        views: How they are augmented; see :data:`mmdefense.evaluation.grid.Views`.
+        shift: How they are altered, if at all.
+        seed: Of the noise.
+
+    Raises:
+        UnsupportedError: If samples of this kind cannot be altered so.
+    """
+    clean = victim.clean
+    if shift is not None:
+        clean = shifted(clean, shift, Run(seed).generator("shift"))
+    return replace(
+        victim, clean=clean if views == "insertions" else victim.task.for_training(clean)
+    )
 
 
 def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,12 +155,6 @@ def _rates(
     if triggered.truth is None:
         return Rates(acc=acc, asr=asr)
     return Rates(acc=acc, asr=asr, ra=mean_score(adapter, adapter.samples(triggered.truth)))
-
-
-def baseline_of(defense: Defense) -> Defense | None:
-    """Return plain fine-tuning with the budget of a defense that trains and is not that itself."""
-    trains = isinstance(defense, TrainingDefense) and type(defense) is not FineTuning
-    return FineTuning.like(defense) if trains else None
 
 
 def purified_row(
@@ -194,37 +198,12 @@ def purified_row(
 def compared(
     victim: Victim, defenses: Mapping[str, Defense], progress: Progress | None = None
 ) -> Iterator[tuple[Row, Purification | None]]:
-    """Yield what each defense makes of a victim, and plain fine-tuning with its budget behind it.
+    """Yield what each defense makes of a victim, and the baselines with its budget behind it.
 
     Args:
         victim: The victim.
         defenses: By the name that the table gives them.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
     """
-    for name, defense in defenses.items():
-        plain_training = baseline_of(defense)
-        baseline = f"fine-tuning like {name}" if plain_training else ""
-        yield purified_row(victim, name, defense, baseline, progress)
-        if plain_training:
-            yield purified_row(victim, baseline, plain_training, progress=progress)
-
-
-def all_cases() -> dict[str, Case]:
-    """Return the cases of every task, by name; of those whose libraries are installed."""
-    found: dict[str, Case] = {}
-    for name in registry.names("tasks"):
-        with suppress(UnsupportedError):
-            found |= {case.name: case for case in registry.load("tasks", name)().cases()}
-    return found
-
-
-def named_cases(names: Sequence[str] | None = None) -> list[Case]:
-    """Return the cases of these names, or all.
-
-    Raises:
-        BadInputError: If a name is unknown.
-    """
-    known = all_cases()
-    if unknown := [name for name in names or () if name not in known]:
-        raise BadInputError(f"unknown case {unknown[0]!r}; choose from {', '.join(known)}")
-    return [known[name] for name in names] if names else list(known.values())
+    for row in with_baselines(defenses):
+        yield purified_row(victim, row.label, row.defense, row.baseline, progress)

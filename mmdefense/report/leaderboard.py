@@ -18,7 +18,7 @@ from mmdefense.report.page import template
 
 __all__ = ["leaderboard", "write_leaderboard"]
 
-_AXES = ("task", "case", "net", "attack", "defense", "views", "clean")
+_AXES = ("task", "case", "net", "attack", "defense", "views", "clean", "kind")
 _RATES = ("acc_after", "asr_after", "ra_after", "der", "acc_before", "asr_before", "seconds")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from mmdefense import registry
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.protocol import Case
 from mmdefense.training import Training
@@ -19,6 +20,13 @@ CASE = Case(
     training=Training(steps=40, lr=0.1, batch_size=64),
 )
 
+CLOUDS = replace(
+    {case.name: case for case in registry.load("tasks", "point-cloud-classification")().cases()}[
+        "surfaces-pcba"
+    ],
+    training=Training(steps=1, batch_size=4),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quick(FineTuning):
@@ -29,6 +37,11 @@ class Quick(FineTuning):
     def _run(self, work):
         super()._run(work)
         work.figures["pruning_curve"] = (torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.1]), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam(FineTuning):
+    """Stands for FT-SAM."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import torch
 
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.evaluation import cluster as cluster_module
+from mmdefense.evaluation.cases import named_cases
 from mmdefense.evaluation.cluster import run_on_ray
 from mmdefense.evaluation.grid import Grid
-from mmdefense.evaluation.victims import named_cases
 from mmdefense.store import Store
 
 

@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 from quick import CASE
+from quick import CLOUDS as QUICK_CLOUDS
 
 from mmdefense import registry
 from mmdefense.checkpoints.weights import hash_weights
@@ -22,11 +23,13 @@ from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
 from mmdefense.evaluation import identity, victims
 from mmdefense.evaluation import kept as kept_module
+from mmdefense.evaluation.cases import CleanData, all_cases, described_case, named_cases
 from mmdefense.evaluation.export import rows_of
-from mmdefense.evaluation.grid import Cell, Grid, Lineup
+from mmdefense.evaluation.grid import Cell, Grid, cell_of
+from mmdefense.evaluation.lineup import Lineup, with_baselines
 from mmdefense.evaluation.spec import read_spec
 from mmdefense.evaluation.tables import markdown
-from mmdefense.evaluation.victims import all_cases, named_cases, train_victim
+from mmdefense.evaluation.victims import train_victim
 from mmdefense.evaluation.workers import run_workers
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.leaderboard import leaderboard
@@ -175,11 +178,122 @@ def test_cells_of_like_settings_keep_their_names_and_baselines(plug, tmp_path):
         "quick",
     ]
     cells = dataclasses.replace(alone, defenses=twins, baselines=True).run(tmp_path)
-    names = ["first", "second", "quick"]
-    assert [cell.row.defense for cell in cells] == [
-        name for label in names for name in (label, f"fine-tuning like {label}")
+    rows = {cell.row.defense: cell.row.baseline for cell in cells}
+    beside = "fine-tuning like first"  # of one budget, they have one baseline
+    assert rows == {"first": beside, beside: "", "second": beside, "quick": beside}
+
+
+def test_two_rows_of_one_name_are_refused(plug):
+    plug("defenses", quick="quick:Quick")
+    twins = [Lineup(defense="quick", label="x", settings={"steps": n}) for n in (1, 2)]
+    with pytest.raises(BadInputError, match="two defenses of the grid are called 'x'"):
+        Grid(cases=[CASE], defenses=twins).planned()
+    with pytest.raises(BadInputError, match="two cases of the grid are called 'quick'"):
+        Grid(cases=[CASE, CASE], defenses=["quick"]).planned()
+
+
+@pytest.fixture
+def two_baselines(plug):
+    plug("defenses", **{"quick": "quick:Quick", "broken": "quick:Broken", "ft-sam": "quick:Sam"})
+
+
+def test_each_budget_has_fine_tuning_and_ft_sam_beside_it_once(two_baselines):
+    quick, other = (Lineup(defense="quick", settings={"steps": n}).build(0) for n in (3, 4))
+    like = Lineup(defense="broken", settings={"steps": 3}).build(0)
+    rows = with_baselines({"a": quick, "b": like, "c": other})
+    assert [(row.label, row.baseline) for row in rows] == [
+        ("a", "fine-tuning like a"),
+        ("fine-tuning like a", ""),
+        ("ft-sam like a", ""),
+        ("b", "fine-tuning like a"),
+        ("c", "fine-tuning like c"),
+        ("fine-tuning like c", ""),
+        ("ft-sam like c", ""),
     ]
-    assert [cell.row.baseline for cell in cells[::2]] == [f"fine-tuning like {n}" for n in names]
+    assert [row.defense.steps for row in rows] == [3, 3, 3, 3, 4, 4, 4]
+
+
+def test_baselines_that_are_named_are_not_added_and_those_without_a_budget_have_their_own(
+    two_baselines,
+):
+    plain, sam = (Lineup(defense=name).build(1) for name in ("fine-tuning", "ft-sam"))
+    rows = with_baselines({"plain": plain, "sam": sam})
+    assert [row.label for row in rows] == ["plain", "sam"]
+    assert rows[1].baseline == "plain"
+    alone = with_baselines({"pruning": Lineup(defense="pruning").build(1)})
+    assert [row.label for row in alone] == ["pruning", "fine-tuning", "ft-sam"]
+    assert {row.defense.seed for row in alone} == {1}
+
+
+@pytest.mark.parametrize(("kind", "victims_trained"), [("noisy", 1), ("blurred", 1), ("unseen", 2)])
+def test_a_kind_of_clean_data_is_a_cell_of_its_own(
+    grid, trained, tmp_path, monkeypatch, kind, victims_trained
+):
+    given = []
+    genuine = victims.purify
+
+    def purify(adapter, clean, *rest, **more):
+        given.append(clean.fingerprint())
+        return genuine(adapter, clean, *rest, **more)
+
+    monkeypatch.setattr(victims, "purify", purify)
+    both = [CleanData(share=0.1), CleanData(share=0.1, kind=kind)]
+    cells = dataclasses.replace(grid, clean=both, baselines=False).run(tmp_path)
+    assert [cell.kind for cell in cells] == ["seen", kind]
+    assert [cell.case["clean"] for cell in cells] == [0.1, 0.1]
+    assert (given[0] == given[1]) is (kind == "unseen")
+    assert len(trained) == victims_trained
+    assert [row["kind"] for row in rows_of(Store(tmp_path))] == ["seen", kind]
+    assert f"| quick, 10 % {kind} | quick |" in markdown(cells)
+
+
+def test_a_kind_that_the_data_does_not_have_is_said_in_the_row(tmp_path, monkeypatch):
+    def keep(victim, *_):
+        raise AssertionError("nothing is to be purified")
+
+    monkeypatch.setattr(grid_module, "purified_row", keep)
+    cells = Grid(
+        cases=[QUICK_CLOUDS],
+        defenses=["fine-tuning"],
+        seeds=(0,),
+        baselines=False,
+        clean=[CleanData(kind="blurred")],
+    ).run(tmp_path)
+    assert "clean data of kind 'blurred' is for images and clips" in cells[0].row.note
+    assert cells[0].row.after == Rates()
+
+
+def test_a_case_is_described_by_what_differs_from_a_known_one():
+    case = described_case({"base": "digits-badnets", "ratio": 0.01, "training": {"steps": 7}})
+    base = named_cases(["digits-badnets"])[0]
+    training = dataclasses.replace(base.training, steps=7)
+    name = "digits-badnets (ratio=0.01, training={'steps': 7})"
+    assert case == dataclasses.replace(
+        base, name=name, settings={**base.settings, "ratio": 0.01}, training=training
+    )
+    assert described_case({"base": "digits-badnets", "attack": "none"}).attack is None
+    whole = {**dataclasses.asdict(base), "training": {"steps": 7}, "name": "mine"}
+    for field in ("clean", "demo"):
+        del whole[field]
+    assert described_case(whole).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"base": "none"}, "unknown case 'none'"),
+        ({"base": "digits-badnets", "rate": 1}, "a case has no 'rate'; known are attack"),
+        ({"task": "image-classification"}, "name, data, model, training is missing"),
+        ({"base": "digits-badnets", "ratio": 2}, r"ratio must lie in \[0, 1\]"),
+        ({"base": "digits-badnets", "attack": "irba"}, "is for point-cloud-classification, not"),
+        ({"base": "digits-badnets", "attack": "none", "ratio": 0.1}, "ratio has no effect"),
+        ({"base": "digits-badnets", "training": {"step": 1}}, "no setting 'step'"),
+        ({"base": "digits-badnets", "seen": 3}, "seen of Case must be True or False"),
+    ],
+)
+def test_a_bad_case_is_refused_in_one_line(given, words):
+    with pytest.raises(BadInputError, match=words):
+        described_case(given)
 
 
 def test_a_victim_from_the_store_is_the_one_that_was_trained(tmp_path):
@@ -394,7 +508,7 @@ def test_the_standing_cases_have_names_of_their_own():
 
 
 def test_the_command_prints_markdown(grid, tmp_path, mmdefense, monkeypatch):
-    monkeypatch.setattr("mmdefense.evaluation.victims.all_cases", lambda: {CASE.name: CASE})
+    monkeypatch.setattr("mmdefense.evaluation.cases.all_cases", lambda: {CASE.name: CASE})
     outcome = mmdefense("grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1")
     assert outcome.code == 0
     assert outcome.out.startswith("| victim | defense | ACC |")
@@ -405,8 +519,26 @@ def test_the_command_prints_markdown(grid, tmp_path, mmdefense, monkeypatch):
     assert "fine-tuning like quick" not in alone.out
 
 
+def test_options_describe_cases_defenses_and_clean_data(plug, tmp_path, mmdefense, monkeypatch):
+    plug("defenses", quick="quick:Quick")
+    monkeypatch.setattr("mmdefense.evaluation.cases.all_cases", lambda: {CASE.name: CASE})
+    outcome = mmdefense(
+        *("grid", "run", "-o", tmp_path, "--seeds", "1", "--no-baselines"),
+        *("--case", "quick,ratio=0.2,attack=blended", "--clean", "0.1:noisy", "--clean", "0.1"),
+        *("--defense", "quick,steps=2,lr=0.01"),
+    )
+    assert outcome.code == 0
+    cells = [cell_of(Store(tmp_path), entry) for entry in Store(tmp_path).entries("cell")]
+    assert [cell.kind for cell in cells] == ["noisy", "seen"]
+    assert cells[0].case["attack"] == "blended"
+    assert cells[0].case["settings"] == {"ratio": 0.2}
+    assert (cells[0].row.settings["steps"], cells[0].row.settings["lr"]) == (2, 0.01)
+    bad = mmdefense("grid", "run", "-o", tmp_path, "--clean", "0.1:old")
+    assert bad.code == 2
+
+
 def test_the_commands_show_export_check_and_clean_a_store(grid, tmp_path, mmdefense, monkeypatch):
-    monkeypatch.setattr("mmdefense.evaluation.victims.all_cases", lambda: {CASE.name: CASE})
+    monkeypatch.setattr("mmdefense.evaluation.cases.all_cases", lambda: {CASE.name: CASE})
     assert mmdefense("grid", "status", "-o", tmp_path / "none").code == 2
     run = ["grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1"]
     assert mmdefense(*run).code == 0
@@ -455,7 +587,8 @@ def test_the_leaderboard_holds_every_cell_and_no_foreign_markup(grid, tmp_path):
         ("defence = []", "has no key 'defence'; known are"),
         ("cases = ['quick']", "must list its defenses"),
         ("defenses = ['fip']\nviews = ['crop']", "views of .* must be of"),
-        ("defenses = ['fip']\nclean = [2]", "shares between 0 and 1"),
+        ("defenses = ['fip']\nclean = [2]", r"share must lie in \(0, 1\), got 2"),
+        ("defenses = ['fip']\nclean = [{ kind = 'old' }]", "kind of CleanData must be 'seen' or"),
         ("defenses = ['fip']\nseeds = 'two'", "seeds of .* must be a list of int"),
         ("defenses = [{ settings = {} }]", "must be a name or a table"),
         ("defenses = [{ name = 'fip', lr = 1 }]", "has no key 'lr'"),
@@ -472,16 +605,17 @@ def test_a_bad_spec_is_refused_in_one_line(tmp_path, text, words):
 def test_a_spec_says_what_is_measured(tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(
-        "cases = ['digits-clean']\nseeds = 2\nviews = ['standard']\nclean = [0.05, 0.1]\n"
+        "cases = ['digits-clean']\nseeds = 2\nviews = ['standard']\n"
+        "clean = [0.05, { share = 0.1, kind = 'noisy' }]\n"
         "baselines = false\n"
         "defenses = ['tsbd', { name = 'fip', label = 'strong', settings = { strength = 0.5 } }]\n"
     )
     cells = read_spec(path).planned()
     assert len(cells) == 8
-    assert {(cell.label, cell.case.clean, cell.defense.seed) for cell in cells} == {
-        (label, share, seed)
+    assert {(c.label, c.case.clean, c.kind, c.defense.seed) for c in cells} == {
+        (label, share, kind, seed)
         for label in ("tsbd", "strong")
-        for share in (0.05, 0.1)
+        for share, kind in ((0.05, "seen"), (0.1, "noisy"))
         for seed in (0, 1)
     }
     assert next(cell for cell in cells if cell.label == "strong").defense.strength == 0.5

@@ -12,7 +12,7 @@ import pytest
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import calibration
 from mmdefense.evaluation.calibration import calibrate, clean_twin, markdown
-from mmdefense.evaluation.victims import named_cases
+from mmdefense.evaluation.cases import named_cases
 from mmdefense.findings import ScanRecord
 from mmdefense.scanning.behaviour import APART, SMOOTHNESS, TRIGGER
 from mmdefense.store import Store
