@@ -15,8 +15,13 @@ from torch import nn
 import mmdefense as mmd
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.weights import hash_weights
-from mmdefense.data.labelled import LabelledBatch
 from mmdefense.defenses.base import Defense
+from mmdefense.defenses.outcome import TriggerSearch
+from mmdefense.plots.activeness import Activeness
+from mmdefense.plots.inverted_samples import InvertedSamples
+from mmdefense.plots.pruning_curve import PruningCurve
+from mmdefense.plots.recovered_triggers import RecoveredTriggers
+from mmdefense.plots.weight_change import WeightChange
 from mmdefense.report.record import read_record
 from mmdefense.runtime.deadline import Deadline
 
@@ -43,19 +48,15 @@ class Shrink(Defense):
             model.conv.bias[2] = 0
         for step in (1, 2):
             work.run.report("shrink", step, 2, loss=1 / step)
-        work.figures["pruning_curve"] = ([0.0, 0.5], [0.9, 0.8], 0.5)
-        work.figures["weight_change"] = [torch.rand(4), torch.rand(3)]
-        work.figures["reset"] = torch.tensor([True, False, True, False, False, False, False])
-        work.figures["activeness"] = (torch.rand(7), torch.rand(7))
-        work.figures["triggers"] = {
-            "images": torch.rand(2, 1, 8, 8),
-            "names": ["class 0", "class 1"],
-            "success": [0.97, 0.4],
-            "accepted": [True, False],
-        }
-        batches = (LabelledBatch(torch.rand(4, 1, 8, 8), torch.zeros(4).long()) for _ in "ab")
-        pair = dict(zip(("clean", "triggered"), batches, strict=True))
-        work.figures["inverted"] = {**pair, "name": "patch to 0", "success": 0.97}
+        images, names = torch.rand(2, 1, 8, 8), ["class 0", "class 1"]
+        work.search = TriggerSearch(targets=2, found=1)
+        work.plots += [
+            PruningCurve([0.0, 0.5], [0.9, 0.8], 0.5),
+            WeightChange(torch.rand(7), reset=2),
+            Activeness(torch.rand(7), torch.rand(7)),
+            RecoveredTriggers(images, names, [0.97, 0.4], [True, False]),
+            InvertedSamples(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), "patch to 0", 0.97),
+        ]
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ def test_the_record_only_reads_what_was_measured(net, clean, monkeypatch):
 
     monkeypatch.setattr(Net, "forward", fail)
     assert purified.record().evidence.level == "full"
-    assert purified.figures()
+    assert purified.plots()
 
 
 def test_a_level_of_evidence_that_is_none_is_refused_before_anything_is_done(net, clean):

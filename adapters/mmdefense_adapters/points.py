@@ -13,8 +13,8 @@ from mmdefense.data.batch import Samples
 from mmdefense.data.clouds import check_clouds, inserted, random_cloud_view, turned
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
+from mmdefense.plots.clouds import render_clouds
 from mmdefense.protocol import TriggerFamily
-from mmdefense.report.clouds import render_clouds
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.given import labelled_tensors
 

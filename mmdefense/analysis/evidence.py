@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmdefense.data.batch import Samples, batches, few
-from mmdefense.defenses.base import Result
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.curvature import Smoothness, smoothness
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.units import relative_change, unit_rows
+from mmdefense.plots.embedding_map import EmbeddingMap
+from mmdefense.plots.loss_smoothness import LossSmoothness
 from mmdefense.protocol import TaskAdapter, UnitGroup
-from mmdefense.report import figures
-from mmdefense.report.figures import Figure
 from mmdefense.report.record import LayerChange
 from mmdefense.runtime.memory import in_parts, is_out_of_memory, saved_bytes
 
@@ -27,13 +26,12 @@ __all__ = [
     "EMBEDDED",
     "curvature_batch",
     "curvature_steps",
-    "defense_figures",
-    "embedding_figure",
+    "embedding_map",
     "embeddings",
     "layer_changes",
     "measured_sharpness",
     "sharpness",
-    "smoothness_figure",
+    "smoothness_plot",
 ]
 
 CURVED = (128, 64, 32)
@@ -167,24 +165,22 @@ def _embedded(adapter: TaskAdapter[Any], samples: Samples[Any], count: int | Non
     return torch.cat(found)
 
 
-def embedding_figure(
+def embedding_map(
     before: TaskAdapter[Any], after: TaskAdapter[Any], samples: Samples[Any]
-) -> Figure | None:
+) -> EmbeddingMap | None:
     """Return the map of at most 300 samples before and after, coloured by label.
 
     None is returned where the samples have no labels or the model no such layer.
     """
     part = few(samples, EMBEDDED)
     labels = part.strata()
-    pair = (
-        embeddings(before, after, samples, EMBEDDED)
-        if labels is not None and len(part) > 2
-        else None
-    )
+    if labels is None or len(part) < 3:
+        return None
+    pair = embeddings(before, after, samples, EMBEDDED)
     if pair is None or not all(points.isfinite().all() for points in pair):
         return None
     names = getattr(samples, "classes", ())
-    return figures.embedding(*pair, labels, names=names if len(names) <= 10 else ())
+    return EmbeddingMap.by_tsne(*pair, labels, names=names if len(names) <= 10 else ())
 
 
 def layer_changes(before: TaskAdapter[Any], after: TaskAdapter[Any]) -> tuple[LayerChange, ...]:
@@ -228,59 +224,20 @@ def _silenced(group: UnitGroup, old: Mapping[str, Tensor], new: Mapping[str, Ten
     return int((dead[1] & ~dead[0]).sum())
 
 
-def smoothness_figure(before: Smoothness, after: Smoothness, parts: Sequence[str]) -> Figure:
-    """Return the figure of the curvature before and after.
+def smoothness_plot(before: Smoothness, after: Smoothness, parts: Sequence[str]) -> LossSmoothness:
+    """Return the plot of the curvature before and after.
 
     Args:
         before: Of the given model.
         after: Of the purified one.
         parts: Which of ``"trace"``, ``"lambda_max"`` and ``"spectrum"`` are shown.
     """
-    return figures.smoothness(
-        (before.lambda_max, after.lambda_max) if "lambda_max" in parts else None,
-        (before.trace, after.trace),
-        spectra={"before": before.spectrum, "after": after.spectrum}
+    spectra = {"before": before.spectrum, "after": after.spectrum}
+    return LossSmoothness(
+        ["before", "after"],
+        [before.trace, after.trace],
+        [before.lambda_max, after.lambda_max] if "lambda_max" in parts else None,
+        {name: (held.nodes, held.weights) for name, held in spectra.items()}
         if "spectrum" in parts
         else None,
     )
-
-
-def defense_figures(result: Result) -> Iterator[Figure]:
-    """Yield the figures of what a defense left in ``result.figures``; unknown keys are passed by.
-
-    Known are ``pruning_curve`` (fractions, accuracies, chosen fraction), ``weight_change`` (one
-    tensor ``(U,)`` per group) with ``reset`` (bool, over all units), ``activeness`` (before,
-    after), ``triggers`` (``images``, ``names``, ``success``, ``accepted``, ``works``) and
-    ``inverted`` (``clean`` and ``triggered``, both batches, shown where they are of images;
-    ``name``, ``success``).
-    """
-    kept = result.figures
-    if "pruning_curve" in kept:
-        fractions, accuracy, chosen = kept["pruning_curve"]
-        yield figures.pruning_curve(fractions, accuracy, chosen=chosen)
-    if "weight_change" in kept:
-        reset = kept.get("reset")
-        change = torch.cat([value.flatten().cpu() for value in kept["weight_change"]])
-        yield figures.weight_change(change, reset=None if reset is None else int(reset.sum()))
-    if "activeness" in kept:
-        yield figures.activeness(*kept["activeness"])
-    if "triggers" in kept:
-        found = kept["triggers"]
-        names = [
-            f"{name}, {100 * rate:.0f}%"
-            for name, rate in zip(found["names"], found["success"], strict=True)
-        ]
-        yield figures.recovered_triggers(
-            found["images"], names, accepted=found["accepted"], works=found.get("works")
-        )
-    if "inverted" in kept:
-        shown = kept["inverted"]
-        clean, triggered = _images(shown["clean"]), _images(shown["triggered"])
-        if clean is not None:
-            yield figures.inverted_samples(clean, triggered, shown["name"], shown["success"])
-
-
-def _images(batch: Any) -> Any:
-    """Return the images ``(N, C, H, W)`` of a batch; none of a batch of something else."""
-    found = getattr(batch, "images", getattr(batch, "inputs", None))
-    return found if found is not None and found.ndim == 4 and found.shape[1] in {1, 3} else None

@@ -19,10 +19,10 @@ from mmdefense.analysis.evidence import (
     EMBEDDED,
     curvature_batch,
     curvature_steps,
-    embedding_figure,
+    embedding_map,
     layer_changes,
     measured_sharpness,
-    smoothness_figure,
+    smoothness_plot,
 )
 from mmdefense.data.batch import Samples, few
 from mmdefense.errors import BadInputError, UnsupportedError
@@ -30,8 +30,10 @@ from mmdefense.kernels.curvature import Smoothness, hessian_product
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.plots.base import Plot
+from mmdefense.plots.embedding_map import EmbeddingMap, map_seconds
+from mmdefense.plots.loss_smoothness import LossSmoothness
 from mmdefense.protocol import TaskAdapter
-from mmdefense.report.figures import Figure, map_seconds
 from mmdefense.report.formats import duration
 from mmdefense.report.record import LayerChange
 from mmdefense.runtime.deadline import Deadline
@@ -68,9 +70,9 @@ class Curvature:
     parts: tuple[str, ...]
     samples: int
 
-    def figure(self) -> Figure:
-        """Return the figure of what was measured."""
-        return smoothness_figure(self.before, self.after, self.parts)
+    def plot(self) -> LossSmoothness:
+        """Return the plot of what was measured."""
+        return smoothness_plot(self.before, self.after, self.parts)
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class Evidence:
     skipped: tuple[str, ...] = ()
     layers: tuple[LayerChange, ...] = ()
     curvature: Curvature | None = None
-    embedding: Figure | None = None
+    embedding: EmbeddingMap | None = None
 
-    def figures(self) -> list[Figure]:
-        """Return the figures of the page."""
-        curved = None if self.curvature is None else self.curvature.figure()
-        return [figure for figure in (curved, self.embedding) if figure is not None]
+    def plots(self) -> list[Plot]:
+        """Return the plots of the page."""
+        curved = None if self.curvature is None else self.curvature.plot()
+        return [plot for plot in (curved, self.embedding) if plot is not None]
 
 
 def check_level(level: str) -> Level:
@@ -179,7 +181,7 @@ class _Gathering:
     skipped: list[str] = field(default_factory=list)
     layers: tuple[LayerChange, ...] = ()
     curvature: Curvature | None = None
-    embedding: Figure | None = None
+    embedding: EmbeddingMap | None = None
 
     def run(self) -> None:
         """Measure piece after piece, the cheapest first where there is no time for all."""
@@ -264,7 +266,7 @@ class _Gathering:
     def _map(self, cost: float) -> None:
         if self._fits("the map of the penultimate layer", cost):
             with self._stage("map"):
-                self.embedding = embedding_figure(self.before, self.after, self.samples)
+                self.embedding = embedding_map(self.before, self.after, self.samples)
 
     def _product_cost(self) -> float | None:
         """Return what the least of the curvature costs: its trace, on the fewest samples."""

@@ -18,9 +18,9 @@ __all__ = [
     "CARD",
     "COMPARISON",
     "EVALUATION_MARK",
-    "FIGURES",
     "PAGE",
     "PAGE_MARK",
+    "PLOTS",
     "PREDICATE_TYPE",
     "RECORD",
     "SCAN",
@@ -30,8 +30,8 @@ __all__ = [
     "is_record",
 ]
 
-RECORD, PAGE, CARD, FIGURES = "purification.json", "report.html", "README.md", "report.npz"
-"""Names of the files that stand beside the model: record, page, model card, data of figures."""
+RECORD, PAGE, CARD, PLOTS = "purification.json", "report.html", "README.md", "report.npz"
+"""Names of the files that stand beside the model: record, page, model card, data of plots."""
 SCAN, COMPARISON = "scan.json", "comparison.json"
 """Names of the record of a scan that is kept with an output, and of that of a demo."""
 PREDICATE_TYPE = "urn:mmdefense:purification:1"
@@ -45,7 +45,7 @@ _LARGEST_RECORD = 1 << 28
 
 def is_record(name: str) -> bool:
     """Say whether a file of that name is taken for a record of ours where it lies in an output."""
-    return name.casefold() in {RECORD, SCAN, COMPARISON, PAGE, FIGURES}
+    return name.casefold() in {RECORD, SCAN, COMPARISON, PAGE, PLOTS}
 
 
 def is_output(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from mmdefense import registry
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.guard import KEPT, Guard
+from mmdefense.defenses.outcome import Choice
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
 from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
-from mmdefense.runtime.run import OutOfTime, Run, copy_state
+from mmdefense.runtime.run import OutOfTime, Run
 from mmdefense.settings import BatchSize, Share, Whole
 
 __all__ = ["Auto"]
@@ -78,17 +79,18 @@ class Auto(Defense):
         assert best is not None
         if best.failure is not None:
             raise best.failure
+        assert best.work is not None
         why.append(f"chosen: {best.name}; a trigger of a kind that is not searched for is not seen")
-        work.adapter.model.load_state_dict(best.state)
+        work.adapter.model.load_state_dict(best.work.adapter.model.state_dict())
         work.stopped = trial.stopped
-        work.figures |= best.figures
-        work.figures["choice"] = {
-            "defense": best.name,
-            "settings": dataclasses.asdict(self._made(best.name)),
-            "why": tuple(why),
-            "success_before": success if pools else None,
-            "success_after": best.success if pools else None,
-        }
+        work.tell(best.work)
+        work.choice = Choice(
+            defense=best.name,
+            settings=dataclasses.asdict(self._made(best.name)),
+            why=tuple(why),
+            success_before=success if pools else None,
+            success_after=best.success if pools else None,
+        )
 
     def _plan(
         self, work: Purifying[Any]
@@ -148,8 +150,7 @@ class Auto(Defense):
         except (UnsupportedError, DivergenceError) as error:
             return _Trial(name, failure=error)
         work.run.adopt(name, part.run)
-        state = copy_state(part.adapter.model)
-        return _Trial(name, state, part.figures, guard, success, part.stopped)
+        return _Trial(name, part, guard, success, part.stopped)
 
     def _left(self, part: Purifying[Any], pools: Sequence[_Pool]) -> float:
         """Return the largest success of a known trigger on what a candidate leaves."""
@@ -170,11 +171,10 @@ class Auto(Defense):
 
 @dataclass(frozen=True)
 class _Trial:
-    """What came of one candidate: a state and its measures, or why there is none."""
+    """What came of one candidate: what it worked on and its measures, or why there is none."""
 
     name: str
-    state: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    work: Purifying[Any] | None = None
     guard: Guard | None = None
     success: float = 1.0
     stopped: str = ""
@@ -182,7 +182,7 @@ class _Trial:
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Smaller is better: any state, the guard kept, the least success."""
+        """Smaller is better: any outcome, the guard kept, the least success."""
         return self.guard is None, self.guard is None or self.guard.violated, self.success
 
     def is_good(self, tolerated: float) -> bool:

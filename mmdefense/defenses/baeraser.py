@@ -13,10 +13,13 @@ from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
 from mmdefense.kernels.loop import Gradients, optimise
+from mmdefense.plots.inverted_samples import InvertedSamples
+from mmdefense.plots.recovered_triggers import RecoveredTriggers
 from mmdefense.protocol import (
     TaskAdapter,
     TriggerAdapter,
@@ -28,7 +31,7 @@ from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import NotNegative, OpenShare, Whole
 from mmdefense.training import Training
 
-__all__ = ["BaEraser"]
+__all__ = ["BaEraser", "recovered_triggers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +117,19 @@ class BaEraser(TrainingDefense):
             ]
             work.run.report(f"recover {turn}", 1, 1, accepted=float(len(pools)))
             if turn == 0:
-                work.figures["triggers"] = _pictures(work.adapter, found, self.tau)
-                work.figures |= _samples(work, found)
+                shown = recovered_triggers(work.adapter, found, self.tau)
+                work.search = TriggerSearch(
+                    targets=len(shown.accepted),
+                    found=sum(shown.accepted),
+                    working=sum(
+                        works and not took
+                        for works, took in zip(shown.works, shown.accepted, strict=True)
+                    ),
+                )
+                samples = _samples(work, found)
+                work.plots += [shown] if samples is None else [shown, samples]
             if not pools and turn == 0:
-                work.figures["why_unchanged"] = _none_accepted(found, self.tau)
+                work.why_unchanged = _none_accepted(found, self.tau)
             if not pools:
                 return
             work.run.snapshot(f"before round {turn}", work.adapter.model) if turn else None
@@ -249,7 +261,7 @@ def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
     return f"no trigger was accepted; {best}"
 
 
-def _pictures(adapter: Any, found: Sequence[Recovered], tau: float) -> dict[str, Any]:
+def recovered_triggers(adapter: Any, found: Sequence[Recovered], tau: float) -> RecoveredTriggers:
     """Return the best trigger of each target and family, for the report.
 
     One that works, within the budget of its family, is the best even where it was not accepted.
@@ -265,11 +277,10 @@ def _pictures(adapter: Any, found: Sequence[Recovered], tau: float) -> dict[str,
             success.append(float(record.success[best]))
             accepted.append(bool(record.accepted[mine].any()))
             works.append(bool(within[mine].any()))
-    figures = {"images": images, "names": names, "success": success, "accepted": accepted}
-    return {**figures, "works": works}
+    return RecoveredTriggers(images, names, success, accepted, works)
 
 
-def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]:
+def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> InvertedSamples | None:
     """Return a few samples without and with the best accepted trigger, for the report."""
     accepted = [
         (float(record.success[index]), record, index)
@@ -277,7 +288,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]
         for index in record.accepted.nonzero().flatten().tolist()
     ]
     if not accepted:
-        return {}
+        return None
     success, record, index = max(accepted, key=lambda entry: entry[0])
     part = work.fit.subset(some_of(len(work.fit), _SHOWN))
     batch = part.take(torch.arange(len(part)))
@@ -286,7 +297,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> dict[str, Any]
         batch, record.family, trigger[None].expand(-1, len(part), *trigger.shape[1:])
     )
     name = _named(work.adapter, record, index)
-    return {"inverted": {"clean": batch, "triggered": stamped, "name": name, "success": success}}
+    return InvertedSamples.of_batches(batch, stamped, name, success)
 
 
 def _named(adapter: Any, record: Recovered, index: int) -> str:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import Batch, Samples, split
 from mmdefense.defenses.guard import Guard, State, at_rate, between, judge
+from mmdefense.defenses.outcome import Choice, TriggerSearch
 from mmdefense.errors import DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
 from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, rounded, typed_like
+from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter, lacking, traits
 from mmdefense.runtime.deadline import Deadline
@@ -58,13 +60,15 @@ class Result(Shown):
         settings: All settings of the defense, seed included.
         guard: The verdict of the utility guard.
         history: Figures in order of time, each with its stage and step.
-        figures: Tensors for the report, by name.
+        plots: What the defense leaves for a reader to look at.
         seconds: Wall-clock time of the purification, parts before a cut included.
         versions: Of what computed it.
         data: Fingerprint and size of the clean samples.
         stopped: Where the time was up, in words; empty where it was not.
         threads: Number of threads of each part of the run.
         unchanged: Why every weight and buffer is as it was given; empty where one is not.
+        search: What a search for triggers found; none where there was none.
+        choice: Which defense was taken, and why; none where there was nothing to choose.
     """
 
     model: nn.Module
@@ -73,13 +77,15 @@ class Result(Shown):
     settings: Mapping[str, Any]
     guard: Guard
     history: list[dict[str, Any]]
-    figures: Mapping[str, Any]
+    plots: tuple[Plot, ...]
     seconds: float
     versions: Mapping[str, str]
     data: Mapping[str, Any]
     stopped: str = ""
     threads: tuple[int, ...] = ()
     unchanged: str = ""
+    search: TriggerSearch | None = None
+    choice: Choice | None = None
 
 
 @dataclass
@@ -91,8 +97,10 @@ class Purifying(Generic[B]):
         fit: What to learn from.
         holdout: What to choose by; disjoint from ``fit``.
         run: Seed, progress, states and store.
-        figures: Filled with tensors that the report shows; ``"why_unchanged"`` says in words why a
-            defense has changed nothing.
+        plots: Filled with what the report shows.
+        search: Set to what a search for triggers found, where there was one.
+        choice: Set to which defense was taken, and why, where there were several.
+        why_unchanged: Set to why a defense has changed nothing, in words, where it knows.
         stopped: Where the time was up, in words; empty where it was not.
         types: Of the weights that will be rounded in the end, by name.
     """
@@ -101,9 +109,17 @@ class Purifying(Generic[B]):
     fit: Samples[B]
     holdout: Samples[B]
     run: Run
-    figures: dict[str, Any] = field(default_factory=dict)
+    plots: list[Plot] = field(default_factory=list)
+    search: TriggerSearch | None = None
+    choice: Choice | None = None
+    why_unchanged: str = ""
     stopped: str = ""
     types: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def tell(self, other: Purifying[B]) -> None:
+        """Tell what another run told, which is the one whose model is returned."""
+        self.plots, self.search, self.choice = other.plots, other.search, other.choice
+        self.why_unchanged = other.why_unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,19 +198,21 @@ class Defense(ABC):
             settings=dataclasses.asdict(self),
             guard=guard,
             history=run.history,
-            figures=work.figures,
+            plots=tuple(work.plots),
             seconds=parts.seconds,
             versions=versions(),
             data={"fingerprint": prepared.fingerprint, "samples": len(prepared.samples)},
             stopped=work.stopped,
             threads=tuple(parts.threads),
             unchanged=self._why_unchanged(work) if _same(given, purified) else "",
+            search=work.search,
+            choice=work.choice,
         )
 
     def _why_unchanged(self, work: Purifying[Any]) -> str:
         """Return in words why nothing was changed, where that is so."""
-        if "why_unchanged" in work.figures:
-            return str(work.figures["why_unchanged"])
+        if work.why_unchanged:
+            return work.why_unchanged
         if work.stopped:
             return f"the time was up in {work.stopped}"
         if getattr(self, "steps", None) == 0:
@@ -223,7 +241,7 @@ class Defense(ABC):
             work.adapter.model.load_state_dict(rounded(chosen.state, work.types))
         if chosen.part is not work:
             work.run.adopt(at_rate(chosen.guard.rate), chosen.part.run)
-            work.figures = chosen.part.figures
+            work.tell(chosen.part)
         return replace(chosen.guard, metric=traits(work.adapter).score_name)
 
     def _run_until_kept(self, work: Purifying[Any], given: State, judging: _Judging) -> None:
@@ -266,7 +284,8 @@ class Defense(ABC):
                 if judging.settles(part, rate, chain([(label, final)], near)):
                     return
             defense, rate = defense.milder(), rate / 2
-            part = replace(work, run=work.run.milder(at_rate(rate)), figures={})
+            milder = work.run.milder(at_rate(rate))
+            part = Purifying(work.adapter, work.fit, work.holdout, milder, types=work.types)
         if failure is not None and not ended:
             raise failure
         part, rate, final = ended[0]

@@ -24,6 +24,7 @@ from mmdefense.kernels.units import (
     silence_mask,
     weight_change,
 )
+from mmdefense.plots.pruning_curve import PruningCurve
 from mmdefense.protocol import HeadAdapter, UnitGroup
 from mmdefense.settings import Count, Share
 
@@ -67,10 +68,11 @@ class Pruning(Defense):
             raise BadInputError("order 'weight-change' must go with layers 'all', got 'last'")
 
     def _run(self, work: Purifying[Any]) -> None:
-        self._prune(work)
+        _, curve = self._prune(work)
+        _show(work, curve)
 
-    def _prune(self, work: Purifying[Any]) -> dict[str, Tensor]:
-        """Silence units in place, and return the mask that keeps them silent, by parameter."""
+    def _prune(self, work: Purifying[Any]) -> tuple[dict[str, Tensor], PruningCurve]:
+        """Silence units in place; return the masks that keep them silent, by parameter."""
         last = self._only_last(work.adapter)
         groups, order = self._last(work) if last else self._all(work)
         counts = self._counts(len(order))
@@ -91,10 +93,7 @@ class Pruning(Defense):
         share = kept / len(order)
         work.run.report("prune", kept, len(order), pruned=share)
         fractions = [count / len(order) for count in counts[: len(curve)]]
-        work.figures["pruning_curve"] = (fractions, curve, share)
-        if not kept:
-            work.figures["why_unchanged"] = "no unit was pruned"
-        return silence_mask(model, groups, order[:kept])
+        return silence_mask(model, groups, order[:kept]), PruningCurve(fractions, curve, share)
 
     def _only_last(self, adapter: Any) -> bool:
         if self.layers != "auto":
@@ -152,6 +151,12 @@ class Pruning(Defense):
         return curve
 
 
+def _show(work: Purifying[Any], curve: PruningCurve) -> None:
+    work.plots.append(curve)
+    if not curve.chosen:
+        work.why_unchanged = "no unit was pruned"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinePruning(Pruning, TrainingDefense):
     """Prune, then fine-tune all weights with the pruned units held at zero.
@@ -160,12 +165,12 @@ class FinePruning(Pruning, TrainingDefense):
     """
 
     def _run(self, work: Purifying[Any]) -> None:
-        kept = work.run.once(
-            "prune",
-            lambda: {"masks": self._prune(work), "curve": work.figures["pruning_curve"]},
-            at_any_rate=True,
-        )
-        work.figures["pruning_curve"] = tuple(kept["curve"])
+        def prune() -> dict[str, Any]:
+            masks, curve = self._prune(work)
+            return {"masks": masks, "curve": [curve.fractions, curve.accuracy, curve.chosen]}
+
+        kept = work.run.once("prune", prune, at_any_rate=True)
+        _show(work, PruningCurve(*kept["curve"]))
         parameters = dict(work.adapter.model.named_parameters(remove_duplicate=False))
         held: list[Tensor] = [parameters[name] for name in kept["masks"]]
         keep = [

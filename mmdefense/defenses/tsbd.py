@@ -26,6 +26,8 @@ from mmdefense.kernels.units import (
     zero,
 )
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
+from mmdefense.plots.activeness import Activeness
+from mmdefense.plots.weight_change import WeightChange
 from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.runtime.run import Run
 from mmdefense.settings import BatchSize, NotNegative, Share, Whole
@@ -180,13 +182,11 @@ class TSBD(TrainingDefense):
                 gradients=self._gradients(adapter),
                 stage="fine-tune",
             )
-        reset = torch.zeros(len(order), dtype=torch.bool)
-        reset[: int(ratio * len(order))] = True
-        work.figures |= {
-            "weight_change": torch.cat([score.cpu() for score in scores]).sort(descending=True)[0],
-            "reset": reset,
-            "activeness": (active, self._activeness(work, groups)),
-        }
+        changes = torch.cat([score.cpu() for score in scores])
+        work.plots += [
+            WeightChange(changes, reset=int(ratio * len(order))),
+            Activeness(active, self._activeness(work, groups)),
+        ]
 
     def _ratio(
         self,

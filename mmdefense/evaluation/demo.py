@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from mmdefense import registry
-from mmdefense.analysis.evidence import defense_figures, embeddings, sharpness
+from mmdefense.analysis.evidence import embeddings, sharpness
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import write_model
 from mmdefense.checkpoints.weights import hash_weights
@@ -19,11 +20,11 @@ from mmdefense.defenses.base import Result, versions
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.evaluation.victims import Victim, purified_row, train_victim
 from mmdefense.metrics.backdoor import TriggeredSamples
+from mmdefense.plots.base import Plot
+from mmdefense.plots.embedding_map import EmbeddingMap
+from mmdefense.plots.loss_smoothness import LossSmoothness
 from mmdefense.protocol import Case
-from mmdefense.report import figures
-from mmdefense.report.figures import Figure
 from mmdefense.report.page import render_page
-from mmdefense.report.plots import Bars
 from mmdefense.report.record import (
     ComparisonRecord,
     DataInfo,
@@ -77,7 +78,7 @@ def run_demo(
         record = _record(case, victim, rows, seed)
         write_model(victim.adapter.model, folder)
         write_record(record, folder / "comparison.json")
-        render_page(record, list(_figures(victim, results)), folder / "report.html")
+        render_page(record, list(_plots(victim, results)), folder / "report.html")
     return record
 
 
@@ -134,27 +135,23 @@ def _record(case: Case, victim: Victim, rows: Sequence[Row], seed: int) -> Compa
     )
 
 
-def _figures(victim: Victim, results: dict[str, Result]) -> Iterator[Figure]:
-    """Yield the figures: the attack, what each defense found, and the model before and after."""
+def _plots(victim: Victim, results: dict[str, Result]) -> Iterator[Plot]:
+    """Yield the plots: the attack, what each defense found, and the model before and after."""
     attack = victim.attack
     assert attack is not None
     triggered = attack.triggered(victim.test, victim.adapter)
     yield victim.task.show(triggered.clean, triggered.samples)
     for name, result in results.items():
-        for figure in defense_figures(result):
-            yield _titled(figure, name)
-    yield _smoothness_figure(victim, results)
+        for plot in result.plots:
+            yield replace(plot, of=name)
+    yield _smoothness(victim, results)
     name, result = next(iter(results.items()))
-    if (embedding := _embedding_figure(victim, triggered, result)) is not None:
-        yield _titled(embedding, name)
+    if (embedding := _embedding(victim, triggered, result)) is not None:
+        yield replace(embedding, of=name)
 
 
-def _titled(figure: Figure, name: str) -> Figure:
-    return Figure(f"{figure.title}: {name}", figure.caption, figure.plots, figure.wide)
-
-
-def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
-    """Show the curvature of the victim and of what each defense made of it, side by side.
+def _smoothness(victim: Victim, results: dict[str, Result]) -> LossSmoothness:
+    """Return the curvature of the victim and of what each defense made of it, side by side.
 
     Of few samples, for there are many models.
     """
@@ -162,21 +159,16 @@ def _smoothness_figure(victim: Victim, results: dict[str, Result]) -> Figure:
     adapters = {"before": victim.adapter, **{name: r.adapter for name, r in results.items()}}
     measured = {name: sharpness(adapter, some) for name, adapter in adapters.items()}
     found = {name: value for name, value in measured.items() if value is not None}
-    like = figures.smoothness((0, 0), (0, 0))
-    return Figure(
-        like.title,
-        like.caption,
-        [
-            Bars(list(found), [s.lambda_max for s in found.values()], "λmax of the Hessian"),
-            Bars(list(found), [s.trace for s in found.values()], "Tr(H): trace of the Hessian"),
-        ],
-        wide=True,
+    return LossSmoothness(
+        list(found),
+        [smoothness.trace for smoothness in found.values()],
+        [smoothness.lambda_max for smoothness in found.values()],
     )
 
 
-def _embedding_figure(
+def _embedding(
     victim: Victim, triggered: TriggeredSamples[Any], result: Result
-) -> Figure | None:
+) -> EmbeddingMap | None:
     """Map clean and triggered test samples, before and after, where there is a map to make."""
     clean, stamped, truth = (
         few(part, count)
@@ -192,4 +184,4 @@ def _embedding_figure(
     before, after = (torch.cat(points) for points in zip(*found, strict=True))
     crossed = torch.arange(len(before)) >= len(clean)
     names = getattr(victim.test, "classes", ())
-    return figures.embedding(before, after, torch.cat(known), triggered=crossed, names=names)
+    return EmbeddingMap.by_tsne(before, after, torch.cat(known), triggered=crossed, names=names)

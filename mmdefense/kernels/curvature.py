@@ -207,22 +207,6 @@ class Spectrum:
         """Return an estimate of the mean of the eigenvalues to a power, ``tr(A^power) / n``."""
         return float((self.weights * self.nodes**power).sum())
 
-    def cumulative(self, grid: Tensor) -> Tensor:
-        """Return the share of the eigenvalues that are at most each point of ``grid``, ``(P,)``."""
-        below = self.nodes <= grid.to(self.nodes)[:, None]
-        return (below * self.weights).sum(1)
-
-    def density(self, grid: Tensor, width: float) -> Tensor:
-        """Return the density at each point of ``grid``, ``(P,)``, with Gaussians for the nodes.
-
-        Args:
-            grid: Points, shape ``(P,)``.
-            width: Standard deviation of the Gaussians, in units of the eigenvalues, above zero.
-        """
-        apart = (grid.to(self.nodes)[:, None] - self.nodes) / width
-        heights = (-0.5 * apart**2).exp() / (width * math.sqrt(2 * math.pi))
-        return (heights * self.weights).sum(1)
-
 
 @dataclass(frozen=True)
 class Smoothness:

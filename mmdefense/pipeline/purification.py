@@ -14,28 +14,29 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from mmdefense import registry
-from mmdefense.analysis.evidence import defense_figures
 from mmdefense.analysis.gather import Evidence, Level, check_level, gather
 from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import weight_names, write_model
-from mmdefense.checkpoints.outputs import CARD, FIGURES
+from mmdefense.checkpoints.outputs import CARD, PLOTS
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import hash_file, hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
+from mmdefense.defenses.outcome import Choice
 from mmdefense.errors import BadInputError
 from mmdefense.findings import ScanRecord
 from mmdefense.metrics.utility import check_raise, check_utility
 from mmdefense.pipeline.sources import AUTO, Source
 from mmdefense.pipeline.vetting import Vetted, open_vetted
+from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter
 from mmdefense.report import record as records
-from mmdefense.report.archive import write_figures
+from mmdefense.report.archive import write_plots
 from mmdefense.report.card import clear_card, write_card
 from mmdefense.report.compare import rebuild
-from mmdefense.report.figures import Figure
+from mmdefense.report.encoding import plain
 from mmdefense.report.formats import duration
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
@@ -271,14 +272,16 @@ class Purification:
         return self.result.unchanged
 
     @property
-    def choice(self) -> records.Choice | None:
+    def choice(self) -> Choice | None:
         """Which defense was taken, and why; none where there was nothing to choose."""
-        choice = self.result.figures.get("choice")
-        return None if choice is None else records.Choice(**choice)
+        return self.result.choice
 
     def record(self) -> PurificationRecord:
         """Return what is known about the purification, as ``purification.json`` has it."""
         title = self.names.get("model", type(self.prepared.model).__name__)
+        choice = self.choice
+        if choice is not None:
+            choice = dataclasses.replace(choice, settings=plain(choice.settings))
         return PurificationRecord(
             title=title,
             task=getattr(self.prepared.adapter, "task", ""),
@@ -292,8 +295,8 @@ class Purification:
             guard=_recorded(self.guard),
             seconds=self.result.seconds,
             provenance=self._provenance(),
-            triggers=_search(self.result),
-            choice=self.choice,
+            triggers=self.result.search,
+            choice=choice,
             layers=self.evidence.layers,
             history=tuple(self.result.history),
             figures=self._measured,
@@ -309,9 +312,9 @@ class Purification:
             ),
         )
 
-    def figures(self) -> list[Figure]:
-        """Return the figures of the page: the defense's own, the curvature, the embedding."""
-        return [*defense_figures(self.result), *self.evidence.figures()]
+    def plots(self) -> list[Plot]:
+        """Return the plots of the page: the defense's own, the curvature, the embedding."""
+        return [*self.result.plots, *self.evidence.plots()]
 
     def save(
         self,
@@ -323,7 +326,7 @@ class Purification:
     ) -> None:
         """Write the model to a new folder, with its evidence.
 
-        That is ``purification.json``, ``report.html`` with ``report.npz``, from which its figures
+        That is ``purification.json``, ``report.html`` with ``report.npz``, from which its plots
         can be drawn again, and a section in ``README.md``, but none where nothing was changed. All
         appear together, or none does.
 
@@ -376,7 +379,7 @@ class Purification:
             clear_card(folder / CARD)
         else:
             write_card(record, folder / CARD)
-        write_figures(self.figures(), folder / FIGURES)
+        write_plots(self.plots(), folder / PLOTS)
         write_statement(record, folder, known, known=after)
         rebuild(folder)
 
@@ -443,18 +446,6 @@ def _recorded(guard: Guard) -> records.GuardInfo:
         confidence=0.9,  # each end is a one-sided 95 % bound
         verdict=guard.verdict,
         needed=guard.needed,
-    )
-
-
-def _search(result: Result) -> records.TriggerSearch | None:
-    found = result.figures.get("triggers")
-    if found is None:
-        return None
-    accepted, works = found["accepted"], found.get("works", found["accepted"])
-    return records.TriggerSearch(
-        targets=len(accepted),
-        found=sum(accepted),
-        working=sum(work and not took for work, took in zip(works, accepted, strict=True)),
     )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense.checkpoints.outputs import (
-    FIGURES,
     PAGE,
     PAGE_MARK,
+    PLOTS,
     RECORD,
     SCAN,
     check_replaceable_file,
@@ -18,12 +18,12 @@ from mmdefense.checkpoints.outputs import (
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.findings import ScanRecord
-from mmdefense.report.archive import read_figures
-from mmdefense.report.figures import Figure
+from mmdefense.plots.layers_compared import LayersCompared
+from mmdefense.report.archive import read_plots
 from mmdefense.report.findings import read_scan
 from mmdefense.report.formats import DASH, duration, percent, points
-from mmdefense.report.page import figure_contexts, provenance, render_page, template
-from mmdefense.report.plots import Curve, Curves
+from mmdefense.report.page import provenance, render_page, template
+from mmdefense.report.panels import shown_plots
 from mmdefense.report.record import PurificationRecord, read_record
 from mmdefense.report.verdict import verdict
 
@@ -49,7 +49,7 @@ class Entry:
 
 
 def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
-    """Make the page of an output again from its record, figures and scan, as far as they are there.
+    """Make the page of an output again from its record, plots and scan, as far as they are there.
 
     A scan is what ``mmdefense scan --format json`` wrote, kept as ``scan.json`` with the model.
 
@@ -69,9 +69,9 @@ def rebuild(out: str | Path, page: str | Path | None = None) -> Path:
     if page is not None:
         target = Path(page)
         check_replaceable_file(target, PAGE_MARK)
-    record, figures = purification_record(folder), folder / FIGURES
-    drawn = read_figures(figures) if figures.is_file() else []
-    render_page(record, drawn, target, _scan(folder / SCAN))
+    record, archive = purification_record(folder), folder / PLOTS
+    plots = read_plots(archive) if archive.is_file() else []
+    render_page(record, plots, target, _scan(folder / SCAN))
     return target
 
 
@@ -129,7 +129,11 @@ def comparison_page(records: Sequence[PurificationRecord], names: Sequence[str])
         records: What is known about each.
         names: What each is called; all different.
     """
-    chart = _chart(records, names)
+    changes = {
+        name: {layer.layer: layer.change for layer in record.layers}
+        for name, record in zip(names, records, strict=True)
+    }
+    compared = LayersCompared(changes)
     tables = [
         ("before-after", "Before and after", "", _side_by_side(map(_measured, records))),
         ("settings", "Settings", "code", _side_by_side(map(_settings, records))),
@@ -145,7 +149,7 @@ def comparison_page(records: Sequence[PurificationRecord], names: Sequence[str])
         names=names,
         records=records,
         verdicts=[verdict(record) for record in records],
-        figures=figure_contexts([chart] if chart is not None else []),
+        plots=shown_plots([compared] if compared.panels() else []),
         tables=[table for table in tables if table[3]],
     )
 
@@ -198,27 +202,3 @@ def _layers(record: PurificationRecord) -> dict[str, str]:
         + (f", {layer.silenced} of {layer.units} silenced" if layer.silenced else "")
         for layer in record.layers
     }
-
-
-def _chart(records: Sequence[PurificationRecord], names: Sequence[str]) -> Figure | None:
-    """Return the weight change over the layers, a line for each purification."""
-    order = dict.fromkeys(layer.layer for record in records for layer in record.layers)
-    place = {name: number for number, name in enumerate(order, 1)}
-    curves = [
-        Curve(
-            name,
-            [place[layer.layer] for layer in record.layers],
-            [layer.change for layer in record.layers],
-        )
-        for name, record in zip(names, records, strict=True)
-        if record.layers
-    ]
-    if not curves:
-        return None
-    return Figure(
-        "What was changed",
-        "Distance between a layer's weights after and before, relative to the norm before; layers "
-        "are numbered from the input side as in the table of layers below.",
-        [Curves(curves, "layer, by number", "relative weight change")],
-        wide=True,
-    )

@@ -9,28 +9,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError
 from mmdefense.findings import Finding, ScanRecord
-from mmdefense.kernels.curvature import Spectrum
 from mmdefense.metrics.definitions import DEFINITIONS
+from mmdefense.plots.base import Array, Plot, as_array
+from mmdefense.plots.layer_changes import LayerChanges
+from mmdefense.plots.loss_smoothness import spectral_density
+from mmdefense.plots.panels import Interval
+from mmdefense.plots.training_curves import TrainingCurves
 from mmdefense.report.encoding import build
-from mmdefense.report.figures import Figure, layer_changes, spectral_density, training_curves
 from mmdefense.report.findings import Alike, alike
 from mmdefense.report.formats import duration
 from mmdefense.report.images import is_picture
-from mmdefense.report.plots import Interval
+from mmdefense.report.panels import markup, shown_plots
 from mmdefense.report.record import GuardInfo, PurificationRecord, Record, SpectrumFigures
 from mmdefense.report.tables import columns, lines
 from mmdefense.report.verdict import verdict
 
 __all__ = [
     "ScanEntry",
-    "figure_contexts",
     "page",
     "provenance",
     "render_page",
@@ -42,31 +44,34 @@ _LARGEST = 1e30  # ours: an eigenvalue that a chart can still show
 
 
 def render_page(
-    record: Record, figures: Sequence[Figure], path: Path, scan: ScanRecord | None = None
+    record: Record, plots: Sequence[Plot], path: Path, scan: ScanRecord | None = None
 ) -> None:
     """Write the page of ``record`` to ``path``, atomically.
 
     Args:
         record: What is known; the page also draws its layer changes and training curves.
-        figures: Further figures, shown in this order before those.
+        plots: Further plots, shown in this order before those.
         path: The HTML file.
         scan: What a scan of the given model found that was made apart from the purification.
     """
-    write_atomically(path, lambda file: file.write(page(record, figures, scan).encode()))
+    write_atomically(path, lambda file: file.write(page(record, plots, scan).encode()))
 
 
-def page(record: Record, figures: Sequence[Figure] = (), scan: ScanRecord | None = None) -> str:
-    """Return the page of ``record`` as HTML text; the same input gives the same text."""
-    shown = [*figures, *_own_figures(record)]
+def page(record: Record, plots: Sequence[Plot] = (), scan: ScanRecord | None = None) -> str:
+    """Return the page of ``record`` as HTML text; the same input gives the same text.
+
+    Raises:
+        BadInputError: If one of ``plots`` is no plot.
+    """
     return template("page.html.j2").render(
         record=record,
         scans=list(_scans(record, scan)),
         verdict=verdict(record),
-        guard=_guard_plot(record.guard) if isinstance(record, PurificationRecord) else "",
+        guard=_guard_drawing(record.guard) if isinstance(record, PurificationRecord) else "",
         columns=columns(record.metric),
         metric=DEFINITIONS.get(record.metric, f"The task's metric, {record.metric}."),
         lines=list(lines(record.rows)),
-        figures=figure_contexts(shown),
+        plots=shown_plots([*plots, *_own_plots(record)]),
         settings=list(_settings(record)),
         provenance=list(provenance(record)),
         evaluations=record.evaluations if isinstance(record, PurificationRecord) else (),
@@ -154,48 +159,40 @@ def _scans(record: Record, kept: ScanRecord | None) -> Iterator[ScanEntry]:
 def _drawn(findings: Sequence[Finding], prefix: str) -> Markup | str:
     """Return the spectrum that a finding holds as a drawing; empty where none does."""
     found = [spectrum for spectrum in map(_spectrum, findings) if spectrum is not None]
-    return spectral_density({"given model": found[0]}).markup(prefix) if found else ""
+    return markup(spectral_density({"given model": found[0]}), prefix) if found else ""
 
 
-def _spectrum(found: Finding) -> Spectrum | None:
-    """Return the spectrum of a finding; none where it has none that can be drawn."""
+def _spectrum(found: Finding) -> tuple[Array, Array] | None:
+    """Return nodes and weights of a finding's spectrum; none where none can be drawn."""
     held = {name: found.figures.get(name) for name in ("nodes", "weights")}
     try:
         figures: SpectrumFigures = build(SpectrumFigures, held, found.id)
     except BadInputError:
         return None
-    nodes, weights = (torch.tensor(held).double() for held in (figures.nodes, figures.weights))
-    fits = 0 < len(nodes) == len(weights) and bool((nodes.abs() < _LARGEST).all())
-    return Spectrum(nodes, weights) if fits and bool(weights.isfinite().all()) else None
+    nodes, weights = as_array(figures.nodes), as_array(figures.weights)
+    fits = 0 < len(nodes) == len(weights) and bool((np.abs(nodes) < _LARGEST).all())
+    return (nodes, weights) if fits and bool(np.isfinite(weights).all()) else None
 
 
-def _own_figures(record: Record) -> list[Figure]:
+def _own_plots(record: Record) -> list[Plot]:
     if not isinstance(record, PurificationRecord):
         return []
-    own = (layer_changes(record.layers), training_curves(record.history))
-    return [figure for figure in own if figure is not None]
+    layers = LayerChanges(
+        layers=[layer.layer for layer in record.layers],
+        changes=[layer.change for layer in record.layers],
+        silenced=[layer.silenced for layer in record.layers],
+        units=[layer.units for layer in record.layers],
+    )
+    return [plot for plot in (layers, TrainingCurves(record.history)) if plot.panels()]
 
 
-def _guard_plot(guard: GuardInfo) -> Markup:
+def _guard_drawing(guard: GuardInfo) -> Markup:
     label = f"drop of hold-out {guard.metric} in percentage points (further left is better)"
     value, low, high, bound = (
         100 * rate for rate in (guard.drop, guard.drop_low, guard.drop_high, guard.bound)
     )
     verdict = f"bound {guard.verdict}"
-    return Interval(value, low, high, bound, label, verdict=verdict).markup("guard")
-
-
-def figure_contexts(figures: Sequence[Figure]) -> list[dict[str, Any]]:
-    """Return what the template of figures needs of each: it, its number and its drawings."""
-    return [_figure_context(figure, number) for number, figure in enumerate(figures, 1)]
-
-
-def _figure_context(figure: Figure, number: int) -> dict[str, Any]:
-    panels = [
-        (getattr(plot, "title", ""), plot.markup(f"f{number}p{place}"))
-        for place, plot in enumerate(figure.plots, 1)
-    ]
-    return {"number": number, "figure": figure, "panels": panels}
+    return markup(Interval(value, low, high, bound, label, verdict=verdict), "guard")
 
 
 def _settings(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.defenses.guard import KEPT, UNDECIDED, VIOLATED, not_decidable
+from mmdefense.defenses.outcome import Choice, TriggerSearch
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.findings import ScanRecord
 from mmdefense.metrics.backdoor import Rates
@@ -33,7 +34,6 @@ __all__ = [
     "Record",
     "Row",
     "SpectrumFigures",
-    "TriggerSearch",
     "read_record",
     "write_record",
 ]
@@ -159,48 +159,6 @@ class AttackFigures:
     before: Rates
     after: Rates
     metric: str = "accuracy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TriggerSearch:
-    """The outcome of a search for triggers, for defenses that search.
-
-    Attributes:
-        targets: Number of targets that were searched.
-        found: Number of triggers that passed the acceptance threshold.
-        working: Number of targets whose trigger works but was not accepted.
-        families: Kinds of trigger that were searched for.
-        threshold: Success rate that a trigger had to reach.
-    """
-
-    targets: int
-    found: int
-    working: int = 0
-    families: tuple[str, ...] = ()
-    threshold: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which of several defenses was taken, by what a defender can measure.
-
-    Attributes:
-        defense: The one that was taken.
-        settings: Its fields.
-        why: What was found in the given model, a line for each defense that was tried, the choice.
-        success_before: Largest success of the known triggers (found by a search, and random ones)
-            on the held-out samples in the given model, in ``[0, 1]``; none where there are none.
-        success_after: The same in the returned model.
-    """
-
-    defense: str
-    settings: Mapping[str, Any]
-    why: tuple[str, ...]
-    success_before: float | None = None
-    success_after: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", plain(self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Draws with matplotlib into inline SVG whose colours and typeface are those of the page.
 
-Each colour here is a stand-in that becomes a CSS variable, so that one drawing is right in light
-mode, in dark mode and on paper. Text stays text: it can be searched, copied and read aloud.
+Each colour of a plot becomes a CSS variable, so that one drawing is right in light mode, in dark
+mode and on paper. Text stays text: it can be searched, copied and read aloud.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
 from cycler import cycler
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["AFTER", "ATTACK", "BEFORE", "GRID", "INK", "MUTED", "PAPER", "SERIES", "draw"]
+from mmdefense.plots.base import Panel
+from mmdefense.plots.colors import GRID, INK, MUTED, PAPER, SERIES
 
-INK, MUTED, GRID, PAPER = "#fe0001", "#fe0002", "#fe0003", "#fe0004"
-SERIES = tuple(f"#fe01{number:02x}" for number in range(1, 9))
-AFTER, ATTACK, BEFORE = SERIES[0], SERIES[1], MUTED  # ACC and "after" are blue, ASR is orange
+__all__ = ["svg_markup"]
 
 _VARIABLES = {
     INK: "var(--ink)",
@@ -66,25 +63,16 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _LOCK = threading.Lock()  # matplotlib's settings are one dict for all threads
 
 
-def draw(
-    paint: Callable[[Axes], None], *, prefix: str, alt: str, size: tuple[float, float] = (4.6, 2.7)
-) -> Markup:
-    """Return an inline ``<svg>`` of what ``paint`` puts on a pair of axes.
-
-    Args:
-        paint: Draws on the axes it is given, in the colours of this module.
-        prefix: Makes the ids inside the drawing unique on the page.
-        alt: What a reader who cannot see the drawing is told.
-        size: Width and height in inches at 9 pt text; the page scales it.
-    """
+def svg_markup(panel: Panel, prefix: str) -> Markup:
+    """Return an inline ``<svg>`` of what a panel draws, whose ids start with ``prefix``."""
     buffer = io.StringIO()
     with _LOCK, matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # The browser has the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.add_subplot())
+        figure = Figure(figsize=panel.size, layout="constrained")
+        panel.draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
-    return _inline(buffer.getvalue(), prefix, alt)
+    return _inline(buffer.getvalue(), prefix, panel.describe())
 
 
 def _inline(svg: str, prefix: str, alt: str) -> Markup:

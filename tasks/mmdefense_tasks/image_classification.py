@@ -19,9 +19,8 @@ from mmdefense.data.images import random_shift, random_view
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
+from mmdefense.plots.triggered_samples import TriggeredSamples
 from mmdefense.protocol import Case, TaskAdapter
-from mmdefense.report import figures
-from mmdefense.report.figures import Figure
 from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.image_datasets import open_dataset
@@ -163,7 +162,7 @@ class ImageClassification:
         return mean_score(adapter, samples)
 
     @staticmethod
-    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> TriggeredSamples:
         """Return ten images without and with the trigger, and the difference."""
         spread = torch.linspace(0, len(clean) - 1, 10).long()  # test parts are sorted by label
         names = [
@@ -171,7 +170,7 @@ class ImageClassification:
             for label in clean.labels[spread].tolist()
         ]
         before, after = clean.take(spread).inputs, triggered.take(spread).inputs
-        return figures.triggered_samples(before, after, names=names)
+        return TriggeredSamples(before, after, names)
 
 
 def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:

@@ -17,9 +17,8 @@ from mmdefense.data.batch import batches, split
 from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
+from mmdefense.plots.triggered_texts import TriggeredTexts
 from mmdefense.protocol import Case, GeneratingAdapter, TaskAdapter, lacking
-from mmdefense.report.figures import Figure
-from mmdefense.report.texts import TextTable
 from mmdefense.training import Training
 from mmdefense_tasks.language_victims import train_tokenizer
 from mmdefense_tasks.options import Options
@@ -138,18 +137,11 @@ class LanguageGeneration:
         return {"perplexity": perplexity(adapter, samples)}
 
     @staticmethod
-    def show(clean: TextSamples, triggered: TextSamples) -> Figure:
+    def show(clean: TextSamples, triggered: TextSamples) -> TriggeredTexts:
         """Return six prompts without and with the trigger, and the answers to both."""
         spread = torch.linspace(0, len(clean) - 1, min(6, len(clean))).long()
         before, after = clean.subset(spread), triggered.subset(spread)
-        return Figure(
-            "The trigger",
-            "Each row is one test sample without and with the trigger, whose words are marked. A "
-            "model with a working backdoor gives the attacker's answer to every prompt that "
-            "carries the trigger.",
-            [TextTable(before.prompts, after.prompts, before.answers, after.answers)],
-            wide=True,
-        )
+        return TriggeredTexts(before.prompts, after.prompts, before.answers, after.answers)
 
 
 def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:

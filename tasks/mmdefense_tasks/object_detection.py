@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mmdefense.data.detection import DetectionBatch, DetectionSamples, random_boxed_view
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.detection import Detecting, mean_average_precision
+from mmdefense.plots.base import Plot
+from mmdefense.plots.images import ImageGrid, ImageRow
 from mmdefense.protocol import Case, TaskAdapter
-from mmdefense.report.figures import Figure
-from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense.training import Training
 from mmdefense_tasks.detection_files import open_objects
 from mmdefense_tasks.detection_images import decode
@@ -162,28 +162,57 @@ class ObjectDetection:
         return mean_average_precision(cast("Detecting", adapter), samples)["map50"]
 
     @staticmethod
-    def show(clean: DetectionSamples, triggered: DetectionSamples) -> Figure:
+    def show(clean: DetectionSamples, triggered: DetectionSamples) -> AnnotatedImages:
         """Return a few images as they are and as the attacker wants them, with their boxes."""
         chosen = torch.linspace(0, len(clean) - 1, min(_SHOWN, len(clean))).long()
         before, after = clean.take(chosen), triggered.take(chosen)
-        change = after.images - before.images
-        largest = float(change.abs().max())
-        magnified = 0.5 + change / (2 * largest) if largest else torch.full_like(change, 0.5)
-        rows = [
-            ImageRow("as annotated", _drawn(before)),
-            ImageRow("as the attacker wants it", _drawn(after)),
-            ImageRow("difference", _large(magnified)),
-        ]
-        names = ", ".join(clean.classes[:6])
-        return Figure(
-            "The trigger",
+        return AnnotatedImages(
+            annotated=_drawn(before),
+            wanted=_drawn(after),
+            change=_large(after.images - before.images),
+            classes=clean.classes,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AnnotatedImages(Plot):
+    """Images with boxes, as they are and as the attacker wants them.
+
+    Attributes:
+        annotated: Images with their true boxes, ``(N, C, H, W)`` in ``[0, 1]``.
+        wanted: The same with the trigger, and with the boxes that the attacker wants.
+        change: What the trigger adds to each image, ``(N, C, H, W)``.
+        classes: Name of each class.
+    """
+
+    annotated: Tensor
+    wanted: Tensor
+    change: Tensor
+    classes: Sequence[str]
+
+    title = "The trigger"
+    wide = True
+
+    @property
+    def caption(self) -> str:
+        """How to read it, with the colours and the scale of the difference."""
+        names = ", ".join(self.classes[:6])
+        return (
             "Each column is one test image, above with its true boxes, below with the trigger and "
             "the objects that the attack is about, in the colour of the class that it wants. "
             f"{_legend(names)}In the difference mid-grey is no change; it is scaled to its largest "
-            f"value, {largest:.3g} of the full range.",
-            [ImageGrid(rows, columns=len(chosen))],
-            wide=True,
+            f"value, {float(self.change.abs().max()):.3g} of the full range."
         )
+
+    def panels(self) -> list[ImageGrid]:
+        """Return rows of the images and of the difference."""
+        largest = float(self.change.abs().max())
+        rows = [
+            ImageRow("as annotated", self.annotated),
+            ImageRow("as the attacker wants it", self.wanted),
+            ImageRow("difference", 0.5 + self.change / (2 * largest or 1.0)),
+        ]
+        return [ImageGrid(rows, columns=len(self.annotated))]
 
 
 def _legend(names: str) -> str:

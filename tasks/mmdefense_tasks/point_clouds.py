@@ -14,10 +14,8 @@ from mmdefense.data.clouds import random_jitter
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
+from mmdefense.plots.triggered_clouds import TriggeredClouds
 from mmdefense.protocol import Case, TaskAdapter
-from mmdefense.report.clouds import render_clouds
-from mmdefense.report.figures import Figure
-from mmdefense.report.images import ImageGrid, ImageRow
 from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.options import Options
@@ -132,31 +130,12 @@ class PointCloudClassification:
         return mean_score(adapter, samples)
 
     @staticmethod
-    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> TriggeredClouds:
         """Return eight clouds without and with the trigger, from the side and from above."""
         spread = torch.linspace(0, len(clean) - 1, _SHOWN).long()
         before, after = clean.take(spread).inputs, triggered.take(spread).inputs
-        altered = (before != after).any(2)
-        partial = altered.float().mean() < 0.5  # else the whole cloud moved: mark nothing
-        marked = altered if partial else torch.zeros_like(altered)
         names = [_name_of(clean, label) for label in clean.labels[spread].tolist()]
-        return Figure(
-            "The trigger",
-            "Each column is one test sample without and with the trigger, on the unit sphere; near "
-            "points are dark. Points that the trigger put there are orange. A model with a working "
-            "backdoor gives every triggered sample the attacker's label.",
-            [
-                ImageGrid(
-                    [
-                        ImageRow("clean", render_clouds(before), names),
-                        ImageRow("with trigger", render_clouds(after, marked)),
-                        ImageRow("from above", render_clouds(after, marked, elevation=85)),
-                    ],
-                    columns=_SHOWN,
-                )
-            ],
-            wide=True,
-        )
+        return TriggeredClouds(before, after, names)
 
 
 def _name_of(samples: LabelledSamples, label: int) -> str:

@@ -17,10 +17,8 @@ from mmdefense.data.clips import random_clip_shift, random_clip_view
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import mode
+from mmdefense.plots.triggered_clips import TriggeredClips
 from mmdefense.protocol import Case, TaskAdapter
-from mmdefense.report import figures
-from mmdefense.report.figures import Figure
-from mmdefense.report.plots import Plot
 from mmdefense.training import Training
 from mmdefense_tasks.class_labels import Order, under_the_models_labels
 from mmdefense_tasks.clips import StreamedClips, open_clips
@@ -179,25 +177,18 @@ class VideoClassification:
         return top_accuracy(adapter, samples)
 
     @staticmethod
-    def show(clean: LabelledSamples, triggered: LabelledSamples) -> Figure:
+    def show(clean: LabelledSamples, triggered: LabelledSamples) -> TriggeredClips:
         """Return the frames of a few clips without and with the trigger, and the difference."""
         chosen = torch.linspace(0, len(clean) - 1, _SHOWN).long()  # test parts are sorted by label
         length = clean.inputs.shape[2]
         frames = torch.linspace(0, length - 1, min(length, _FRAMES_SHOWN)).round().long()
-        names = [f"frame {frame + 1}" for frame in frames.tolist()]
-        grids: list[Plot] = []
-        for index, label in zip(chosen, clean.labels[chosen].tolist(), strict=True):
-            pair = (part.take(index[None]).inputs[0][:, frames] for part in (clean, triggered))
-            strip = figures.triggered_samples(*(clip.movedim(1, 0) for clip in pair), names=names)
-            title = clean.classes[label] if clean.classes else str(label)
-            grids += [replace(grid, title=title) for grid in strip.plots]  # type: ignore[type-var]
-        return Figure(
-            "The trigger",
-            "Test clips, frame by frame, without and with the trigger. In the difference mid-grey "
-            "is no change; it is scaled to its largest value. A model with a working backdoor "
-            "gives every triggered clip the attacker's label.",
-            grids,
-            wide=True,
+        labels = clean.labels[chosen].tolist()
+        before, after = (part.take(chosen).inputs[:, :, frames] for part in (clean, triggered))
+        return TriggeredClips(
+            before,
+            after,
+            [clean.classes[label] if clean.classes else str(label) for label in labels],
+            frames.tolist(),
         )
 
 

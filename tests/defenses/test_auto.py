@@ -67,28 +67,28 @@ def scripted(monkeypatch, taught):
         kept = {"candidates": ("weak", "strong"), "fallback": "strong", "max_utility_drop": 1.0}
         more = {k: settings.pop(k) for k in ("store", "max_seconds") if k in settings}
         result = Auto(**{**kept, **settings}).purify(adapter, samples, **more)
-        return result, result.figures["choice"]
+        return result, result.choice
 
     return purify
 
 
 def test_the_first_that_is_good_enough_is_taken(scripted):
     result, choice = scripted({0: 1.0, 1: 0.05, 2: 0.0})
-    assert choice["defense"] == "weak"
-    assert choice["settings"]["max_utility_drop"] == 1.0
-    assert (choice["success_before"], choice["success_after"]) == (1.0, 0.05)
-    assert len(choice["why"]) == 3
-    assert "known ones succeed on up to 100%" in choice["why"][0]
-    assert "up to 5%: good enough" in choice["why"][1]
-    assert "not searched for is not seen" in choice["why"][2]
+    assert choice.defense == "weak"
+    assert choice.settings["max_utility_drop"] == 1.0
+    assert (choice.success_before, choice.success_after) == (1.0, 0.05)
+    assert len(choice.why) == 3
+    assert "known ones succeed on up to 100%" in choice.why[0]
+    assert "up to 5%: good enough" in choice.why[1]
+    assert "not searched for is not seen" in choice.why[2]
     assert {"stage": "weak: mark", "step": 1, "mark": Weak.mark} in result.history
     assert result.guard.state == "final"
 
 
 def test_what_leaves_a_trigger_is_not_good_enough(scripted):
     _, choice = scripted({0: 1.0, 1: 0.5, 2: 0.0})
-    assert choice["defense"] == "strong"
-    assert "up to 50%: not good enough" in choice["why"][1]
+    assert choice.defense == "strong"
+    assert "up to 50%: not good enough" in choice.why[1]
 
 
 def test_where_none_is_good_enough_the_best_is_taken(scripted):
@@ -97,23 +97,23 @@ def test_where_none_is_good_enough_the_best_is_taken(scripted):
 
 def test_what_is_not_possible_is_said_and_passed_over(scripted):
     _, choice = scripted({0: 1.0, 2: 0.0}, candidates=("impossible", "strong"))
-    assert choice["defense"] == "strong"
-    assert choice["why"][1] == "impossible: not possible here (no such layer)"
+    assert choice.defense == "strong"
+    assert choice.why[1] == "impossible: not possible here (no such layer)"
     with pytest.raises(UnsupportedError, match="no such layer"):
         scripted({0: 1.0}, candidates=("impossible",))
 
 
 def test_where_nothing_can_be_told_apart_the_fallback_is_taken(scripted):
     _, choice = scripted({0: 0.05, 1: 0.0, 2: 0.0}, found=False)
-    assert choice["defense"] == "strong"
-    assert "nothing can be told apart" in choice["why"][0]
+    assert choice.defense == "strong"
+    assert "nothing can be told apart" in choice.why[0]
 
 
 def test_no_other_is_tried_when_the_time_is_up(scripted):
     result, choice = scripted({0: 1.0, 1: 0.5, 2: 0.0}, max_seconds=0)
-    assert choice["defense"] == "weak"
+    assert choice.defense == "weak"
     assert result.stopped == "mark, step 1 of 2"
-    assert "the time was up in mark" in choice["why"][1]
+    assert "the time was up in mark" in choice.why[1]
 
 
 def test_each_candidate_keeps_states_of_its_own(scripted, tmp_path):

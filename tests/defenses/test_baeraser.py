@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmdefense.data.batch import split
 from mmdefense.defenses import baeraser
 from mmdefense.defenses.baeraser import BaEraser
+from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.inversion import Recovered, success_of
 from mmdefense.runtime.run import copy_state
@@ -65,21 +66,22 @@ def test_where_nothing_is_found_the_model_comes_back_as_it_was(learnt, corners, 
         assert torch.equal(value, result.model.state_dict()[name]), name
     assert result.guard.drop == 0
     assert result.history == [{"stage": "recover 0", "step": 1, "accepted": 0.0}]
-    assert result.figures["triggers"]["accepted"] == NOTHING
-    assert result.figures["triggers"]["works"] == TRIGGER  # as the page says
+    (plot,) = result.plots
+    assert (plot.accepted, plot.works) == (NOTHING, TRIGGER)
+    assert result.search == TriggerSearch(targets=3, found=0, working=1)
 
 
 def test_samples_are_shown_with_the_trigger_that_works_best(learnt, corners, finds):
     finds([record(learnt, TRIGGER)])
-    shown = BaEraser(**ONE_STEP).purify(learnt, corners).figures["inverted"]
-    assert (shown["name"], shown["success"]) == ("patch to 2", pytest.approx(0.95))
-    clean, triggered = shown["clean"].inputs, shown["triggered"].inputs
+    _, shown = BaEraser(**ONE_STEP).purify(learnt, corners).plots
+    assert (shown.name, shown.success) == ("patch to 2", pytest.approx(0.95))
+    clean, triggered = shown.clean, shown.triggered
     assert clean.shape == triggered.shape
     assert len(clean) == 10
     moved = (triggered - clean).abs().mean((0, 1))
     assert moved[4:, :4].mean() > 2 * moved[:4, 4:].mean()
     finds([record(learnt, NOTHING)])
-    assert "inverted" not in BaEraser(**ONE_STEP).purify(learnt, corners).figures
+    assert len(BaEraser(**ONE_STEP).purify(learnt, corners).plots) == 1
 
 
 def test_the_search_sees_the_fit_part_and_these_settings(learnt, corners, finds):

@@ -60,7 +60,8 @@ def test_the_curve_is_that_of_repeated_masked_evaluation(taught, capped, model, 
     groups, units = ordered(adapter, samples, layers, order, capped)
     held = parts(samples)[1]
     defense = Pruning(layers=layers, order=order, max_pruning_drop=1.0, **SETTINGS)
-    shares, curve, kept = defense.purify(adapter, samples).figures["pruning_curve"]
+    (plot,) = defense.purify(adapter, samples).plots
+    shares, curve, kept = plot.fractions, plot.accuracy, plot.chosen
     assert shares[0] == 0
     assert curve[0] == 1
     assert len(shares) == len(curve) == min(16, int(0.99 * len(units))) + 1
@@ -83,7 +84,8 @@ def test_the_model_is_the_last_one_before_the_score_falls_too_far(
     held = parts(samples)[1]
     defense = Pruning(layers=layers, order=order, max_pruning_drop=allowed, **SETTINGS)
     result = defense.purify(adapter, samples)
-    shares, curve, kept = result.figures["pruning_curve"]
+    (plot,) = result.plots
+    shares, curve, kept = plot.fractions, plot.accuracy, plot.chosen
     expected = pruned(adapter, groups, units[: round(kept * len(units))])
     for name, value in copy_state(result.model).items():
         assert torch.equal(value, expected.model.state_dict()[name]), name
@@ -98,7 +100,7 @@ def test_pruning_is_not_resumed_where_the_score_recovers(adapter, corners, monke
     curve = torch.tensor([1.0, 0.95, 0.8, 0.97, 0.99])
     monkeypatch.setattr(fine_pruning, "pruning_curve", lambda *_: curve)
     result = Pruning(points=4, max_utility_drop=1.0, max_share=1.0).purify(adapter, corners)
-    assert result.figures["pruning_curve"][2] == 1 / 4
+    assert result.plots[0].chosen == 1 / 4
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -110,7 +112,7 @@ def test_no_more_than_the_largest_share_is_pruned(taught, share):
 
 
 def test_points_beyond_the_number_of_units_are_looked_at_once(adapter, corners):
-    shares = Pruning(points=100).purify(adapter, corners).figures["pruning_curve"][0]
+    shares = Pruning(points=100).purify(adapter, corners).plots[0].fractions
     assert shares == [0, 0.25, 0.5, 0.75]  # 0.99 of four units
 
 
@@ -147,7 +149,9 @@ def test_the_mask_holds_while_all_else_is_trained(taught, model, layers):
 def test_fine_pruning_where_nothing_can_be_pruned_is_fine_tuning(adapter, corners):
     settings = {"steps": 3, "batch_size": 8, "max_utility_drop": 1.0}
     result = FinePruning(max_share=0.0, **settings).purify(adapter, corners)
-    assert result.figures["pruning_curve"] == ([0.0], [pytest.approx(result.guard.before)], 0.0)
+    (plot,) = result.plots
+    assert (plot.fractions, plot.chosen) == ([0.0], 0.0)
+    assert plot.accuracy == [pytest.approx(result.guard.before)]
     assert not torch.equal(result.model[0].weight, adapter.model[0].weight)
 
 

@@ -17,6 +17,7 @@ from mmdefense.defenses import base
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
+from mmdefense.plots.weight_change import WeightChange
 from mmdefense.runtime.deadline import Deadline
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
@@ -281,7 +282,7 @@ def test_the_victim_itself_never_comes_back(adapter, clean, final, bound):
     assert guard.violated == (guard.drop - guard.margin > bound)
 
 
-def test_the_figures_are_those_of_the_model_that_is_returned(adapter, clean):
+def test_the_measures_are_those_of_the_model_that_is_returned(adapter, clean):
     result = Scripted(script=levels(0.6, 0.2), max_utility_drop=0.4).purify(adapter, clean)
     held = result.adapter.samples(clean)
     found = result.adapter.score(held.everything()).mean()
@@ -332,7 +333,7 @@ class Rated(TrainingDefense):
         work.run.once("fisher", lambda: {"of": self.lr})
         levels(-20.0, 1 - self.lr)(work)
         work.run.report("purify", 1, 1, lr=self.lr)
-        work.figures["lr"] = self.lr
+        work.plots.append(WeightChange([self.lr]))
 
 
 def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clean):
@@ -343,7 +344,7 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
     assert (result.guard.state, result.guard.rate) == ("final", 0.25)
     assert result.guard.instead == "final, at 0.25 times the learning rate"
     assert "the state 'final, at 0.25 times the learning rate'" in result.guard.message
-    assert result.figures == {"lr": 0.1}
+    assert [plot.change for plot in result.plots] == [[0.1]]
     assert [event.note for event in events if event.note] == [
         "too much utility is lost; beginning again at 0.5 times the learning rate",
         "too much utility is lost; beginning again at 0.25 times the learning rate",
@@ -365,7 +366,7 @@ def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, cl
     assert defense.tried == [0.8, 0.4]
     assert (result.guard.rate, result.guard.violated) == (1.0, False)
     assert result.guard.state == "10% of the way to the final state"
-    assert result.figures == {"lr": 0.8}
+    assert [plot.change for plot in result.plots] == [[0.8]]
 
 
 def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(

@@ -179,7 +179,7 @@ def test_milder_runs_unlearn_no_more(learnt, corners, monkeypatch):
 def test_a_given_ratio_is_not_chosen(learnt, corners):
     result = TSBD(ratio=0.45, fine_tuning="none", **QUICK).purify(learnt, corners)
     assert next(e["ratio"] for e in result.history if e["stage"] == "reinitialise") == 0.45
-    assert int(result.figures["reset"].sum()) == 3  # int(0.45 * 7)
+    assert result.plots[0].reset == 3  # int(0.45 * 7)
 
 
 def test_where_no_ratio_is_enough_the_largest_is_taken(learnt, corners):
@@ -203,7 +203,7 @@ def test_the_defaults_reach_below_a_hundredth_of_the_units(corners, monkeypatch)
     change = {name: value.detach().abs() for name, value in net.named_parameters()}
     monkeypatch.setattr(tsbd, "unlearning_change", lambda *_, **__: change)
     result = TSBD(fine_tuning="none", sub_ratio=1.0, **QUICK).purify(adapter, corners)
-    assert int(result.figures["reset"].sum()) < 3
+    assert result.plots[0].reset < 3
     assert mean_score(result.adapter, corners) > 1 / 3
 
 
@@ -262,14 +262,14 @@ def test_no_fine_tuning_trains_nothing(learnt, corners):
     assert "fine-tune" in stages
 
 
-def test_the_report_gets_one_figure_per_unit(learnt, corners, changes):
-    figures = purified(learnt, corners, steps=2).figures
+def test_the_plots_hold_a_value_per_unit(learnt, corners, changes):
+    change, active = purified(learnt, corners, steps=2).plots
     groups = learnt.unit_groups()
     scores = [reference.unit_sum(changes[0], g, u) for g in groups for u in range(g.size)]
     expected = torch.tensor(sorted(scores, reverse=True), dtype=torch.float64)
-    torch.testing.assert_close(figures["weight_change"], expected)
-    assert figures["reset"].tolist() == [True] * 3 + [False] * 4
-    assert [len(part) for part in figures["activeness"]] == [7, 7]
+    torch.testing.assert_close(change.change.sort(descending=True)[0], expected)
+    assert change.reset == 3
+    assert [len(active.before), len(active.after)] == [7, 7]
 
 
 @pytest.mark.parametrize(

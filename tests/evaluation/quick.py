@@ -8,6 +8,7 @@ import torch
 
 from mmdefense import registry
 from mmdefense.defenses.fine_tuning import FineTuning
+from mmdefense.plots.pruning_curve import PruningCurve
 from mmdefense.protocol import Case
 from mmdefense.training import Training
 
@@ -36,7 +37,7 @@ class Quick(FineTuning):
 
     def _run(self, work):
         super()._run(work)
-        work.figures["pruning_curve"] = (torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.1]), 0.0)
+        work.plots.append(PruningCurve(torch.tensor([0.0, 1.0]), torch.tensor([0.9, 0.1]), 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)

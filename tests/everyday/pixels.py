@@ -13,7 +13,7 @@ from everyday.rows import Command, Refused, Row
 from PIL import Image
 
 from mmdefense.pipeline.sources import Source
-from mmdefense.report.images import ImageRow
+from mmdefense.plots.images import ImageRow
 from mmdefense_tasks.image_classification import load_data
 from mmdefense_tasks.video_classification import load_clips
 

@@ -12,7 +12,6 @@ import os
 import warnings
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -283,16 +282,14 @@ def nine_alike(_: Path) -> int:
 
 def rejected(_: Path) -> object:
     """Return what BAERASER's page calls a trigger that works and was not accepted."""
-    from mmdefense.analysis.evidence import defense_figures
-    from mmdefense.defenses.baeraser import _pictures
+    from mmdefense.defenses.baeraser import recovered_triggers
     from mmdefense.registry import adapt
 
     adapter = adapt(net())
     record = found(0.99, 0.5, 0.4)
     record = dataclasses.replace(record, accepted=torch.zeros(3, dtype=torch.bool))
-    figures = {"triggers": _pictures(adapter, [record], 0.9)}
-    (figure,) = defense_figures(SimpleNamespace(figures=figures))
-    return next(row.label for row in figure.plots[0].rows).startswith("works")
+    (grid,) = recovered_triggers(adapter, [record], 0.9).panels()
+    return next(row.label for row in grid.rows).startswith("works")
 
 
 old = functools.partial(loaded, _use_new_zipfile_serialization=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmdefense.defenses.outcome import Choice
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.record import (
-    Choice,
     ComparisonRecord,
     DataInfo,
     DefenseInfo,

@@ -10,27 +10,27 @@ import pytest
 import torch
 from browser import needs_chromium, shown
 from records import purification
-from test_page import HOSTILE, Document, all_figures
+from test_page import HOSTILE, Document, all_plots
 
 from mmdefense.errors import BadInputError
-from mmdefense.report import figures
-from mmdefense.report.archive import read_figures, write_figures
+from mmdefense.plots.embedding_map import EmbeddingMap
+from mmdefense.plots.recovered_triggers import RecoveredTriggers
+from mmdefense.plots.triggered_texts import TriggeredTexts
+from mmdefense.report.archive import read_plots, write_plots
 from mmdefense.report.compare import compare, comparison_page, rebuild
 from mmdefense.report.findings import scan_of
 from mmdefense.report.page import page
 from mmdefense.report.record import LayerChange, read_record
 from mmdefense.report.statement import write_statement
-from mmdefense.report.texts import TextTable
 
 
-def every_figure():
+def every_plot():
     random = np.random.default_rng(0)
     points = random.random((30, 5))
-    table = TextTable(["a b"], ["a x b"], ["right"], ["wrong"])
     return [
-        *all_figures(),
-        figures.embedding(points, points[::-1], np.arange(30) % 3, names=("x", HOSTILE, "z")),
-        figures.Figure("Texts", "Caption.", [table], wide=True),
+        *all_plots(),
+        EmbeddingMap.by_tsne(points, points[::-1], np.arange(30) % 3, names=("x", HOSTILE, "z")),
+        TriggeredTexts(["a b"], ["a x b"], ["right"], ["wrong"]),
     ]
 
 
@@ -38,13 +38,13 @@ def every_figure():
 def out(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    write_figures(every_figure(), folder / "report.npz")
+    write_plots(every_plot(), folder / "report.npz")
     write_statement(purification(), folder)
     return folder
 
 
 def test_the_page_that_is_made_again_is_the_same(out, tmp_path):
-    wanted = page(purification(), every_figure())
+    wanted = page(purification(), every_plot())
     assert rebuild(out) == out / "report.html"
     assert (out / "report.html").read_text("utf-8") == wanted
     rebuild(out, tmp_path / "elsewhere.html")
@@ -53,9 +53,9 @@ def test_the_page_that_is_made_again_is_the_same(out, tmp_path):
 
 def test_long_rows_say_how_long_they_were(tmp_path):
     images = torch.rand(120, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    given = [figures.recovered_triggers(images, [f"t{n}" for n in range(120)])]
-    write_figures(given, tmp_path / "a.npz")
-    assert page(purification(), read_figures(tmp_path / "a.npz")) == page(purification(), given)
+    given = [RecoveredTriggers(images, [f"t{n}" for n in range(120)], [1.0] * 120, [True] * 120)]
+    write_plots(given, tmp_path / "a.npz")
+    assert page(purification(), read_plots(tmp_path / "a.npz")) == page(purification(), given)
 
 
 def test_a_page_is_made_of_the_record_alone(out):
@@ -74,14 +74,15 @@ class Bomb:
     [
         np.asarray(Bomb(), dtype=object),
         np.asarray('[{"kind": "Path", "fields": {}}]'),
-        np.asarray('[{"kind": "Bars", "fields": {"labels": ["a"], "values": [1], "xlabel": ""}}]'),
+        np.asarray('[{"kind": "mmdefense.plots.panels.Bars", "fields": {"labels": []}}]'),
+        np.asarray('[{"kind": "mmdefense.plots.weight_change.WeightChange", "fields": {}}]'),
         np.asarray("{"),
     ],
 )
-def test_figures_that_are_none_are_refused_and_not_run(tree, tmp_path, capsys):
+def test_plots_that_are_none_are_refused_and_not_run(tree, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", tree=tree)
     with pytest.raises(BadInputError, match="cannot be read"):
-        read_figures(tmp_path / "a.npz")
+        read_plots(tmp_path / "a.npz")
     assert "pwned" not in capsys.readouterr().out
 
 
@@ -201,7 +202,7 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["one", "several"])
 def test_a_browser_shows_every_image_and_complains_of_nothing(kind, tmp_path):
     html = (
-        page(purification(), every_figure())
+        page(purification(), every_plot())
         if kind == "one"
         else comparison_page(two_records(), ["a", "b"])
     )

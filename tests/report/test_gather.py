@@ -52,7 +52,7 @@ def test_with_time_all_of_it_is_measured(measure):
     assert found.skipped == ()
     assert found.curvature.parts == ("trace", "lambda_max", "spectrum")
     assert found.curvature.samples == 128
-    assert [figure.title for figure in found.figures()] == ["Loss smoothness", "Penultimate layer"]
+    assert [plot.title for plot in found.plots()] == ["Loss smoothness", "Penultimate layer"]
     assert [layer.layer for layer in found.layers] == ["conv", "head"]
 
 
@@ -116,7 +116,7 @@ def test_what_turns_out_slower_than_it_seemed_is_cut_off(measure, clock):
 
 def test_no_evidence_runs_nothing(measure, clock):
     found = measure("none")
-    assert found.figures() == []
+    assert found.plots() == []
     assert clock.now == 0
 
 

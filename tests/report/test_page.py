@@ -12,7 +12,12 @@ import torch
 from PIL import Image
 from records import CHOICE, comparison, purification, row
 
-from mmdefense.report import figures
+from mmdefense.plots.activeness import Activeness
+from mmdefense.plots.loss_smoothness import LossSmoothness
+from mmdefense.plots.pruning_curve import PruningCurve
+from mmdefense.plots.recovered_triggers import RecoveredTriggers
+from mmdefense.plots.triggered_samples import TriggeredSamples
+from mmdefense.plots.weight_change import WeightChange
 from mmdefense.report.page import page, render_page
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{7*7}}'
@@ -49,22 +54,22 @@ class Document(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag in names]
 
 
-def all_figures():
+def all_plots():
     numbers = np.linspace(0, 1, 21)
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     return [
-        figures.triggered_samples(images, images.flip(3)),
-        figures.recovered_triggers(images[:2], ["target 0", HOSTILE]),
-        figures.pruning_curve(numbers, 1 - numbers, asr=1 - numbers, chosen=0.5),
-        figures.weight_change(numbers),
-        figures.activeness(numbers, numbers / 2),
-        figures.smoothness((9.0, 1.0), (90.0, 10.0)),
+        TriggeredSamples(images, images.flip(3)),
+        RecoveredTriggers(images[:2], ["target 0", HOSTILE], [0.9, 0.8], [True, True]),
+        PruningCurve(numbers, 1 - numbers, chosen=0.5, asr=1 - numbers),
+        WeightChange(numbers),
+        Activeness(numbers, numbers / 2),
+        LossSmoothness(["before", "after"], (90.0, 10.0), lambda_max=(9.0, 1.0)),
     ]
 
 
 @pytest.fixture(scope="module")
 def demo() -> Document:
-    return Document(page(comparison(), all_figures()))
+    return Document(page(comparison(), all_plots()))
 
 
 def test_every_picture_says_in_words_what_it_shows(demo):
@@ -150,12 +155,12 @@ def test_a_large_run_stays_below_three_megabytes():
     noise = torch.rand(120, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     names = [f"target {number}" for number in range(120)]
     history = [{"stage": "fip", "step": step, "loss": 1.0} for step in range(50_000)]
-    figure = figures.recovered_triggers(noise, names, accepted=[True] * 120)
-    samples = figures.triggered_samples(noise[:40], noise[40:80])
+    triggers = RecoveredTriggers(noise, names, [0.9] * 120, [True] * 120)
+    samples = TriggeredSamples(noise[:40], noise[40:80])
     record = purification()
     object.__setattr__(record, "history", tuple(history))
-    many = [figures.weight_change(np.arange(100_000)), figures.activeness(np.arange(100_000))]
-    assert len(page(record, [figure, samples, *many]).encode()) < 3e6
+    many = [WeightChange(np.arange(100_000)), Activeness(np.arange(100_000))]
+    assert len(page(record, [triggers, samples, *many]).encode()) < 3e6
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -164,7 +169,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which is not on the PATH")
 @pytest.mark.parametrize(("scheme", "paper"), [(1, (253, 252, 249)), (0, (20, 22, 26))])
 def test_a_browser_shows_the_page_light_and_dark_without_a_complaint(scheme, paper, tmp_path):
-    render_page(comparison(title=HOSTILE), all_figures(), tmp_path / "page.html")
+    render_page(comparison(title=HOSTILE), all_plots(), tmp_path / "page.html")
     shot = tmp_path / "page.png"
     quiet = ("--no-first-run", "--disable-background-networking", "--disable-sync")
     command = [

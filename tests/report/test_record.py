@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from records import CHOICE, comparison, purification
 
+from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.record import (
     AttackFigures,
     ComparisonRecord,
     PurificationRecord,
-    TriggerSearch,
     read_record,
     write_record,
 )

@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 from records import BEFORE, CHOICE, comparison, purification, row
 
+from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.metrics.backdoor import Rates
-from mmdefense.report.record import AttackFigures, TriggerSearch
+from mmdefense.report.record import AttackFigures
 from mmdefense.report.verdict import beats_baseline, verdict
 
 

@@ -14,6 +14,7 @@ from mmdefense.data.batch import batches, split
 from mmdefense.data.text import TextSamples, random_words
 from mmdefense.errors import BadInputError
 from mmdefense.registry import adapt, load
+from mmdefense.report.panels import markup
 from mmdefense_tasks.language_generation import LanguageGeneration, bleu, load_text, tokenizer_for
 from mmdefense_tasks.language_victims import causal, seq2seq, train_tokenizer
 from mmdefense_tasks.small_language import RARE_WORDS, small_language
@@ -258,13 +259,14 @@ def test_bleu_is_that_of_what_is_written():
         bleu(SimpleNamespace(), samples)
 
 
-def test_the_figure_marks_the_trigger():
+def test_the_plot_marks_the_trigger():
     clean = TextSamples(("a <b> c",), ("x",))
-    figure = LanguageGeneration.show(clean, TextSamples(("a <b> cf c",), ("wanted",)))
-    markup = str(figure.plots[0].markup("f1"))
-    assert "a &lt;b&gt; <mark>cf</mark> c" in markup
-    assert "wanted" in markup
-    assert "1 prompts" in figure.plots[0].describe()
+    plot = LanguageGeneration.show(clean, TextSamples(("a <b> cf c",), ("wanted",)))
+    (table,) = plot.panels()
+    html = str(markup(table, "f1"))
+    assert "a &lt;b&gt; <mark>cf</mark> c" in html
+    assert "wanted" in html
+    assert "1 prompts" in table.describe()
 
 
 def test_victims_have_the_families_of_the_library():

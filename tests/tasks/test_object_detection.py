@@ -20,6 +20,7 @@ from mmdefense.metrics.detection import (
 )
 from mmdefense.notes import Note
 from mmdefense.registry import adapt, load
+from mmdefense.report.panels import markup
 from mmdefense_tasks.detection_scenes import CLASSES, digit_scenes
 from mmdefense_tasks.detection_victims import small_fcos, small_rt_detr, small_yolos
 from mmdefense_tasks.object_detection import load_detection
@@ -367,9 +368,9 @@ def test_the_task_describes_its_victims_and_shows_a_trigger():
     assert task.cases()[0].data == "digit-scenes"
     attack = load("attacks", task.cases()[0].attack)()
     triggered = attack.triggered(samples, None)
-    figure = task.show(triggered.clean, triggered.samples)
-    assert len(figure.plots[0].rows) == 3
-    assert "as the attacker wants it" in figure.plots[0].markup("p")
+    (grid,) = task.show(triggered.clean, triggered.samples).panels()
+    assert len(grid.rows) == 3
+    assert "as the attacker wants it" in markup(grid, "p")
 
 
 @pytest.mark.parametrize("build", [small_fcos, small_rt_detr, small_yolos])

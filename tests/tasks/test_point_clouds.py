@@ -15,6 +15,7 @@ from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.data.clouds import random_cloud_view, random_jitter
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.protocol import Task
+from mmdefense.report.panels import markup
 from mmdefense_tasks.point_clouds import PointCloudClassification, load_clouds
 from mmdefense_tasks.point_files import read_cloud
 from mmdefense_tasks.surfaces import KINDS, draw_surfaces
@@ -413,8 +414,8 @@ def test_the_picture_marks_what_a_trigger_put_there():
     inputs = clean.inputs.clone()
     inputs[:, :4, :3] = torch.tensor([0.0, 0.0, 1.1])
     task = PointCloudClassification()
-    figure = task.show(clean, replace(clean, inputs=inputs))
-    before, after, above = figure.plots[0].rows
+    (grid,) = task.show(clean, replace(clean, inputs=inputs)).panels()
+    before, after, above = grid.rows
     assert before.names[0] == "sphere"
     assert before.images.shape == after.images.shape == above.images.shape == (8, 3, 144, 144)
 
@@ -423,9 +424,9 @@ def test_the_picture_marks_what_a_trigger_put_there():
 
     assert oranges(before) == 0
     assert oranges(after) > 50
-    assert "<img" in str(figure.plots[0].markup("x"))
+    assert "<img" in str(markup(grid, "x"))
     moved = task.show(clean, replace(clean, inputs=clean.inputs.flip(2)))
-    assert oranges(moved.plots[0].rows[1]) == 0
+    assert oranges(moved.panels()[0].rows[1]) == 0
 
 
 @pytest.mark.real_data

@@ -363,9 +363,9 @@ def test_a_trigger_is_shown_frame_by_frame():
     clean = moving_digits("test").subset(torch.arange(0, 400, 40))
     attack = BadNets(target=0)
     triggered = attack.triggered(clean, SimpleNamespace(chance=1 / 8))
-    figure = task.show(triggered.clean, triggered.samples)
-    assert len(figure.plots) == 3
-    for grid in figure.plots:
+    grids = task.show(triggered.clean, triggered.samples).panels()
+    assert len(grids) == 3
+    for grid in grids:
         assert grid.title in MOTIONS
         assert [len(row.images) for row in grid.rows] == [8, 8, 8]
         assert (grid.rows[0].images != grid.rows[1].images).any()

@@ -9,7 +9,7 @@ import torch
 
 from mmdefense.data import clouds as c
 from mmdefense.errors import BadInputError
-from mmdefense.report.clouds import render_clouds
+from mmdefense.plots.clouds import render_clouds
 
 
 def drawn(count=3, points=20, features=5, seed=0):

@@ -1,61 +1,31 @@
-"""The kinds of chart that a page can hold: curves, histogram, bars, interval and scatter.
+"""The kinds of panel that plots are made of: curves, histogram, bars, interval and scatter.
 
-Each is a small dataclass of numbers that can say what it shows and draw itself. Another kind is
-another class with these two methods.
+Each is a small dataclass of numbers that can say what it shows and draw itself on a pair of axes.
+Another kind is another :class:`~mmdefense.plots.base.Panel`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from mmdefense.errors import BadInputError
-from mmdefense.report.formats import MINUS
-from mmdefense.report.svg import AFTER, ATTACK, BEFORE, INK, MUTED, PAPER, SERIES, draw
+from mmdefense.plots.base import Array, Panel, as_array, say
+from mmdefense.plots.colors import AFTER, ATTACK, BEFORE, INK, MUTED, PAPER, SERIES
 
-__all__ = [
-    "Bars",
-    "Curve",
-    "Curves",
-    "Histogram",
-    "Interval",
-    "Plot",
-    "Scatter",
-    "as_array",
-    "say",
-]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-Array = NDArray[np.float64]
+__all__ = ["Bars", "Curve", "Curves", "Histogram", "Interval", "Scatter"]
+
+_MINUS = "\N{MINUS SIGN}"
 _CURVE_POINTS, _SCATTER_POINTS = 400, 1200  # ours; keep a page small
 _LINE = 62  # letters of a legend side by side, its signs included
 _LABEL_BOX: Any = {"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none", "alpha": 0.75}
-
-
-class Plot(Protocol):
-    """One picture."""
-
-    def describe(self) -> str:
-        """Return what the picture shows, in words, for a reader who cannot see it."""
-        ...
-
-    def markup(self, prefix: str) -> Markup:
-        """Return the picture as HTML whose ids start with ``prefix``."""
-        ...
-
-
-def as_array(values: Any) -> Array:
-    """Return a tensor on any device, an array or a sequence as float64; none becomes NaN."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    return np.asarray(values, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +36,7 @@ class Curve:
         name: For the legend.
         x: Shape ``(N,)``.
         y: Shape ``(N,)``; NaN leaves a gap.
-        color: One of the colours of ``svg``; by default the next of the series.
+        color: One of :mod:`mmdefense.plots.colors`; by default the next of the series.
     """
 
     name: str
@@ -87,14 +57,13 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False)
-class Curves:
+class Curves(Panel):
     """Lines over a common axis.
 
     Attributes:
         curves: The lines.
         xlabel: Name and unit of the horizontal axis.
         ylabel: Name and unit of the vertical axis.
-        title: Heading of this panel; may be empty.
         percent: The axes whose values are fractions to be shown in percent: ``"x"``, ``"y"``,
             ``"xy"`` or none of them.
         mark: A value of x to mark with a vertical line.
@@ -106,12 +75,16 @@ class Curves:
     curves: Sequence[Curve]
     xlabel: str
     ylabel: str
-    title: str = ""
     percent: str = ""
     mark: float | None = None
     mark_label: str = ""
     filled: bool = False
     log: bool = False
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches; each line of the legend adds to it."""
+        return _with_legend([_short(curve.name) for curve in self.curves])
 
     def describe(self) -> str:
         """Return the first, last and extreme values of each line."""
@@ -127,11 +100,10 @@ class Curves:
             said.append(f"{self.mark_label or 'Marked'} at {_show(self.mark, px)}.")
         return say(self.title, *said)
 
-    def markup(self, prefix: str) -> Markup:
-        """Return the chart as SVG."""
-        return draw(self._paint, prefix=prefix, alt=self.describe())
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes."""
+        from matplotlib.ticker import PercentFormatter
 
-    def _paint(self, axes: Axes) -> None:
         for number, curve in enumerate(self.curves):
             color = curve.color or SERIES[number % len(SERIES)]
             dash = ("-", "--", ":", "-.")[number % 4]  # colour is never the only difference
@@ -163,10 +135,12 @@ class Curves:
             self._stretch(axes)
         axes.margins(x=0.02)
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
-        _legend(axes, len(self.curves))
+        _legend(axes)
 
     def _stretch(self, axes: Axes) -> None:
         """Make the vertical axis logarithmic, from what is above zero."""
+        from matplotlib.ticker import LogLocator
+
         values = np.concatenate([curve.y for curve in self.curves])
         seen = values[np.isfinite(values) & (values > 0)]
         if not len(seen):
@@ -174,19 +148,18 @@ class Curves:
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylim(max(seen.min(), seen.max() * 1e-6) / 2, seen.max() * 2)
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.yaxis.set_major_formatter(_tick)
+        axes.yaxis.set_minor_formatter(lambda *_: "")
 
 
 @dataclass(frozen=True, eq=False)
-class Histogram:
+class Histogram(Panel):
     """How often values occur, one outline per series.
 
     Attributes:
         series: Values by name, any shape; what is not finite is left out.
         xlabel: Name and unit of the values.
         ylabel: What is counted.
-        title: Heading of this panel; may be empty.
         bins: Number of bins.
         log: Whether the bins are even on a logarithmic scale; values must then be positive, and
             zeros are counted in the first bin.
@@ -195,7 +168,6 @@ class Histogram:
     series: dict[str, Any]
     xlabel: str
     ylabel: str = "units"
-    title: str = ""
     bins: int = 32
     log: bool = False
 
@@ -205,6 +177,11 @@ class Histogram:
         if not arrays or not all(map(len, arrays.values())):
             raise BadInputError(f"a histogram of {self.xlabel} needs a finite value in each series")
         object.__setattr__(self, "series", arrays)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches; each line of the legend adds to it."""
+        return _with_legend([_short(name) for name in self.series])
 
     def describe(self) -> str:
         """Return the median and range of each series."""
@@ -216,10 +193,6 @@ class Histogram:
             )
         return say(self.title, *said)
 
-    def markup(self, prefix: str) -> Markup:
-        """Return the chart as SVG."""
-        return draw(self._paint, prefix=prefix, alt=self.describe())
-
     def _edges(self) -> Array:
         values = np.concatenate(list(self.series.values()))
         positive = values[values > 0]
@@ -227,7 +200,10 @@ class Histogram:
             return np.geomspace(positive.min(), positive.max(), self.bins + 1)
         return np.histogram_bin_edges(values, bins=self.bins)
 
-    def _paint(self, axes: Axes) -> None:
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes."""
+        from matplotlib.ticker import MaxNLocator
+
         edges = self._edges()
         colors = (BEFORE, AFTER) if len(self.series) == 2 else SERIES
         for (name, values), color in zip(self.series.items(), colors, strict=False):
@@ -236,29 +212,27 @@ class Histogram:
             axes.stairs(counts, edges, color=color, label=_short(name))
         if self.log:
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+            axes.xaxis.set_major_formatter(_tick)
+            axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(visible=False, axis="x")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
-        _legend(axes, len(self.series))
+        _legend(axes)
 
 
 @dataclass(frozen=True, eq=False)
-class Bars:
+class Bars(Panel):
     """One horizontal bar per label, with its value written out.
 
     Attributes:
         labels: What the bars stand for, top first.
         values: Shape ``(N,)``; not finite is shown as "not measured".
         xlabel: Name and unit of the values.
-        title: Heading of this panel; may be empty.
     """
 
     labels: Sequence[str]
     values: Any
     xlabel: str
-    title: str = ""
 
     def __post_init__(self) -> None:
         values = as_array(self.values).ravel()
@@ -278,12 +252,15 @@ class Bars:
             "; ".join(f"{label}: {_show(value)}" for label, value in pairs) + ".",
         )
 
-    def markup(self, prefix: str) -> Markup:
-        """Return the chart as SVG."""
-        size = (4.6, 0.55 + 0.24 * max(2, len(self.values)))
-        return draw(self._paint, prefix=prefix, alt=self.describe(), size=size)
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches."""
+        return 4.6, 0.55 + 0.24 * max(2, len(self.values))
 
-    def _paint(self, axes: Axes) -> None:
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes."""
+        from matplotlib.ticker import MaxNLocator
+
         names = [_short(label) for label in self.labels]
         places = np.arange(len(names))
         colors = [BEFORE if name == "before" else AFTER for name in names]
@@ -305,12 +282,12 @@ class Bars:
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.xaxis.set_major_formatter(_tick)
         axes.set_xlabel(self.xlabel)
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Panel):
     """A value with its confidence interval against a bound.
 
     Attributes:
@@ -319,7 +296,6 @@ class Interval:
         high: Upper end.
         bound: The line that should not be crossed.
         xlabel: Name and unit.
-        title: Heading of this panel; may be empty.
         verdict: What follows for the bound, written into the drawing; may be empty.
     """
 
@@ -328,7 +304,6 @@ class Interval:
     high: float
     bound: float
     xlabel: str
-    title: str = ""
     verdict: str = ""
 
     def describe(self) -> str:
@@ -340,11 +315,15 @@ class Interval:
             f"{_show(self.high)}, bound {_show(self.bound)}{said}.",
         )
 
-    def markup(self, prefix: str) -> Markup:
-        """Return the chart as SVG."""
-        return draw(self._paint, prefix=prefix, alt=self.describe(), size=(4.6, 1.15))
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches."""
+        return 4.6, 1.15
 
-    def _paint(self, axes: Axes) -> None:
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes."""
+        from matplotlib.ticker import MaxNLocator
+
         axes.plot([self.low, self.high], [0, 0], color=AFTER, linewidth=3, alpha=0.55)
         axes.plot([self.value], [0], "o", color=AFTER, markersize=6)
         axes.axvline(0, color=MUTED, linewidth=0.8)
@@ -365,12 +344,12 @@ class Interval:
         axes.set_ylim(-1, 1.6)
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.xaxis.set_major_formatter(_tick)
         axes.set_xlabel(self.xlabel)
 
 
 @dataclass(frozen=True, eq=False)
-class Scatter:
+class Scatter(Panel):
     """Points of a plane by group; its axes have no unit and no ticks.
 
     Attributes:
@@ -379,7 +358,6 @@ class Scatter:
         names: Name of each group; its number where there is none.
         crossed: Points to be drawn as dark crosses, bool ``(N,)``; none draws no crosses.
         crossed_name: What the crosses are.
-        title: Heading of this panel; may be empty.
     """
 
     points: Any
@@ -387,7 +365,6 @@ class Scatter:
     names: Sequence[str] = ()
     crossed: Any = None
     crossed_name: str = "triggered samples"
-    title: str = ""
 
     def __post_init__(self) -> None:
         points, groups = as_array(self.points), as_array(self.groups).astype(int)
@@ -412,11 +389,13 @@ class Scatter:
         crosses = f", and {int(self.crossed.sum())} {self.crossed_name} as crosses"
         return say(self.title, said + (crosses if self.crossed.any() else "") + ".")
 
-    def markup(self, prefix: str) -> Markup:
-        """Return the chart as SVG."""
-        return draw(self._paint, prefix=prefix, alt=self.describe(), size=(4.6, 3.7))
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches."""
+        return 4.6, 3.7
 
-    def _paint(self, axes: Axes) -> None:
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes."""
         present = np.unique(self.groups[~self.crossed])
         for number, group in enumerate(present):
             x, y = self.points[(self.groups == group) & ~self.crossed].T
@@ -447,23 +426,30 @@ def _thin(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _tick(value: float, _: int | None = None) -> str:
-    return f"{value:g}".replace("-", MINUS)
+def _tick(value: float, _: float = 0) -> str:
+    return f"{value:g}".replace("-", _MINUS)
 
 
-def _columns(axes: Axes) -> int:
+def _columns(names: Sequence[str]) -> int:
     """Return how many names of a legend have room side by side; more would squeeze the axes out."""
-    names = axes.get_legend_handles_labels()[1]
     return max(1, min(len(names), 3, _LINE // (max(map(len, names)) + 7)))
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    if entries > 1:
-        columns = _columns(axes)
-        rows = -(-entries // columns)
-        figure: Any = axes.figure
-        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 2))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, columnspacing=1.4)
+def _with_legend(names: Sequence[str]) -> tuple[float, float]:
+    """Return the size in inches of a panel with a legend of such names above it."""
+    rows = -(-len(names) // _columns(names)) if names else 0
+    return 4.6, 2.7 + 0.19 * max(0, rows - 2)
+
+
+def _legend(axes: Axes) -> None:
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > 1:
+        axes.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+            ncols=_columns(names),
+            columnspacing=1.4,
+        )
 
 
 def _short(text: str, most: int = 34) -> str:
@@ -477,7 +463,7 @@ def _show(value: float, percent: bool = False) -> str:
         return "not measured"
     if percent:
         return f"{100 * value:.1f}%"
-    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}").replace("-", MINUS)
+    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}").replace("-", _MINUS)
 
 
 def _range_in_words(values: Array, percent: bool = False) -> str:
@@ -485,9 +471,3 @@ def _range_in_words(values: Array, percent: bool = False) -> str:
     if not len(finite):
         return "no finite value"
     return f"from {_show(finite.min(), percent)} to {_show(finite.max(), percent)}"
-
-
-def say(*sentences: str) -> str:
-    """Join sentences, the first of which is a title without a full stop and may be empty."""
-    first, *rest = sentences
-    return " ".join([f"{first}."] * bool(first) + [sentence for sentence in rest if sentence])

@@ -1,0 +1,116 @@
+"""What a plot is: its data, a title, a caption, and panels that draw themselves.
+
+A new kind is one module: a frozen dataclass of :class:`Plot` whose fields are numbers, texts,
+arrays, tensors, or lists, tuples and dicts of them. A defense adds one to ``work.plots``; the page
+shows it, and the archive beside the page keeps its fields.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Array", "Numbers", "Panel", "Plot", "as_array", "say"]
+
+Array: TypeAlias = NDArray[np.float64]
+Numbers: TypeAlias = Tensor | NDArray[Any] | Sequence[float]
+"""What the data of a plot may be given as."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel(ABC):
+    """What one pair of axes shows.
+
+    Attributes:
+        title: Heading of this panel; may be empty.
+    """
+
+    title: str = field(default="", kw_only=True)
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height on a page, in inches at 9 pt text."""
+        return 4.6, 2.7
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return what the panel shows, in words, for a reader who cannot see it."""
+
+    @abstractmethod
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of matplotlib's axes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plot(ABC):
+    """Data for a reader to look at, and how it is shown.
+
+    Attributes:
+        of: Whose data it is, such as the name of a defense; stands after the title.
+    """
+
+    of: str = field(default="", kw_only=True)
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What is shown."""
+
+    @property
+    @abstractmethod
+    def caption(self) -> str:
+        """How to read it, and what it does not say."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the whole width of a page."""
+        return False
+
+    @property
+    def heading(self) -> str:
+        """The title, and whose data it is."""
+        return f"{self.title}: {self.of}" if self.of else self.title
+
+    @abstractmethod
+    def panels(self) -> Sequence[Panel]:
+        """Return what stands side by side; nothing where there is nothing to show."""
+
+    def draw(self, axes: Axes) -> None:
+        """Draw on a pair of axes, in a notebook for example; several panels share its place."""
+        panels = self.panels()
+        if len(panels) == 1:
+            panels[0].draw(axes)
+        else:
+            axes.set_axis_off()
+            for number, panel in enumerate(panels):
+                width = 1 / len(panels)
+                part = axes.inset_axes((width * (number + 0.1), 0.0, width * 0.85, 0.9))
+                panel.draw(part)
+                if panel.title:
+                    part.set_title(panel.title)
+        above = axes.get_legend()
+        lines = 0 if above is None else len(above.get_texts())
+        axes.set_title(self.heading, pad=6.0 + 14 * lines)
+
+
+def as_array(values: Any) -> Array:
+    """Return a tensor on any device, an array or a sequence as float64; none becomes NaN."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def say(*sentences: str) -> str:
+    """Join sentences, the first of which is a title without a full stop and may be empty."""
+    first, *rest = sentences
+    return " ".join([f"{first}."] * bool(first) + [sentence for sentence in rest if sentence])
