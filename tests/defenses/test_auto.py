@@ -92,7 +92,7 @@ def test_what_leaves_a_trigger_is_not_good_enough(scripted):
 
 
 def test_where_none_is_good_enough_the_best_is_taken(scripted):
-    assert scripted({0: 1.0, 1: 0.4, 2: 0.6})[1]["defense"] == "weak"
+    assert scripted({0: 1.0, 1: 0.4, 2: 0.6})[1].defense == "weak"
 
 
 def test_what_is_not_possible_is_said_and_passed_over(scripted):
