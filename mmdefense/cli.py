@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from mmdefense.checkpoints.hub import HubTarget
     from mmdefense.defenses.base import Defense
     from mmdefense.pipeline.jobs import Source
+    from mmdefense.pipeline.purification import Purification
+    from mmdefense.runtime.processes import Processes
 
 __all__ = ["app", "main"]
 
@@ -96,7 +98,9 @@ def main() -> None:
 def _fail(message: object, code: int) -> NoReturn:
     if os.environ.get("MMDEFENSE_DEBUG"):
         raise  # called from the handlers of main alone
-    typer.echo(f"mmdefense: {printable(str(message))}", err=True)
+    number = int(os.environ.get("RANK", "0"))  # of a process that a launcher has started
+    of = f"process {number + 1}: " if number else ""
+    typer.echo(f"mmdefense: {of}{printable(str(message))}", err=True)
     sys.exit(code)
 
 
@@ -131,6 +135,7 @@ def _options(
 
 @app.command()
 def purify(
+    context: typer.Context,
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
@@ -168,6 +173,12 @@ def purify(
     accept_findings: AcceptFindings = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    accelerate: Annotated[
+        bool,
+        typer.Option(
+            "--accelerate", help="Share the work with the processes that torchrun has started."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
     ] = False,
@@ -179,7 +190,7 @@ def purify(
     """Purify a model with a little clean data; write it with its evidence to a new folder."""
     begun = time.monotonic()
     from mmdefense.analysis.gather import check_level
-    from mmdefense.pipeline.jobs import Source, partial_folder, purify_files
+    from mmdefense.pipeline.jobs import Source, assist, partial_folder, purify_files
     from mmdefense.pipeline.purification import configured
     from mmdefense.report.terminal import ProgressDisplay
     from mmdefense.runtime.deadline import Deadline
@@ -187,6 +198,7 @@ def purify(
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
     reading = reading_options(mean, std, image_size, channels, classes, read)
+    processes, device = _processes(context, accelerate, device, dry_run)
     source = Source(
         model=model,
         data=data,
@@ -203,6 +215,9 @@ def purify(
     if dry_run:
         _show_plan(source, chosen, level)
         return
+    if not processes.is_main:
+        assist(source, chosen, processes)
+        return
     target = _hub_target(push_to_hub, source, force)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     try:
@@ -217,6 +232,7 @@ def purify(
                 max_seconds=None if limit is None else Deadline(begun + limit),
                 evidence=level,
                 command=command,
+                processes=processes,
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
@@ -226,15 +242,7 @@ def purify(
             err=True,
         )
         raise typer.Exit(130) from None
-    if purified.scan is not None:
-        say(f"the given model: {purified.scan.verdict.text}")
-    if purified.unchanged:
-        say(f"nothing was changed: {purified.unchanged}")
-        say(f"wrote {out}/report.html and the model as it was given")
-    else:
-        say(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
-    if purified.choice is not None:
-        say("\n".join(purified.choice.why))
+    _say_what_was_done(purified, out)
     if purified.result.stopped and partial_folder(out).exists():
         say("to go on, repeat the command with more time, --resume and --force")
     finding = purified.guard.violated or bool(purified.unchanged)
@@ -478,6 +486,43 @@ def demo(
         console = Console(width=110)
     console.print(results_table(record.rows, record.title, record.metric))
     say(f"wrote {out}/report.html")
+
+
+def _say_what_was_done(purified: Purification, out: Path) -> None:
+    if purified.scan is not None:
+        say(f"the given model: {purified.scan.verdict.text}")
+    if purified.unchanged:
+        say(f"nothing was changed: {purified.unchanged}")
+        say(f"wrote {out}/report.html and the model as it was given")
+    else:
+        say(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
+    if purified.choice is not None:
+        say("\n".join(purified.choice.why))
+
+
+def _processes(
+    context: typer.Context, accelerate: bool, device: str, dry_run: bool
+) -> tuple[Processes, str]:
+    """Return the processes of this command, and the device of this one.
+
+    Raises:
+        BadInputError: If the options do not go with how the command was started.
+    """
+    from mmdefense.runtime.processes import Processes, joined, launched
+
+    if not accelerate:
+        if launched() > 1:
+            raise BadInputError(
+                f"this is one of {launched()} processes, which would all write the same output; "
+                "add --accelerate, or start one process"
+            )
+        return Processes(), device
+    if dry_run or device != "cpu":
+        refused = "--dry-run" if dry_run else "--device"
+        raise BadInputError(
+            f"{refused} must not go with --accelerate, which gives each process its device"
+        )
+    return context.with_resource(joined())
 
 
 def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:

@@ -57,6 +57,10 @@ class UnsupportedError(MMDefenseError, TypeError):
     """
 
 
+class LostProcessError(MMDefenseError, RuntimeError):
+    """A process that computed the same run has ended, or does not answer."""
+
+
 class DivergenceError(MMDefenseError, RuntimeError):
     """A loss stopped being finite.
 

@@ -268,6 +268,8 @@ def test_command_that_is_not_run_exists(command):
         assert set(re.findall(r"\w+", words[2])) <= set(project["optional-dependencies"])
     elif words[0] == "mmdefense":
         parse_cli(words[1:])
+    elif words[0] == "torchrun":
+        parse_cli(words[words.index("mmdefense") + 1 :])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
     else:

@@ -29,6 +29,7 @@ from mmdefense.protocol import TaskAdapter, lacking, traits
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import is_out_of_memory, roomy
 from mmdefense.runtime.parts import Parts
+from mmdefense.runtime.processes import Processes, together
 from mmdefense.runtime.run import Event, OutOfTime, Progress, Run, copy_state
 from mmdefense.settings import (
     BatchSize,
@@ -150,6 +151,7 @@ class Defense(ABC):
         progress: Progress | None = None,
         store: RunStore | None = None,
         max_seconds: float | Deadline | None = None,
+        processes: Processes | None = None,
     ) -> Result:
         """Purify a copy of a model; the given one stays as it is, bit for bit.
 
@@ -165,9 +167,12 @@ class Defense(ABC):
             max_seconds: Within how many seconds to be done, with the best state so far, or by what
                 deadline. It is looked at after each update; training ends early enough for the
                 utility guard.
+            processes: Those that compute it together, each of which calls this with the same; by
+                default this one alone.
 
         Raises:
-            UnsupportedError: If the adapter lacks what this defense asks for.
+            UnsupportedError: If the adapter lacks what this defense asks for, or it cannot be
+                shared by processes.
             BadInputError: If the clean data or the model cannot be used.
             DivergenceError: If the loss stopped being finite.
         """
@@ -177,17 +182,24 @@ class Defense(ABC):
                 f"{type(self).__name__} needs a {self.requires.__name__}; "
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"
             )
-        deadline = Deadline.after(max_seconds)
+        processes = processes or Processes()
+        if processes.count > 1 and not isinstance(self, TrainingDefense):
+            raise UnsupportedError(
+                f"several processes share the work of defenses that train, such as fip; "
+                f"{type(self).__name__} is for one: leave out --accelerate"
+            )
+        deadline = processes.deadline(Deadline.after(max_seconds))
         begin = deadline.clock()
         prepared = model if isinstance(model, Prepared) else prepare(model, clean)
         fit, held = split(prepared.samples, self.holdout, self.seed)
         parts = Parts(deadline.clock, begin)
-        run = Run(seed=self.seed, store=store, deadline=deadline, parts=parts)
+        run = Run(seed=self.seed, store=processes.store(store), deadline=deadline, parts=parts)
         if progress is not None:
             run.progress = progress
         given = prepared.model
         work = Purifying(prepared.adapter.fork(), fit, held, run, types=half_types(given))
-        guard = self.attempt(work)
+        with together(processes):
+            guard = self.attempt(work)
         for module, one in zip(work.adapter.model.modules(), given.modules(), strict=True):
             module.training = one.training
         purified = typed_like(work.adapter.model, given)

@@ -10,18 +10,20 @@ mean zero give both from the gradient of one sum, without per-sample gradients:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.errors import UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode, second_derivatives
 from mmdefense.protocol import TaskAdapter
-from mmdefense.runtime.memory import RandomState, add_up, fitted, is_out_of_memory
+from mmdefense.runtime.memory import RandomState, add_up, is_out_of_memory, shared
+from mmdefense.runtime.processes import sharing
 
 __all__ = [
     "Form",
@@ -50,6 +52,51 @@ def _scores(
     loss = adapter.per_sample_loss(batch)
     signs = torch.randint(0, 2, loss.shape, generator=generator, device=loss.device) * 2 - 1
     return loss, signs * loss
+
+
+class _Signs:
+    """The random signs of a batch, drawn part by part.
+
+    Of several processes each draws the signs of all rows, and takes those of its own: no two take
+    the same ones, and all of them go on from the same state.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int) -> None:
+        self.generator, self.total = generator, total
+        self.start = generator.get_state() if sharing(total).count > 1 else None
+
+    def of(self, rows: slice) -> AbstractContextManager[object]:
+        """Let a pass over some rows draw theirs."""
+        if self.start is None:
+            return nullcontext()
+        self.generator.set_state(self.start)
+        return _WholeDraws(self.generator, rows, self.total)
+
+
+class _WholeDraws(TorchFunctionMode):
+    """Draws random whole numbers for all rows of a batch where some rows ask for them."""
+
+    def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
+        super().__init__()
+        self.generator, self.rows, self.total = generator, rows, total
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if given.get("generator") is not self.generator:
+            return function(*args, **given)
+        if function is not torch.randint or len(args) != 3:
+            raise UnsupportedError(
+                "an adapter that several processes run must draw from its generator by "
+                f"torch.randint(low, high, shape) alone; this one calls {function.__name__}"
+            )
+        low, high, shape = args
+        return function(low, high, (self.total, *shape[1:]), **given)[self.rows]
 
 
 def loss_and_trace(
@@ -95,10 +142,11 @@ def penalised_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss, and the gradient of ``loss + weight * Tr(F)``.
 
-    As of :func:`loss_and_trace`, but in parts where memory runs out, to the same result. With ``G``
-    the sum of the scores' gradients, ``N Tr(F) = ||G||^2``, whose gradient is the sum over parts
-    of ``2 d<grad s_part, G>``: a first pass over the parts sums ``G``, and a second one, with the
-    same random signs, differentiates. (BatchNorm in train mode normalises by its part.)
+    As of :func:`loss_and_trace`, but in parts where memory runs out or several processes share the
+    batch, to the same result. With ``G`` the sum of the scores' gradients, ``N Tr(F) = ||G||^2``,
+    whose gradient is the sum over parts of ``2 d<grad s_part, G>``: a first pass over the parts
+    sums ``G``, and a second one, with the same random signs, differentiates. (BatchNorm in train
+    mode normalises by its part.)
     """
     model, count = adapter.model, len(batch)
 
@@ -114,26 +162,40 @@ def penalised_gradient(
         found = torch.autograd.grad(total, parameters, materialize_grads=True)
         return loss.detach(), list(found)
 
-    def compute(rows: Sequence[slice]) -> tuple[Tensor, list[Tensor]]:
-        if len(rows) == 1:
-            return whole()
-        start = RandomState(model, generator)
-        summed: list[Tensor] = []
-        for row in rows:
-            _, score = _scores(adapter, batch.rows(row), generator, form)
-            add_up(summed, gradient_of_scores(score, again=False))
-        start.restore()
+    processes, signs = sharing(count), _Signs(generator, count)
+    summed: list[Tensor] = []
+
+    def of_part(row: slice, *, again: bool) -> tuple[Tensor, list[Tensor]]:
+        with signs.of(row):
+            loss, score = _scores(adapter, batch.rows(row), generator, form)
+        return loss, gradient_of_scores(score, again=again)
+
+    def compute(rows: Sequence[slice]) -> list[Tensor]:
+        if len(rows) == 1 and processes.count == 1:
+            loss, gradient = whole()
+            return [loss, *gradient]
+        known: tuple[Tensor, list[Tensor]] | None = None
+        # Other processes sum G but once, and for them its signs are the same in smaller parts.
+        if not summed or processes.count == 1:
+            start, of_mine = RandomState(model, generator), list[Tensor]()
+            for row in rows:
+                known = of_part(row, again=len(rows) == 1)
+                add_up(of_mine, [gradient.detach() for gradient in known[1]])
+            summed[:] = processes.sum(of_mine)
+            if len(rows) > 1:
+                known = None
+                start.restore()
         mean, gradient = torch.zeros_like(summed[0].sum()), list[Tensor]()
         for row in rows:
-            loss, score = _scores(adapter, batch.rows(row), generator, form)
-            mine = gradient_of_scores(score, again=True)
+            loss, mine = known or of_part(row, again=True)
             product = torch.stack([(g * s).sum() for g, s in zip(mine, summed, strict=True)]).sum()
             total = (loss.sum() + 2 * weight * product) / count
             add_up(gradient, torch.autograd.grad(total, parameters, materialize_grads=True))
             mean += loss.detach().sum() / count
-        return mean, gradient
+        return [mean, *gradient]
 
-    return fitted(compute, count, "training with Tr(F)", model, generator)
+    mean, *gradient = shared(compute, count, "training with Tr(F)", model, generator)
+    return mean, gradient
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -197,8 +259,10 @@ def fisher_diagonal(
 
     def gradient_of(batch: B, rows: Sequence[slice]) -> list[Tensor]:
         summed: list[Tensor] = []
+        signs = _Signs(generator, len(batch))
         for row in rows:
-            _, score = _scores(adapter, batch.rows(row), generator, form)
+            with signs.of(row):
+                _, score = _scores(adapter, batch.rows(row), generator, form)
             found = torch.autograd.grad(score.sum(), parameters, materialize_grads=True)
             add_up(summed, pull_back(found))
         return summed
@@ -208,7 +272,7 @@ def fisher_diagonal(
         for number, batch in enumerate(batches(samples, batch_size)):
             if each is not None:
                 each(number, count)
-            gradient = fitted(
+            gradient = shared(
                 partial(gradient_of, batch),
                 len(batch),
                 "measuring the Fisher information",

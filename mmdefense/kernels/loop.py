@@ -18,7 +18,8 @@ from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.errors import BadInputError, DivergenceError, one_line
 from mmdefense.kernels.hooks import channels_last, mode
 from mmdefense.protocol import TaskAdapter
-from mmdefense.runtime.memory import fitted, gradient_in_parts, in_parts
+from mmdefense.runtime.memory import gradient_in_parts, in_parts, shared
+from mmdefense.runtime.processes import Processes, present, sharing
 from mmdefense.runtime.run import Event, OutOfTime, Run, copy_state
 from mmdefense.training import Training
 
@@ -128,7 +129,7 @@ def optimise(
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
-            _seed_dropout(device, seed)
+            _seed_dropout(device, seed + present().index)  # each process its own masks
             for group in optimizer.param_groups:
                 group["lr"] = training.lr_at(step)
             batch = samples.take(_indices(len(samples), training.batch_size, step, run, stage))
@@ -309,7 +310,7 @@ def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
     def compute(batch: B, _: int) -> Tensor:
         count = len(batch)
 
-        def attempt(rows: Sequence[slice]) -> Tensor:
+        def attempt(rows: Sequence[slice]) -> list[Tensor]:
             total = torch.zeros((), device=device)
             for parameter in model.parameters():
                 parameter.grad = None  # what a failed attempt has left
@@ -319,11 +320,25 @@ def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
                 share = (row.stop - row.start) / count
                 (loss * share).backward()
                 total = total + share * loss.detach()
-            return total
+            return [total]
 
-        return fitted(attempt, count, "training", model)
+        (loss,) = shared(attempt, count, "training", model)
+        _add_up_gradients(sharing(count), list(model.parameters()))
+        return loss
 
     return compute
+
+
+def _add_up_gradients(processes: Processes, parameters: Sequence[Tensor]) -> None:
+    """Sum ``.grad`` over processes; where no process has used a parameter it stays none."""
+    if processes.count == 1:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    (users,) = processes.sum([used.float()])
+    chosen = [p for p, some in zip(parameters, users.tolist(), strict=True) if some]
+    mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
+    for parameter, total in zip(chosen, processes.sum(mine), strict=True):
+        parameter.grad = total
 
 
 def mean_loss_gradient(

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +33,18 @@ from mmdefense.prepared import Prepared
 from mmdefense.protocol import traits
 from mmdefense.report.encoding import plain
 from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.processes import Processes
 from mmdefense.runtime.run import Event, Progress
 
-__all__ = ["AUTO", "Opened", "Source", "partial_folder", "purify_files", "writing_seconds"]
+__all__ = [
+    "AUTO",
+    "Opened",
+    "Source",
+    "assist",
+    "partial_folder",
+    "purify_files",
+    "writing_seconds",
+]
 
 _IDENTITY = "job"
 _FOR_THE_PAGE, _PASSES = 1.0, 6
@@ -58,6 +68,7 @@ def purify_files(
     max_seconds: float | Deadline | None = None,
     evidence: Level = "fast",
     command: str = "",
+    processes: Processes | None = None,
 ) -> Purification:
     """Purify the model of ``source`` into the folder ``out``.
 
@@ -80,6 +91,8 @@ def purify_files(
         evidence: How much is measured beyond the verdict; see
             :func:`~mmdefense.pipeline.purification.purify`.
         command: For the record, the command line.
+        processes: Those that compute it together, of which this is the main one; the others call
+            :func:`assist`.
 
     Raises:
         BadInputError: If anything given cannot be used, or a file of the model speaks strongly
@@ -103,7 +116,9 @@ def purify_files(
             scanned = scan_loaded(source.model, prepared.model, files, vetted.findings)
             tell(Event("scan", 1, 1))
         begin = deadline.clock()
-        _claim(store, _identity(source, vetted.opened, prepared, defense))
+        count = 1 if processes is None else processes.count
+        identity = _identity(source, vetted.opened, prepared, defense)
+        _claim(store, {**identity, "number of processes": count})
         writing = writing_seconds(deadline.clock() - begin)
         with _kept_or_cleared(store, prepared.model):
             purified = purify_prepared(
@@ -114,6 +129,7 @@ def purify_files(
                 deadline=deadline.earlier(writing),
                 evidence=evidence,
                 accept_low_utility=source.accept_low_utility,
+                processes=processes,
             )
             names = {"model": source.model, "data": source.data, "command": command}
             purified = dataclasses.replace(
@@ -130,6 +146,24 @@ def purify_files(
         if not purified.result.stopped or not _holds_states(store):
             shutil.rmtree(store.folder, ignore_errors=True)
     return purified
+
+
+def assist(source: Source, defense: Defense, processes: Processes) -> None:
+    """Do this process's share of a purification, whose main process calls :func:`purify_files`.
+
+    Args:
+        source: As the main process has it, but for the device.
+        defense: The same.
+        processes: All of them.
+
+    Raises:
+        LostProcessError: If the main process has ended.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the main process has the same to say
+        prepared = open_vetted(source).opened.prepare()
+        store = RunStore(Path())  # that of the main process
+        defense.purify(prepared, store=store, processes=processes)
 
 
 def writing_seconds(hashing: float) -> float:

@@ -42,6 +42,7 @@ from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
 from mmdefense.report.terminal import shown
 from mmdefense.runtime.deadline import Deadline
+from mmdefense.runtime.processes import Processes
 from mmdefense.runtime.run import Progress
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
@@ -67,6 +68,7 @@ def purify(
     evidence: Level = "fast",
     accept_low_utility: bool = False,
     accept_findings: bool = False,
+    processes: Processes | None = None,
     **settings: Any,
 ) -> Purification:
     """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
@@ -99,6 +101,7 @@ def purify(
             the purification raises its task metric: signs of data that is read wrongly.
         accept_findings: Whether to go on where a file of a model at a path speaks strongly against
             it, as ``mmdefense scan`` sees it; it is scanned before it is loaded.
+        processes: Those that compute it together; see :meth:`Defense.purify`.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
@@ -154,6 +157,7 @@ def purify(
             deadline=deadline,
             evidence=level,
             accept_low_utility=accept_low_utility,
+            processes=processes,
         )
     accepted = "" if vetted is None else vetted.accepted
     return dataclasses.replace(purified, names=names, seal=seal, accepted_findings=accepted)
@@ -168,6 +172,7 @@ def purify_prepared(
     deadline: Deadline,
     evidence: Level = "fast",
     accept_low_utility: bool = False,
+    processes: Processes | None = None,
 ) -> Purification:
     """Purify a model that was checked with its data; the arguments are those of :func:`purify`.
 
@@ -178,7 +183,9 @@ def purify_prepared(
     """
     near_chance = check_utility(prepared, accept=accept_low_utility)
     computed = time.process_time()
-    result = defense.purify(prepared, progress=progress, store=store, max_seconds=deadline)
+    result = defense.purify(
+        prepared, progress=progress, store=store, max_seconds=deadline, processes=processes
+    )
     guard, adapter = result.guard, prepared.adapter
     raised = check_raise(
         adapter, guard.before, guard.after, guard.margin, accept=accept_low_utility

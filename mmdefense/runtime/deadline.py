@@ -32,7 +32,7 @@ class Deadline:
     @property
     def left(self) -> float:
         """Seconds that are left; negative once it has passed."""
-        return self.at - self.clock()
+        return math.inf if self.at == math.inf else self.at - self.clock()
 
     @property
     def passed(self) -> bool:

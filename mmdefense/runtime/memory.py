@@ -7,6 +7,9 @@ for the rest of the run, for each kind of work its own: a second derivative take
 A sum over samples is the same in parts. Three things are not, bit for bit: BatchNorm in train mode
 normalises by its part and updates its statistics once a part; Dropout draws a mask for each part;
 and on CUDA a part draws other random signs than the whole.
+
+Where several processes compute a run (:mod:`mmdefense.runtime.processes`), each computes its rows
+of a batch in parts of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from mmdefense.data.batch import Batch
 from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.runtime.processes import sharing
 
 __all__ = [
     "RandomState",
@@ -38,6 +42,7 @@ __all__ = [
     "is_out_of_memory",
     "roomy",
     "saved_bytes",
+    "shared",
 ]
 
 B = TypeVar("B", bound=Batch)
@@ -158,6 +163,8 @@ def fitted(
     what: str,
     model: nn.Module,
     generator: torch.Generator | None = None,
+    *,
+    share: slice | None = None,
 ) -> T:
     """Return ``compute(rows)``, where ``rows`` are the parts of a batch that fit into memory.
 
@@ -168,17 +175,20 @@ def fitted(
         what: The kind of work, in words.
         model: What is run; its statistics go back where an attempt fails.
         generator: What ``compute`` draws from besides the global generators.
+        share: The rows of the batch that are to be computed; by default all.
 
     Raises:
         UnsupportedError: If one sample is too much.
         BadInputError: If BatchNorm would have to normalise by one sample.
     """
     room = _ROOM.get() or _ROOMS.setdefault(model, Room())
+    share = slice(0, count) if share is None else share
+    count = share.stop - share.start
     first = size = min(count, room.sizes.get(what, count))
     while True:
         before = RandomState(model, generator)
         try:
-            result = compute(_rows(count, size))
+            result = compute(_rows(share, size))
         except ValueError as error:
             if _ONE_VALUE not in str(error):
                 raise
@@ -207,11 +217,30 @@ def fitted(
             torch.cuda.empty_cache()
 
 
-def _rows(count: int, size: int) -> list[slice]:
+def _rows(share: slice, size: int) -> list[slice]:
     """Return as few parts of at most ``size`` as possible, about equally large."""
+    count = share.stop - share.start
     parts = -(-count // max(1, size)) or 1
-    edges = [count * index // parts for index in range(parts + 1)]
+    edges = [share.start + count * index // parts for index in range(parts + 1)]
     return [slice(*pair) for pair in pairwise(edges)]
+
+
+def shared(
+    compute: Callable[[Sequence[slice]], Sequence[Tensor]],
+    count: int,
+    what: str,
+    model: nn.Module,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Return tensors that are sums over the samples of a batch, each process computing its rows.
+
+    See :func:`fitted` for the arguments.
+    """
+    processes = sharing(count)
+    rows = processes.rows(count)
+    found = processes.sum(fitted(compute, count, what, model, generator, share=rows))
+    processes.average(list(_statistics(model)))
+    return found
 
 
 def each_fitted(
@@ -221,8 +250,17 @@ def each_fitted(
     model: nn.Module,
     generator: torch.Generator | None = None,
 ) -> list[T]:
-    """Return ``compute`` of each part of a batch that fits into memory; see :func:`fitted`."""
-    return fitted(lambda rows: [compute(row) for row in rows], count, what, model, generator)
+    """Return ``compute`` of each part of a batch that fits into memory; see :func:`fitted`.
+
+    Several processes compute their rows each, and all get all parts.
+    """
+    processes = sharing(count)
+
+    def each(rows: Sequence[slice]) -> list[T]:
+        return [compute(row) for row in rows]
+
+    share = processes.rows(count)
+    return processes.gather(fitted(each, count, what, model, generator, share=share))
 
 
 def in_parts(
@@ -256,7 +294,7 @@ def gradient_in_parts(
         generator: What ``value`` draws from.
     """
 
-    def compute(rows: Sequence[slice]) -> tuple[Tensor, list[Tensor]]:
+    def compute(rows: Sequence[slice]) -> list[Tensor]:
         mean: Any = 0
         gradient: list[Tensor] = []
         for row in rows:
@@ -265,9 +303,10 @@ def gradient_in_parts(
             found = torch.autograd.grad(objective * share, parameters, materialize_grads=True)
             add_up(gradient, found)
             mean = mean + share * loss.detach()
-        return mean, gradient
+        return [mean, *gradient]
 
-    return fitted(compute, count, what, model, generator)
+    mean, *gradient = shared(compute, count, what, model, generator)
+    return mean, gradient
 
 
 def add_up(total: list[Tensor], more: Sequence[Tensor]) -> None:

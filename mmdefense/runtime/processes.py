@@ -1,0 +1,238 @@
+"""One purification computed by several processes, each with a device of its own.
+
+Every process holds the whole model and does the same; what is shared is the work on a batch. All
+randomness depends on seed, stage and step alone, so all draw the same batch; each computes the rows
+that are its own, gradients are summed over the processes, and all take the same step: data
+parallelism. The hooks of ``DistributedDataParallel`` would not do, since they sum in the backward
+pass, where FIP first needs the gradient that it differentiates again.
+
+The result is that of one process up to the order in which floats are summed. The exceptions are
+those of a batch computed in parts (:mod:`mmdefense.runtime.memory`): BatchNorm in train mode
+normalises by the rows of its process (no SyncBatchNorm), with the mean of their statistics kept,
+and Dropout draws a mask for each process.
+
+Time is that of the main process, kept states are read and written by it, and it alone reports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.checkpoints.runs import RunStore
+from mmdefense.errors import BadInputError, LostProcessError, one_line
+from mmdefense.libraries import needed
+from mmdefense.runtime.deadline import Deadline
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Processes", "joined", "launched", "present", "sharing", "together"]
+
+T = TypeVar("T")
+
+_WAIT = timedelta(minutes=30)  # for a process that neither answers nor ends
+_BUCKET = 1 << 24  # entries that are summed at once
+
+
+class Processes:
+    """The processes of a run; this class is one process alone, the default.
+
+    Attributes:
+        index: The number of this process, from 0, the main one.
+        count: How many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process reads and writes for all."""
+        return self.index == 0
+
+    def rows(self, total: int) -> slice:
+        """Return this process's rows of a batch of ``total``."""
+        return slice(*(total * index // self.count for index in (self.index, self.index + 1)))
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sum over processes of each tensor, the same bits in all of them."""
+        return list(tensors)
+
+    def average(self, statistics: Sequence[Tensor]) -> None:
+        """Replace statistics by their mean over processes, in place; whole numbers stay."""
+
+    def gather(self, values: list[T]) -> list[T]:
+        """Return the values of all processes in one list, in their order."""
+        return values
+
+    def from_main(self, value: T) -> T:
+        """Return the main process's value."""
+        return value
+
+    def deadline(self, deadline: Deadline) -> Deadline:
+        """Return the main process's deadline, by its clock."""
+        return deadline
+
+    def store(self, store: RunStore | None) -> RunStore | None:
+        """Return a store that the main process alone reads and writes, for all."""
+        return store
+
+
+class _Joined(Processes):
+    """Several processes that a launcher has started, connected by ``accelerate``."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        summed: list[Tensor] = []
+        for some in _buckets(tensors):
+            flat = torch.cat([tensor.detach().flatten() for tensor in some])
+            with self._told_of_loss():
+                flat = self.accelerator.reduce(flat, "sum")
+            parts = flat.split([tensor.numel() for tensor in some])
+            # In the given memory format, or the steps that follow would be slower.
+            summed += [
+                torch.empty_like(tensor).copy_(part.view(tensor.shape))
+                for tensor, part in zip(some, parts, strict=True)
+            ]
+        return summed
+
+    def average(self, statistics: Sequence[Tensor]) -> None:
+        floats = [tensor for tensor in statistics if tensor.is_floating_point()]
+        for tensor, total in zip(floats, self.sum(floats), strict=True):
+            tensor.copy_(total / self.count)
+
+    def gather(self, values: list[T]) -> list[T]:
+        from accelerate.utils import gather_object, send_to_device
+
+        with self._told_of_loss():
+            found = gather_object(send_to_device(values, "cpu"))
+        gathered: list[T] = send_to_device(found, self.accelerator.device)
+        return gathered
+
+    def from_main(self, value: T) -> T:
+        from accelerate.utils import broadcast_object_list
+
+        held = [value if self.is_main else None]
+        with self._told_of_loss():
+            broadcast_object_list(held)
+        received: T = held[0]  # type: ignore[assignment]
+        return received
+
+    def deadline(self, deadline: Deadline) -> Deadline:
+        return Deadline(self.from_main(deadline.at), lambda: self.from_main(deadline.clock()))
+
+    def store(self, store: RunStore | None) -> RunStore | None:
+        return None if store is None else _SharedStore(store.folder, self)
+
+    @contextmanager
+    def _told_of_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"one of the {self.count} processes has ended; its own message says why "
+                f"({one_line(error)})"
+            ) from error
+
+
+@dataclass(frozen=True)
+class _SharedStore(RunStore):
+    """A store on the disk of the main process."""
+
+    processes: Processes
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            super().save(name, state)
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        return self.processes.from_main(super().load(name) if self.processes.is_main else None)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in order, as many at once as one message is to hold."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(one.numel() for one in some) + tensor.numel() > _BUCKET:
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
+
+
+_ALONE = Processes()
+_PRESENT: ContextVar[Processes] = ContextVar("processes", default=_ALONE)
+
+
+def present() -> Processes:
+    """Return the processes that compute what is being done together."""
+    return _PRESENT.get()
+
+
+def sharing(total: int) -> Processes:
+    """Return the processes that share a batch; each alone where it has fewer rows than they are."""
+    processes = present()
+    return processes if total >= processes.count else _ALONE
+
+
+@contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """Let all work inside be shared by processes; each of them must do all of it."""
+    token = _PRESENT.set(processes)
+    try:
+        yield
+    finally:
+        _PRESENT.reset(token)
+
+
+def launched() -> int:
+    """Return how many processes a launcher, such as torchrun, says that it has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined() -> Iterator[tuple[Processes, str]]:
+    """Connect the processes that a launcher has started.
+
+    Yields:
+        The processes, and the device of this one.
+
+    Raises:
+        BadInputError: If no launcher has started several.
+        UnsupportedError: If ``accelerate`` is not installed.
+        LostProcessError: If they cannot be connected.
+    """
+    if launched() < 2:
+        raise BadInputError(
+            "--accelerate needs several processes; start them by torchrun --nproc-per-node 2 -m "
+            "mmdefense purify ... --accelerate"
+        )
+    with needed("--accelerate", "accelerate"):
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_WAIT)],
+        )
+    except (RuntimeError, ValueError) as error:
+        raise LostProcessError(
+            f"the processes of --accelerate cannot be connected: {one_line(error)}"
+        ) from error
+    try:
+        device = accelerator.device
+        yield _Joined(accelerator), "cpu" if device.type == "cpu" else str(device)
+    finally:
+        accelerator.end_training()

@@ -1,0 +1,97 @@
+"""Several processes that share one purification: the result of one process, written once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from sharing import (
+    DEFENSES,
+    all_defenses,
+    dim_net,
+    in_processes,
+    one_that_fails,
+    purified,
+    purify_command,
+)
+
+pytest_plugins = ["commands"]
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """Return the states that each of two processes ends with, by defense."""
+    folder = tmp_path_factory.mktemp("shared")
+    for code, said in in_processes(all_defenses, folder):
+        assert code == 0, said
+    return [torch.load(folder / f"states{index}.pt") for index in range(2)]
+
+
+def test_two_processes_end_with_the_same_bits(states):
+    first, second = states
+    for name in first:
+        for key, value in first[name].items():
+            assert torch.equal(value, second[name][key]), (name, key)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_two_processes_give_the_result_of_one(states, name):
+    alone, given = purified(name), dim_net().state_dict()
+    assert any(not torch.equal(value, given[key]) for key, value in alone.items())
+    for key, value in alone.items():
+        # In float64: what differs is the order in which the rows of a batch are summed.
+        torch.testing.assert_close(states[0][name][key], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def command(place):
+    """Return a function that keeps a command line for :func:`purify_command`."""
+
+    def keep(*more, **changed):
+        arguments = [*place.purify(*more, **changed), "--accelerate"]
+        (place.folder / "command.txt").write_text("\n".join(arguments))
+        return place
+
+    return keep
+
+
+def test_the_output_is_written_once(command):
+    place = command("--evidence", "none", "--max-time", "10m")
+    (code, said), (other_code, other_said) = in_processes(purify_command, place.folder)
+    assert (code, other_code) == (0, 0), (said, other_said)
+    assert "wrote" in said
+    assert not other_said
+    assert (place.out / "purification.json").exists()
+    assert not (place.folder / "out.partial").exists()
+
+
+def test_a_process_that_fails_ends_the_others_with_a_line(command):
+    place = command()
+    (code, said), (other_code, other_said) = in_processes(one_that_fails, place.folder)
+    assert (code, other_code) == (2, 2), (said, other_said)
+    assert other_said == "mmdefense: process 2: this one cannot go on\n"
+    assert "mmdefense: one of the 2 processes has ended; its own message says why" in said
+    assert "Traceback" not in said
+    assert not place.out.exists()
+
+
+def test_without_a_launcher_the_command_to_run_is_told(mmdefense, place):
+    outcome = mmdefense(*place.purify("--accelerate"))
+    assert outcome.code == 2
+    assert "torchrun --nproc-per-node 2 -m mmdefense purify" in outcome.err
+
+
+def test_under_a_launcher_it_must_be_asked_for(mmdefense, place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = mmdefense(*place.purify())
+    assert outcome.code == 2
+    assert "add --accelerate, or start one process" in outcome.err
+
+
+@pytest.mark.parametrize("option", [["--dry-run"], ["--device", "cuda:0"]])
+def test_what_does_not_go_with_it_is_refused(mmdefense, place, option):
+    outcome = mmdefense(*place.purify("--accelerate", *option))
+    assert outcome.code == 2
+    assert f"{option[0]} must not go with --accelerate" in outcome.err
