@@ -95,6 +95,8 @@ NOT_RUN = {
     'pip install ".[huggingface,timm]"': "the same, with extras",
     "make setup": "installs from a package index",
     "make test-matrix": "installs from a package index",
+    "torchrun --nproc-per-node 2 -m mmdefense purify my-vit --data images -o shared-vit "
+    "--accelerate": "starts two processes; tests/test_accelerate.py does",
     "mmdefense purify my-vit --data images -o handed-vit --push-to-hub me/purified-vit": "needs a "
     "login; tests/checkpoints/test_hub.py has a stub of the hub",
 }
