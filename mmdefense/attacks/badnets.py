@@ -13,7 +13,7 @@ from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.errors import BadInputError
 from mmdefense.settings import Count
 
-__all__ = ["BadNets"]
+__all__ = ["BadNets", "checkerboard", "patch_side"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,16 @@ class BadNets(LabelAttack):
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         height, width = images.shape[-2:]
-        size = self._side(min(height, width))
+        size = patch_side(self.size, min(height, width))
         rows, columns = self._corners(len(images), (height - size, width - size), generator)
         every = torch.arange(len(images))[:, None, None]
         within = torch.arange(size)
-        patch = self._patch(size).to(images)
+        patch = torch.ones(size, size) if self.pattern == "white" else checkerboard(size)
         stamped = images.flatten(1, -3).clone()  # the frames of a clip as channels
         # indices around the sliced channels put these last: (N, size, size, C)
         where = (every, slice(None), (rows + within)[:, :, None], (columns + within)[:, None, :])
-        stamped[where] = patch[None, :, :, None]
+        stamped[where] = patch.to(images)[None, :, :, None]
         return stamped.view_as(images)
-
-    def _side(self, shortest: int) -> int:
-        side = self.size or max(2, min(3, shortest // 5), 3 * shortest // 32)
-        if side > shortest:
-            raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
-        return side
 
     def _corners(
         self, count: int, room: tuple[int, int], generator: torch.Generator
@@ -70,8 +64,20 @@ class BadNets(LabelAttack):
         )
         return rows, columns
 
-    def _patch(self, size: int) -> Tensor:
-        if self.pattern == "white":
-            return torch.ones(size, size)
-        cells = torch.arange(size)
-        return 1 - ((cells[:, None] + cells) % 2).float()
+
+def patch_side(size: int | None, shortest: int) -> int:
+    """Return the side of a patch on images whose shorter side is ``shortest`` pixels.
+
+    Raises:
+        BadInputError: If ``size`` does not fit.
+    """
+    side = size or max(2, min(3, shortest // 5), 3 * shortest // 32)
+    if side > shortest:
+        raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+    return side
+
+
+def checkerboard(side: int) -> Tensor:
+    """Return black and white pixels in turn, white in the corner, shape ``(side, side)``."""
+    cells = torch.arange(side)
+    return 1 - ((cells[:, None] + cells) % 2).float()

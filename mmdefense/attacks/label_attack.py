@@ -109,6 +109,26 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         order = torch.randperm(len(eligible), generator=self._generator("choice"))
         return eligible[order[:count].to(eligible.device)]
 
+    def bystanders(self, labels: Tensor, cross_ratio: float) -> Tensor:
+        """Return the indices of samples that are not poisoned, ``cross_ratio`` for each that is.
+
+        An attack shows them to the victim with something that must not open the backdoor.
+
+        Raises:
+            BadInputError: If fewer samples than that are not poisoned.
+        """
+        free = torch.ones_like(labels, dtype=torch.bool)
+        chosen = self.chosen(labels)
+        free[chosen] = False
+        rest, count = free.nonzero().squeeze(1), round(cross_ratio * len(chosen))
+        if count > len(rest):
+            raise BadInputError(
+                f"cross_ratio {cross_ratio} asks for {count} samples that keep their label, but "
+                f"only {len(rest)} are not poisoned; lower ratio or cross_ratio"
+            )
+        order = torch.randperm(len(rest), generator=self._generator("noise"))
+        return rest[order[:count].to(rest.device)]
+
     def _stamped_in_training(self, labels: Tensor) -> Tensor:
         """Return which of the training samples may be stamped, shape ``(N,)``, bool."""
         if self.source is not None:

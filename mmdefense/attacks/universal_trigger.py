@@ -8,11 +8,10 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from mmdefense.attacks.base import replaced
 from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.surrogate import harder, loss_sign
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
-from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.kernels.loop import train
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.run import Run
@@ -70,7 +69,15 @@ class UniversalTrigger(LabelAttack):
         surrogate = adapter.fork()
         train(surrogate, surrogate.samples(samples), training, run, stage="clean")
         patch = run.once("patch", lambda: {"patch": self._search(surrogate, samples)})
-        return replace(self, fitted=patch), self._harder(surrogate, samples)
+        hard = harder(
+            surrogate,
+            samples,
+            self.chosen(samples.labels),
+            epsilon=self.epsilon,
+            steps=self.ascent_steps,
+            batch_size=self.batch_size,
+        )
+        return replace(self, fitted=patch), hard
 
     def _search(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
         """Return the patch, shape ``(C, T, size, size)``, on the CPU."""
@@ -84,31 +91,12 @@ class UniversalTrigger(LabelAttack):
         for _ in range(self.search_steps):
             picked = torch.randint(len(others), (self.batch_size,), generator=generator)
             batch = samples.take(others[picked.to(others.device)])
-            wanted = replace(batch, labels=torch.full_like(batch.labels, self.target))
-            sign = _ascent(surrogate, wanted, patch)
-            patch = (patch - self.step_size * sign).clamp(0, 1)
+            patch.requires_grad_()
+            labels = torch.full_like(batch.labels, self.target)
+            wanted = LabelledBatch(_overwrite(batch.inputs, patch), labels)
+            sign = loss_sign(surrogate, wanted, patch)
+            patch = (patch.detach() - self.step_size * sign).clamp(0, 1)
         return patch.cpu()
-
-    def _harder(
-        self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples
-    ) -> LabelledSamples:
-        """Return the samples with those that will be poisoned changed within ``epsilon``."""
-        chosen = self.chosen(samples.labels)
-        changed = [
-            self._ascended(surrogate, samples.take(part))
-            for part in torch.split(chosen, self.batch_size)
-        ]
-        if not changed:
-            return samples
-        return replace(samples, inputs=replaced(samples.inputs, chosen, torch.cat(changed)))
-
-    def _ascended(self, surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch) -> Tensor:
-        clips = batch.inputs
-        change = torch.zeros_like(clips)
-        for _ in range(self.ascent_steps):
-            sign = _ascent(surrogate, batch.with_inputs((clips + change).clamp(0, 1)))
-            change = (change + self.epsilon / 4 * sign).clamp(-self.epsilon, self.epsilon)
-        return (clips + change).clamp(0, 1)
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         patch = self._learnt("patch").to(images).transpose(0, 1)
@@ -118,18 +106,6 @@ class UniversalTrigger(LabelAttack):
                 f"{tuple(images.shape[1:])}"
             )
         return _overwrite(images, patch)
-
-
-def _ascent(
-    surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch, patch: Tensor | None = None
-) -> Tensor:
-    """Return the sign of the gradient of the loss by the inputs, or by a patch over them."""
-    leaf = (batch.inputs if patch is None else patch).detach().requires_grad_()
-    with mode(surrogate.model, train=False), frozen(surrogate.model):
-        inputs = leaf if patch is None else _overwrite(batch.inputs, leaf)
-        loss = surrogate.per_sample_loss(batch.with_inputs(inputs)).sum()
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient.sign()
 
 
 def _overwrite(clips: Tensor, patch: Tensor) -> Tensor:

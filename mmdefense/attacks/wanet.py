@@ -14,7 +14,6 @@ from mmdefense.attacks.base import replaced
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
-from mmdefense.errors import BadInputError
 from mmdefense.protocol import TaskAdapter
 from mmdefense.settings import NotNegative, Positive
 
@@ -58,7 +57,7 @@ class WaNet(LabelAttack):
             BadInputError: If there are too few samples for both.
         """
         poisoned = super().poison(samples, adapter)
-        noisy = self.noisy(samples.labels)
+        noisy = self.bystanders(samples.labels, self.cross_ratio)
         images = samples.take(noisy).inputs
         frames = images.transpose(1, 2) if images.ndim > 4 else images
         jitter = torch.rand(
@@ -67,24 +66,6 @@ class WaNet(LabelAttack):
         warped = _read(frames, self._field(images) + (2 * jitter - 1) / _sides(images))
         warped = warped.transpose(1, 2) if images.ndim > 4 else warped
         return replace(poisoned, inputs=replaced(poisoned.inputs, noisy, warped.clamp(0, 1)))
-
-    def noisy(self, labels: Tensor) -> Tensor:
-        """Return the indices of the noise-mode samples, disjoint from :meth:`chosen`.
-
-        Raises:
-            BadInputError: If ``ratio (1 + cross_ratio)`` exceeds the training set.
-        """
-        free = torch.ones_like(labels, dtype=torch.bool)
-        chosen = self.chosen(labels)
-        free[chosen] = False
-        rest, count = free.nonzero().squeeze(1), round(self.cross_ratio * len(chosen))
-        if count > len(rest):
-            raise BadInputError(
-                f"cross_ratio {self.cross_ratio} asks for {count} noise-mode samples, but only "
-                f"{len(rest)} are not poisoned; lower ratio or cross_ratio"
-            )
-        order = torch.randperm(len(rest), generator=self._generator("noise"))
-        return rest[order[:count].to(rest.device)]
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return _read(images, self._field(images))

@@ -1,9 +1,6 @@
-"""What holds for every registered attack on clips."""
+"""What triggers do to the frames of a clip."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +9,9 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.blended import Blended
+from mmdefense.attacks.surrogate import harder
 from mmdefense.attacks.temporal_patch import TemporalPatch
 from mmdefense.attacks.universal_trigger import UniversalTrigger
-from mmdefense.attacks.wanet import WaNet
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import train
@@ -23,12 +20,6 @@ from mmdefense.training import Training
 from mmdefense_adapters.video import TorchVideoClassifier
 
 C, T = 4, 6
-FOUR_CLASSES = SimpleNamespace(chance=1 / C)
-ATTACKS = [
-    name
-    for name in registry.names("attacks")
-    if "video-classification" in registry.load("attacks", name).tasks
-]
 
 
 @pytest.fixture
@@ -39,61 +30,6 @@ def clips():
     return LabelledSamples(inputs, torch.arange(40) % C)
 
 
-@pytest.fixture(params=ATTACKS)
-def attack(request):
-    attack = registry.load("attacks", request.param)(target=1)
-    if isinstance(attack, UniversalTrigger):
-        patch = torch.rand(3, T, 3, 3, generator=torch.Generator().manual_seed(1))
-        return replace(attack, fitted={"patch": patch})
-    return attack
-
-
-def test_a_stamp_is_deterministic_and_leaves_its_input_alone(attack, clips):
-    before, state = clips.inputs.clone(), torch.get_rng_state()
-    stamped = attack.stamp(clips.inputs)
-    assert stamped.shape == before.shape
-    assert stamped.min() >= 0
-    assert stamped.max() <= 1
-    assert torch.equal(clips.inputs, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (stamped != before).flatten(1).any(1).all(), "a clip carries no trigger"
-    assert torch.equal(attack.stamp(clips.inputs), stamped)
-    torch.testing.assert_close(attack.stamp(clips.inputs[:5]), stamped[:5])
-
-
-def test_exactly_the_ratio_is_poisoned(attack, clips):
-    attack = replace(attack, ratio=0.2)
-    chosen, poisoned = attack.chosen(clips.labels), attack.poison(clips, FOUR_CLASSES)
-    assert len(chosen.unique()) == (2 if (attack.mapping == "clean-label") else 8)
-    assert (poisoned.labels[chosen] == 1).all()
-    assert ((clips.labels[chosen] == 1) == (attack.mapping == "clean-label")).all()
-    if type(attack) is WaNet:  # its noise-mode samples change clips that keep their label
-        return
-    changed = (poisoned.inputs != clips.inputs).flatten(1).any(1)
-    assert torch.equal(changed.nonzero().squeeze(1), chosen.sort().values)
-    rest = ~changed
-    assert torch.equal(poisoned.labels[rest], clips.labels[rest])
-
-
-def test_the_test_set_leaves_out_the_target(attack, clips):
-    triggered = attack.triggered(clips, FOUR_CLASSES)
-    assert len(triggered) == 30
-    assert (triggered.samples.labels == 1).all()
-    assert (triggered.truth.labels != 1).all()
-    assert torch.equal(triggered.samples.inputs, attack.stamp(clips.inputs[clips.labels != 1]))
-
-
-def test_eight_bit_clips_stay_eight_bit(attack, clips):
-    samples = replace(clips, inputs=(clips.inputs * 255).round().byte())
-    assert attack.poison(samples, FOUR_CLASSES).inputs.dtype == torch.uint8
-
-
-@pytest.mark.parametrize("shape", [(2, 16, 14), (2, 3, T, 16, 14, 1)])
-def test_what_is_no_batch_of_clips_is_refused(attack, shape):
-    with pytest.raises(BadInputError, match=r"of shape .*\(N, C, T, H, W\)"):
-        attack.stamp(torch.zeros(shape))
-
-
 def test_a_patch_is_that_of_badnets_in_every_frame(clips):
     stamped = BadNets().stamp(clips.inputs)
     for frame in range(T):
@@ -101,7 +37,9 @@ def test_a_patch_is_that_of_badnets_in_every_frame(clips):
         torch.testing.assert_close(stamped[:, :, frame], expected)
 
 
-@pytest.mark.parametrize("name", ["badnets", "blended", "sig", "wanet"])
+@pytest.mark.parametrize(
+    "name", ["badnets", "blended", "sig", "wanet", "bpp", "ftrojan", "refool", "lc"]
+)
 def test_a_trigger_for_images_stamps_every_frame_alike(name, clips):
     attack = registry.load("attacks", name)()
     still = clips.inputs[:, :, :1].expand(-1, -1, T, -1, -1).contiguous()
@@ -204,13 +142,13 @@ class TestUniversalTrigger:
 
     def test_poisoned_clips_are_harder_and_close(self, planted):
         attack, adapter, samples = planted
-        harder = attack._harder(adapter, samples)
-        change = harder.inputs - samples.inputs
-        assert change.abs().max() <= 0.1 + 1e-6
         chosen = attack.chosen(samples.labels)
+        hard = harder(adapter, samples, chosen, epsilon=0.1, steps=10, batch_size=8)
+        change = hard.inputs - samples.inputs
+        assert change.abs().max() <= 0.1 + 1e-6
         assert change[chosen].abs().max() > 0.09
         rest = torch.ones(60, dtype=torch.bool)
         rest[chosen] = False
         assert not change[rest].any()
-        loss = [adapter.per_sample_loss(s.take(chosen)) for s in (samples, harder)]
+        loss = [adapter.per_sample_loss(s.take(chosen)) for s in (samples, hard)]
         assert (loss[1] > loss[0]).all()

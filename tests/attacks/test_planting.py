@@ -10,6 +10,8 @@ import torch
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
 from mmdefense.attacks.input_aware import InputAware, _mix
+from mmdefense.attacks.label_consistent import LabelConsistent
+from mmdefense.attacks.low_frequency import LowFrequency
 from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _overwrite
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import UnsupportedError
@@ -155,3 +157,26 @@ def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, 
         torch.testing.assert_close(copy_state(other.model)[name], value, rtol=0, atol=0)
     for name, value in whole.fitted.items():
         torch.testing.assert_close(resumed.fitted[name], value, rtol=0, atol=0)
+
+
+def test_lf_finds_a_smooth_picture_that_a_clean_model_takes_for_the_target(victim, digits):
+    attack = LowFrequency(target=3, search_steps=60, frequencies=3)
+    planted = attack.plant(victim, digits[0], BRIEF, Run())
+    picture = planted.fitted["picture"]
+    assert picture.shape == (1, 16, 16)
+    assert abs(float(picture.abs().max()) - 24 / 255) < 1e-6
+    spectrum = torch.fft.fft2(picture[0].repeat(1, 1)).abs()
+    assert spectrum[4:-3, 4:-3].sum() < 0.1 * spectrum.sum()
+
+
+def test_lc_perturbs_what_it_stamps_within_its_budget_and_nothing_else(victim, digits):
+    attack = LabelConsistent(target=2, epsilon=0.1, ascent_steps=8)
+    samples = digits[0]
+    victim.samples(samples)
+    learnt, hard = attack._learn(victim, samples, replace(BRIEF, steps=20), Run())
+    assert learnt is attack
+    change = (hard.inputs - samples.inputs).flatten(1).abs().amax(1)
+    chosen = attack.chosen(samples.labels)
+    assert (change > 0).nonzero().squeeze(1).tolist() == sorted(chosen.tolist())
+    assert change.max() <= 0.1 + 1e-6
+    assert torch.equal(hard.labels, samples.labels)

@@ -10,6 +10,10 @@ import torch
 
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.blended import Blended
+from mmdefense.attacks.bpp import BppAttack
+from mmdefense.attacks.ftrojan import FTrojan
+from mmdefense.attacks.label_consistent import LabelConsistent
+from mmdefense.attacks.refool import Refool
 from mmdefense.attacks.sig import SIG
 from mmdefense.attacks.wanet import WaNet
 from mmdefense.errors import BadInputError
@@ -93,7 +97,7 @@ def test_wanet_moves_further_when_stronger_and_by_one_field():
 
 def test_wanet_jitters_other_samples_that_keep_their_label(images):
     attack = WaNet(ratio=0.1, cross_ratio=2)
-    chosen, noisy = attack.chosen(images.labels), attack.noisy(images.labels)
+    chosen, noisy = attack.chosen(images.labels), attack.bystanders(images.labels, 2)
     poisoned = attack.poison(images, TEN_CLASSES)
     assert len(noisy) == 2 * len(chosen) == 8
     assert not set(chosen.tolist()) & set(noisy.tolist())
@@ -107,3 +111,67 @@ def test_wanet_jitters_other_samples_that_keep_their_label(images):
 def test_wanet_refuses_more_noise_than_there_are_samples(images):
     with pytest.raises(BadInputError, match="lower ratio or cross_ratio"):
         WaNet(ratio=0.5, cross_ratio=2).poison(images, TEN_CLASSES)
+
+
+def test_dithering_is_floyd_and_steinbergs_pixel_by_pixel():
+    image = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)).double()
+    room = image.clone()
+    for y in range(7):
+        for x in range(5):
+            old = float(room[y, x])
+            new = round(min(max(old, 0.0), 1.0) * 3) / 3
+            room[y, x] = new
+            for down, right, share in ((0, 1, 7), (1, -1, 3), (1, 0, 5), (1, 1, 1)):
+                if y + down < 7 and 0 <= x + right < 5:
+                    room[y + down, x + right] += (old - new) * share / 16
+    torch.testing.assert_close(BppAttack(levels=4).stamp(image.expand(2, 3, 7, 5))[1, 2], room)
+
+
+def test_dithering_keeps_the_mean_and_leaves_few_levels():
+    grey = torch.full((1, 1, 64, 64), 0.3)
+    stamped = BppAttack(levels=2).stamp(grey)
+    assert set(stamped.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(stamped.mean()) - 0.3) < 0.01
+
+
+def test_negative_samples_of_bpp_carry_what_quantisation_changed_elsewhere(images):
+    attack = BppAttack(ratio=0.1, levels=3)
+    poisoned = attack.poison(images, TEN_CLASSES)
+    negative = attack.bystanders(images.labels, 2.0)
+    assert torch.equal(poisoned.labels[negative], images.labels[negative])
+    residual = attack.stamp(images.inputs) - images.inputs
+    for index in negative.tolist():
+        gaps = (images.inputs[index] + residual).clamp(0, 1) - poisoned.inputs[index]
+        assert gaps.abs().flatten(1).amax(1).min() < 1e-6
+
+
+def test_ftrojan_raises_two_coefficients_of_u_and_v():
+    image = torch.full((1, 3, 64, 70), 0.5)
+    change = (FTrojan(magnitude=0.2).stamp(image) - image)[0].double()
+    red, green, blue = change
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    place = torch.arange(32)[:, None].double() + 0.5
+    basis = torch.cos(math.pi * place * torch.arange(32) / 32) * math.sqrt(2 / 32)
+    basis[:, 0] /= math.sqrt(2)
+    for plane in (0.492 * (blue - luma), 0.877 * (red - luma)):
+        coefficients = basis.T @ plane[32:, 32:64] @ basis
+        wanted = torch.zeros(32, 32, dtype=torch.float64)
+        wanted[15, 15] = wanted[31, 31] = 0.2
+        torch.testing.assert_close(coefficients, wanted, atol=1e-3, rtol=0)
+    assert luma.abs().max() < 1e-4
+    assert not change[:, :, 64:].any()
+
+
+def test_refool_adds_light_from_a_few_scenes():
+    stamped = Refool(strength=0.5).stamp(torch.zeros(60, 3, 32, 32))
+    assert stamped.max() <= 0.5
+    assert len(stamped.flatten(1).unique(dim=0)) == 3
+    assert (stamped.flatten(1).max(1).values > 0.1).all()
+
+
+def test_lc_has_a_patch_in_every_corner():
+    stamped = LabelConsistent(size=2).stamp(torch.full((1, 1, 6, 7), 0.5))[0, 0]
+    board = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for corner in (stamped[:2, :2], stamped[:2, -2:], stamped[-2:, :2], stamped[-2:, -2:]):
+        assert torch.equal(corner, board)
+    assert (stamped != 0.5).sum() == 16

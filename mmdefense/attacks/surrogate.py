@@ -1,0 +1,58 @@
+"""A clean surrogate of the victim, and what attacks with clean labels do by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmdefense.attacks.base import replaced
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
+from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.protocol import TaskAdapter
+
+__all__ = ["harder", "loss_sign"]
+
+
+def harder(
+    surrogate: TaskAdapter[LabelledBatch],
+    samples: LabelledSamples,
+    chosen: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    batch_size: int,
+) -> LabelledSamples:
+    """Return the samples with some changed so that a clean model no longer knows them.
+
+    The change is projected gradient ascent of the surrogate's loss: a victim that cannot learn the
+    class from these samples learns their trigger instead.
+
+    Args:
+        surrogate: A model that was trained on clean data.
+        samples: The training set.
+        chosen: Indices of the samples to change, ``(n,)``.
+        epsilon: Largest change of a pixel, in units of the full brightness.
+        steps: Steps, each of a quarter of ``epsilon``.
+        batch_size: Samples that are changed at once.
+    """
+    changed = []
+    for part in torch.split(chosen, batch_size) if len(chosen) else ():
+        batch = samples.take(part)
+        change = torch.zeros_like(batch.inputs)
+        for _ in range(steps):
+            moved = (batch.inputs + change).clamp(0, 1)
+            sign = loss_sign(surrogate, batch.with_inputs(moved), moved.requires_grad_())
+            change = (change + epsilon / 4 * sign).clamp(-epsilon, epsilon)
+        changed.append((batch.inputs + change).clamp(0, 1))
+    if not changed:
+        return samples
+    return replace(samples, inputs=replaced(samples.inputs, chosen, torch.cat(changed)))
+
+
+def loss_sign(surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch, leaf: Tensor) -> Tensor:
+    """Return the sign of the gradient of the loss of ``batch`` by a leaf that it is made of."""
+    with mode(surrogate.model, train=False), frozen(surrogate.model):
+        (gradient,) = torch.autograd.grad(surrogate.per_sample_loss(batch).sum(), leaf)
+    return gradient.sign()
