@@ -16,7 +16,16 @@ from mmdefense.errors import BadInputError, UnsupportedError
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
 TABLES = PROJECT["project"]["entry-points"]
 ROWS = [(group.removeprefix("mmdefense."), name) for group, rows in TABLES.items() for name in rows]
-SHARED = {"__init__", "base", "guard", "label_attack", "surrogate", "text_attack", "trigger"}
+SHARED = {
+    "__init__",
+    "base",
+    "guard",
+    "label_attack",
+    "outcome",
+    "surrogate",
+    "text_attack",
+    "trigger",
+}
 FOLDERS = {"defenses": "mmdefense/defenses", "attacks": "mmdefense/attacks"}
 
 
