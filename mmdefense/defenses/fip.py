@@ -6,12 +6,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
+from mmdefense.kernels.coordinates import Coordinates, SingularValues, Weights, trainable
 from mmdefense.kernels.fisher import (
     check_second_derivative,
     fisher_diagonal,
@@ -20,7 +21,6 @@ from mmdefense.kernels.fisher import (
 )
 from mmdefense.kernels.hooks import second_derivatives
 from mmdefense.kernels.loop import Gradients, mean_loss_gradient, optimise
-from mmdefense.kernels.spectral import Spectrum, spectral_weights
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import Count, NotNegative, Positive, Share, Whole
@@ -31,51 +31,6 @@ __all__ = ["FIP", "FastFIP"]
 _PAPER_ETA_F = 0.5
 
 Trace = Literal["true", "empirical", "released", "none"]
-
-
-class _Coordinates(Protocol):
-    """What is trained: tensors, the weights that they stand for, and the way between them."""
-
-    tensors: list[Tensor]
-    weights: list[Tensor]
-
-    def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]: ...
-
-    def write(self) -> None: ...
-
-
-class _Weights:
-    """The weights themselves."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self.weights = self.tensors
-
-    def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        return list(gradients)
-
-    def write(self) -> None:
-        """Do nothing: the weights are what is trained."""
-
-
-class _SingularValues:
-    """Shifts of the singular values of all weight matrices; norms and biases if asked for."""
-
-    def __init__(self, model: nn.Module, rest: bool, scale: float) -> None:
-        matrices = list(spectral_weights(model).values())
-        chosen = {id(weight) for weight in matrices}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-        self.spectrum = Spectrum(matrices, scale)
-        self.others: list[Tensor] = list(others) if rest else []
-        self.tensors = [*self.spectrum.shifts, *self.others]
-        self.weights: list[Tensor] = [*matrices, *self.others]
-
-    def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        count = len(self.spectrum.shifts)
-        return [*self.spectrum.pull_back(gradients[:count]), *gradients[count:]]
-
-    def write(self) -> None:
-        self.spectrum.write()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +73,10 @@ class _FisherPurification(TrainingDefense):
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""
-        return sum(tensor.numel() for tensor in self._coordinates(adapter.model).tensors)
+        return sum(tensor.numel() for tensor in self._coordinates(adapter.model).parameters)
 
     @abstractmethod
-    def _coordinates(self, model: nn.Module) -> _Coordinates:
+    def _coordinates(self, model: nn.Module) -> Coordinates:
         """Return what is trained."""
 
     def _run(self, work: Purifying[Any]) -> None:
@@ -129,7 +84,7 @@ class _FisherPurification(TrainingDefense):
         space = self._coordinates(adapter.model)
         if self.trace in ("true", "empirical"):
             check_second_derivative(adapter, work.fit, space.weights)
-        start = [tensor.detach().clone() for tensor in space.tensors]
+        start = [tensor.detach().clone() for tensor in space.parameters]
         importance = run.once("fisher", lambda: self._importance(work, space), at_any_rate=True)[
             "diagonal"
         ]
@@ -155,11 +110,11 @@ class _FisherPurification(TrainingDefense):
             run,
             stage="purify",
             gradients=compute,
-            parameters=space.tensors,
+            parameters=space.parameters,
             after_step=after_step,
         )
 
-    def _importance(self, work: Purifying[Any], space: _Coordinates) -> dict[str, Any]:
+    def _importance(self, work: Purifying[Any], space: Coordinates) -> dict[str, Any]:
         generator = work.run.generator("fisher", space.weights[0].device)
         diagonal = fisher_diagonal(
             work.adapter,
@@ -185,7 +140,7 @@ class _FisherPurification(TrainingDefense):
     def _preconditioned(
         self,
         compute: Gradients,
-        space: _Coordinates,
+        space: Coordinates,
         importance: Sequence[Tensor],
         training: Training,
     ) -> Gradients:
@@ -195,7 +150,7 @@ class _FisherPurification(TrainingDefense):
     def _gradients(
         self,
         work: Purifying[Any],
-        space: _Coordinates,
+        space: Coordinates,
         start: Sequence[Tensor],
         importance: Sequence[Tensor],
         eta: float,
@@ -221,7 +176,7 @@ class _FisherPurification(TrainingDefense):
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 1.0
 
     def _penalised(
-        self, adapter: Any, batch: Any, space: _Coordinates, generator: torch.Generator, now: float
+        self, adapter: Any, batch: Any, space: Coordinates, generator: torch.Generator, now: float
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss, and the gradient of it and ``now`` times the penalty."""
         if self.trace != "released":
@@ -243,7 +198,7 @@ class _FisherPurification(TrainingDefense):
 
     def _assign(
         self,
-        space: _Coordinates,
+        space: Coordinates,
         gradients: Sequence[Tensor],
         start: Sequence[Tensor],
         importance: Sequence[Tensor],
@@ -252,15 +207,15 @@ class _FisherPurification(TrainingDefense):
         with torch.no_grad():
             total = [g.clone() for g in space.pull_back(gradients)]
             if self.eta_r:
-                drift = torch._foreach_sub(space.tensors, list(start))
+                drift = torch._foreach_sub(space.parameters, list(start))
                 torch._foreach_mul_(drift, list(importance))
                 torch._foreach_add_(total, drift, alpha=self.eta_r)
-            for tensor, gradient in zip(space.tensors, total, strict=True):
+            for tensor, gradient in zip(space.parameters, total, strict=True):
                 tensor.grad = gradient
 
     @staticmethod
     def _released(
-        adapter: Any, batch: Any, space: _Coordinates, generator: torch.Generator
+        adapter: Any, batch: Any, space: Coordinates, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and the term that the released code calls the trace.
 
@@ -302,8 +257,8 @@ class FIP(_FisherPurification):
         Backdoor Attacks*. CCS 2024. arXiv:2409.00863
     """
 
-    def _coordinates(self, model: nn.Module) -> _Coordinates:
-        return _Weights(model)
+    def _coordinates(self, model: nn.Module) -> Coordinates:
+        return Weights(trainable(model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +317,7 @@ class FastFIP(_FisherPurification):
     def _preconditioned(
         self,
         compute: Gradients,
-        space: _Coordinates,
+        space: Coordinates,
         importance: Sequence[Tensor],
         training: Training,
     ) -> Gradients:
@@ -372,12 +327,12 @@ class FastFIP(_FisherPurification):
 
         def natural(batch: Any, step: int) -> Tensor:
             loss = compute(batch, step)
-            for tensor, factor in zip(space.tensors, factors, strict=True):
+            for tensor, factor in zip(space.parameters, factors, strict=True):
                 assert tensor.grad is not None
                 tensor.grad *= factor
             return loss
 
         return natural
 
-    def _coordinates(self, model: nn.Module) -> _Coordinates:
-        return _SingularValues(model, self.norms_and_biases, self.scale)
+    def _coordinates(self, model: nn.Module) -> Coordinates:
+        return SingularValues(model, others=self.norms_and_biases, scale=self.scale)

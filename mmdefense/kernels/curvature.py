@@ -11,8 +11,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -20,8 +19,10 @@ import torch
 from torch import Tensor
 
 from mmdefense.data.batch import Batch, Samples, batches
+from mmdefense.kernels.coordinates import Weights
 from mmdefense.kernels.hooks import frozen_statistics, mode, second_derivatives
 from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.kernels.perturbations import moved
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import in_parts
 
@@ -68,25 +69,12 @@ def gradient_norm_penalty(
     if norm == "global":
         norms = [torch.stack(list(norms)).norm()] * len(norms)
     step = torch._foreach_div(first, torch._foreach_add(norms, 1e-12))
-    with _moved(parameters, step, radius), frozen_statistics(adapter.model):
+    with moved(Weights(parameters), step, radius), frozen_statistics(adapter.model):
         _, second = mean_loss_gradient(adapter, batch, parameters)
     mixed = torch._foreach_lerp(first, second, mix)
     for parameter, gradient in zip(parameters, mixed, strict=True):
         parameter.grad = gradient
     return loss
-
-
-@contextmanager
-def _moved(parameters: Sequence[Tensor], step: Vector, length: float) -> Iterator[None]:
-    """Move ``parameters`` by ``length`` times ``step``, and back to the same bits."""
-    kept = [parameter.detach().clone() for parameter in parameters]
-    try:
-        with torch.no_grad():
-            torch._foreach_add_(list(parameters), step, alpha=length)
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(parameters), kept)
 
 
 def hessian_product(

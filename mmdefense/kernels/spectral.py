@@ -73,12 +73,18 @@ class Spectrum:
             pulled.append(alive * ((matrix @ right.T) * left).sum(0))
         return pulled
 
+    def values(self) -> list[Tensor]:
+        """Return the shifted weights; all shifts zero give back the weights bit for bit."""
+        shifted = []
+        for start, shift, (left, values, right) in zip(
+            self.start, self.shifts, self.bases, strict=True
+        ):
+            change = torch.relu(values + self.scale * shift) - values
+            shifted.append(start + ((left * change) @ right).view_as(start))
+        return shifted
+
     def write(self) -> None:
-        """Write the shifts into the weights; all shifts zero give back the weights bit for bit."""
+        """Write the shifts into the weights."""
         with torch.no_grad():
-            for weight, start, shift, (left, values, right) in zip(
-                self.weights, self.start, self.shifts, self.bases, strict=True
-            ):
-                change = torch.relu(values + self.scale * shift) - values
-                moved = (left * change) @ right
-                weight.copy_(start + moved.view_as(start))
+            for weight, value in zip(self.weights, self.values(), strict=True):
+                weight.copy_(value)

@@ -1,0 +1,243 @@
+"""Worst cases near by: of the weights (SAM, ANP), and of the inputs (PGD).
+
+References:
+    [SAM] Foret, Kleiner, Mobahi, Neyshabur. *Sharpness-Aware Minimization for Efficiently Improving
+    Generalization*. ICLR 2021. arXiv:2010.01412
+    [ASAM] Kwon, Kim, Park, Choi. *ASAM: Adaptive Sharpness-Aware Minimization*. ICML 2021.
+    arXiv:2102.11600
+    [ANP] Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models*. NeurIPS 2021.
+    arXiv:2110.14430
+    [PGD] Madry, Makelov, Schmidt, Tsipras, Vladu. *Towards Deep Learning Models Resistant to
+    Adversarial Attacks*. ICLR 2018. arXiv:1706.06083
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdefense.data.batch import Batch
+from mmdefense.kernels.coordinates import Coordinates
+from mmdefense.kernels.hooks import frozen, frozen_statistics
+from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.protocol import InputAdapter, TaskAdapter
+from mmdefense.runtime.memory import gradient_in_parts
+
+__all__ = [
+    "adversarial_noise",
+    "moved",
+    "perturbed",
+    "sharpness_aware_gradient",
+    "sharpness_step",
+    "worst_change",
+]
+
+B = TypeVar("B", bound=Batch)
+
+
+@contextmanager
+def moved(space: Coordinates, change: Sequence[Tensor], length: float = 1.0) -> Iterator[None]:
+    """Add ``length`` times ``change`` to the coordinates; afterwards all bits are as before.
+
+    The bounds of the coordinates are not looked at.
+    """
+    held = [*space.parameters, *space.weights]
+    kept = [tensor.detach().clone() for tensor in held]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(space.parameters, list(change), alpha=length)
+        space.write()
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(held, kept)
+
+
+def sharpness_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    radius: float,
+    *,
+    eta: float | None = None,
+) -> list[Tensor]:
+    """Return the step that raises a linear loss most, within ``radius``.
+
+    That is ``radius g / ||g||`` over all parameters together [SAM]; or where ``eta`` is given
+    ``radius T^2 g / ||T g||`` with ``T = |parameter| + eta``, within ``||T^-1 step|| <= radius``,
+    so that a large weight moves further than a small one [ASAM].
+    """
+    with torch.no_grad():
+        scaled, step = list(gradients), list(gradients)
+        if eta is not None:
+            scales = [parameter.abs() + eta for parameter in parameters]
+            scaled = [scale * g for scale, g in zip(scales, gradients, strict=True)]
+            step = [scale * g for scale, g in zip(scales, scaled, strict=True)]
+        norm = torch.stack(torch._foreach_norm(scaled)).norm()
+        return list(torch._foreach_mul(step, radius / (norm + 1e-12)))
+
+
+def sharpness_aware_gradient(
+    adapter: TaskAdapter[B],
+    batch: B,
+    space: Coordinates,
+    *,
+    radius: float,
+    eta: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the mean loss, and the gradient of the parameters after :func:`sharpness_step`.
+
+    BatchNorm statistics are updated by the first of the two passes alone.
+
+    Args:
+        adapter: The model.
+        batch: N samples.
+        space: What is trained.
+        radius: Length of the step.
+        eta: See :func:`sharpness_step`.
+    """
+    loss, gradients = mean_loss_gradient(adapter, batch, space.weights)
+    step = sharpness_step(space.parameters, space.pull_back(gradients), radius, eta=eta)
+    with moved(space, step), frozen_statistics(adapter.model):
+        _, worst = mean_loss_gradient(adapter, batch, space.weights)
+        return loss, space.pull_back(worst)
+
+
+def adversarial_noise(
+    adapter: TaskAdapter[B],
+    batch: B,
+    space: Coordinates,
+    *,
+    radius: float,
+    steps: int = 1,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Return noise on the parameters, within ``+-radius``, that raises the mean loss [ANP].
+
+    Each step adds ``radius / steps`` times the sign of the gradient. The model is left as it is;
+    use the noise with :func:`moved`.
+
+    Args:
+        adapter: The model; its BatchNorm statistics stay as they are.
+        batch: N samples.
+        space: What is perturbed, such as the masks of units.
+        radius: Largest absolute value of the noise.
+        steps: Number of ascending steps.
+        generator: Draws a uniformly random start, on the device of the model; none starts at zero.
+    """
+    noise = [_start(parameter, radius, generator) for parameter in space.parameters]
+    for _ in range(steps):
+        with moved(space, noise), frozen_statistics(adapter.model):
+            _, gradients = mean_loss_gradient(adapter, batch, space.weights)
+            pulled = space.pull_back(gradients)
+        for value, gradient in zip(noise, pulled, strict=True):
+            value.add_(gradient.sign(), alpha=radius / steps).clamp_(-radius, radius)
+    return noise
+
+
+def _start(like: Tensor, radius: float, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.zeros_like(like, requires_grad=False)
+    drawn = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return (2 * drawn - 1) * radius
+
+
+def perturbed(adapter: InputAdapter[B], batch: B, change: Tensor) -> B:
+    """Return ``batch`` with ``change`` added to its inputs, within their bounds, with grad.
+
+    Args:
+        adapter: Reads the batch.
+        batch: N samples.
+        change: Shape ``(N, ...)``, or ``(1, ...)`` for one change of all samples.
+    """
+    inputs, bounds = adapter.inputs(batch) + change, adapter.input_bounds(batch)
+    return adapter.with_inputs(batch, inputs if bounds is None else inputs.clamp(*bounds))
+
+
+def worst_change(
+    adapter: InputAdapter[B],
+    batch: B,
+    *,
+    radius: float,
+    steps: int,
+    step_size: float,
+    norm: Literal["linf", "l2"] = "linf",
+    universal: bool = False,
+    loss: Callable[[B], Tensor] | None = None,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a change of the inputs that raises the loss, by projected gradient ascent [PGD].
+
+    The model is used in the mode that it is in, and left as it is, statistics included.
+
+    Args:
+        adapter: The model.
+        batch: N samples.
+        radius: Largest norm of the change of a sample.
+        steps: Number of steps.
+        step_size: Length of a step, in the norm.
+        norm: ``"linf"`` steps along the sign of the gradient, ``"l2"`` along the gradient.
+        universal: Whether all samples share one change, ``(1, ...)``, that raises the mean loss.
+        loss: Loss of each sample of a perturbed batch, ``(N,)``; the training loss by default.
+        start: Where to begin; zero by default.
+        generator: Adds a uniformly random start in ``+-radius``, on the device of the inputs.
+
+    Returns:
+        Shape ``(N, ...)``, detached; applied by :func:`perturbed`. Where it is not universal, the
+        changed inputs keep their bounds.
+    """
+    inputs, bounds = adapter.inputs(batch), adapter.input_bounds(batch)
+    losses = adapter.per_sample_loss if loss is None else loss
+
+    def legal(change: Tensor) -> Tensor:
+        change = _in_ball(change, radius, norm)
+        if universal or bounds is None:
+            return change
+        return (inputs + change).clamp(*bounds) - inputs
+
+    change = torch.zeros_like(inputs[:1] if universal else inputs) if start is None else start
+    if generator is not None:
+        change = change + _start(change, radius, generator)
+    change = legal(change)
+    with frozen(adapter.model), frozen_statistics(adapter.model):
+        for _ in range(steps):
+            change = change.detach().requires_grad_()
+
+            def value(rows: slice, change: Tensor = change) -> tuple[Tensor, Tensor]:
+                part = batch.rows(rows)
+                if universal:
+                    mean = losses(perturbed(adapter, part, change)).mean()
+                else:  # legal, so not clamped again, which would cut the gradient at the bounds
+                    moved_inputs = adapter.inputs(part) + change[rows]
+                    mean = losses(adapter.with_inputs(part, moved_inputs)).mean()
+                return mean, mean
+
+            work = "perturbing inputs"
+            _, (gradient,) = gradient_in_parts(value, len(batch), [change], work, adapter.model)
+            change = legal(change.detach() + step_size * _direction(gradient, norm))
+    return change.detach()
+
+
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    """Return the steepest direction of length one for each sample."""
+    if norm == "linf":
+        return gradient.sign()
+    return gradient / _lengths(gradient).clamp(min=1e-12)
+
+
+def _in_ball(change: Tensor, radius: float, norm: str) -> Tensor:
+    if norm == "linf":
+        return change.clamp(-radius, radius)
+    return change * (radius / _lengths(change).clamp(min=1e-12)).clamp(max=1)
+
+
+def _lengths(values: Tensor) -> Tensor:
+    """Return the Euclidean norm of each sample, to be broadcast."""
+    lengths: Tensor = torch.linalg.vector_norm(
+        values, dim=tuple(range(1, values.ndim)), keepdim=True
+    )
+    return lengths
