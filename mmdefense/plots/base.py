@@ -94,7 +94,7 @@ class Plot(ABC):
             axes.set_axis_off()
             for number, panel in enumerate(panels):
                 width = 1 / len(panels)
-                part = axes.inset_axes((width * (number + 0.1), 0.0, width * 0.85, 0.9))
+                part = axes.inset_axes((width * (number + 0.25), 0.1, width * 0.7, 0.8))
                 panel.draw(part)
                 if panel.title:
                     part.set_title(panel.title)
