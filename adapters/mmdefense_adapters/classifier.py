@@ -99,9 +99,9 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         some = samples.take(places).inputs
         values = samples.inputs if isinstance(samples, LabelledSamples) else some
         check_values(values, self.noun, bounded=self.bounded and values.ndim >= 4)
-        classes = self._check(samples, some)
+        self.classes = self._check(samples, some)
         if not self._forms:
-            self._forms = self._found_forms(some, classes)
+            self._forms = self._found_forms(some, self.classes)
         if self.example is None:
             self.example = _unlabelled(some[:1])
         return samples

@@ -11,7 +11,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from mmdefense.checkpoints.handed import bounded, handed_adapter, handed_model, 
 from mmdefense.checkpoints.layout import rewrite
 from mmdefense.checkpoints.outputs import is_record
 from mmdefense.checkpoints.states import check_keys
-from mmdefense.checkpoints.weights import hash_file, read_state, refused
+from mmdefense.checkpoints.weights import read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line, printable
 from mmdefense.files import open_plain, read_json
 from mmdefense.libraries import missing, needed
@@ -361,19 +361,15 @@ def _cached(base: str) -> Path:
         ) from error
 
 
-def write_folder(
-    model: Any, folder: Path, origin: Path | None, known: Mapping[str, str] | None = None
-) -> None:
+def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
     """Write a model as its library does; then give it the keys, dtypes and files of ``origin``.
 
     Args:
         model: What to write.
         folder: Where to.
         origin: Where it came from.
-        known: SHA-256 of the files of the origin by name; others are not handed on.
 
     Raises:
-        BadInputError: If a file of the origin is not what it was.
         OSError: If a file cannot be written.
     """
     # peft would ask the hub whether embeddings were resized; what was stored is put back below.
@@ -393,9 +389,6 @@ def write_folder(
             target.parent.mkdir(exist_ok=True)
             with open_plain(path) as given, target.open("wb") as copy:
                 shutil.copyfileobj(given, copy)
-            name = path.relative_to(origin).as_posix()
-            if known is not None and hash_file(target) != known.get(name):
-                raise BadInputError(f"{path} was changed since it was read; start again")
 
 
 def side_files(folder: Path) -> list[Path]:

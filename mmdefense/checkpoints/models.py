@@ -175,7 +175,6 @@ def write_model(
     source: str | Path | None = None,
     *,
     weights: str | None = None,
-    known: Mapping[str, str] | None = None,
 ) -> None:
     """Write the files of ``model`` into a folder that exists; see :func:`save_model`.
 
@@ -184,15 +183,12 @@ def write_model(
         folder: Where to.
         source: Where the model was loaded from.
         weights: As it was loaded.
-        known: SHA-256 of the files of the source by name; a file that is none of them is not
-            handed on. By default all of them are.
 
     Raises:
-        BadInputError: If a file of the source is not what it was.
         OSError: If a file cannot be written.
     """
     if hasattr(model, "save_pretrained") and not (source and _is_state_file(source)):
-        write_folder(model, folder, None if source is None else local_folder(source), known)
+        write_folder(model, folder, None if source is None else local_folder(source))
         return
     state = model.state_dict()
     if source is not None:

@@ -3,13 +3,14 @@
 A model's files are not copied, for they may be large. Their marks on the disk (inode, size, times
 of the last change of content and of anything) are taken before the first byte is read and compared
 after the last; in between every file is hashed. What was read is so what the hashes are of, unless
-somebody sets the clock back or writes past the file system.
+somebody sets the clock back or writes past the file system. For the same reason a file that is read
+again later is hashed again only where its marks are others than they were.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from mmdefense.checkpoints.weights import hash_file
 from mmdefense.errors import BadInputError
 from mmdefense.files import open_plain
 
-__all__ = ["Seal", "hash_all", "read_once", "unchanged"]
+__all__ = ["Seal", "hash_all", "marks_in", "read_once", "unchanged"]
 
 _Mark = tuple[int, ...]
 
@@ -34,17 +35,23 @@ class Seal:
     Attributes:
         where: What the user called the model.
         places: Its folder or file, and the folder of its base, by what their names begin with.
+        marks: Of each file, by its path, before the first byte was read.
         every: Whether all files of the folder are hashed, or only those that are read or handed on.
+        earlier: Of the same model, when it was read before: files whose marks are the same as then
+            are not hashed again.
     """
 
     where: str
     places: Mapping[str, Path]
+    marks: Mapping[str, tuple[_Mark, ...]]
     every: bool = False
+    earlier: Seal | None = None
 
     @cached_property
     def own(self) -> Mapping[str, str]:
         """SHA-256 of each file of the folder by its name, as ``sha256sum`` prints it."""
-        return hash_all(self.places[""], None if self.every else set(input_files(self.where)))
+        only = None if self.every else set(input_files(self.where))
+        return hash_all(self.places[""], only, self._known)
 
     @cached_property
     def files(self) -> Mapping[str, str]:
@@ -52,11 +59,31 @@ class Seal:
         files = input_files(self.where)
         base = self.places.get("base/")
         return {
-            name: hash_file(path)
+            name: self._known.get(name) or hash_file(path)
             if base is not None and path.is_relative_to(base)
             else self.own.get(name, "")
             for name, path in files.items()
         }
+
+    @cached_property
+    def _known(self) -> Mapping[str, str]:
+        """The hashes of the earlier seal whose files lie on the disk as they did then, by name."""
+        if self.earlier is None:
+            return {}
+        paths, then = input_files(self.where), self.earlier
+        return {
+            name: value
+            for name, value in then.files.items()
+            if name in paths and self._marks_of(paths[name]) == then._marks_of(paths[name]) != ()
+        }
+
+    def _marks_of(self, path: Path) -> tuple[_Mark, ...]:
+        return self.marks.get(str(path), ())
+
+    def by_path(self) -> dict[str, str]:
+        """Return the hashes of :attr:`files` by the path, with links followed."""
+        paths = input_files(self.where)
+        return {str(paths[name].resolve()): value for name, value in self.files.items()}
 
     def check_same(self, later: Seal) -> None:
         """Refuse files that are read again and are not what they were.
@@ -69,47 +96,59 @@ class Seal:
 
 
 @contextmanager
-def read_once(where: Any, *, every: bool = False) -> Iterator[Seal | None]:
+def read_once(
+    where: Any, *, every: bool = False, earlier: Seal | None = None
+) -> Iterator[Seal | None]:
     """Read a model: what is read within the block is what the hashes of its files are of.
 
     Args:
         where: A folder, a file or a hub id; of a module, which has no files, there is no seal.
         every: As :class:`Seal` has it.
+        earlier: Of a model that was read before; where it is the same one, its files must be what
+            they were.
 
     Yields:
         What tells that it is the same when it is read again.
 
     Raises:
-        BadInputError: If a file was changed, came or went before the block was over.
+        BadInputError: If a file was changed, came or went before the block was over, or since the
+            model was read before.
     """
     if not isinstance(where, str | Path):
         yield None
         return
-    seal = Seal(str(where), model_places(where), every)
-    with unchanged(where, *seal.places.values()):
+    places = model_places(where)
+    then = earlier if earlier is not None and earlier.where == str(where) else None
+    with unchanged(where, *places.values()) as marks:
+        seal = Seal(str(where), places, marks, every, then)
         yield seal
         _ = seal.files
+        if then is not None:
+            then.check_same(seal)
 
 
 @contextmanager
-def unchanged(where: Any, *places: Any) -> Iterator[None]:
+def unchanged(where: Any, *places: Any) -> Iterator[Mapping[str, tuple[_Mark, ...]]]:
     """Refuse files that were changed, came or went before the block is over.
 
     Args:
         where: What the user called the model.
         *places: Folders and files; what is no path is passed by.
 
+    Yields:
+        What tells that a file is changed or replaced, of each by its path.
+
     Raises:
         BadInputError: If it is so.
     """
     roots = [place for place in places if isinstance(place, Path)]
-    before = _marks_in(roots)
-    yield
-    after = _marks_in(roots)
+    before = marks_in(*roots)
+    yield before
+    after = marks_in(*roots)
     _refuse(where, [name for name in before | after if before.get(name) != after.get(name)])
 
 
-def _marks_in(roots: list[Path]) -> dict[str, tuple[_Mark, ...]]:
+def marks_in(*roots: Path) -> dict[str, tuple[_Mark, ...]]:
     """Return what tells that a file was changed or replaced, of each by its path."""
     return {str(path): _marks(path) for root in roots for path in all_files(root)}
 
@@ -139,7 +178,9 @@ def _marks(path: Path) -> tuple[_Mark, ...]:
     return tuple(found)
 
 
-def hash_all(path: str | Path, only: set[str] | None = None) -> dict[str, str]:
+def hash_all(
+    path: str | Path, only: Collection[str] | None = None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it.
 
     What cannot be read, is no plain file, or is a link that leads outside is left out.
@@ -147,12 +188,16 @@ def hash_all(path: str | Path, only: set[str] | None = None) -> dict[str, str]:
     Args:
         path: A folder, or a single file.
         only: Names of the files; by default all.
+        known: Of files that need not be hashed again, by name.
     """
     root = Path(path)
     hashes = {}
     for file in all_files(root):
         name = _name(file, root)
         if (only is not None and name not in only) or (file != root and link_faults(file, root)):
+            continue
+        if known and known.get(name):
+            hashes[name] = known[name]
             continue
         with suppress(OSError), open_plain(file) as stream:  # that is among the findings
             hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()

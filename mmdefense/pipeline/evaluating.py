@@ -24,7 +24,7 @@ from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.prepared import Prepared
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
-from mmdefense.report.recorded import add_evaluation, check_recordable
+from mmdefense.report.recorded import add_evaluation, recordable
 from mmdefense.settings import checked_settings
 
 __all__ = ["AttackChoice", "evaluate", "evaluate_files"]
@@ -215,8 +215,8 @@ def evaluate_files(
     prepared = opened.prepare(to_learn=False)
     adapter, samples = prepared.adapter, prepared.samples
     model = _model_info(source, prepared, seal)
-    if record is not None:
-        check_recordable(Path(record), model)
+    known = {} if seal is None else seal.by_path()
+    place = None if record is None else recordable(Path(record), model, known)
     task, classes = opened.task, _classes(opened)
     tried = attack.build(classes) if isinstance(attack, AttackChoice) else attack
     if tried is not None and task.name not in tried.tasks:
@@ -250,7 +250,7 @@ def evaluate_files(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
-    return evaluation if record is None else add_evaluation(Path(record), evaluation)
+    return evaluation if place is None else add_evaluation(place, evaluation)
 
 
 def _model_info(source: Source, prepared: Prepared[Any], seal: Seal | None) -> EvaluatedModel:

@@ -371,15 +371,13 @@ class Purification:
         """
         source = self.names.get("model") if source is None else source
         weights = self.names.get("weights") if weights is None else weights
-        with read_once(source) as again:
-            known = None if again is None else again.files
-            write_model(self.model, folder, source, weights=weights, known=known)
-            if again is not None and self.seal is not None and self.seal.where == again.where:
-                self.seal.check_same(again)
-            before = {} if source is None else {n: (known or {})[n] for n in weight_names(source)}
-        record = self.record()
+        with read_once(source, earlier=self.seal) as seal:
+            write_model(self.model, folder, source, weights=weights)
+        read = {} if seal is None else seal.files
+        before = {} if source is None else {name: read[name] for name in weight_names(source)}
         weight_files = sorted(folder.rglob("*.safetensors"))
         after = {path.relative_to(folder).as_posix(): hash_file(path) for path in weight_files}
+        record = self.record()
         hashed = dataclasses.replace(record.model, files_before=before, files_after=after)
         record = dataclasses.replace(record, model=hashed)
         if self.unchanged:
@@ -387,7 +385,7 @@ class Purification:
         else:
             write_card(record, folder / CARD)
         write_plots(self.plots(), folder / PLOTS)
-        write_statement(record, folder, known, known=after)
+        write_statement(record, folder, read, known=after)
         rebuild(folder)
 
     @property

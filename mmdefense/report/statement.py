@@ -76,8 +76,12 @@ def _resources(hashes: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": name, "digest": {"sha256": value}} for name, value in hashes.items()]
 
 
-def differing(folder: Path) -> list[str]:
+def differing(folder: Path, known: Mapping[str, str] | None = None) -> list[str]:
     """Return what speaks against the files of an output being those of its statement.
+
+    Args:
+        folder: The output.
+        known: SHA-256 of files that were hashed already, by their path.
 
     Returns:
         A phrase for each file that changed or is missing; none where all are as they were.
@@ -91,7 +95,7 @@ def differing(folder: Path) -> list[str]:
         path = _file(folder, name)
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             found.append(f"{name} is missing")
-        elif _sha256(path) != digest:
+        elif ((known or {}).get(str(path.resolve())) or _sha256(path)) != digest:
             found.append(f"{name} is another file than the one that was written")
     return found
 
@@ -105,13 +109,13 @@ def _file(folder: Path, name: str) -> Path:
     return next(others, path)
 
 
-def subjects(folder: Path) -> list[str]:
-    """Return the names of the files that a statement is about.
+def subjects(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that a statement is about, by name.
 
     Raises:
         BadInputError: If there is no statement.
     """
-    return list(_named(folder, _statement(folder).get("subject")))
+    return _named(folder, _statement(folder).get("subject"))
 
 
 def materials(folder: Path) -> dict[str, str]:
