@@ -50,7 +50,7 @@ class Finding:
         reference: What it was held against.
         meaning: What it means.
         blind_spot: What the rule cannot see.
-        figures: Numbers behind the value, as JSON has them.
+        numbers: Numbers behind the value, as JSON has them.
         picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
     """
 
@@ -62,7 +62,7 @@ class Finding:
     reference: str
     meaning: str
     blind_spot: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
     picture: str = ""
 
     @property
@@ -107,7 +107,7 @@ class Rule:
         *,
         level: Level | None = None,
         reference: str | None = None,
-        figures: Mapping[str, Any] | None = None,
+        numbers: Mapping[str, Any] | None = None,
         picture: str = "",
     ) -> Finding:
         """Return a finding of this rule."""
@@ -120,7 +120,7 @@ class Rule:
             reference=reference or self.reference,
             meaning=self.meaning,
             blind_spot=self.blind_spot,
-            figures=figures or {},
+            numbers=numbers or {},
             picture=picture,
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.data.batch import Batch, Samples
+from mmdefense.plots.base import Plot
 from mmdefense.training import Training
 
 __all__ = [
@@ -394,8 +395,8 @@ class Task(Protocol):
         """Return the task metric of a model over test samples, in ``[0, 1]``."""
         ...
 
-    def show(self, clean: Any, triggered: Any) -> Any:
-        """Return a figure for the page: a few samples without and with the trigger."""
+    def show(self, clean: Any, triggered: Any) -> Plot:
+        """Return a plot for the page: a few samples without and with the trigger."""
         ...
 
 

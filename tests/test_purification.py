@@ -152,7 +152,7 @@ def test_the_record_says_what_was_done(net, clean):
     assert list(layers) == ["conv", "head"]
     assert layers["head"].change == pytest.approx(0.5)
     assert (layers["conv"].units, layers["conv"].silenced) == (4, 1)
-    assert record.figures["lambda_max_before"] != record.figures["lambda_max_after"]
+    assert record.measured["lambda_max_before"] != record.measured["lambda_max_after"]
 
 
 def test_the_seconds_are_those_of_all_parts(net, clean, tmp_path):
@@ -243,7 +243,7 @@ def test_a_model_without_a_hessian_has_a_page_all_the_same(clean, tmp_path):
     accept = {"accept_low_utility": True, "evidence": "full"}
     purified = mmd.purify(Once(), clean, defense, **accept)
     purified.save(tmp_path / "out")
-    assert purified.record().figures == {}
+    assert purified.record().measured == {}
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Loss smoothness" not in page
     assert "The curvature: not measured; the model must be differentiated twice" in page
@@ -253,7 +253,7 @@ def test_without_evidence_the_page_says_so_and_has_no_empty_parts(net, clean, tm
     purified = mmd.purify(net, clean, "fine-tuning", steps=1, evidence="none")
     purified.save(tmp_path / "out")
     record = purified.record()
-    assert (record.layers, record.figures, record.spectra) == ((), {}, {})
+    assert (record.layers, record.measured, record.spectra) == ((), {}, {})
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Nothing beyond the verdict was measured" in page
     assert "What was changed" not in page

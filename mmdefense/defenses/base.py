@@ -60,7 +60,7 @@ class Result(Shown):
         defense: Name of the defense's class.
         settings: All settings of the defense, seed included.
         guard: The verdict of the utility guard.
-        history: Figures in order of time, each with its stage and step.
+        history: Values in order of time, each with its stage and step.
         plots: What the defense leaves for a reader to look at.
         seconds: Wall-clock time of the purification, parts before a cut included.
         versions: Of what computed it.

@@ -39,7 +39,7 @@ class Scanned:
         seed: Of the model, the clean samples and the scan.
         acc: Task metric of the model on test data.
         asr: Success of the true trigger; NaN where there is none.
-        apart: What stands apart, each with its figures: the scan's detection or false alarm.
+        apart: What stands apart, each with its rates: the scan's detection or false alarm.
         works: Triggers that work, and do not stand apart.
         others: The ids of all other findings.
         seconds: Of the scan.

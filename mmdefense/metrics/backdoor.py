@@ -1,6 +1,6 @@
 """How well a model serves its owner, and how well it serves its attacker.
 
-All figures are shares in ``[0, 1]``.
+All rates are shares in ``[0, 1]``.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ class Purification:
             choice=choice,
             layers=self.evidence.layers,
             history=tuple(self.result.history),
-            figures=self._measured,
+            measured=self._measured,
             spectra=self._spectra,
             scan=self.scan,
             unchanged=self.unchanged,
@@ -403,12 +403,12 @@ class Purification:
         return {**measured, "curvature_samples": float(curved.samples)}
 
     @property
-    def _spectra(self) -> dict[str, records.SpectrumFigures]:
+    def _spectra(self) -> dict[str, records.SpectrumInfo]:
         curved = self.evidence.curvature
         if curved is None or "spectrum" not in curved.parts:
             return {}
         return {
-            when: records.SpectrumFigures(
+            when: records.SpectrumInfo(
                 nodes=tuple(found.spectrum.nodes.tolist()),
                 weights=tuple(found.spectrum.weights.tolist()),
             )

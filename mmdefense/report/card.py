@@ -67,7 +67,7 @@ def _with_section(card: str, section: str) -> str:
 
 
 def card_section(record: PurificationRecord) -> str:
-    """Return the section as Markdown: what was done, figures, how to verify, the limits."""
+    """Return the section as Markdown: what was done, rates, how to verify, the limits."""
     reference = record.defense.reference
     return _TEXT.format(
         start=_START,

@@ -177,10 +177,10 @@ def _measured(record: PurificationRecord) -> dict[str, str]:
         before, after = record.attack.before.asr, record.attack.after.asr
         shown |= {"ASR before": percent(before), "ASR after (lower is better)": percent(after)}
     shown |= {
-        f"{label} {when}": f"{record.figures[f'{name}_{when}']:.3g}"
+        f"{label} {when}": f"{record.measured[f'{name}_{when}']:.3g}"
         for name, label in (("lambda_max", "λmax"), ("hessian_trace", "Tr(H)"))
         for when in ("before", "after")
-        if f"{name}_{when}" in record.figures
+        if f"{name}_{when}" in record.measured
     }
     silenced, units = (sum(getattr(x, n) for x in record.layers) for n in ("silenced", "units"))
     search = record.triggers

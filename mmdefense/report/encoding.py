@@ -129,7 +129,7 @@ class JsonRecord:
     kind: ClassVar[str]
 
     def to_json(self) -> str:
-        """Return the record as JSON text; figures that are not finite become null."""
+        """Return the record as JSON text; numbers that are not finite become null."""
         head = {"schema": SCHEMA, "kind": self.kind}
         return json.dumps(head | plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -133,7 +133,7 @@ class Evaluation(JsonRecord):
         value: That metric, in ``[0, 1]``.
         score: Mean of the adapter's score over the samples; of a classifier the accuracy.
         score_name: What that is a mean of, for example ``"n-gram accuracy"``.
-        also: Further figures of the task by name, for example ``"perplexity"``.
+        also: Further values of the task by name, for example ``"perplexity"``.
         attack: The attack that was tried, if any.
         asr: Attack success rate, where an attack was tried.
         ra: Mean score despite the trigger, where the attack leaves a right answer.
@@ -171,9 +171,9 @@ class Evaluation(JsonRecord):
 
     def lines(self) -> list[str]:
         """Return what was measured, a line each."""
-        return [f"{name} {shown}" for name, shown in self.figures()]
+        return [f"{name} {shown}" for name, shown in self.values()]
 
-    def figures(self) -> Iterator[tuple[str, str]]:
+    def values(self) -> Iterator[tuple[str, str]]:
         """Yield the name of each figure and its value for a person."""
         if self.metric == self.score_name:
             yield heading(self.metric), str(self.score)
@@ -199,7 +199,7 @@ class Evaluation(JsonRecord):
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><th>{escape(name)}</th><td>{escape(shown)}</td></tr>"
-            for name, shown in self.figures()
+            for name, shown in self.values()
         )
         title = f"Evaluation of {self.model.name} on {self.data.name}"
         return f"<table><caption>{escape(title)}</caption>{rows}</table>"

@@ -27,7 +27,7 @@ from mmdefense.report.findings import Alike, alike
 from mmdefense.report.formats import duration
 from mmdefense.report.images import is_picture
 from mmdefense.report.panels import markup, shown_plots
-from mmdefense.report.record import GuardInfo, PurificationRecord, Record, SpectrumFigures
+from mmdefense.report.record import GuardInfo, PurificationRecord, Record, SpectrumInfo
 from mmdefense.report.tables import columns, lines
 from mmdefense.report.verdict import verdict
 
@@ -164,12 +164,12 @@ def _drawn(findings: Sequence[Finding], prefix: str) -> Markup | str:
 
 def _spectrum(found: Finding) -> tuple[Array, Array] | None:
     """Return nodes and weights of a finding's spectrum; none where none can be drawn."""
-    held = {name: found.figures.get(name) for name in ("nodes", "weights")}
+    held = {name: found.numbers.get(name) for name in ("nodes", "weights")}
     try:
-        figures: SpectrumFigures = build(SpectrumFigures, held, found.id)
+        spectrum: SpectrumInfo = build(SpectrumInfo, held, found.id)
     except BadInputError:
         return None
-    nodes, weights = as_array(figures.nodes), as_array(figures.weights)
+    nodes, weights = as_array(spectrum.nodes), as_array(spectrum.weights)
     fits = 0 < len(nodes) == len(weights) and bool((np.abs(nodes) < _LARGEST).all())
     return (nodes, weights) if fits and bool(np.isfinite(weights).all()) else None
 

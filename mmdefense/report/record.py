@@ -21,7 +21,7 @@ from mmdefense.report.encoding import JsonRecord, parse_record, plain
 from mmdefense.report.evaluation import Evaluation
 
 __all__ = [
-    "AttackFigures",
+    "AttackInfo",
     "ComparisonRecord",
     "DataInfo",
     "DefenseInfo",
@@ -33,7 +33,7 @@ __all__ = [
     "PurificationRecord",
     "Record",
     "Row",
-    "SpectrumFigures",
+    "SpectrumInfo",
     "read_record",
     "write_record",
 ]
@@ -145,7 +145,7 @@ class GuardInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackFigures:
+class AttackInfo:
     """What is known where the attack is known: in demos and evaluations only.
 
     Attributes:
@@ -162,7 +162,7 @@ class AttackFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectrumFigures:
+class SpectrumInfo:
     """How the eigenvalues of the Hessian are spread: those at a node have its weight together.
 
     Attributes:
@@ -286,12 +286,12 @@ class PurificationRecord(JsonRecord):
         triggers: Outcome of a trigger search, where there was one.
         choice: Which defense was taken and why, where several were tried.
         layers: How far each layer moved, input side first.
-        history: What the run reported: mappings of ``stage``, ``step`` and figures by name.
-        figures: What else was measured, by name, for example ``"lambda_max_before"``.
+        history: What the run reported: mappings of ``stage``, ``step`` and values by name.
+        measured: What else was measured, by name, for example ``"lambda_max_before"``.
         spectra: The spectrum of the Hessian of the clean loss ``"before"`` and ``"after"``.
         scan: What was found in the files and weights of the given model, before anything was done.
         evaluations: What was measured afterwards (``mmdefense evaluate --record``), in order.
-        evidence: How much of layers, figures and spectra was measured.
+        evidence: How much of layers, curvature and spectra was measured.
         unchanged: Why the returned weights are those that were given; empty where they are not.
         low_utility: The low utility that the user accepted; empty where there was none.
         accepted_findings: What spoke strongly against the files of the given model and was accepted
@@ -308,13 +308,13 @@ class PurificationRecord(JsonRecord):
     guard: GuardInfo
     seconds: float
     provenance: Provenance
-    attack: AttackFigures | None = None
+    attack: AttackInfo | None = None
     triggers: TriggerSearch | None = None
     choice: Choice | None = None
     layers: tuple[LayerChange, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
-    figures: Mapping[str, float] = field(default_factory=dict)
-    spectra: Mapping[str, SpectrumFigures] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+    spectra: Mapping[str, SpectrumInfo] = field(default_factory=dict)
     scan: ScanRecord | None = None
     evidence: EvidenceInfo | None = None
     evaluations: tuple[Evaluation, ...] = ()

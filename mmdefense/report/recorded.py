@@ -18,7 +18,7 @@ from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.report.card import write_card
 from mmdefense.report.compare import purification_record, rebuild
 from mmdefense.report.evaluation import EvaluatedModel, Evaluation, Proportion
-from mmdefense.report.record import AttackFigures, PurificationRecord
+from mmdefense.report.record import AttackInfo, PurificationRecord
 from mmdefense.report.statement import differing, materials, subjects, write_statement
 
 __all__ = ["GIVEN", "PURIFIED", "Recordable", "add_evaluation", "recordable"]
@@ -101,7 +101,7 @@ def add_evaluation(place: Recordable, evaluation: Evaluation) -> Evaluation:
     kept = [one for one in before.evaluations if _key(one) != _key(added)]
     record = dataclasses.replace(before, evaluations=(*kept, added))
     if added.attack is not None:
-        record = dataclasses.replace(record, attack=_figures(record, added))
+        record = dataclasses.replace(record, attack=_attack(record, added))
     listed = subjects(out)
     inputs = materials(out)
     if not record.unchanged:
@@ -127,7 +127,7 @@ def _key(one: Evaluation) -> tuple[object, ...]:
     return one.model.sha256, one.data.fingerprint, one.attack
 
 
-def _figures(record: PurificationRecord, added: Evaluation) -> AttackFigures:
+def _attack(record: PurificationRecord, added: Evaluation) -> AttackInfo:
     """Return the rates of both models, as far as they were measured, under the attack of one."""
     like = [
         one
@@ -141,7 +141,7 @@ def _figures(record: PurificationRecord, added: Evaluation) -> AttackFigures:
     }
     before, after = rates.get(GIVEN, Rates()), rates.get(PURIFIED, Rates())
     words = f"{added.attack}, on {added.data.samples} samples of {added.data.name}"
-    return AttackFigures(
+    return AttackInfo(
         attack=words,
         before=before,
         after=dataclasses.replace(after, der=defense_effectiveness_rating(before, after)),

@@ -111,7 +111,7 @@ class ProgressDisplay:
             _Steps(),
             TimeElapsedColumn(),
             _Remaining(),
-            TextColumn("{task.fields[figures]}", style="dim"),
+            TextColumn("{task.fields[values]}", style="dim"),
             console=self.console,
             get_time=clock,
         )
@@ -134,13 +134,13 @@ class ProgressDisplay:
             stage = self._begin(name, stage)
         self._running = name
         stage.step, stage.total = event.step, event.total
-        figures = "  ".join(f"{key} {value:.3g}" for key, value in event.figures.items())
+        values = "  ".join(f"{key} {value:.3g}" for key, value in event.values.items())
         if stage.bar is not None:
             self._bars.update(
-                stage.bar, completed=event.step, total=event.total or None, figures=figures
+                stage.bar, completed=event.step, total=event.total or None, values=values
             )
         if event.ended or 0 < event.total <= event.step:
-            self._end(figures)
+            self._end(values)
         elif stage.bar is None and not stage.announced and self.clock() - stage.begun > _LONG:
             stage.announced = True
             self._print(f"{name}: {event.step} of {event.total or '?'} after {self._took(stage)}")
@@ -151,10 +151,10 @@ class ProgressDisplay:
         if self.console.is_terminal:
             if before is not None and before.bar is not None:
                 self._bars.remove_task(before.bar)  # the one of now stands at the end
-            stage.bar = self._bars.add_task(name, total=None, figures="", stopped=False)
+            stage.bar = self._bars.add_task(name, total=None, values="", stopped=False)
         return stage
 
-    def _end(self, figures: str = "") -> None:
+    def _end(self, values: str = "") -> None:
         """End the stage that runs, if one does: stop its clock, or print its line."""
         stage = self._stages.get(self._running)
         if stage is None or stage.ended:
@@ -163,7 +163,7 @@ class ProgressDisplay:
         if stage.bar is None:
             if stage.step < stage.total <= 1:  # it failed at once; the error says why
                 return
-            tail = f", {figures}" if figures else ""
+            tail = f", {values}" if values else ""
             self._print(f"{self._running}: {self._reached(stage)} in {self._took(stage)}{tail}")
             return
         stopped = stage.step < stage.total

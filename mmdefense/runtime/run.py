@@ -28,7 +28,7 @@ class Event:
         stage: What is being done.
         step: Steps done.
         total: Steps planned; a stage may stop before them. 0 where that is not known.
-        figures: Measurements by name.
+        values: Measurements by name.
         note: A sentence for the user, where there is something to be told; nothing was done then.
         ended: Whether the stage is over, with or without all of its steps.
     """
@@ -36,7 +36,7 @@ class Event:
     stage: str
     step: int
     total: int
-    figures: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     ended: bool = False
 
@@ -78,7 +78,7 @@ class Run:
         seed: The root of all randomness; see :meth:`generator`.
         progress: Called with each :class:`Event`.
         store: Where states are kept for a resumed run; none keeps nothing.
-        history: All figures, in order of time.
+        history: All values, in order of time.
         states: Candidate states for the utility guard, oldest first, each with its label.
         checkpoint_every: Steps between two saves inside a stage.
         deadline: When to stop; looked at in :meth:`report` and after each update of a training.
@@ -111,21 +111,21 @@ class Run:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return int.from_bytes(digest[:7], "big")
 
-    def report(self, stage: str, step: int, total: int, **figures: float) -> None:
-        """Announce progress, and keep the figures in the history.
+    def report(self, stage: str, step: int, total: int, **values: float) -> None:
+        """Announce progress, and keep the values in the history.
 
         Raises:
             OutOfTime: If the deadline has passed, and the stage is not done.
         """
-        self.record(stage, step, total, ended=False, **figures)
+        self.record(stage, step, total, ended=False, **values)
         if step < total:
             self.check_time(stage, step, total)
 
     def record(
-        self, stage: str, step: int, total: int, *, ended: bool = False, **figures: float
+        self, stage: str, step: int, total: int, *, ended: bool = False, **values: float
     ) -> None:
-        """Announce progress, and keep the figures in the history, whatever the time."""
-        plain = {name: float(value) for name, value in figures.items()}  # as it is stored
+        """Announce progress, and keep the values in the history, whatever the time."""
+        plain = {name: float(value) for name, value in values.items()}  # as it is stored
         if plain:
             self.history.append({"stage": stage, "step": step, **plain})
         self.progress(Event(stage, step, total, plain, ended=ended))

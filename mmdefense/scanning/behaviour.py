@@ -173,7 +173,7 @@ def scan_behaviour(
                 raise UnsupportedError(f"{type(adapter).__name__} has no {', '.join(missing)}")
             found += look()
         except MMDefenseError as error:
-            # The other two only give figures; a search that was asked for and not made is more.
+            # The other two only give numbers; a search that was asked for and not made is more.
             level: Level = "low" if name == "triggers" else "info"
             found.append(NOT_LOOKED.found(name, one_line(error), level=level))
     return found
@@ -395,7 +395,7 @@ def _smoothness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int) -> 
     spread = size * spectrum.moment(1) ** 2 / max(spectrum.moment(2), 1e-30)
     mass = float((spectrum.weights * spectrum.nodes.abs()).sum())
     below = float((spectrum.weights * (-spectrum.nodes).clamp(min=0)).sum()) / max(mass, 1e-30)
-    figures = {
+    numbers = {
         "lambda_max": found.lambda_max,
         "trace": found.trace,
         "trace_error": found.spread,
@@ -409,4 +409,4 @@ def _smoothness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int) -> 
         f"{found.spread:.2g}); as if spread over {spread:.3g} of {size} directions; {below:.1%} of "
         "the curvature is negative"
     )
-    yield SMOOTHNESS.found("the model", value, figures=figures)
+    yield SMOOTHNESS.found("the model", value, numbers=numbers)

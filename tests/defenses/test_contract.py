@@ -193,9 +193,9 @@ def test_progress_goes_forward(trial, name, model):
         total = totals.pop()  # 0 where it is not known
         assert 0 <= steps[0] <= steps[-1] <= (total or steps[-1])
     heard = [
-        {"stage": event.stage, "step": event.step, **event.figures}
+        {"stage": event.stage, "step": event.step, **event.values}
         for event in tried.events
-        if event.figures
+        if event.values
     ]
     assert tried.result.history == heard
 

@@ -31,7 +31,7 @@ def purification(*more: str):
 
 def nothing_measured(folder: Path) -> None:
     record = read_record(folder / "out" / "purification.json")
-    assert (record.evidence.level, record.figures, record.layers) == ("none", {}, ())
+    assert (record.evidence.level, record.measured, record.layers) == ("none", {}, ())
     assert "Not measured" in (folder / "out" / "report.html").read_text("utf-8")
 
 

@@ -55,7 +55,7 @@ def _tried() -> str:
 
 def _figures(adapter: Any, samples: Any, **attack: Any) -> str:
     found = mmd.evaluate(adapter, samples, **attack, **ACCEPT)
-    return " ".join(name for name, _ in found.figures())
+    return " ".join(name for name, _ in found.values())
 
 
 def _heading(*tasks: str) -> list[str]:

@@ -126,7 +126,7 @@ def test_the_purifications_own_scan_stands_first_and_nothing_twice(out):
     assert read_record(out / "purification.json").scan == own
     spectrum = {"nodes": [-0.1, 0.0, 9.0], "weights": [0.1, 0.8, 0.1]}
     smooth = {"id": "behaviour-smoothness", "level": "info", "subject": "the model", "value": "x"}
-    more = {**scan()["findings"][0], **smooth, "figures": spectrum}
+    more = {**scan()["findings"][0], **smooth, "numbers": spectrum}
     (out / "scan.json").write_text(json.dumps(scan(findings=[*scan()["findings"], more])))
     html = rebuild(out).read_text("utf-8")
     assert html.count("weights-head-row</bdi>") == 1
@@ -136,7 +136,7 @@ def test_the_purifications_own_scan_stands_first_and_nothing_twice(out):
 
 @pytest.mark.parametrize("nodes", [None, [], [1.0], ["x", 1.0], [1e300, 1.0], [None, 1.0], 3])
 def test_a_spectrum_that_is_none_is_not_drawn(out, nodes):
-    bad = {**scan()["findings"][0], "figures": {"nodes": nodes, "weights": [0.5, 0.5]}}
+    bad = {**scan()["findings"][0], "numbers": {"nodes": nodes, "weights": [0.5, 0.5]}}
     (out / "scan.json").write_text(json.dumps(scan(findings=[bad])))
     html = rebuild(out).read_text("utf-8")
     assert "weights-head-row" in html
@@ -150,7 +150,7 @@ def test_another_file_of_that_name_is_no_scan(out, text):
 
 
 def two_records():
-    first = purification(figures={"lambda_max_before": 9.0, "lambda_max_after": 1.0})
+    first = purification(measured={"lambda_max_before": 9.0, "lambda_max_after": 1.0})
     layers = (*first.layers, LayerChange(layer="head", change=0.25))
     second = purification(
         settings={"steps": 9, "extra": HOSTILE}, guard={"violated": True, "after": 0.5}

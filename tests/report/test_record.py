@@ -12,7 +12,7 @@ from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.record import (
-    AttackFigures,
+    AttackInfo,
     ComparisonRecord,
     PurificationRecord,
     read_record,
@@ -20,7 +20,7 @@ from mmdefense.report.record import (
 )
 
 FULL = purification(
-    attack=AttackFigures(attack="BadNets", before=Rates(acc=0.9, asr=1.0), after=Rates(acc=0.9)),
+    attack=AttackInfo(attack="BadNets", before=Rates(acc=0.9, asr=1.0), after=Rates(acc=0.9)),
     triggers=TriggerSearch(targets=10, found=0, families=("patch", "additive"), threshold=0.75),
     choice=CHOICE,
 )

@@ -14,7 +14,7 @@ from records import CHOICE, purification
 from mmdefense.checkpoints.outputs import PREDICATE_TYPE
 from mmdefense.errors import BadInputError
 from mmdefense.metrics.backdoor import Rates
-from mmdefense.report.record import AttackFigures, read_record
+from mmdefense.report.record import AttackInfo, read_record
 from mmdefense.report.statement import differing, materials, write_statement
 
 
@@ -148,7 +148,7 @@ def test_the_section_has_figures_and_limits():
     assert "| accuracy | 97.0% | 96.0% |" in text
     assert "nothing here says that there was a backdoor" in text
     rates = {"before": Rates(acc=0.9, asr=1.0), "after": Rates(acc=0.9, asr=0.02)}
-    known = purification(attack=AttackFigures(attack="BadNets", **rates))
+    known = purification(attack=AttackInfo(attack="BadNets", **rates))
     assert "| success rate of BadNets | 100.0% | 2.0% |" in card_section(known)
     chosen = card_section(purification(choice=CHOICE))
     assert "| largest success of a known trigger, found or random | 99.0% | 4.0% |" in chosen
@@ -157,7 +157,7 @@ def test_the_section_has_figures_and_limits():
 def test_a_hostile_name_is_text_in_the_card():
     from mmdefense.report.card import card_section
 
-    attack = AttackFigures(attack="<img src=x>\n# [a](b) | c", before=Rates(), after=Rates())
+    attack = AttackInfo(attack="<img src=x>\n# [a](b) | c", before=Rates(), after=Rates())
     text = card_section(purification(attack=attack))
     assert "<img" not in text.replace("\\<img", "")
     assert "\n# " not in text

@@ -8,14 +8,14 @@ from records import BEFORE, CHOICE, comparison, purification, row
 
 from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.metrics.backdoor import Rates
-from mmdefense.report.record import AttackFigures
+from mmdefense.report.record import AttackInfo
 from mmdefense.report.verdict import beats_baseline, verdict
 
 
 def attacked(before: float | None, after: float | None, **more):
     rates = (Rates(acc=0.9, asr=before), Rates(acc=0.9, asr=after))
     return purification(
-        attack=AttackFigures(attack="BadNets", before=rates[0], after=rates[1]), **more
+        attack=AttackInfo(attack="BadNets", before=rates[0], after=rates[1]), **more
     )
 
 

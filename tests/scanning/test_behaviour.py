@@ -81,8 +81,8 @@ def test_activeness_and_smoothness_are_remarks_without_a_reference(scanned):
         (finding,) = of(scanned.found, rule)
         assert finding.level == "info"
         assert word in finding.value
-    assert abs(sum(finding.figures["weights"]) - 1) < 1e-9
-    assert max(finding.figures["nodes"]) == pytest.approx(finding.figures["lambda_max"])
+    assert abs(sum(finding.numbers["weights"]) - 1) < 1e-9
+    assert max(finding.numbers["nodes"]) == pytest.approx(finding.numbers["lambda_max"])
     assert "none for a single model" in finding.reference
 
 
@@ -237,7 +237,7 @@ def test_the_bound_of_the_index_grows_with_the_answers_that_were_screened():
     assert 3 < behaviour.index_bound(200) < behaviour.index_bound(1000) < 4
 
 
-def test_a_model_of_more_classes_than_samples_looked_at_has_figures():
+def test_a_model_of_more_classes_than_samples_looked_at_has_numbers():
     classes = 150
     adapter = adapt(nn.Sequential(nn.Flatten(), nn.Linear(4, classes)))
     data = torch.rand(classes, 1, 2, 2), torch.arange(classes)
