@@ -179,6 +179,12 @@ def purify(
             "--accelerate", help="Share the work with the processes that torchrun has started."
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Split the weights over them too, in fine-tuning of large models."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
     ] = False,
@@ -198,7 +204,7 @@ def purify(
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
     reading = reading_options(mean, std, image_size, channels, classes, read)
-    processes, device = _processes(context, accelerate, device, dry_run)
+    processes, device = _processes(context, accelerate, shard, device, dry_run)
     source = Source(
         model=model,
         data=data,
@@ -501,7 +507,7 @@ def _say_what_was_done(purified: Purification, out: Path) -> None:
 
 
 def _processes(
-    context: typer.Context, accelerate: bool, device: str, dry_run: bool
+    context: typer.Context, accelerate: bool, shard: bool, device: str, dry_run: bool
 ) -> tuple[Processes, str]:
     """Return the processes of this command, and the device of this one.
 
@@ -511,6 +517,8 @@ def _processes(
     from mmdefense.runtime.processes import Processes, joined, launched
 
     if not accelerate:
+        if shard:
+            raise BadInputError("--shard splits weights over processes; add --accelerate")
         if launched() > 1:
             raise BadInputError(
                 f"this is one of {launched()} processes, which would all write the same output; "
@@ -522,7 +530,7 @@ def _processes(
         raise BadInputError(
             f"{refused} must not go with --accelerate, which gives each process its device"
         )
-    return context.with_resource(joined())
+    return context.with_resource(joined(splits=shard))
 
 
 def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:

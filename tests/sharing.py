@@ -103,6 +103,9 @@ def all_defenses(folder):
 
     with joined() as (processes, _):
         found = {name: purified(name, processes) for name in DEFENSES}
+        processes.splits = True
+        found["fine-tuning, split"] = purified("fine-tuning", processes)
+        processes.splits = False
         for name in ("fine-tuning", "fip"):
             found[f"{name}, BatchNorm"] = purified(name, processes, normalised_net())
     torch.save(found, folder / f"states{processes.index}.pt")

@@ -17,6 +17,9 @@ from sharing import (
     purify_command,
 )
 
+from mmdefense.errors import UnsupportedError
+from mmdefense.runtime.processes import Processes
+
 pytest_plugins = ["commands"]
 
 
@@ -43,6 +46,20 @@ def test_two_processes_give_the_result_of_one(states, name):
     for key, value in alone.items():
         # In float64: what differs is the order in which the rows of a batch are summed.
         torch.testing.assert_close(states[0][name][key], value, rtol=1e-9, atol=1e-11)
+
+
+def test_split_weights_give_the_same_result(states):
+    for key, value in states[0]["fine-tuning"].items():
+        split = states[0]["fine-tuning, split"][key]
+        torch.testing.assert_close(split, value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", sorted(set(DEFENSES) - {"fine-tuning"}))
+def test_a_defense_that_cannot_split_weights_says_so(name):
+    processes = Processes()
+    processes.splits = True
+    with pytest.raises(UnsupportedError, match="leave out --shard"):
+        purified(name, processes)
 
 
 @pytest.fixture
@@ -88,6 +105,12 @@ def test_under_a_launcher_it_must_be_asked_for(mmdefense, place, monkeypatch):
     outcome = mmdefense(*place.purify())
     assert outcome.code == 2
     assert "add --accelerate, or start one process" in outcome.err
+
+
+def test_weights_are_split_over_processes_alone(mmdefense, place):
+    outcome = mmdefense(*place.purify("--shard"))
+    assert outcome.code == 2
+    assert "add --accelerate" in outcome.err
 
 
 @pytest.mark.parametrize("option", [["--dry-run"], ["--device", "cuda:0"]])

@@ -134,6 +134,7 @@ class Defense(ABC):
     """
 
     requires: ClassVar[type] = TaskAdapter
+    can_split: ClassVar[bool] = False  # whether its training can split the weights over processes
 
     seed: Seed = 0
     max_utility_drop: Share = 0.02
@@ -187,6 +188,11 @@ class Defense(ABC):
             raise UnsupportedError(
                 f"several processes share the work of defenses that train, such as fip; "
                 f"{type(self).__name__} is for one: leave out --accelerate"
+            )
+        if processes.splits and not self.can_split:
+            raise UnsupportedError(
+                f"{type(self).__name__} needs whole weights, for split ones give no gradient that "
+                "can be masked or differentiated again; leave out --shard, or take fine-tuning"
             )
         deadline = processes.deadline(Deadline.after(max_seconds))
         begin = deadline.clock()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.loop import train
+from mmdefense.kernels.sharding import train_split
+from mmdefense.runtime.processes import present
 from mmdefense.settings import NotNegative, Whole
 
 __all__ = ["FineTuning"]
@@ -19,6 +21,8 @@ class FineTuning(TrainingDefense):
     At a high learning rate it is a strong baseline.
     """
 
+    can_split: ClassVar[bool] = True
+
     lr: NotNegative = 0.02
     steps: Whole = 150
 
@@ -29,4 +33,5 @@ class FineTuning(TrainingDefense):
         return cls(**{name: getattr(defense, name) for name in shared})
 
     def _run(self, work: Purifying[Any]) -> None:
-        train(work.adapter, work.fit, self.training(work.adapter), work.run, stage="fine-tune")
+        fit = train_split if present().splits else train
+        fit(work.adapter, work.fit, self.training(work.adapter), work.run, stage="fine-tune")

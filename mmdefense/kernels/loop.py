@@ -20,7 +20,7 @@ from mmdefense.kernels.hooks import channels_last, mode
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts, in_parts, shared
 from mmdefense.runtime.processes import Processes, present, sharing
-from mmdefense.runtime.run import Event, OutOfTime, Run, copy_state
+from mmdefense.runtime.run import Event, OutOfTime, Run, copy_state, put_state, whole
 from mmdefense.training import Training
 
 __all__ = [
@@ -206,12 +206,13 @@ class _Course:
 
     def _finite_mean(self) -> float:
         """Return the mean loss, or restore the last good state and raise."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
-        mean, norm = torch.stack([self.total / self.seen, norms.sum()]).tolist()
+        norms = torch._foreach_norm([p.detach() for p in self.parameters])
+        norm_sum = torch.stack([whole(norm) for norm in norms]).sum()
+        mean, norm = torch.stack([self.total / self.seen, norm_sum]).tolist()
         if math.isfinite(mean) and math.isfinite(norm):
             return float(mean)
         step, state = self.good
-        self.model.load_state_dict(state)
+        put_state(self.model, state)
         raise DivergenceError(
             f"the loss of stage {self.stage!r} stopped being finite after step {step}; try a "
             "smaller learning rate",

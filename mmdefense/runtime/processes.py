@@ -49,10 +49,12 @@ class Processes:
     Attributes:
         index: The number of this process, from 0, the main one.
         count: How many there are.
+        splits: Whether they split the weights in training too, where a defense can.
     """
 
     index: int = 0
     count: int = 1
+    splits: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -90,8 +92,8 @@ class Processes:
 class _Joined(Processes):
     """Several processes that a launcher has started, connected by ``accelerate``."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, *, splits: bool = False) -> None:
+        self.accelerator, self.splits = accelerator, splits
         self.index, self.count = accelerator.process_index, accelerator.num_processes
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -204,8 +206,11 @@ def launched() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[tuple[Processes, str]]:
+def joined(*, splits: bool = False) -> Iterator[tuple[Processes, str]]:
     """Connect the processes that a launcher has started.
+
+    Args:
+        splits: Whether they split the weights in training too.
 
     Yields:
         The processes, and the device of this one.
@@ -233,6 +238,6 @@ def joined() -> Iterator[tuple[Processes, str]]:
         ) from error
     try:
         device = accelerator.device
-        yield _Joined(accelerator), "cpu" if device.type == "cpu" else str(device)
+        yield _Joined(accelerator, splits=splits), "cpu" if device.type == "cpu" else str(device)
     finally:
         accelerator.end_training()

@@ -17,7 +17,7 @@ from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import Room
 from mmdefense.runtime.parts import Parts
 
-__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named"]
+__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named", "put_state", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,25 @@ def named(name: str, progress: Progress | None, mark: str = ": ") -> Progress:
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a detached copy of the state dict on the CPU."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    """Return a detached copy of the state dict on the CPU; split weights are gathered."""
+    return {n: whole(v.detach()).to("cpu", copy=True) for n, v in model.state_dict().items()}
+
+
+def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`copy_state` has taken, into the same model."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        model.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, dict(state), options=options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor gathered, where it is split over processes (a DTensor); else as it is."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 class OutOfTime(Exception):  # noqa: N818  # no error: what was reached is judged and returned
