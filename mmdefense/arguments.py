@@ -131,6 +131,15 @@ AcceptLowUtility = Annotated[
         help="Go on where the model does not work on the data as it was read.",
     ),
 ]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="STORE",
+        help="A store of results: take from it what was computed before, and keep in it what is "
+        "computed now.",
+    ),
+]
 AcceptFindings = Annotated[
     bool,
     typer.Option(

@@ -26,6 +26,7 @@ from mmdefense.arguments import (
     Data,
     Device,
     ImageSize,
+    KeptIn,
     Model,
     Numbers,
     Reading,
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
     from mmdefense.checkpoints.hub import HubTarget
     from mmdefense.defenses.base import Defense
     from mmdefense.pipeline.jobs import Source
-    from mmdefense.pipeline.purification import Purification
+    from mmdefense.report.record import PurificationRecord
     from mmdefense.runtime.processes import Processes
+    from mmdefense.store import Store
 
 __all__ = ["app", "main"]
 
@@ -188,6 +190,7 @@ def purify(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
     ] = False,
+    store: KeptIn = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the output to the Hugging Face hub."),
@@ -239,6 +242,7 @@ def purify(
                 evidence=level,
                 command=command,
                 processes=processes,
+                kept=_store(store),
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
@@ -249,7 +253,7 @@ def purify(
         )
         raise typer.Exit(130) from None
     _say_what_was_done(purified, out)
-    if purified.result.stopped and partial_folder(out).exists():
+    if partial_folder(out).exists():
         say("to go on, repeat the command with more time, --resume and --force")
     finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:
@@ -363,6 +367,7 @@ def scan(
     read: Reading = None,
     device: Device = "cpu",
     accept_low_utility: AcceptLowUtility = False,
+    store: KeptIn = None,
 ) -> None:
     """Look into a model's files and weights and, with clean data, at its behaviour.
 
@@ -392,6 +397,7 @@ def scan(
             seed=seed,
             progress=progress,
             accept_low_utility=accept_low_utility,
+            store=_store(store),
         )
     typer.echo(FORMATS[format_](record))
     raise typer.Exit(int(reaches(record.findings, level)))
@@ -494,7 +500,7 @@ def demo(
     say(f"wrote {out}/report.html")
 
 
-def _say_what_was_done(purified: Purification, out: Path) -> None:
+def _say_what_was_done(purified: PurificationRecord, out: Path) -> None:
     if purified.scan is not None:
         say(f"the given model: {purified.scan.verdict.text}")
     if purified.unchanged:
@@ -538,6 +544,12 @@ def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
 
     for line in plan(source, defense, evidence).lines():
         say(line)
+
+
+def _store(folder: Path | None) -> Store | None:
+    from mmdefense.store import Store
+
+    return None if folder is None else Store(folder)
 
 
 def _hub_target(repo: str | None, source: Source, force: bool) -> HubTarget | None:

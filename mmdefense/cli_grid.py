@@ -30,7 +30,7 @@ store_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings=_HELP,
-    help="Look at the store of a grid: list, show, check and clean it.",
+    help="Look at a store of victims, cells, purifications and scans: list, show, check, clean.",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")]
@@ -294,7 +294,7 @@ def show(folder: Folder, digest: Digest) -> None:
 
     store = _opened(folder)
     entry = store.named(digest)
-    content = store.content(entry) if entry.content else None
+    content = store.content(entry) if entry.files else None
     typer.echo(json.dumps({**asdict(entry), "content": content}, indent=2))
 
 

@@ -2,9 +2,9 @@
 
 An entry is named by the digest of its identity: the data, settings, seed and code that it was
 computed from. Another value of any of them is another entry, so nothing stale is ever returned.
-The index is an SQLite file in WAL mode; contents lie beside it as JSON and safetensors files that
-are named by their SHA-256 and written atomically before the index mentions them. Several processes
-may use a store at once, and a killed one loses at most the entry that it was computing.
+The index is an SQLite file in WAL mode; contents lie beside it as files that are named by their
+SHA-256 and written atomically before the index mentions them. Several processes may use a store at
+once, and a killed one loses at most the entry that it was computing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -37,8 +38,11 @@ __all__ = ["Entry", "Freed", "Identity", "Store"]
 Status = Literal["done", "failed"]
 
 _INDEX = "index.sqlite"
-_FORM = 1
+_FORM = 2
 """Version of the table's columns."""
+
+_CONTENT, _TENSORS, _OUTPUT = "content.json", "tensors.safetensors", "output/"
+"""Names of the files of an entry: its JSON values, its tensors, and what was written for a user."""
 
 _FRESH = 3600.0
 """Seconds for which a file without an entry stays."""
@@ -51,8 +55,7 @@ CREATE TABLE IF NOT EXISTS entries (
     status TEXT NOT NULL,
     created TEXT NOT NULL,
     identity TEXT NOT NULL,
-    content TEXT,
-    tensors TEXT,
+    files TEXT NOT NULL DEFAULT '{}',
     error TEXT NOT NULL DEFAULT '',
     trace TEXT NOT NULL DEFAULT ''
 )
@@ -64,7 +67,7 @@ class Identity:
     """All that determines a result.
 
     Attributes:
-        kind: What it is, for example ``"victim"`` or ``"cell"``.
+        kind: What it is: ``"victim"``, ``"cell"``, ``"purification"`` or ``"scan"``.
         name: What people call it; no part of the digest.
         parts: What determines it, as plain JSON values.
     """
@@ -95,8 +98,7 @@ class Entry:
         status: ``"done"`` or ``"failed"``.
         created: When it was written, ISO 8601 in UTC.
         identity: The parts of the identity.
-        content: SHA-256 of the JSON file; none of a failure.
-        tensors: SHA-256 of the safetensors file, where there is one.
+        files: SHA-256 of each of its files, by name; none of a failure.
         error: What went wrong, in one line; empty where nothing did.
         trace: The traceback of it.
     """
@@ -107,8 +109,7 @@ class Entry:
     status: Status
     created: str
     identity: Mapping[str, Any]
-    content: str | None = None
-    tensors: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
     trace: str = ""
 
@@ -151,7 +152,9 @@ class Store:
         """
         self.folder = Path(folder)
         if not create and not (self.folder / _INDEX).is_file():
-            raise BadInputError(f"{folder} holds no store; `mmdefense grid run -o` makes one")
+            raise BadInputError(
+                f"{folder} holds no store; `mmdefense grid run -o` or `purify --store` makes one"
+            )
         if create:
             self._check_ours()
         try:
@@ -238,6 +241,7 @@ class Store:
         identity: Identity,
         content: Mapping[str, Any],
         tensors: Mapping[str, Tensor] | None = None,
+        output: Path | None = None,
     ) -> Entry:
         """Keep a result; a failure of the same identity gives way to it.
 
@@ -245,6 +249,7 @@ class Store:
             identity: What determines it.
             content: Plain JSON values.
             tensors: Tensors by name, on any device.
+            output: A folder whose files are kept as well; see :meth:`restore`.
 
         Returns:
             The entry: the earlier one, where another process was first.
@@ -253,12 +258,17 @@ class Store:
             OSError: If it cannot be written, for example on a full disk.
         """
         text = json.dumps(content, indent=1, allow_nan=False).encode()
-        kept, blob = self._keep(text, "json"), None
+        files = {_CONTENT: self._keep(BytesIO(text), _CONTENT)}
         if tensors is not None:
             # clones, for safetensors refuses tensors that share storage
             copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-            blob = self._keep(save(copies), "safetensors")
-        return self._write(identity, "done", content=kept, tensors=blob)
+            files[_TENSORS] = self._keep(BytesIO(save(copies)), _TENSORS)
+        if output is not None:
+            for path in sorted(part for part in output.rglob("*") if part.is_file()):
+                name = f"{_OUTPUT}{path.relative_to(output).as_posix()}"
+                with path.open("rb") as file:
+                    files[name] = self._keep(file, name)
+        return self._write(identity, "done", files=files)
 
     def fail(self, identity: Identity, error: BaseException) -> Entry:
         """Keep that there is no result, and why."""
@@ -276,7 +286,7 @@ class Store:
         Raises:
             BadInputError: If its file is missing or damaged.
         """
-        found: dict[str, Any] = json.loads(self._checked(entry, entry.content, "json").read_bytes())
+        found: dict[str, Any] = json.loads(self._checked(entry, _CONTENT).read_bytes())
         return found
 
     def tensors(self, entry: Entry) -> dict[str, Tensor]:
@@ -285,15 +295,28 @@ class Store:
         Raises:
             BadInputError: If their file is missing or damaged.
         """
-        path = self._checked(entry, entry.tensors, "safetensors")
+        path = self._checked(entry, _TENSORS)
         try:
             return load_file(path)
         except SafetensorError as error:
             raise BadInputError(f"{path} cannot be read: {one_line(error)}") from error
 
+    def restore(self, entry: Entry, folder: Path) -> None:
+        """Write the files of the folder that :meth:`put` was given as ``output`` into ``folder``.
+
+        Raises:
+            BadInputError: If one of them is missing or damaged.
+        """
+        for name in entry.files:
+            if name.startswith(_OUTPUT):
+                target = folder / name.removeprefix(_OUTPUT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._checked(entry, name), target)
+
     def content_path(self, entry: Entry) -> str:
         """Return where the JSON content of an entry is, within the folder of the store."""
-        return self._path(entry.content or "", "json").relative_to(self.folder).as_posix()
+        path = self._path(entry.files[_CONTENT], _CONTENT)
+        return path.relative_to(self.folder).as_posix()
 
     @contextmanager
     def claim(self, identity: Identity) -> Iterator[bool]:
@@ -336,12 +359,11 @@ class Store:
         """Return what is wrong, a line each: files that are missing, or not what they were."""
         faults = []
         for entry in self.entries():
-            for digest, suffix in ((entry.content, "json"), (entry.tensors, "safetensors")):
-                if digest is not None:
-                    try:
-                        self._checked(entry, digest, suffix)
-                    except BadInputError as error:
-                        faults.append(str(error))
+            for name in entry.files:
+                try:
+                    self._checked(entry, name)
+                except BadInputError as error:
+                    faults.append(str(error))
         return faults
 
     def gc(self) -> Freed:
@@ -352,7 +374,7 @@ class Store:
         """
         old = time.time() - _FRESH
         entries = self.entries()
-        needed = {digest for entry in entries for digest in (entry.content, entry.tensors)}
+        needed = {digest for entry in entries for digest in entry.files.values()}
         done = {entry.digest for entry in entries if entry.status == "done"} - self.claimed()
         blobs = [path for path in (self.folder / "blobs").rglob("*") if path.is_file()]
         doomed = [p for p in blobs if p.stem not in needed and p.stat().st_mtime < old]
@@ -365,26 +387,31 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
         return freed
 
-    def _keep(self, data: bytes, suffix: str) -> str:
-        digest = hashlib.sha256(data).hexdigest()
-        write_atomically(self._path(digest, suffix), lambda file: file.write(data))
-        return digest
+    def _keep(self, data: BinaryIO, name: str) -> str:
+        """Keep what is read from ``data`` and return its SHA-256."""
+        digest = hashlib.sha256()
+        while block := data.read(1 << 20):
+            digest.update(block)
+        data.seek(0)
+        path = self._path(digest.hexdigest(), name)
+        write_atomically(path, lambda file: shutil.copyfileobj(data, file))
+        return digest.hexdigest()
 
-    def _path(self, digest: str, suffix: str) -> Path:
-        return self.folder / "blobs" / digest[:2] / f"{digest}.{suffix}"
+    def _path(self, digest: str, name: str) -> Path:
+        return self.folder / "blobs" / digest[:2] / f"{digest}{Path(name).suffix}"
 
-    def _checked(self, entry: Entry, digest: str | None, suffix: str) -> Path:
-        """Return the file of an entry, once it is found to hold what was written."""
-        if digest is None:
-            raise BadInputError(f"{entry.kind} {entry.name} has no {suffix} in {self.folder}")
-        path = self._path(digest, suffix)
+    def _checked(self, entry: Entry, name: str) -> Path:
+        """Return where a file of an entry is, once it is found to hold what was written."""
+        if name not in entry.files:
+            raise BadInputError(f"{entry.kind} {entry.name} has no {name} in {self.folder}")
+        path = self._path(entry.files[name], name)
         what = f"{entry.kind} {entry.name} ({entry.digest[:12]}): {path}"
         try:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BadInputError(f"{what} cannot be read: {error.strerror}") from error
-        if found != digest:
+        if found != entry.files[name]:
             raise BadInputError(
                 f"{what} is damaged; `mmdefense store rm {entry.digest[:12]}` removes the entry, "
                 "and it is computed again"
@@ -396,8 +423,7 @@ class Store:
         identity: Identity,
         status: Status,
         *,
-        content: str | None = None,
-        tensors: str | None = None,
+        files: Mapping[str, str] | None = None,
         error: str = "",
         trace: str = "",
     ) -> Entry:
@@ -405,12 +431,12 @@ class Store:
         row = (identity.digest, identity.kind, identity.name, status, now, identity.text)
         with self._index() as index:
             index.execute(
-                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (digest) DO UPDATE SET status = excluded.status, "
-                "created = excluded.created, content = excluded.content, "
-                "tensors = excluded.tensors, error = excluded.error, trace = excluded.trace "
+                "created = excluded.created, files = excluded.files, "
+                "error = excluded.error, trace = excluded.trace "
                 "WHERE entries.status = 'failed'",
-                (*row, content, tensors, error, trace),
+                (*row, json.dumps(files or {}), error, trace),
             )
         kept = self.find(identity)
         assert kept is not None
@@ -419,4 +445,4 @@ class Store:
 
 def _entry(row: sqlite3.Row) -> Entry:
     held = dict(row)
-    return Entry(**{**held, "identity": json.loads(held["identity"])})
+    return Entry(**{**held, **{key: json.loads(held[key]) for key in ("identity", "files")}})

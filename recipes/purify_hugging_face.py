@@ -93,7 +93,7 @@ def purify(name: str, defense: Defense, baseline: str = "") -> Row:
         defense=name,
         before=before,
         after=replace(after, der=defense_effectiveness_rating(before, after)),
-        seconds=purified.result.seconds,
+        seconds=purified.seconds,
         baseline=baseline,
         violated=purified.guard.violated,
         undecided=purified.guard.undecided,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mmdefense.defenses.base import versions
-from mmdefense.evaluation.identity import code_version, victim_identity
+from mmdefense.evaluation.identity import victim_identity
 from mmdefense.evaluation.kept import kept_victim
 from mmdefense.evaluation.victims import Victim
 from mmdefense.findings import Finding
+from mmdefense.pipeline.identity import code_version
 from mmdefense.pipeline.scan import scan
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain

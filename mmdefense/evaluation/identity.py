@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from mmdefense import registry
 from mmdefense.data.shifts import Shift
 from mmdefense.defenses.base import Defense
+from mmdefense.pipeline.identity import code_version, library_versions
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
 from mmdefense.store import Identity
 
-__all__ = ["cell_identity", "code_version", "data_fingerprint", "loaded", "victim_identity"]
+__all__ = ["cell_identity", "data_fingerprint", "loaded", "victim_identity"]
 
 _TALKING = {
     *("analysis", "arguments", "catalogue", "cli", "cli_grid", "doctor", "libraries", "notes"),
@@ -31,8 +27,6 @@ _DEFENDING = {"defenses", "pipeline"}
 
 _SETS = 4
 """Parts of data sets that stay in memory, such as the two of two data sets."""
-
-_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")
 
 
 def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
@@ -53,7 +47,7 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
             "data": data_fingerprint(case.task, case.data),
             "device": device.partition(":")[0],
             "code": code_version(*_TALKING, *_DEFENDING),
-            "libraries": _versions(),
+            "libraries": library_versions(),
         },
     )
 
@@ -97,41 +91,3 @@ def data_fingerprint(task: str, data: str) -> tuple[str, ...]:
 def loaded(task: str, data: str, split: str) -> Any:
     """Return the ``"train"`` or ``"test"`` part of a data set, in memory."""
     return registry.load("tasks", task)().load(data, split=split).in_memory()
-
-
-@cache
-def code_version(*without: str) -> str:
-    """Return a hash over the sources of mmdefense and of every registered plug-in.
-
-    Args:
-        without: Rooms of mmdefense that are left out.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(_sources(set(without))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _sources(without: set[str]) -> Iterator[Path]:
-    for package in sorted({"mmdefense", *registry.packages()}):
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            continue
-        if not spec.submodule_search_locations:  # a plug-in of one file
-            yield Path(str(spec.origin))
-        for folder in map(Path, spec.submodule_search_locations or ()):
-            for path in folder.rglob("*.py"):
-                room = path.relative_to(folder).parts[0].removesuffix(".py")
-                if package != "mmdefense" or room not in without:
-                    yield path
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -15,26 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdefense import __version__
 from mmdefense.analysis.gather import Level
 from mmdefense.checkpoints.folders import reserved
-from mmdefense.checkpoints.outputs import check_apart
+from mmdefense.checkpoints.outputs import RECORD, check_apart
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.checkpoints.seals import read_once
+from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import write_state
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import BadInputError, DivergenceError, LowUtilityError, MMDefenseError
 from mmdefense.notes import note
-from mmdefense.pipeline.purification import Purification, purify_prepared
+from mmdefense.pipeline.identity import purification_parts
+from mmdefense.pipeline.purification import purify_prepared
 from mmdefense.pipeline.scan import scan_loaded
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
-from mmdefense.prepared import Prepared
-from mmdefense.protocol import traits
-from mmdefense.report.encoding import plain
+from mmdefense.report.record import PurificationRecord, read_record
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.processes import Processes
 from mmdefense.runtime.run import Event, Progress
+from mmdefense.store import Entry, Identity, Store
 
 __all__ = [
     "AUTO",
@@ -69,7 +68,8 @@ def purify_files(
     evidence: Level = "fast",
     command: str = "",
     processes: Processes | None = None,
-) -> Purification:
+    kept: Store | None = None,
+) -> PurificationRecord:
     """Purify the model of ``source`` into the folder ``out``.
 
     Its files are scanned before it is loaded, and its weights behind that; what was found stands in
@@ -93,6 +93,11 @@ def purify_files(
         command: For the record, the command line.
         processes: Those that compute it together, of which this is the main one; the others call
             :func:`assist`.
+        kept: A store of results: what is in it is written to ``out`` and not computed again, and
+            what is computed within the time is kept in it.
+
+    Returns:
+        The record in ``out``, as it was when the result was computed.
 
     Raises:
         BadInputError: If anything given cannot be used, or a file of the model speaks strongly
@@ -116,9 +121,16 @@ def purify_files(
             scanned = scan_loaded(source.model, prepared.model, files, vetted.findings)
             tell(Event("scan", 1, 1))
         begin = deadline.clock()
-        count = 1 if processes is None else processes.count
-        identity = _identity(source, vetted.opened, prepared, defense)
-        _claim(store, {**identity, "number of processes": count})
+        parts = purification_parts(source, vetted.opened, prepared, defense)
+        parts["number of processes"] = 1 if processes is None else processes.count
+        identity = _kept_as(source, parts, defense, evidence, seal)
+        entry = _found(kept, identity, processes)
+        if kept is not None and entry is not None:
+            with place.writing() as folder:
+                kept.restore(entry, folder)
+            shutil.rmtree(store.folder, ignore_errors=True)
+            return _record_in(out)
+        _claim(store, parts)
         writing = writing_seconds(deadline.clock() - begin)
         with _kept_or_cleared(store, prepared.model):
             purified = purify_prepared(
@@ -145,7 +157,36 @@ def purify_files(
             tell(Event("writing", 1, 1))
         if not purified.result.stopped or not _holds_states(store):
             shutil.rmtree(store.folder, ignore_errors=True)
-    return purified
+        if kept is not None and not purified.result.stopped:
+            kept.put(identity, {"seconds": purified.result.seconds}, output=Path(out))
+    return _record_in(out)
+
+
+def _kept_as(
+    source: Source, parts: Mapping[str, Any], defense: Defense, evidence: Level, seal: Seal | None
+) -> Identity:
+    """Return the identity of an output: that of its weights, and what else stands in its folder."""
+    accepted = [source.accept_low_utility, source.accept_findings]
+    name = f"{source.model} by {type(defense).__name__}"
+    files = {} if seal is None else {**seal.own, **seal.files}
+    more = {"evidence": evidence, "accepted": accepted, "files": files}
+    return Identity("purification", name, {**parts, **more})
+
+
+def _found(kept: Store | None, identity: Identity, processes: Processes | None) -> Entry | None:
+    """Return the result that a store has, where it has it, and tell the other processes."""
+    entry = None if kept is None else kept.find(identity)
+    if processes is not None:
+        processes.from_main(entry is not None)
+    if kept is not None and entry is not None:
+        note(f"nothing is computed: the result of {entry.created[:19]} is in {kept.folder}")
+    return entry
+
+
+def _record_in(out: str | Path) -> PurificationRecord:
+    found = read_record(Path(out) / RECORD)
+    assert isinstance(found, PurificationRecord)
+    return found
 
 
 def assist(source: Source, defense: Defense, processes: Processes) -> None:
@@ -162,6 +203,8 @@ def assist(source: Source, defense: Defense, processes: Processes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the main process has the same to say
         prepared = open_vetted(source).opened.prepare()
+        if processes.from_main(False):
+            return  # the main process has found the result in a store
         store = RunStore(Path())  # that of the main process
         defense.purify(prepared, store=store, processes=processes)
 
@@ -169,28 +212,6 @@ def assist(source: Source, defense: Defense, processes: Processes) -> None:
 def writing_seconds(hashing: float) -> float:
     """Return about how long writing an output takes, where hashing its weights takes so long."""
     return _FOR_THE_PAGE + _PASSES * hashing
-
-
-def _identity(
-    source: Source, opened: Opened, prepared: Prepared[Any], defense: Defense
-) -> dict[str, Any]:
-    """Return all that the result depends on, as plain values."""
-    its = traits(opened.adapter)
-    return {
-        **{f"option {name}": value for name, value in plain(source.reading).items()},
-        "architecture": plain(source.arch),
-        "weights": plain(source.weights),
-        "split": source.split,
-        "adapter": type(opened.adapter).__name__,
-        "defense": type(defense).__name__,
-        **{f"setting {name}": value for name, value in plain(dataclasses.asdict(defense)).items()},
-        "task": opened.task.name,
-        "model": prepared.sha256,
-        "normalisation": plain([its.mean, its.std]),
-        "data": prepared.fingerprint,
-        "mmdefense": __version__,
-        "torch": str(torch.__version__),
-    }
 
 
 def _check_resumable(store: RunStore, resume: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,15 @@ from mmdefense.checkpoints.models import load_model
 from mmdefense.checkpoints.seals import hash_all, unchanged
 from mmdefense.checkpoints.weights import read_state
 from mmdefense.data.batch import Samples
-from mmdefense.errors import MMDefenseError, one_line
+from mmdefense.errors import BadInputError, MMDefenseError, one_line
 from mmdefense.findings import LEVELS, Finding, Rule, ScanRecord, worst_level
 from mmdefense.metrics.utility import check_utility
+from mmdefense.notes import note
+from mmdefense.pipeline.identity import scan_identity
 from mmdefense.pipeline.sources import AUTO, Source, usable_device
 from mmdefense.prepared import Prepared, prepare
 from mmdefense.protocol import TaskAdapter
-from mmdefense.report.encoding import plain
+from mmdefense.report.encoding import build, plain
 from mmdefense.report.terminal import shown
 from mmdefense.runtime.run import Event, Progress
 from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
@@ -30,6 +32,7 @@ from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, scan_files
 from mmdefense.scanning.weights import scan_weights
 from mmdefense.settings import check_seed
+from mmdefense.store import Store
 
 UNREAD = Rule(
     id="weights-unread",
@@ -62,6 +65,7 @@ def scan(
     seed: int = 0,
     progress: Progress | Literal["auto", False] | None = "auto",
     accept_low_utility: bool = False,
+    store: Store | None = None,
 ) -> ScanRecord:
     """Return what speaks against a model; no code that comes with it is run.
 
@@ -83,6 +87,7 @@ def scan(
         progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown on
             a terminal and in a notebook, and not at all with None or False.
         accept_low_utility: Whether to go on where the model is near chance on the data.
+        store: Of results: a scan of the same files is taken from it, and this one is kept in it.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
@@ -103,14 +108,26 @@ def scan(
     source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
     if isinstance(model, str | Path):
         model = _at_hand(model)
+    elif store is not None:
+        raise BadInputError("a store keeps scans of files, and this model is in memory")
     with unchanged(name, model), shown(progress) as display:
         if isinstance(model, Path):
-            files, findings = hash_all(model), scan_files(model)
+            files = hash_all(model)
+        identity = None if store is None else scan_identity(name, files, data, source, seed)
+        if store is not None and identity is not None and (entry := store.find(identity)):
+            note(f"nothing is computed: the scan of {entry.created[:19]} is in {store.folder}")
+            found: ScanRecord = build(ScanRecord, store.content(entry), f"scan {entry.name}")
+            return replace(found, model=name)
+        if isinstance(model, Path):
+            findings = scan_files(model)
         look = _Look(model, data, source, seed, display or (lambda _: None), findings)
         parts = [*(["files"] if files else []), *look.taken()]
-    return ScanRecord(
+    record = ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
     )
+    if store is not None and identity is not None:
+        store.put(identity, plain(record))
+    return record
 
 
 @dataclass

@@ -1,0 +1,176 @@
+"""What a result depends on: sources, reading options, settings, seed, device, libraries and code.
+
+One function serves both users: a run that is resumed must be that run, and a result is found in a
+store under all that determines it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mmdefense import registry
+from mmdefense.checkpoints.seals import hash_all
+from mmdefense.defenses.base import Defense
+from mmdefense.errors import BadInputError
+from mmdefense.pipeline.sources import Opened, Source
+from mmdefense.prepared import Prepared
+from mmdefense.protocol import traits
+from mmdefense.report.encoding import plain
+from mmdefense.store import Identity
+
+__all__ = ["code_version", "library_versions", "purification_parts", "scan_identity"]
+
+_ELSEWHERE = ("arguments", "catalogue", "cli", "cli_grid", "doctor", "evaluation", "store")
+"""Rooms of mmdefense that change no purification and no scan."""
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")
+
+
+def purification_parts(
+    source: Source, opened: Opened, prepared: Prepared[Any], defense: Defense
+) -> dict[str, Any]:
+    """Return all that the result of a purification depends on, as plain values by name.
+
+    Args:
+        source: Where model and data are, and how they are read.
+        opened: What was read.
+        prepared: The same, checked.
+        defense: With all its settings.
+    """
+    its = traits(opened.adapter)
+    return {
+        **{f"option {name}": value for name, value in plain(source.reading).items()},
+        "architecture": _architecture(source.arch),
+        "weights": plain(source.weights),
+        "split": source.split,
+        "adapter": type(opened.adapter).__name__,
+        "defense": type(defense).__name__,
+        **{f"setting {name}": value for name, value in plain(asdict(defense)).items()},
+        "task": opened.task.name,
+        "model": prepared.sha256,
+        "normalisation": plain([its.mean, its.std]),
+        "data": prepared.fingerprint,
+        "device": next(prepared.model.parameters()).device.type,
+        "mmdefense": code_version(*_ELSEWHERE),
+        "libraries": library_versions(),
+    }
+
+
+def scan_identity(
+    name: str, files: Mapping[str, str], data: Any, source: Mapping[str, Any], seed: int
+) -> Identity:
+    """Return all that a scan depends on.
+
+    Args:
+        name: What the user called the model.
+        files: SHA-256 of each file of the model.
+        data: Where the clean data is; none where there is none.
+        source: Further arguments of a :class:`~mmdefense.pipeline.sources.Source`.
+        seed: Of the search for triggers.
+
+    Raises:
+        BadInputError: If the content of the data cannot be told without the model.
+    """
+    return Identity(
+        "scan",
+        f"{name}, on {data}" if data is not None else name,
+        {
+            "files": dict(files),
+            "data": None if data is None else _content(data),
+            **plain({key: value for key, value in source.items() if key not in {"arch", "device"}}),
+            "architecture": _architecture(source["arch"]),
+            "device": str(source["device"]).partition(":")[0],
+            "seed": seed,
+            "mmdefense": code_version(*_ELSEWHERE),
+            "libraries": library_versions(),
+        },
+    )
+
+
+def _content(data: Any) -> dict[str, Any]:
+    """Return what tells the content of data at a path, or of a set that a task knows by name.
+
+    Raises:
+        BadInputError: If it is neither.
+    """
+    if Path(data).exists():
+        return hash_all(data)
+    tasks = [registry.load("tasks", name)() for name in registry.names("tasks")]
+    known = [task for task in tasks if str(data) in task.data()]
+    if not known:
+        raise BadInputError(
+            f"data {data} is neither at a path nor known by name, so a scan of it cannot be kept "
+            "in a store; leave --store out, or give a path"
+        )
+    return {task.name: task.load(data).in_memory().fingerprint() for task in known}
+
+
+def _architecture(arch: str | None) -> list[str]:
+    """Return the name of what builds a model, and a hash of the file or package that it is in."""
+    if arch is None:
+        return []
+    digest = hashlib.sha256()
+    for path in _files_of(arch):
+        digest.update(path.read_bytes())
+    return [arch, digest.hexdigest()]
+
+
+def _files_of(arch: str) -> list[Path]:
+    if ".py:" in arch:
+        path = Path(f"{arch.rpartition('.py:')[0]}.py")
+        return [path] if path.is_file() else []
+    package = arch.partition(":")[0].partition(".")[0]
+    spec = PathFinder.find_spec(package, [str(Path.cwd()), *sys.path])
+    if spec is None:
+        return []
+    folders = map(Path, spec.submodule_search_locations or ())
+    inside = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return inside or [path for path in [Path(str(spec.origin))] if path.is_file()]
+
+
+@cache
+def code_version(*without: str) -> str:
+    """Return a hash over the sources of mmdefense and of every registered plug-in.
+
+    Args:
+        without: Rooms of mmdefense that are left out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_sources(set(without))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(without: set[str]) -> Iterator[Path]:
+    for package in sorted({"mmdefense", *registry.packages()}):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            continue
+        if not spec.submodule_search_locations:  # a plug-in of one file
+            yield Path(str(spec.origin))
+        for folder in map(Path, spec.submodule_search_locations or ()):
+            for path in folder.rglob("*.py"):
+                room = path.relative_to(folder).parts[0].removesuffix(".py")
+                if package != "mmdefense" or room not in without:
+                    yield path
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that results depend on."""
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
