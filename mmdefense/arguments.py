@@ -62,28 +62,28 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="DATA",
-        help="Samples as the task reads them: a folder per class of images, clips or clouds, COCO, "
-        "VOC, texts, an archive, a data set id, or a name of `list data`.",
+        help="Samples in a form the task reads: a folder per class of images, clips or "
+        "clouds, COCO, VOC, texts, an archive, a data set id, or a name from `list data`.",
         callback=_not_empty,
     ),
 ]
 Task = Annotated[
-    str, typer.Option(help="A name of `list tasks`; auto takes the one that the model is of.")
+    str, typer.Option(help="The task, from `list tasks`; auto infers it from the model.")
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:CALLABLE",
-        help="Builds the model of a state dict, for example 'my_net:Net', 'nets/my_net.py:Net' or "
-        "'my_net:Net(width=8)'.",
+        help="What builds the model that a state dict belongs to, for example 'my_net:Net', "
+        "'nets/my_net.py:Net' or 'my_net:Net(width=8)'.",
     ),
 ]
 Weights = Annotated[
     str | None,
     typer.Option(
         metavar="KEY",
-        help="Where in a training checkpoint the weights are, such as state_dict_ema; needed where "
-        "more than one set of them fits.",
+        help="Which weights in a training checkpoint, such as state_dict_ema; needed if more "
+        "than one set fits.",
     ),
 ]
 Settings = Annotated[
@@ -91,27 +91,28 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A setting; may be given more than once. `list defenses NAME` shows them.",
+        help="A setting; repeat for more. `list defenses NAME` shows them.",
     ),
 ]
 Numbers = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="What inputs are normalised by, per channel.")
+    str | None, typer.Option(metavar="R,G,B", help="Per-channel normalisation of the inputs.")
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(
-        min=1, metavar="PIXELS", help="Side of the square that images or frames are resized to."
-    ),
+    typer.Option(min=1, metavar="PIXELS", help="Resize images or frames to a square of this side."),
 ]
 Channels = Annotated[
     int | None,
-    typer.Option(min=1, help="Of images or frames; by default as the model or the data says."),
+    typer.Option(
+        min=1, help="Channels of the images or frames; by default as in the model or the data."
+    ),
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The model's class names in order, where it names none itself: one a line, or JSON.",
+        help="The model's class names in label order, if the model has none: one per line, or "
+        "JSON.",
     ),
 ]
 Reading = Annotated[
@@ -119,8 +120,8 @@ Reading = Annotated[
     typer.Option(
         "--read",
         metavar="KEY=VALUE",
-        help="Anything else about how data is read, such as frames=16, points=512, pair=en,de or "
-        "max_length=64; may be given more than once.",
+        help="Any other reading option, such as frames=16, points=512, pair=en,de or "
+        "max_length=64; repeat for more.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="For example cpu, cuda or cuda:1.")]
@@ -128,7 +129,7 @@ AcceptLowUtility = Annotated[
     bool,
     typer.Option(
         "--accept-low-utility",
-        help="Go on where the model does not work on the data as it was read.",
+        help="Continue even if the model performs too poorly on this data to be measured.",
     ),
 ]
 KeptIn = Annotated[
@@ -144,10 +145,10 @@ AcceptFindings = Annotated[
     bool,
     typer.Option(
         "--accept-findings",
-        help="Go on where the scan of the model's files has findings of high level.",
+        help="Continue even if the scan of the model's files has high-level findings.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Makes the result reproducible.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 def reading_options(
@@ -177,7 +178,7 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         numbers = None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
         raise BadInputError(
-            f"{option} must be numbers with commas between, such as 0.5,0.5,0.5, got {text!r}"
+            f"{option} must be comma-separated numbers, such as 0.5,0.5,0.5, got {text!r}"
         ) from None
     return numbers
 
@@ -192,7 +193,7 @@ def duration(text: str | None) -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if found is None:
-        raise BadInputError(f"--max-time must be such as 90s, 30m or 2h, got {text!r}")
+        raise BadInputError(f"--max-time must be a duration such as 90s, 30m or 2h, got {text!r}")
     seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
     if not 0 < seconds < _YEAR:
         raise BadInputError(f"--max-time must be more than 0 and less than a year, got {text!r}")

@@ -85,7 +85,7 @@ def details(kind: str, name: str) -> tuple[str, str, list[Setting]]:
         if name not in held:
             near = difflib.get_close_matches(name, held, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(held)}"
-            raise BadInputError(f"unknown name {name!r} of {kind}; {hint}")
+            raise BadInputError(f"unknown name {name!r} in {kind}; {hint}")
         return held[name], "", []
     found = registry.load(kind, name)  # type: ignore[arg-type]
     return _plain(_body(found)), _OPTIONS[kind], settings(found)

@@ -108,7 +108,7 @@ def match(own: Sequence[str], model: Sequence[str], where: object = "the data") 
         if label in first:
             raise BadInputError(
                 f"classes {first[label]!r} and {name!r} of {where} are both the model's class "
-                f"{label}; put them into one"
+                f"{label}; merge them"
             )
         first[label] = name
     return [label for label in labels if label is not None]
@@ -145,9 +145,9 @@ def _label(name: str, tables: Sequence[dict[str, set[int]]]) -> int | None:
         labels = sorted(table.get(form, ()))
         if len(labels) > 1:
             raise BadInputError(
-                f"class {name!r} may be any of the model's classes {', '.join(map(str, labels))}; "
-                "name the classes of the data by these numbers, or all of the model's classes: "
-                "--classes FILE"
+                f"class {name!r} matches several of the model's classes "
+                f"({', '.join(map(str, labels))}); name the classes of the data by these "
+                "numbers, or give all of the model's class names: --classes FILE"
             )
         if labels:
             return labels[0]

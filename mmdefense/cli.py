@@ -94,7 +94,11 @@ def main() -> None:
     except Exception as error:  # a fault of ours: still one line, and the way to the rest
         kind = type(error).__name__
         kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        _fail(f"internal error: {kind}: {one_line(error)}; mmdefense --debug shows where{kept}", 70)
+        _fail(
+            f"internal error: {kind}: {one_line(error)}; rerun with mmdefense --debug for "
+            f"the traceback{kept}",
+            70,
+        )
 
 
 def _fail(message: object, code: int) -> NoReturn:
@@ -114,7 +118,7 @@ def _refuse_usage(error: typer.BadParameter) -> NoReturn:
         sys.exit(2)
     if error.ctx is not None:
         command = error.ctx.command_path
-    _fail(f"{said[:1].lower()}{said[1:].rstrip('.')}; {command} --help shows what it takes", 2)
+    _fail(f"{said[:1].lower()}{said[1:].rstrip('.')}; see {command} --help", 2)
 
 
 def _say_version(asked: bool) -> None:
@@ -128,7 +132,9 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and exit."),
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     if debug:
@@ -140,9 +146,9 @@ def purify(
     context: typer.Context,
     model: Model,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
     defense: Annotated[
-        str, typer.Option(help="A name of `list defenses`; auto tries several.")
+        str, typer.Option(help="A defense, from `list defenses`; auto tries several.")
     ] = "fip",
     task: Task = "auto",
     arch: Arch = None,
@@ -150,18 +156,21 @@ def purify(
     settings: Settings = None,
     seed: Seed = 0,
     max_utility_drop: Annotated[
-        float, typer.Option(help="Largest drop of the task metric on held-out data.")
+        float, typer.Option(help="Largest allowed drop of the task metric on held-out data.")
     ] = 0.02,
     max_time: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="End by then with the best state so far: 90s, 30m, 2h."),
+        typer.Option(
+            metavar="TIME",
+            help="Time limit, such as 90s, 30m or 2h; the best model so far is kept.",
+        ),
     ] = None,
     evidence: Annotated[
         str,
         typer.Option(
             metavar="LEVEL",
-            help="none; fast, at most 15 % of the purification's time; or full. What is left out "
-            "is said.",
+            help="Evidence to compute: none; fast, at most 15 % of the purification's time; "
+            "or full. The output says what was left out.",
         ),
     ] = "fast",
     mean: Numbers = None,
@@ -173,7 +182,7 @@ def purify(
     device: Device = "cpu",
     accept_low_utility: AcceptLowUtility = False,
     accept_findings: AcceptFindings = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run cut off.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     accelerate: Annotated[
         bool,
@@ -188,7 +197,7 @@ def purify(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and how long it would take.")
+        bool, typer.Option("--dry-run", help="Show what would be done and how long it would take.")
     ] = False,
     store: KeptIn = None,
     push_to_hub: Annotated[
@@ -246,15 +255,16 @@ def purify(
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
-        way_on = f"what was done is kept in {kept}: go on with the same command and --resume"
+        way_on = f"progress is saved in {kept}; rerun the same command with --resume"
         say(
-            f"mmdefense: interrupted; {way_on if kept.exists() else 'nothing was done yet'}",
+            "mmdefense: interrupted; "
+            f"{way_on if kept.exists() else 'there is no progress to keep'}",
             err=True,
         )
         raise typer.Exit(130) from None
     _say_what_was_done(purified, out)
     if partial_folder(out).exists():
-        say("to go on, repeat the command with more time, --resume and --force")
+        say("to continue, rerun the command with more time, --resume and --force")
     finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:
         say("not pushed to the hub" if finding else f"pushed to {target.upload(out)}")
@@ -268,20 +278,21 @@ def evaluate(
     task: Task = "auto",
     arch: Arch = None,
     weights: Weights = None,
-    split: Annotated[str, typer.Option(help="train or test, where the data is split.")] = "test",
-    attack: Annotated[str | None, typer.Option(help="A name of `list attacks`.")] = None,
+    split: Annotated[str, typer.Option(help="train or test, if the data is split.")] = "test",
+    attack: Annotated[str | None, typer.Option(help="An attack, from `list attacks`.")] = None,
     trigger: Annotated[
         Path | None,
         typer.Option(
-            help="A picture whose alpha says where, or an npz with pattern and mask; with an "
-            "--attack that learns its trigger, a safetensors file of what it has learnt."
+            help="An image whose alpha channel is the mask, or an npz with pattern and mask; "
+            "for an --attack that learns its trigger, a safetensors file with the learnt "
+            "trigger."
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            help="What the attacker wants, by default as the attack has it: a class by its number "
-            "or name, or a text."
+            help="The attacker's target: a class, by number or name, or a text. Default: the "
+            "attack's own."
         ),
     ] = None,
     settings: Settings = None,
@@ -294,14 +305,14 @@ def evaluate(
     device: Device = "cpu",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write what was measured as JSON."),
+        typer.Option("--out", "-o", metavar="FILE", help="Write the measurements as JSON."),
     ] = None,
     record: Annotated[
         Path | None,
         typer.Option(
             metavar="OUT",
-            help="An output of purify whose given or purified model this is: its record and page "
-            "get what was measured.",
+            help="An output of purify that holds this model, given or purified; the "
+            "measurements are added to its record and page.",
         ),
     ] = None,
     accept_low_utility: AcceptLowUtility = False,
@@ -348,7 +359,8 @@ def scan(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Clean samples, for a look at the behaviour; as purify reads them."
+            metavar="DATA",
+            help="Clean samples for the behaviour scan, in the same forms as for purify.",
         ),
     ] = None,
     task: Task = "auto",
@@ -356,7 +368,8 @@ def scan(
     weights: Weights = None,
     format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
     fail_on: Annotated[
-        str, typer.Option(help="low, medium or high: a finding as strong as this is exit 1.")
+        str,
+        typer.Option(help="Exit with 1 on a finding of this level or above: low, medium or high."),
     ] = "high",
     seed: Seed = 0,
     mean: Numbers = None,
@@ -406,12 +419,12 @@ def scan(
 @app.command()
 def report(
     outs: Annotated[
-        list[Path], typer.Argument(metavar="OUT...", help="A folder that purify made, or several.")
+        list[Path], typer.Argument(metavar="OUT...", help="One or more outputs of purify.")
     ],
     page: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="PAGE", help="The HTML file; by default that of the one OUT."
+            "--out", "-o", metavar="PAGE", help="The HTML file. Default: the page of the one OUT."
         ),
     ] = None,
 ) -> None:
@@ -423,7 +436,7 @@ def report(
     if len(outs) == 1:
         page = rebuild(outs[0], page)
     elif page is None:
-        raise BadInputError("to compare several outputs, say where to: -o PAGE")
+        raise BadInputError("comparing several outputs needs a file to write: -o PAGE")
     else:
         compare(outs, page)
     for fault in faults:
@@ -442,14 +455,14 @@ def list_(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One of them, with its settings.")
+        str | None, typer.Argument(metavar="[NAME]", help="Show one of them with its settings.")
     ] = None,
 ) -> None:
     """List what is known by name, plug-ins included, or the settings of one of them."""
     from mmdefense.catalogue import KINDS, details, known
 
     if kind not in {None, *KINDS}:
-        raise BadInputError(f"what is listed must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise BadInputError(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind is not None and name is not None:
         about, option, settings = details(kind, name)
         say(about)
@@ -479,8 +492,8 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
-    task: Annotated[str, typer.Option(help="A name of `list tasks`.")] = "image-classification",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
+    task: Annotated[str, typer.Option(help="A task, from `list tasks`.")] = "image-classification",
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
 ) -> None:

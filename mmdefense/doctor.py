@@ -56,5 +56,7 @@ def _data_folder() -> Finding:
     if not folder:
         return Finding("MMDEFENSE_DATA", "not set (optional)")
     if not Path(folder).is_dir():
-        return Finding("MMDEFENSE_DATA", f"{folder} is no folder", "set it to one, or unset it")
+        return Finding(
+            "MMDEFENSE_DATA", f"{folder} is not a folder", "set it to a folder, or unset it"
+        )
     return Finding("MMDEFENSE_DATA", folder)

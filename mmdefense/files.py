@@ -31,7 +31,9 @@ def plain_file(path: Path) -> Path:
     except (OSError, ValueError) as error:
         raise BadInputError(f"file {str(path)!r:.300} cannot be read: {one_line(error)}") from error
     if not is_file:
-        fault = "is no file (a folder, a pipe or a device)" if exists else "does not exist"
+        fault = (
+            ("is not a regular file (but a folder, pipe or device)") if exists else "does not exist"
+        )
         raise BadInputError(f"file {path} cannot be read: it {fault}")
     return path
 
@@ -45,7 +47,7 @@ def open_plain(path: Path) -> BufferedReader:
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
-        raise OSError(errno.EINVAL, "no plain file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(opened, "rb")
 
 
@@ -65,7 +67,9 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     except OSError as error:
         raise BadInputError(f"file {path} cannot be read: {error.strerror or error}") from error
     if len(content) > most:
-        raise BadInputError(f"file {path} must have at most {most} bytes to be read at once")
+        raise BadInputError(
+            f"file {path} is too large to read at once: it must have at most {most} bytes"
+        )
     return content
 
 

@@ -98,7 +98,7 @@ def missing(what: str, error: ImportError, *packages: str) -> UnsupportedError:
     """Return the error for a library that is not installed; see :func:`needed`."""
     names = packages or _unfound(error)
     if not names:  # it is there, and fails to load: a system library is missing, or a symbol
-        return UnsupportedError(f"{what} needs a library that cannot be loaded: {one_line(error)}")
+        return UnsupportedError(f"{what} needs a library that fails to load: {one_line(error)}")
     word = "package" if len(names) == 1 else "packages"
     listed = " and ".join(repr(name) for name in names)
     found = "which is not installed" if len(names) == 1 else "which are not all installed"
@@ -125,7 +125,7 @@ def how_to_install(*names: str) -> str:
     """
     known = [p for p in optional_packages() if {p.name, p.module} & set(names)]
     if len(known) < len(set(names)):
-        return f"install what brings {' and '.join(names)}"
+        return f"install the package that provides {' and '.join(names)}"
     pip = "uv pip install" if _metadata("INSTALLER").strip() == "uv" else "pip install"
     shared = [extra for extra in known[0].extras if all(extra in p.extras for p in known)]
     checkout = _checkout()

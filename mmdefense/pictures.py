@@ -55,6 +55,4 @@ def check_size(width: int, height: int) -> None:
         ValueError: Telling the size.
     """
     if not 0 < width * height <= MOST_PIXELS:
-        raise ValueError(
-            f"it has {width}x{height} pixels, and must have at least one and at most {MOST_PIXELS}"
-        )
+        raise ValueError(f"it has {width}x{height} pixels; the limits are 1 and {MOST_PIXELS}")

@@ -234,7 +234,7 @@ def _raised(kind: str, text: str, trace: str) -> Exception:
 
 def _beyond(what: str, how: str, variable: str, most: float) -> BeyondBoundsError:
     return BeyondBoundsError(
-        f"{what} {how}: refused; where you trust it, raise the bound with "
+        f"{what} {how} and was refused; if you trust it, raise the limit with "
         f"{variable}={max(1, 10 * round(most))}"
     )
 
@@ -247,7 +247,7 @@ def _too_long(what: str, size: int) -> BeyondBoundsError:
 def _full(what: str, size: int) -> BeyondBoundsError:
     most = _most_bytes(size) / 2**30
     if not most:
-        return BeyondBoundsError(f"{what} took more memory than there is: refused")
+        return BeyondBoundsError(f"{what} needs more memory than is available: refused")
     return _beyond(what, f"took more than {most:.1f} GiB of memory", _GIB_NAME, most)
 
 
@@ -256,7 +256,7 @@ def _crashed(child: int, what: str, size: int) -> BeyondBoundsError:
     _, status = os.waitpid(child, 0)
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGKILL:
-        return BeyondBoundsError(f"{what} was ended by the system, for want of memory: refused")
+        return BeyondBoundsError(f"{what} was killed, probably for lack of memory: refused")
     if number == signal.SIGXCPU:
         return _too_long(what, size)
     how = signal.Signals(number).name if number else f"exit {os.waitstatus_to_exitcode(status)}"
@@ -292,7 +292,7 @@ def _from_environment(name: str, otherwise: float) -> float:
             raise ValueError(text)
     except ValueError:
         raise BadInputError(
-            f"{name} must be a number from 0, which lifts the bound, to 1e9, got {text!r:.60}"
+            f"{name} must be a number from 0 (no limit) to 1e9, got {text!r:.60}"
         ) from None
     return value
 
@@ -305,7 +305,7 @@ def _live(
     def send(kind: str, message: Any) -> None:
         content = json.dumps([kind, message]).encode()
         if len(content) > MAX_MESSAGE:
-            raise BeyondBoundsError(f"{what} gave {len(content)} bytes to tell of: refused")
+            raise BeyondBoundsError(f"{what} returned a message of {len(content)} bytes: refused")
         sending.send_bytes(content)
 
     try:
@@ -370,7 +370,7 @@ def _stay_at_home(network: Network) -> None:
 
     def refuse(event: str, _: Any) -> None:
         if _state["shut"] and (event in _ABROAD or event in _STARTS):
-            raise PermissionError(f"{event} is refused while untrusted files are read")
+            raise PermissionError(f"{event} is not allowed while untrusted files are read")
 
     sys.addaudithook(refuse)
 

@@ -144,7 +144,11 @@ def _keeps(value: Any, bound: Any) -> bool:
 
 def _in_words(bound: Any) -> str:
     if isinstance(bound, MinLen):
-        return "must not be empty" if bound.min_length == 1 else f"must hold {bound.min_length}"
+        return (
+            "must not be empty"
+            if bound.min_length == 1
+            else (f"must have at least {bound.min_length} items")
+        )
     low = getattr(bound, "gt", None) if getattr(bound, "ge", None) is None else bound.ge
     high = getattr(bound, "lt", None) if getattr(bound, "le", None) is None else bound.le
     opened = "(" if getattr(bound, "ge", None) is None else "["
@@ -170,7 +174,7 @@ def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in known:
             raise BadInputError(
-                f"{kind.__name__} has no setting {name!r}; known are {', '.join(sorted(known))}"
+                f"{kind.__name__} has no setting {name!r}; choose from {', '.join(sorted(known))}"
             )
         checked[name] = checked_value(name, value, hints[name], kind.__name__)
     return checked
@@ -195,7 +199,7 @@ def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
 
 def _needed(value: Any, hint: Any) -> str:
     """Return what a value must be, and what was given."""
-    beyond = ", finite and of 64 bits" if _is_beyond(value) else ""
+    beyond = " that is finite and fits in 64 bits" if _is_beyond(value) else ""
     return f"{described_type(hint)}{beyond}, got {value!r:.80}"
 
 
@@ -242,6 +246,6 @@ def described_type(hint: Any) -> str:
         return " or ".join(repr(option) for option in get_args(hint))
     if get_origin(hint) in {tuple, Sequence}:
         kinds = [described_type(inner) for inner in get_args(hint) if inner is not ...]
-        return f"a row ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
+        return f"a list ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return words.get(hint, "None" if hint is types.NoneType else str(hint))

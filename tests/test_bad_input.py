@@ -289,6 +289,6 @@ def test_a_run_that_another_process_has_begun_is_left_alone(place, mmdefense):
 
     for force in ((), ("--force",)):
         with reserved(place.out):
-            refused(mmdefense(*place.purify(*force)), "another run is making", str(place.out))
+            refused(mmdefense(*place.purify(*force)), "another run is writing", str(place.out))
     assert place.files() == []
     assert mmdefense(*place.purify()).code == 0

@@ -206,7 +206,7 @@ def test_an_interrupt_before_anything_is_kept_leaves_nothing(place, mmdefense, m
     monkeypatch.setattr("mmdefense.defenses.fine_tuning.train", interrupt)
     outcome = mmdefense(*place.purify())
     assert outcome.code == 130
-    assert "nothing was done yet" in outcome.err
+    assert "there is no progress to keep" in outcome.err
     assert place.files() == []
 
 
@@ -322,7 +322,7 @@ def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch)
     assert "missing; pip install 'transformers>=5.4'" in said
     assert "missing; pip install 'torchvision>=0.26'" in said
     assert "mmdefense[" not in said  # that name on an index is nobody's
-    assert "/nowhere is no folder" in said
+    assert "/nowhere is not a folder" in said
     assert "torch" in said
 
 

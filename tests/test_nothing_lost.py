@@ -213,7 +213,7 @@ def test_a_model_that_is_a_pipe(place, mmdefense):
     os.mkfifo(place.folder / "a.pt")
     for more in ((), ("--accept-findings",)):
         outcome = mmdefense(*place.purify(*more, model=place.folder / "a.pt"))
-        refused(outcome, "a.pt", "no plain file")
+        refused(outcome, "a.pt", "not a regular file")
 
 
 # Where states are kept, only what a run has made is touched.

@@ -103,7 +103,7 @@ def test_the_seed_decides_the_result(net, clean):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"factr": 1.0}, "Shrink has no setting 'factr'; known are factor, holdout, "),
+        ({"factr": 1.0}, "Shrink has no setting 'factr'; choose from factor, holdout, "),
         ({"factor": "half"}, "factor of Shrink must be a number, got 'half'"),
         ({"factor": True}, "factor of Shrink must be a number, got True"),
         ({"seed": 1.5}, "seed of Shrink must be a whole number, got 1.5"),
@@ -207,7 +207,7 @@ def test_save_refuses_what_exists_and_leaves_it(net, clean, tmp_path):
     purified = mmd.purify(net, clean, Shrink())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("mine")
-    with pytest.raises(mmd.BadInputError, match="must be new"):
+    with pytest.raises(mmd.BadInputError, match="already exists"):
         purified.save(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
 

@@ -51,7 +51,7 @@ def build_architecture(arch: str) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):
         raise BadInputError(
-            f"arch {arch!r} must give a torch.nn.Module, got {type(model).__name__}"
+            f"arch {arch!r} must return a torch.nn.Module, got {type(model).__name__}"
         )
     return model
 
@@ -71,8 +71,8 @@ def _parse_call(arch: str, call: str) -> tuple[list[str], list[Any], dict[str, A
             raise ValueError(call)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise BadInputError(
-            "arch must be module:callable or path/file.py:callable, each also with arguments, as "
-            f"in my_net:Net(width=8), got {arch!r}"
+            "arch must be module:callable or path/file.py:callable, optionally with arguments, "
+            f"as in my_net:Net(width=8), got {arch!r}"
         ) from error
     return path, args, named
 
@@ -109,7 +109,7 @@ def _without_module(arch: str, module: str, error: ModuleNotFoundError) -> Excep
         return missing(f"arch {arch!r}", error)
     return BadInputError(
         f"arch {arch!r} names the module {module!r}, which is neither in the current directory "
-        "nor installed; a file elsewhere is given as path/file.py:Net"
+        "nor installed; for a file elsewhere give path/file.py:Net"
     )
 
 

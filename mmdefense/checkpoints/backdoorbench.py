@@ -66,7 +66,7 @@ class Result:
             options.append(f"--mean {mean} --std {std}")
         if not options:
             return about
-        return f"{about}; BackdoorBench trains it on what is read with {' '.join(options)}"
+        return f"{about}; to read data as BackdoorBench does, give {' '.join(options)}"
 
 
 def result_in(held: Any) -> Result | None:

@@ -161,14 +161,14 @@ _READER: _Wanted = (
     lambda value: _is_text(value, _READERS),
     "a class of tokenizers, processors or feature extractors",
 )
-_MODULES: _Wanted = (_are(_is_module), "names of modules")
+_MODULES: _Wanted = (_are(_is_module), "module names")
 _TARGETS: _Wanted = (
     lambda value: _are(_is_module)(value) or (isinstance(value, str) and len(value) <= 2000),
-    "names of modules, or a pattern of at most 2000 characters",
+    "module names, or a pattern of at most 2000 characters",
 )
 _START: _Wanted = (
     lambda value: isinstance(value, bool) or _one_of("gaussian", "orthogonal")(value),
-    "true, false, gaussian or orthogonal, for other starts change the base or compute long",
+    "true, false, gaussian or orthogonal (other initialisations change the base or are slow)",
 )
 
 ADAPTER: Mapping[str, _Wanted] = {
@@ -183,13 +183,13 @@ ADAPTER: Mapping[str, _Wanted] = {
     "feedforward_modules": _TARGETS,
     "modules_to_save": _MODULES,
     "target_parameters": _MODULES,
-    "layers_to_transform": (lambda v: _is_whole(v) or _are(_is_whole)(v), "numbers of layers"),
-    "layers_pattern": (lambda v: _is_module(v) or _are(_is_module)(v), "names of modules"),
+    "layers_to_transform": (lambda v: _is_whole(v) or _are(_is_whole)(v), "layer indices"),
+    "layers_pattern": (lambda v: _is_module(v) or _are(_is_module)(v), "module names"),
     "rank_pattern": (
         _by_pattern(lambda v: _is_whole(v) or _are(lambda one: isinstance(one, bool))(v)),
-        "ranks by names of modules",
+        "a map of module names to ranks",
     ),
-    "alpha_pattern": (_by_pattern(_is_number), "numbers by names of modules"),
+    "alpha_pattern": (_by_pattern(_is_number), "a map of module names to numbers"),
     "init_lora_weights": _START,
     "init_ia3_weights": _FLAG,
     "init_weights": _FLAG,
@@ -212,7 +212,7 @@ _SAID = {
             and str(v.get("parent_library")).startswith("transformers.")
             and _is_module(v.get("parent_library"))
         ),
-        "a class of transformers",
+        "a class of the transformers library",
     ),
 }
 """Fields of an adapter that are read here, and not handed on."""
@@ -253,7 +253,7 @@ def content_faults(name: str, content: Any, folder: Path | None) -> list[Fault]:
     if form is None:
         return []
     if not isinstance(content, Mapping):
-        return [_form(f"{name} must hold settings by name, got {type(content).__name__}")]
+        return [_form(f"{name} must be a JSON object, got {type(content).__name__}")]
     return [Fault(fault.kind, f"{name}: {fault.text}") for fault in form(content, folder)]
 
 
@@ -280,13 +280,13 @@ def _model_faults(content: Mapping[str, Any], folder: Path | None) -> Iterator[F
 def _labels_faults(content: Mapping[str, Any]) -> Iterator[Fault]:
     kinds = {
         "model_type": _WORD,
-        "architectures": (_are(lambda one: _is_text(one, _NAME)), "names of classes"),
-        "id2label": (_is_label_map, "names of classes by their numbers"),
+        "architectures": (_are(lambda one: _is_text(one, _NAME)), "class names"),
+        "id2label": (_is_label_map, "a map of labels to class names"),
         "label2id": (
             lambda v: isinstance(v, Mapping) and all(map(_is_label, v.values())),
-            "numbers of classes by name",
+            "a map of class names to labels",
         ),
-        "label_names": (_are(lambda one: isinstance(one, str)), "names of classes"),
+        "label_names": (_are(lambda one: isinstance(one, str)), "class names"),
     }
     for name, (is_sound, wanted) in kinds.items():
         value = content.get(name)
@@ -357,39 +357,39 @@ def _is_source(value: Any) -> bool:
 
 
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("dtype", "torch_dtype"), (_is_dtype, "which is no dtype")),
+    **dict.fromkeys(("dtype", "torch_dtype"), (_is_dtype, "which is not a dtype")),
     **dict.fromkeys(
         ("architecture", "backbone"),
-        (_is_source, "which leads to a repository or a file, and is no name"),
+        (_is_source, "which points to a repository or a file and is not a name"),
     ),
     "transformers_weights": (
         is_empty,
-        "which has Transformers load other weights than are read here",
+        "which makes Transformers load other weights than those checked here",
     ),
 }
 
 
 def _timm_faults(value: Any, where: str) -> Iterator[Fault]:
     if not isinstance(value, Mapping):
-        yield _wrong(where, value, "arguments by name")
+        yield _wrong(where, value, "a map of argument names to values")
         return
     for name, item in value.items():
         if name == "pretrained_cfg":
             yield from _origin_faults(item, f"{where}.{name}")
         elif name not in TIMM and not is_empty(item):
-            yield _loader(f"{where}.{name}", item, "which is no argument that shapes a network")
+            yield _loader(f"{where}.{name}", item, "which is not an argument that shapes a network")
         elif not _is_plain(item):
             yield _wrong(f"{where}.{name}", item, "numbers and names")
 
 
 def _origin_faults(value: Any, where: str) -> Iterator[Fault]:
     if not isinstance(value, Mapping):
-        yield _loader(where, value, "which would be looked up as a source of weights")
+        yield _loader(where, value, "which would be used as a source of weights")
         return
     for name, item in value.items():
         is_source = name not in TIMM_DATA or name in {"custom_load", "source"}
         if is_source and not is_empty(item):
-            yield _loader(f"{where}.{name}", item, "which says where weights would be loaded from")
+            yield _loader(f"{where}.{name}", item, "which sets where weights are loaded from")
         elif name in _PROCESSOR and item is not None and not _PROCESSOR[name][0](item):
             yield _wrong(f"{where}.{name}", item, _PROCESSOR[name][1])
 
@@ -398,9 +398,9 @@ def _count_faults(name: str, value: Any, layers: int, where: str) -> Iterator[Fa
     whole = [one for one in _flat(value) if _is_number(one)]
     if _LAYERS.fullmatch(name) and sum(whole) > layers:
         text = f"{where} asks for {sum(whole)} layers, more than {layers}"
-        yield Fault("size", f"{text} and than tensors are stored")
+        yield Fault("size", f"{text} and more than the stored tensors allow")
     elif any(isinstance(one, int) and abs(one) > 1 << 53 for one in _flat(value)):
-        yield Fault("size", f"{where} holds a number that no model has")
+        yield Fault("size", f"{where} is larger than in any real model")
     elif _COUNTED.fullmatch(name) and isinstance(value, str):
         yield _wrong(where, value, "a number")
 
@@ -432,7 +432,7 @@ def _adapter_faults(content: Mapping[str, Any], folder: Path | None) -> Iterator
             continue
         is_sound, wanted = ADAPTER.get(name) or _SAID.get(name) or (None, "")
         if is_sound is None:
-            yield _loader(name, value, "which is not handed to peft")
+            yield _loader(name, value, "which is not passed to peft")
         elif not is_sound(value):
             kind = "loader" if name in {"auto_mapping", "init_lora_weights"} else "form"
             yield Fault(kind, _wrong(name, value, wanted).text)  # type: ignore[arg-type]
@@ -442,8 +442,10 @@ def _adapter_faults(content: Mapping[str, Any], folder: Path | None) -> Iterator
 
 def _pattern_faults(name: str, pattern: str) -> Iterator[Fault]:
     if found := _REPEATED_TWICE.search(pattern):
-        text = f"{name} repeats what repeats or alternates, {found[0][:80]!r}"
-        yield Fault("size", f"{text}, which may take for ever to match; name the modules in a list")
+        text = f"{name} has nested repetition, {found[0][:80]!r}"
+        yield Fault(
+            "size", f"{text}, which may take forever to match; list the module names instead"
+        )
         return
     try:
         list(matching(pattern, ["a" * 64, "model.layers.0.self_attn.q_proj" + ".a" * 16]))
@@ -469,11 +471,13 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         ]
     except TimeoutError:
         raise BadInputError(
-            f"the pattern {pattern[:80]!r} takes more than {MATCHING:g} s to match names of "
-            "modules; name them in a list"
+            f"the pattern {pattern[:80]!r} takes more than {MATCHING:g} s to match module names; "
+            "list them instead"
         ) from None
     except (regex.error, RecursionError, OverflowError) as error:
-        raise BadInputError(f"the pattern {pattern[:80]!r} is none: {error}") from error
+        raise BadInputError(
+            f"the pattern {pattern[:80]!r} is not a regular expression: {error}"
+        ) from error
 
 
 # --- processors, tokenizers and generation
@@ -483,7 +487,7 @@ def _plain_faults(content: Mapping[str, Any], _: Path | None) -> Iterator[Fault]
     for name, value in content.items():
         is_token = name.endswith(("_token_id", "_token_ids")) and not is_empty(value)
         if is_token and not (_is_number(value) or _are(_is_number)(value)):
-            yield _wrong(name, value, "numbers of tokens")
+            yield _wrong(name, value, "token ids")
 
 
 _SIDES = ("size", "crop_size", "pad_size", "max_image_size", "input_size", "test_input_size")
@@ -502,7 +506,10 @@ _PROCESSOR: Mapping[str, _Wanted] = {
     **dict.fromkeys(_SIDES, _PIXELS),
     **dict.fromkeys(
         ("image_mean", "image_std", "mean", "std"),
-        (lambda v: _is_number(v) or (_are(_is_number)(v) and len(v) <= 64), "numbers by channel"),
+        (
+            lambda v: _is_number(v) or (_are(_is_number)(v) and len(v) <= 64),
+            "one number per channel",
+        ),
     ),
     **dict.fromkeys(("rescale_factor", "resample", "size_divisor"), _NUMBER),
     **dict.fromkeys(
@@ -528,7 +535,7 @@ def _processor_faults(content: Mapping[str, Any], _: Path | None) -> Iterator[Fa
         elif is_sound is not None and not is_sound(value):
             yield _wrong(name, value, wanted)
         elif _FILE.fullmatch(name) and not is_empty(value):
-            yield _loader(name, value, "which leads to a file")
+            yield _loader(name, value, "which points to a file")
 
 
 def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterator[Fault]:
@@ -537,7 +544,7 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
             continue
         if _FILE.fullmatch(name):
             if _is_elsewhere(str(value)):
-                yield _loader(name, value, "which leads to a file elsewhere")
+                yield _loader(name, value, "which points to a file outside the folder")
         elif name in {"tokenizer_class", "processor_class"} and not _READER[0](value):
             yield _wrong(name, value, _READER[1])
         elif name == "model_max_length" and not isinstance(value, int | float):
@@ -545,7 +552,7 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
         elif name == "extra_ids" and not (_is_whole(value) and value < MOST_TOKENS):
             yield Fault("size", f"{name} = {value!r:.80} must be below {MOST_TOKENS}")
         elif name == "sp_model_kwargs" and "model_file" in value:
-            yield _loader(name, value, "which leads to a file")
+            yield _loader(name, value, "which points to a file")
         elif re.fullmatch(r"(bos|eos|unk|sep|pad|cls|mask)_token", name) and not _is_token(value):
             yield _wrong(name, value, "a token")
 

@@ -167,7 +167,7 @@ def safetensors_faults(path: Path) -> list[Fault]:
                 return [_header(f"its header of {length} bytes exceeds {MAX_HEADER}")]
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        return [_header(f"its header is no plain JSON object: {one_line(error)}")]
+        return [_header(f"its header is not a plain JSON object: {one_line(error)}")]
     if not isinstance(header, dict):
         return [_header(f"its header must be a JSON object, got {type(header).__name__}")]
     return list(_header_faults(header, size - 8 - length))
@@ -177,7 +177,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(pairs)
     if len(named) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {name!r} stands there {count} times")
+        raise ValueError(f"the name {name!r} occurs {count} times")
     return named
 
 
@@ -218,7 +218,7 @@ def _entry_fault(name: str, entry: Any, size: int) -> Fault | None:
         return _header(f"tensor {name!r} has {len(shape)} axes, more than {MAX_AXES}")
     begin, end = offsets
     if not begin <= end <= size:
-        return _header(f"tensor {name!r} lies at {begin}..{end} of {size} bytes")
+        return _header(f"tensor {name!r} lies at {begin}..{end}, outside the {size} bytes of data")
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         return _header(
             f"tensor {name!r} of shape {shape!r:.60} and {dtype} has {end - begin} bytes"
@@ -238,7 +238,7 @@ def _span_faults(spans: list[tuple[int, int, str]], size: int) -> Iterator[Fault
             yield _header(f"{begin - end} bytes before tensor {after!r} belong to no tensor")
     last = max((end for _, end, _ in spans), default=0)
     if last < size:
-        yield _header(f"{size - last} bytes behind the last tensor belong to no tensor")
+        yield _header(f"{size - last} bytes after the last tensor belong to no tensor")
 
 
 def is_zip(file: IO[bytes]) -> bool:
@@ -261,11 +261,11 @@ def zip_faults(file: IO[bytes]) -> list[Fault]:
             comment = archive.comment
             end = archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        return [Fault("structure", f"its table of contents is damaged: {one_line(error)}")]
+        return [Fault("structure", f"its central directory is damaged: {one_line(error)}")]
     faults = [*_bomb_faults(entries), *_name_faults(entries), *_local_faults(file, entries, end)]
     faults += _end_faults(file)
     if b"PK\x05\x06" in comment:
-        faults.append(Fault("structure", "a second table of contents hides in its comment"))
+        faults.append(Fault("structure", "its comment hides a second central directory"))
     return faults
 
 
@@ -291,7 +291,7 @@ def _end_faults(file: IO[bytes]) -> Iterator[Fault]:
     end = size - len(tail) + at
     *disks, count, length, start, comment = struct.unpack("<4x3HHIIH", tail[at : at + 22])
     if any(disks[:2]):
-        yield Fault("structure", "it claims to be one of several disks")
+        yield Fault("structure", "it claims to be part of a multi-disk archive")
     if end + 22 + comment != size:
         yield Fault("structure", f"{size - end - 22 - comment} bytes follow its end")
     file.seek(max(0, end - 76))
@@ -299,15 +299,15 @@ def _end_faults(file: IO[bytes]) -> Iterator[Fault]:
     if before[-20:-16] == b"PK\x06\x07":
         (named,) = struct.unpack("<Q", before[-12:-4])
         if named != end - 76 or before[:4] != b"PK\x06\x06":
-            yield Fault("structure", "its ZIP64 locator names another table of contents")
+            yield Fault("structure", "its ZIP64 locator names another central directory")
             return
         wide = struct.unpack("<3Q", before[32:56])
         narrow = zip((count, length, start), (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), wide, strict=True)
         if any(value not in {full, own} for value, full, own in narrow):
-            yield Fault("structure", "its two ends differ in where the table of contents is")
+            yield Fault("structure", "its two end records disagree about the central directory")
         (_, length, start), end = wide, end - 76
     if start + length != end:
-        yield Fault("structure", "its table of contents is not where its end says")
+        yield Fault("structure", "its central directory is not where its end says")
 
 
 def _bomb_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
@@ -324,7 +324,7 @@ def _name_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
         if leads_outside(entry.filename):
             yield Fault("path", f"entry {entry.filename!r} would be unpacked outside its folder")
         if stat.S_ISLNK(entry.external_attr >> 16):
-            yield Fault("path", f"entry {entry.filename!r} is a symbolic link")
+            yield Fault("path", f"entry {entry.filename!r} is a symlink")
         if "\0" in entry.orig_filename or _names_otherwise(entry):
             yield Fault("structure", f"entry {entry.filename!r} has a second name")
     for name, count in Counter(_as_found(entry.filename) for entry in entries).items():
@@ -361,7 +361,7 @@ def _local_faults(file: IO[bytes], entries: list[zipfile.ZipInfo], end: int) -> 
         file.seek(entry.header_offset)
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            yield Fault("structure", f"no header stands before entry {entry.filename!r}")
+            yield Fault("structure", f"there is no header before entry {entry.filename!r}")
             continue
         flags, name_length, extra_length = struct.unpack("<6xH18xHH", header)
         name = file.read(name_length)
@@ -382,7 +382,7 @@ def remote_code(path: Path) -> list[Fault]:
     """Return where a configuration asks for code that comes with the checkpoint."""
     found = dict(_walk(read_json(path)))
     return [
-        Fault("code", f"{path.name} asks for code of its own: {key} = {json.dumps(value)}")
+        Fault("code", f"{path.name} asks to run its own code: {key} = {json.dumps(value)}")
         for key, value in found.items()
         if key.split(".")[-1] in CODE_KEYS and value
     ]
@@ -425,4 +425,4 @@ def link_faults(path: Path, folder: Path) -> list[Fault]:
     if any(target.is_relative_to(place) for place in allowed):
         return []
     name = path.relative_to(folder)
-    return [Fault("path", f"the link {str(name)!r} leads outside the folder, to {target}")]
+    return [Fault("path", f"the symlink {str(name)!r} escapes the folder, to {target}")]

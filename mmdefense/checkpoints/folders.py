@@ -158,7 +158,7 @@ def _lock(target: Path) -> int:
         except BlockingIOError:
             os.close(held)
             raise BadInputError(
-                f"another run is making {target}; wait for its end, or choose another folder"
+                f"another run is writing {target}; wait until it ends, or choose another folder"
             ) from None
         except OSError:  # a file system without locks: the last rename still replaces nothing
             return held
@@ -258,11 +258,9 @@ def _check_replaceable(target: Path, force: bool) -> None:
     if is_folder and (not any(target.iterdir()) or (force and is_output(target))):
         return
     if target.is_symlink():
-        remedy = "; it is a link, which is not replaced"
+        remedy = "; it is a symlink, which is never replaced"
     elif force:
-        remedy = "; it holds no record of an earlier output, and --force replaces nothing else"
+        remedy = "; it has no record of an earlier output, so --force does not replace it"
     else:
         remedy = ", or give --force to replace it"
-    raise BadInputError(
-        f"output folder {target} must be new, but it exists; choose another{remedy}"
-    )
+    raise BadInputError(f"output folder {target} already exists; choose another{remedy}")

@@ -116,8 +116,8 @@ def _check_rank(folder: Path, said: Mapping[str, Any], base: nn.Module, size: in
     rank = max(ranks)
     if rank * sides > most:
         raise BadInputError(
-            f"model {folder}: {_ADAPTER} asks for updates of rank {rank}, which would hold more "
-            "values than the base and the files"
+            f"model {folder}: {_ADAPTER} asks for rank {rank}, and updates of that rank hold "
+            "more values than the base model and the files together"
         )
 
 
@@ -144,8 +144,8 @@ def _cleaned(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is handed on of the config of a model."""
     if not is_empty(content.get("quantization_config")):
         raise UnsupportedError(
-            "its weights are quantised (quantization_config), and cannot be trained or read in "
-            "float32; give the model that it was made of"
+            "its weights are quantised (quantization_config) and cannot be trained or read in "
+            "float32; use the unquantised model"
         )
     held = dict(content)
     if "model_type" not in held and {"architecture", "pretrained_cfg"} <= set(held):
@@ -217,7 +217,7 @@ def _is_handed(name: str, value: Any, known: set[str], kind: Any, where: str) ->
     if name in known | _OLD | {"model_type", "architectures"}:
         if name not in _LABELS and (text := _leading(value)):
             raise BadInputError(
-                f"{where}{name} of {_CONFIG} must not lead to a file or a repository, got {text!r}"
+                f"{where}{name} of {_CONFIG} must not point to a file or a repository, got {text!r}"
             )
         return True
     return _is_count(value) and not name.startswith("_") and not hasattr(kind, name)
@@ -286,8 +286,8 @@ def bounded(weights: Sequence[Path]) -> Iterator[None]:
         count += value.numel()
         if count > most:
             raise BadInputError(
-                f"its configuration asks for more than {most} values, and the files of its "
-                f"weights have {size} bytes"
+                f"its configuration asks for more than {most} values, but its weight files have "
+                f"{size} bytes"
             )
 
     with ExitStack() as stack:

@@ -33,7 +33,7 @@ class HubTarget:
         if not _ID.fullmatch(repo):
             raise BadInputError(f"a hub repository must be OWNER/NAME, got {repo!r}")
         if repo.casefold() == given.casefold():
-            raise BadInputError(f"hub repository {repo} is the given model; name another")
+            raise BadInputError(f"hub repository {repo} is the given model; choose another")
         with needed("the hub"):
             from huggingface_hub import HfApi
         self.repo = repo
@@ -42,12 +42,13 @@ class HubTarget:
             self._api.whoami()
         except Exception as error:  # the client raises many kinds: no token, a bad one, no network
             raise BadInputError(
-                f"the hub does not know who you are: {one_line(error)}; run `hf auth login`, or "
+                f"you are not logged in to the hub: {one_line(error)}; run `hf auth login`, or "
                 "set HF_TOKEN"
             ) from error
         if not force and self._exists():
             raise BadInputError(
-                f"hub repository {repo} exists; name another, or give --force to replace its files"
+                f"hub repository {repo} exists; choose another, or give --force to replace its "
+                "files"
             )
 
     def _exists(self) -> bool:
@@ -55,7 +56,7 @@ class HubTarget:
             return bool(self._api.repo_exists(self.repo))
         except Exception as error:  # the client raises many kinds
             raise BadInputError(
-                f"the hub does not say whether {self.repo} exists: {one_line(error)}"
+                f"cannot check whether hub repository {self.repo} exists: {one_line(error)}"
             ) from error
 
     def upload(self, folder: Path) -> str:
@@ -67,10 +68,10 @@ class HubTarget:
         try:
             url = self._api.create_repo(self.repo, private=True, exist_ok=True)
             self._api.upload_folder(
-                repo_id=self.repo, folder_path=str(folder), commit_message="Purify by mmdefense"
+                repo_id=self.repo, folder_path=str(folder), commit_message="Purified with mmdefense"
             )
         except Exception as error:  # the client raises many kinds
             raise BadInputError(
-                f"{folder} was written, but the hub did not take it: {one_line(error)}"
+                f"{folder} was written, but the upload to the hub failed: {one_line(error)}"
             ) from error
         return str(url)

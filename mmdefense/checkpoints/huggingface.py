@@ -72,8 +72,8 @@ def local_folder(where: str | Path) -> Path:
         if any((folder / name).is_file() for name in (_CONFIG, _PEFT_CONFIG)):
             return folder
         raise BadInputError(
-            f"model folder {where} must hold a config.json, as Hugging Face writes it; for a state "
-            "dict give the file itself and --arch module:callable"
+            f"model folder {where} must hold a config.json in the Hugging Face format; for a "
+            "state dict, give the file itself and --arch module:callable"
         )
     found = download(where, [*_SIDE_FILES, "*.safetensors"])
     if not list(found.glob("*.safetensors")):
@@ -102,8 +102,8 @@ def download(where: str | Path, patterns: list[str] | None = None) -> Path:
         return Path(snapshot_download(str(where), allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds: network, missing, gated
         raise BadInputError(
-            f"model {str(where)!r} is no file or folder here, and the hub did not give it: "
-            f"{one_line(error)}"
+            f"model {str(where)!r} is not a local file or folder, and could not be fetched from "
+            f"the hub: {one_line(error)}"
         ) from error
 
 
@@ -172,7 +172,7 @@ def load_folder(folder: Path, task: str | None = None, update: _Update | None = 
             for name, found, wanted in sorted(info["mismatched_keys"])
             if not held.holds(name)
         ],
-        f"{folder} do not fit its config.json",
+        f"{folder} do not match its config.json",
     )
     loaded: nn.Module = model
     return loaded
@@ -248,11 +248,11 @@ def _kind_by_task(config: Any, folder: Path, task: str | None) -> Any:
     if found:
         tasks = ", ".join(dict.fromkeys(doors[name] for name in found))
         raise BadInputError(
-            f"{about}, which may be {' or '.join(found)}; give --task ({tasks}), or name one under "
-            "'architectures' in the config"
+            f"{about}, which fits {' and '.join(found)}; give --task ({tasks}), or name one "
+            "under 'architectures' in the config"
         )
     raise UnsupportedError(
-        f"{about}, which this version of transformers has no model for"
+        f"{about}, for which this version of transformers has no model"
         + (f" in {task}" if task else "")
     )
 
@@ -280,7 +280,7 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
         sorted(expected - stored),
         sorted(stored - expected - known),
         [],
-        f"{folder} do not fit its {_PEFT_CONFIG}",
+        f"{folder} do not match its {_PEFT_CONFIG}",
     )
     return model
 
@@ -315,7 +315,7 @@ def base_folder(folder: Path) -> Path:
         refuse(folder, faults)
     base = read_json(path).get("base_model_name_or_path")
     if not base:
-        raise BadInputError(f"{path} must name its base model as base_model_name_or_path, got none")
+        raise BadInputError(f"{path} does not name its base model; set base_model_name_or_path")
     try:
         found = local_folder(base) if Path(base).is_dir() else _cached(base)
     except (BadInputError, OSError, ValueError) as error:
@@ -356,8 +356,8 @@ def _cached(base: str) -> Path:
         return Path(snapshot_download(base, local_files_only=True))
     except Exception as error:  # the client raises many kinds
         raise BadInputError(
-            f"{name!r} is neither a folder nor in the local cache, and is not downloaded because a "
-            f"model names it; where you trust it, run `hf download {name}` first"
+            f"{name!r} is neither a folder nor in the local cache, and is not downloaded just "
+            f"because a model names it; if you trust it, run `hf download {name}` first"
         ) from error
 
 
@@ -436,8 +436,8 @@ def _shards(index: Path) -> list[Path]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise BadInputError(f"{index} must have a weight_map of tensors to names of files")
+        raise BadInputError(f"{index} must have a weight_map from tensors to file names")
     for name in (names := sorted(set(shards.values()))):
         if leads_outside(name) or not (index.parent / name).is_file():
-            raise BadInputError(f"{index} names {name!r}, which is no file of the folder")
+            raise BadInputError(f"{index} names {name!r}, which is not a file in the folder")
     return [index.parent / name for name in names]

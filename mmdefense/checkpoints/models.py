@@ -70,7 +70,10 @@ def load_model(
             such as TorchScript.
     """
     if not _is_state_file(where) and weights is not None:
-        raise BadInputError(f"weights {weights!r} has no effect on {where}, which is no file")
+        raise BadInputError(
+            f"weights {weights!r} has no effect on {where}, which is not a single file; "
+            "leave it out"
+        )
     place = Path(where) if _is_state_file(where) else local_folder(where)
 
     def load() -> nn.Module:
@@ -126,7 +129,7 @@ def _is_state_file(where: str | Path) -> bool:
 
 def _load_state_model(path: Path, arch: str | None, weights: str | None) -> nn.Module:
     if not path.is_file():
-        fault = "is no plain file" if os.path.lexists(path) else "does not exist"
+        fault = "is not a regular file" if os.path.lexists(path) else "does not exist"
         raise BadInputError(f"model file {path} {fault}")
     held = read_checkpoint(path)
     result = result_in(held)
@@ -135,9 +138,7 @@ def _load_state_model(path: Path, arch: str | None, weights: str | None) -> nn.M
     arch = arch or (result.arch if result else None)
     if arch is None:
         about = f"says that it is {result.said}" if result else "holds weights only"
-        raise BadInputError(
-            f"{path} {about}; name the class that its weights belong to: --arch module:callable"
-        )
+        raise BadInputError(f"{path} {about}; name the model class: --arch module:callable")
     model = build_architecture(arch)
     found = that_fit(held, model.state_dict(), str(path), arch, weights)
     model.load_state_dict(found.tensors, strict=False)
@@ -204,8 +205,8 @@ def _as_stored(state: Mapping[str, Tensor], source: Path, weights: str | None) -
     found = that_fit(read_checkpoint(source), state, str(source), "the model", weights)
     if found.name:
         note(
-            f"the state dict {found.name} of {source} is written as {WEIGHTS}, with its keys; what "
-            "else that checkpoint holds is not written"
+            f"only the state dict {found.name} of {source} is written, as {WEIGHTS} with the "
+            "same keys; the rest of the checkpoint is not"
         )
     own = {found.prefix + name: state[name].to(old.dtype) for name, old in found.tensors.items()}
     return {**(found.others or {}), **own}

@@ -93,7 +93,9 @@ def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
         elif above[0] in itself:
             how = "holds"
         if how:
-            raise BadInputError(f"output {out} {how} {given}, which is read; choose another place")
+            raise BadInputError(
+                f"output {out} {how} {given}, which is an input; choose another path"
+            )
 
 
 def _lineage(path: str | Path) -> list[tuple[int, int] | None]:
@@ -127,14 +129,16 @@ def check_replaceable_file(
     """
     check_apart(path, inputs)
     if not path.absolute().parent.is_dir():
-        raise BadInputError(f"{path} must be a file in a folder that exists; make it first")
+        raise BadInputError(f"the folder of {path} does not exist; create it first")
     if not os.path.lexists(path):
         return
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise BadInputError(f"{path} is no plain file, and is not replaced; choose another name")
+        raise BadInputError(
+            f"{path} is not a regular file and is not replaced; choose another name"
+        )
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if not force and (mark is None or mark.encode() not in head):
         remedy = "choose another name" + (", or give --force to replace it" if mark is None else "")
-        what = "exists" if mark is None else "exists and is no earlier output of this command"
+        what = "exists" if mark is None else "exists and is not an earlier output of this command"
         raise BadInputError(f"{path} {what}; {remedy}")

@@ -164,11 +164,13 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Te
     held, values = len(storage.content) // dtype.itemsize, math.prod(size)
     if len(size) > MAX_AXES or values > max(_SPREAD * held, _SMALL):
         raise ValueError(
-            f"a tensor claims {len(size)} axes and {values} values of {held} in the file"
+            f"a tensor claims {len(size)} axes and {values} values, but the file has {held}"
         )
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > len(storage.content):
-        raise ValueError(f"a tensor of shape {tuple(size)} lies outside its {len(storage.content)}")
+        raise ValueError(
+            f"a tensor of shape {tuple(size)} exceeds its storage of {len(storage.content)} bytes"
+        )
     found = torch.empty(0, dtype=dtype)
     return found.set_(storage.content.untyped_storage(), offset, tuple(size), tuple(stride))
 
@@ -268,7 +270,7 @@ class _Measured:
         """
         left = self.size - self.tell()
         if count > left:
-            raise ValueError(f"an item of the pickle claims {count} bytes of {left} that follow")
+            raise ValueError(f"an item of the pickle claims {count} bytes, but only {left} follow")
         return self.file.read(count)
 
 
@@ -285,7 +287,7 @@ def _unpickled(unpickler: _Unpickler, file: IO[bytes], size: int) -> Any:
     steps = enumerate(pickletools.genops(cast(IO[bytes], _Measured(file, size))), start=1)
     for count, (opcode, argument, _) in steps:
         if opcode.name in _PUTS and not 0 <= int(argument or 0) <= count:
-            raise ValueError(f"the pickle claims to remember {argument} things after {count} steps")
+            raise ValueError(f"the pickle claims {argument} memo entries after {count} steps")
     file.seek(start)
     return unpickler.load()
 
@@ -311,7 +313,7 @@ def read_pickled(path: Path) -> tuple[Any, list[str]]:
     except Exception as error:  # a damaged file fails in many ways
         raise BadInputError(
             f"model file {path} cannot be read: {printable(one_line(error))}; it is damaged, or "
-            "not what torch.save writes"
+            "was not written by torch.save"
         ) from error
 
 
@@ -353,17 +355,17 @@ def _check_no_program(path: Path, names: set[str]) -> None:
     parts = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in parts or any(part.startswith("code/") for part in parts):
         raise UnsupportedError(
-            f"{path} is TorchScript, a program beside its weights, and no program of a model is "
-            "run here; where you trust it, take its weights out in Python: "
-            "safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), 'model.safetensors'), "
-            "and give that with --arch module:callable"
+            f"{path} is TorchScript, a program with weights, and a model's code is never run "
+            "here; if you trust it, extract its weights in Python: "
+            "safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), "
+            "'model.safetensors'), and give that file with --arch module:callable"
         )
     if any(part.startswith("models/") for part in parts) or "archive_format" in parts:
         raise UnsupportedError(
-            f"{path} is a program of torch.export, and no program of a model is run here; where "
-            "you trust it, take its weights out in Python: safetensors.torch.save_file(dict("
-            "torch.export.load(FILE).state_dict), 'model.safetensors'), and give that with "
-            "--arch module:callable"
+            f"{path} is a torch.export program, and a model's code is never run here; if you "
+            "trust it, extract its weights in Python: "
+            "safetensors.torch.save_file(dict(torch.export.load(FILE).state_dict), "
+            "'model.safetensors'), and give that file with --arch module:callable"
         )
 
 
@@ -372,7 +374,7 @@ def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
     limit, kept = path.stat().st_size, dict[str, _Storage]()
     file.seek(0)
     if _unpickled(_Unpickler(file), file, limit) != _MAGIC:
-        raise ValueError("its first object is not the mark of a PyTorch file")
+        raise ValueError("its first object is not PyTorch's magic number")
     _unpickled(_Unpickler(file), file, limit)  # the protocol
     machine = _unpickled(_Unpickler(file), file, limit)
     if isinstance(machine, dict) and not machine.get("little_endian", True):
@@ -383,7 +385,9 @@ def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
     def storage(name: str, dtype: torch.dtype, count: int) -> _Storage:
         if name not in kept:
             if count * dtype.itemsize > limit:
-                raise ValueError(f"a tensor claims {count * dtype.itemsize} of {limit} bytes")
+                raise ValueError(
+                    f"a tensor claims {count * dtype.itemsize} bytes, but the limit is {limit}"
+                )
             kept[name] = _Storage(count * dtype.itemsize, dtype)
         return kept[name]
 
@@ -393,6 +397,6 @@ def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
         (count,) = struct.unpack("<q", file.read(8))
         found = kept[str(name)]
         if count * found.dtype.itemsize != len(found.content):
-            raise ValueError("a tensor has another length than it claims")
+            raise ValueError("the length of a tensor differs from what it claims")
         found.read_from(file)
     return held, sorted(unpickler.passed_by)

@@ -74,7 +74,7 @@ def _read_state(file: BufferedReader) -> Any:
     head = file.readline(len(_MARK) + 128)
     begin = file.tell()
     if head != _MARK + hashlib.file_digest(file, "sha256").hexdigest().encode() + b"\n":
-        raise ValueError("its checksum is not that of its content")
+        raise ValueError("its checksum does not match its content")
     file.seek(begin)
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -124,7 +124,7 @@ class RunStore:
                 raise TypeError(f"it holds a {type(state).__name__}")
         except Exception as error:
             raise BadInputError(
-                f"kept state {path} is damaged, or of another version: {one_line(error)}; remove "
-                "it to restart what it is of"
+                f"saved state {path} is damaged or of another version: {one_line(error)}; delete "
+                "it to restart that run"
             ) from error
         return state

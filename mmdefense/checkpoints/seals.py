@@ -158,8 +158,8 @@ def _refuse(where: str | Path, changed: list[str]) -> None:
         named = ", ".join(map(repr, sorted(changed)[:3]))
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise BadInputError(
-            f"model {where} was changed while it was in use ({named}{more}); start again when "
-            "nothing else writes to it"
+            f"model {where} was changed while it was in use ({named}{more}); rerun when nothing "
+            "else writes to it"
         )
 
 

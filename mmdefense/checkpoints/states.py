@@ -96,7 +96,7 @@ def main_weights(sets: list[Weights], subject: str, asked: str | None = None) ->
     twins = [one for one in weights if one is not best and len(one.tensors) == len(best.tensors)]
     if twins:
         note(
-            f"of {subject} the weights {best.place} were looked at; it also holds "
+            f"{subject} has several sets of weights; only {best.place} was scanned, not "
             f"{_list(twins)}: choose with --weights"
         )
     return best
@@ -117,7 +117,7 @@ def _asked(sets: list[Weights], subject: str, asked: str | None) -> list[Weights
             part = one.below(asked[len(one.name) :].strip(".") + ".")
             found += [part] if part.tensors else []
     if not found:
-        raise BadInputError(f"{subject} holds no weights {asked!r}; it has {_list(sets)}")
+        raise BadInputError(f"{subject} has no weights {asked!r}; choose from {_list(sets)}")
     return found
 
 
@@ -151,12 +151,12 @@ def that_fit(
     if not whole and fitting:
         beside = _some(list(fitting[0].others or {}))
         raise BadInputError(
-            f"{subject} holds more beside the weights of {model}: {beside}; to take those of "
-            f"{fitting[0].place} alone, give --weights {fitting[0].place}"
+            f"{subject} holds more than the weights of {model}: {beside}; to use "
+            f"{fitting[0].place} only, give --weights {fitting[0].place}"
         )
     if not whole:
         best = max(every, key=lambda part: len(part.tensors.keys() & expected.keys()))
-        check_keys(*_misfits(best, expected), f"{file} do not fit {model}")
+        check_keys(*_misfits(best, expected), f"{file} do not match {model}")
     if len(whole) > 1 and not all(_equal(whole[0], other) for other in whole[1:]):
         raise BadInputError(
             f"{subject} holds {len(whole)} sets of weights that fit {model}: {_list(whole)}; "

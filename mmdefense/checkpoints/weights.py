@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> Any:
         )
     if passed_by:
         more = f" and {len(passed_by) - 3} more" if len(passed_by) > 3 else ""
-        note(f"in {path}, objects of {', '.join(passed_by[:3])}{more} were not read, and not run")
+        note(f"{path}: skipped objects of {', '.join(passed_by[:3])}{more}, whose code is not run")
     return held
 
 
@@ -88,7 +88,9 @@ def read_state(path: Path, weights: str | None = None) -> dict[str, Tensor]:
 def refused(path: Path, error: BaseException) -> BadInputError:
     """Return the error for a pickle that is more than tensors; PyTorch's own says how to run it."""
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-    reason = f"loading it would run {wanted[1]}" if wanted else "it is damaged or no plain pickle"
+    reason = (
+        f"loading it would run {wanted[1]}" if wanted else ("it is damaged or not a plain pickle")
+    )
     return BadInputError(
         f"model {path} was refused and nothing in it executed: {reason}; it must hold tensors "
         "only, as safetensors or torch.save(model.state_dict(), ...) write them"

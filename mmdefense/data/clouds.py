@@ -42,11 +42,11 @@ def check_clouds(clouds: Tensor, name: str = "clouds") -> None:
             f"{tuple(clouds.shape)}"
         )
     if clouds.shape[1] == 0:
-        raise BadInputError(f"{name} must hold at least one point each, got empty clouds")
+        raise BadInputError(f"{name} must have at least one point each, got empty clouds")
     if len(damaged := (~clouds.isfinite()).flatten(1).any(1).nonzero()):
         raise BadInputError(
-            f"{name} must hold finite numbers, got NaN or infinity in {len(damaged)} of "
-            f"{len(clouds)}, first in cloud {int(damaged[0])}; remove those points"
+            f"{name} must be finite, got NaN or infinity in {len(damaged)} of {len(clouds)}, "
+            f"first in cloud {int(damaged[0])}; remove those points"
         )
 
 

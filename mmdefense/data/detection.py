@@ -86,7 +86,9 @@ class DetectionSamples(HeldSamples):
         counts = len(self.images), len(self.boxes), len(self.labels)
         if len(set(counts)) != 1:
             raise BadInputError(
-                "images, boxes and labels must have one length, got {}, {} and {}".format(*counts)
+                "images, boxes and labels must have the same length, got {}, {} and {}".format(
+                    *counts
+                )
             )
         for index, (boxes, labels) in enumerate(zip(self.boxes, self.labels, strict=True)):
             if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:

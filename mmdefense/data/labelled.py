@@ -57,7 +57,7 @@ class LabelledSamples(HeldSamples):
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.labels):
             raise BadInputError(
-                f"inputs and labels must have one length, got {len(self.inputs)} and "
+                f"inputs and labels must have the same length, got {len(self.inputs)} and "
                 f"{len(self.labels)}"
             )
         if self.labels.ndim != 1 or self.labels.is_floating_point():

@@ -48,7 +48,7 @@ class TextSamples(HeldSamples):
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.answers):
             raise BadInputError(
-                f"prompts and answers must have one length, got {len(self.prompts)} and "
+                f"prompts and answers must have the same length, got {len(self.prompts)} and "
                 f"{len(self.answers)}"
             )
 

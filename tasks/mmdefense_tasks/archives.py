@@ -57,7 +57,7 @@ def read_archive(path: Path, split: str) -> dict[str, Array]:
     except Exception as error:  # a damaged archive fails in many ways
         if not zipfile.is_zipfile(path):
             raise BadInputError(
-                f"data {path} must be an npz archive; it is damaged, or none"
+                f"data {path} must be an npz archive; it is damaged or not an npz archive"
             ) from error
         raise BadInputError(f"data archive {path} cannot be read: {one_line(error)}") from error
     found = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
@@ -89,7 +89,9 @@ def _check_entry(archive: zipfile.ZipFile, name: str) -> None:
     entry = next(e for e in archive.infolist() if e.filename in {name, f"{name}.npy"})
     size, packed = entry.file_size, entry.compress_size
     if size > _MOST_BYTES or (size > BOMB_BYTES and size > BOMB_RATIO * packed):
-        raise ValueError(f"its array {name!r} unpacks from {packed} bytes to {size}")
+        raise ValueError(
+            f"its array {name!r} unpacks from {packed} bytes to {size}: a decompression bomb"
+        )
 
 
 def _split(name: str) -> tuple[str | None, str]:

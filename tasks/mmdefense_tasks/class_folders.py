@@ -73,11 +73,11 @@ def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFile
     _check_levels(folder, full, kind)
     empty = [child.name for child in held if child not in full]
     if empty:
-        note(f"folders of {folder} without {kind} are no classes: {few(empty)}")
+        note(f"ignored folders of {folder} without {kind}: {few(empty)}")
     if loose:
-        note(f"{len(loose)} {kind} that lie directly in {folder} have no class and are left out")
+        note(f"ignored {len(loose)} {kind} directly in {folder}, since they have no class")
     if skipped:
-        note(f"files of {folder} that are no {kind} by their suffix are left out: {_told(skipped)}")
+        note(f"ignored files of {folder} whose suffix is not one of {kind}: {_told(skipped)}")
     counts = torch.tensor([len(files) for files in full.values()])
     return ClassFiles(
         files=tuple(path for files in full.values() for path in files),
@@ -117,12 +117,12 @@ def _nothing(
     one = f"must hold one folder of {kind} per class"
     if loose:
         return (
-            f"data folder {folder} {one}, got {len(loose)} {kind} directly in it; their labels are "
-            "needed: sort them into a folder per class"
+            f"data folder {folder} {one}, got {len(loose)} {kind} directly in it, which have no "
+            "label; sort them into one folder per class"
         )
     left_out = f" but {_told(skipped)}" if skipped else ""
     known = ", ".join(sorted(suffixes))
-    return f"data folder {folder} {one}, got no {kind}{left_out}; known are {known}"
+    return f"data folder {folder} {one}, got no {kind}{left_out}; supported suffixes are {known}"
 
 
 def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None:
@@ -131,9 +131,8 @@ def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None
     if all(child.name.casefold() in names for child in full):
         part = next(iter(full))
         raise BadInputError(
-            f"data folder {part} must hold one folder of {kind} per class, got "
-            f"{len(full[part])} {kind} directly in it; their labels are needed: sort them into a "
-            "folder per class"
+            f"data folder {part} must hold one folder of {kind} per class, got {len(full[part])} "
+            f"{kind} directly in it, which have no label; sort them into one folder per class"
         )
     if len(full) > 1:
         return
@@ -141,7 +140,7 @@ def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None
     below = sorted({path.relative_to(only).parts[0] for path in files})
     if len(below) > 1 and not any((only / name).is_file() for name in below):
         raise BadInputError(
-            f"data folder {folder} must hold one folder of {kind} per class, got the one folder "
-            f"{only.name!r} that holds the folders {few(below)}; if these are the classes, give "
-            f"{only} as the data; if {only.name!r} is one, put its {kind} directly into it"
+            f"data folder {folder} must hold one folder of {kind} per class, got only the folder "
+            f"{only.name!r} with the folders {few(below)}; if these are the classes, give {only} "
+            f"as the data; if {only.name!r} is a class, put its {kind} directly into it"
         )

@@ -88,7 +88,7 @@ def _check_count(names: Sequence[str], said: Sequence[str]) -> None:
     """Refuse names in place of the model's that are more or fewer."""
     if said and len(names) != len(said):
         raise BadInputError(
-            f"classes must be as many as the model's {len(said)} ({few(said)}), got {len(names)} "
+            f"classes must match the model's {len(said)} ({few(said)}), got {len(names)} "
             f"({few(names)})"
         )
 
@@ -97,7 +97,7 @@ def _checked(names: tuple[str, ...], labels: Tensor, where: object) -> tuple[str
     """Return the names, of which there must be one a label; labels count from 0."""
     if len(labels) and int(labels.min()) < 0:
         raise BadInputError(
-            f"labels of {where} must count from 0, got {int(labels.min())}; drop the samples that "
+            f"labels of {where} must start at 0, got {int(labels.min())}; drop the samples that "
             "have no label"
         )
     if names and len(labels) and int(labels.max()) >= len(names):
@@ -125,12 +125,16 @@ def _placed(
         if not counted and [*own] == [str(label) for label in range(len(own))]:
             return list(range(len(own))), model  # names that say no more than the labels
         if counted and len(own) == len(model) and all(map(_SYNSET.fullmatch, own)):
-            note(f"folders of {where} are named by ids of WordNet, and counted in their order")
+            note(f"folders of {where} are named by WordNet ids; labels follow their sorted order")
             return list(range(len(own))), model
-        remedy = "text to count them in text order" if counted else "number to keep the labels"
+        remedy = (
+            "text to number them in text order"
+            if counted
+            else ("number to use the numbers as labels")
+        )
         raise BadInputError(
-            f"{error}; name the model's classes in order as the data does: --classes FILE, or add "
-            f"--read order={remedy}"
+            f"{error}; give the model's class names in label order, as the data spells them: "
+            f"--classes FILE, or add --read order={remedy}"
         ) from error
 
 
@@ -146,8 +150,8 @@ def _numbers(own: Sequence[str], where: object) -> list[int]:
         )
     if large := [name for name in own if len(name) > 9 or int(name) > MOST_CLASSES]:
         raise BadInputError(
-            f"class folders of {where} that are named by numbers must be labels, at most "
-            f"{MOST_CLASSES}, got {few(large)}"
+            f"numbered class folders of {where} must be labels of at most {MOST_CLASSES}, got "
+            f"{few(large)}"
         )
     numbers = [int(name) for name in own]
     if twice := [name for name in own if numbers.count(int(name)) > 1]:
@@ -159,8 +163,8 @@ def _told(numbers: list[int], own: Sequence[str], where: object) -> list[int]:
     """Return the numbers; say so where torchvision counts the folders otherwise."""
     if numbers != list(range(len(own))):
         note(
-            f"class folders of {where} are named by numbers, which are taken as labels; for a "
-            f"model trained with torchvision's ImageFolder, which counts them as text "
-            f"({few(own)}), add --read order=text"
+            f"the numbered class folders of {where} are taken as labels; for a model trained "
+            f"with torchvision's ImageFolder, which sorts them as text ({few(own)}), add --read "
+            "order=text"
         )
     return numbers

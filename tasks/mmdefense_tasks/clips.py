@@ -165,8 +165,8 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
         count = sum(1 for _ in container.decode(video=0))
     if count < _WHOLE * announced:
         raise BadInputError(
-            f"clip {file} is cut off: {count} of the {announced} frames that its header tells of "
-            "can be decoded"
+            f"clip {file} is truncated: its header announces {announced} frames, but only "
+            f"{count} can be decoded"
         )
     wanted = set(chosen(count))
     with _container(file) as container:
@@ -249,8 +249,9 @@ class StreamedClips(StreamedSamples[ClipSet]):
         if frames.shape[2:] != self.shape[2:]:
             (height, width), (found, wide) = self.shape[2:], frames.shape[2:]
             raise BadInputError(
-                f"clips must have one size or be resized by image_size, got {height}x{width} and "
-                f"{found}x{wide} in {self.source.files[index // self.source.clips]}"
+                "clips must have the same size, or be resized with image_size, got "
+                f"{height}x{width} and {found}x{wide} in "
+                f"{self.source.files[index // self.source.clips]}"
             )
         return np.ascontiguousarray(frames.transpose(1, 0, 2, 3))
 

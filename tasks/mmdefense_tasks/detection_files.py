@@ -79,9 +79,10 @@ def open_objects(folder: Path, split: str) -> ObjectSet:
     if (coco := _coco_file(folder, split)) is not None:
         return _coco(coco, folder, split)
     raise BadInputError(
-        f"data folder {folder} must hold {split}.jsonl, a VOC folder Annotations, or COCO json for "
-        f"{split!r}; it has {', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}"
-        "; if it holds another part, name that (--split)"
+        f"data folder {folder} must hold {split}.jsonl, a VOC folder Annotations, or COCO json "
+        f"for {split!r}; it has "
+        f"{', '.join(sorted(p.name for p in folder.iterdir())[:6]) or 'nothing'}; if it holds "
+        "the other split, give --split"
     )
 
 
@@ -121,7 +122,7 @@ def _json_lines(path: Path) -> ObjectSet:
         crowded = row.iscrowd or [False] * len(row.boxes)
         if not len(row.boxes) == len(row.labels) == len(crowded):
             raise BadInputError(
-                f"{where} must have a label for each box, and a flag where there is iscrowd, got "
+                f"{where} must have a label for each box, and a flag if there is iscrowd, got "
                 f"{len(row.boxes)} boxes, {len(row.labels)} labels and {len(crowded)} flags"
             )
         objects = zip(row.boxes, row.labels, crowded, strict=True)
@@ -140,7 +141,7 @@ def _json_lines(path: Path) -> ObjectSet:
 
 def _say_crowds(count: int, path: Path) -> None:
     if count:
-        note(f"{count} crowd regions of {path.name} are left out")
+        note(f"ignored {count} crowd regions of {path.name}")
 
 
 def _stated(width: int | None, height: int | None) -> tuple[int, int] | None:
@@ -168,7 +169,7 @@ def _coco_file(folder: Path, split: str) -> Path | None:
     if len(kept) > 1:
         raise BadInputError(
             f"data folder {folder} must hold one file of boxes for {split!r}, got "
-            f"{' and '.join(path.name for path in kept[:3])}; move away what is not meant"
+            f"{' and '.join(path.name for path in kept[:3])}; move the others away"
         )
     return kept[0] if kept else None
 
@@ -188,8 +189,8 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
     held = read_json(path)
     if isinstance(held, Mapping) and "annotations" in held and "categories" not in held:
         raise BadInputError(
-            f"{path} has annotations but no categories, as captions have, and so no boxes; give "
-            "the file of instances"
+            f"{path} has annotations but no categories (as caption files do), and so no boxes; "
+            "give the instances file"
         )
     coco = checked_form(
         COCO,
@@ -199,7 +200,7 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
     )
     names = {entry.id: entry.name for entry in coco.categories}
     if len(names) < len(coco.categories):
-        raise BadInputError(f"{path} must be COCO json: two categories have one id")
+        raise BadInputError(f"{path} must be COCO json: two categories have the same id")
     if (unused := _roboflow_dummy(coco)) is not None:
         del names[unused]
     place = {key: index for index, key in enumerate(sorted(names))}
@@ -261,7 +262,9 @@ class _Images:
             below = {place: below[place] for place in _named(below, self._split)} or below
         if len(below) > 1:
             first, second, *_ = below.values()
-            raise BadInputError(f"image {name} must be in one folder, got {first} and {second}")
+            raise BadInputError(
+                f"image {name} must be in only one folder, got {first} and {second}"
+            )
         return next(iter(below.values()), self._places[-1] / short)
 
     def of_stem(self, stem: str) -> Path | None:

@@ -22,13 +22,16 @@ __all__ = ["decode"]
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap the sides
 _SLACK = (2.0, 0.02)  # ours; pixels, or share of a side, that a box may reach over the edge
 _SAID = {
-    "empty": "{} boxes without area are dropped",
-    "clipped": "{} boxes that reach over the edge of their image are clipped",
-    "turned": "{} images are turned as their EXIF data says, as their boxes are",
-    "scaled": "the boxes of {} images are scaled to the files, which are scaled copies of what was "
-    "annotated",
-    "unclear": "{} images have an orientation in their EXIF data, and nothing says whether their "
-    "boxes follow it; they are read as they are stored",
+    "empty": "dropped {} boxes without area",
+    "clipped": "clipped {} boxes that reach beyond their image",
+    "turned": "rotated {} images and their boxes as their EXIF data says",
+    "scaled": (
+        "rescaled the boxes of {} images, since the files are scaled copies of the annotated ones"
+    ),
+    "unclear": (
+        "{} images have an EXIF orientation, and nothing says whether their boxes follow it; "
+        "reading them as stored"
+    ),
 }
 
 
@@ -118,7 +121,7 @@ def _matched(
     if not (fitting or scaled):
         raise BadInputError(
             f"image {entry.path.name} has {stored[0]}x{stored[1]} pixels, but was annotated with "
-            f"{size[0]}x{size[1]}, which is neither its orientation nor a scaled copy; is it the "
+            f"{size[0]}x{size[1]}, which is neither a rotation nor a scaled copy; is it the "
             "annotated file?"
         )
     turn, own = (fitting or scaled)[0]
@@ -152,8 +155,7 @@ def _inside(
         if wrong.any():
             raise BadInputError(
                 f"a box of {name} is {what} ({size[0]}x{size[1]} pixels), got "
-                f"{boxes[wrong][0].tolist()} as x1, y1, x2, y2; correct the annotation, or remove "
-                "it"
+                f"{boxes[wrong][0].tolist()} as x1, y1, x2, y2; correct or remove the annotation"
             )
     clipped = boxes.clamp(min=0).minimum(limits)
     kept = (clipped[:, 2:] > clipped[:, :2]).all(1)

@@ -46,7 +46,7 @@ def numbered(
         rest = range(len(found.names), 0 if numbers is None else len(numbers))
         return list(range(len(found.names))), (*found.names, *map(_NAMELESS.format, rest))
     if not found.ids:
-        raise BadInputError(f"labels=ids needs COCO json, and {where} is none; leave it out")
+        raise BadInputError(f"labels=ids needs COCO json, and {where} is not; leave it out")
     numbers = range(max(found.ids) + 1) if numbers is None else numbers
     return _by_id(found, numbers, where)
 
@@ -57,9 +57,10 @@ def _by_name(found: ObjectSet, classes: Sequence[str], where: str | Path) -> lis
     try:
         labels = match([found.names[kind] for kind in used], classes, where)
     except UnknownNameError as error:
-        ids = ", or take the category ids: --read labels=ids" if found.ids else ""
+        ids = ", or use the category ids as labels: --read labels=ids" if found.ids else ""
         raise BadInputError(
-            f"{error}; name the model's classes in order as the data does: --classes FILE{ids}"
+            f"{error}; give the model's class names in label order, as the data spells them: "
+            f"--classes FILE{ids}"
         ) from error
     place = dict(zip(used, labels, strict=True))
     return [place.get(kind, -1) for kind in range(len(found.names))]
@@ -75,18 +76,23 @@ def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
     fit = bool(found.ids) and set(found.ids) <= set(numbers)
     if fit and not shifted:
         note(
-            f"the model has {len(numbers)} classes and the data {len(found.names)}: labels are the "
-            f"COCO category ids of the data ({ids}); --read labels=dense counts them"
+            f"the model has {len(numbers)} classes and the data {len(found.names)}: using the "
+            f"COCO category ids ({ids}) as labels; for consecutive labels give --read "
+            "labels=dense"
         )
         return "ids"
     with_ids = f" with the COCO category ids {ids}" if ids else ""
-    ways = ["labels=dense counts the data's"] + ["labels=ids takes these ids"] * fit
+    ways = ["labels=dense numbers the data's classes consecutively"] + [
+        "labels=ids uses these ids"
+    ] * fit
     if numbers[0] == 0 and len(numbers) == len(found.names) + 1:
-        ways.append("offset=1, for models of torchvision, says that 0 is the background")
+        ways.append("offset=1 makes 0 the background, as in torchvision's models")
     raise BadInputError(
-        f"data {where} has {len(found.names)} classes ({few(found.names)}){with_ids}, but the "
-        f"model has {len(numbers)}, numbered {numbers[0]} to {numbers[-1]}, and does not name "
-        "them; give their names (--classes FILE), or say how to number (--read ...): "
+        (
+            f"data {where} has {len(found.names)} classes ({few(found.names)}){with_ids}, but the "
+            f"model has {len(numbers)}, numbered {numbers[0]} to {numbers[-1]} and without names; "
+            "give their names (--classes FILE), or choose a numbering (--read ...): "
+        )
         + "; ".join(ways)
     )
 

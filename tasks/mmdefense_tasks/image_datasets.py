@@ -108,7 +108,7 @@ def _labels(rows: Any, column: str, where: object) -> tuple[Tensor, tuple[str, .
     if missing:
         raise BadInputError(
             f"every row of {where} must have a label in {column!r}, got none in {len(missing)} "
-            f"rows, the first of which is {missing[0]}; drop them, or give a part that is labelled"
+            f"rows, the first of which is {missing[0]}; drop them, or give a labelled split"
         )
     kinds = {type(value) for value in held}
     if kinds == {str}:
@@ -116,7 +116,7 @@ def _labels(rows: Any, column: str, where: object) -> tuple[Tensor, tuple[str, .
         return torch.tensor([texts.index(value) for value in held]), tuple(texts), True
     if kinds <= {int, bool}:
         return torch.tensor(held, dtype=torch.int64), names, False
-    several = "; an image with several labels cannot be served" if kinds == {list} else ""
+    several = "; images with several labels are not supported" if kinds == {list} else ""
     raise BadInputError(
         f"labels of {where} must be whole numbers or names, got {held[0]!r} in column "
         f"{column!r}{several}"

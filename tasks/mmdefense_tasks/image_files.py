@@ -51,7 +51,7 @@ def open_archive(path: Path, split: str = "train") -> ImageSet:
     labels, names, counted = labels_of(arrays, path, needed)
     count, opened = (_encoded if "jpeg" in arrays else _pixels)(arrays, path)
     if count != len(labels):
-        raise BadInputError(f"{path} must hold a label per image, got {len(labels)} for {count}")
+        raise BadInputError(f"{path} must hold one label per image, got {len(labels)} for {count}")
     return ImageSet(opened, lambda index: f"{index} of {path}", labels, names, counted)
 
 
@@ -67,7 +67,7 @@ def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[int, Any]:
         )
     if offsets.min() < 0 or offsets.max() > len(content) or (offsets[1:] < offsets[:-1]).any():
         raise BadInputError(
-            f"'offsets' of {path} must rise within 0..{len(content)}, the bytes of 'jpeg'"
+            f"'offsets' of {path} must increase within 0..{len(content)}, the bytes of 'jpeg'"
         )
 
     def opened(index: int) -> Image.Image:

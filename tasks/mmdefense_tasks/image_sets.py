@@ -110,7 +110,7 @@ def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
     """Return pixels ``(H, W, C)``; in 1, 3 or 4 channels where ``channels`` leaves the choice."""
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":  # a camera's file: the others are its previews
-        raise ValueError(f"it holds {count} pictures or frames; save each as a file of its own")
+        raise ValueError(f"it holds {count} images or frames; save each as its own file")
     image = in_8_bits(ImageOps.exif_transpose(image))
     own = 1 if image.mode in _GREY_MODES else 3
     if channels == 4 and own == 3:
@@ -183,7 +183,7 @@ class StreamedImages(StreamedSamples[ImageSet]):
             pixels = fitted(pixels, self.fit)
         if pixels.shape != self.shape:
             raise BadInputError(
-                f"images must have one size or be resized by image_size, got "
+                "images must have the same size, or be resized with image_size, got "
                 f"{self.shape[1]}x{self.shape[2]} and {pixels.shape[1]}x{pixels.shape[2]} in "
                 f"{self.source.name(index)}"
             )

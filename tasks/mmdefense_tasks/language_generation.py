@@ -154,7 +154,8 @@ def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
 
     if missing := lacking(adapter, GeneratingAdapter):
         raise UnsupportedError(
-            f"BLEU needs a model that writes; {type(adapter).__name__} lacks {', '.join(missing)}"
+            f"BLEU needs a model that generates text; {type(adapter).__name__} lacks "
+            f"{', '.join(missing)}"
         )
     writer = cast("GeneratingAdapter[TokenBatch]", adapter)
     written = [text for batch in batches(samples, 256) for text in writer.generate(batch)]

@@ -216,7 +216,7 @@ class AnnotatedImages(Plot):
 
 
 def _legend(names: str) -> str:
-    return f"Colours (orange, sky, green, yellow, red, pink) stand for {names}. " if names else ""
+    return f"Colours (orange, sky, green, yellow, red, pink) show {names}. " if names else ""
 
 
 def _large(images: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
     others = [names[name] for part in PARTS.values() for name in part if name in names]
     if others:
         raise BadInputError(
-            f"data {where} must hold a part {split!r}; it has {others[0]!r} alone; to take that, "
-            "name it as the data, or give --split"
+            f"data {where} has no split {split!r}, only {others[0]!r}; to use that, give its "
+            "path as the data, or give --split"
         )
     return None
 
@@ -55,7 +55,7 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
 def tell_part(part: str, split: str, where: object) -> None:
     """Note that a part is taken that is not called as the split."""
     if part.casefold() != split:
-        note(f"{where} has no part {split!r}; its part {part!r} is taken")
+        note(f"{where} has no split {split!r}; using {part!r}")
 
 
 def part_folder(folder: Path, split: str) -> Path:

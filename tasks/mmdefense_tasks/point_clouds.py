@@ -193,7 +193,7 @@ def _read(where: str | Path, split: str, options: Options) -> LabelledSamples:
     features = options.take("features", 6 if options.given("values") else 3)
     if str(where) == "surfaces":
         if features != 3:
-            raise BadInputError(f"surfaces have 3 values a point, got features={features}")
+            raise BadInputError(f"surfaces have 3 values per point, got features={features}")
         is_test = split == "test"
         counted = False
         samples = draw_surfaces(_TEST if is_test else _TRAIN, points or _POINTS, seed=int(is_test))

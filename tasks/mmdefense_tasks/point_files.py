@@ -70,7 +70,8 @@ def read_clouds(
     check_clouds(clouds, f"clouds of {path}")
     if clouds.shape[2] < features:
         raise BadInputError(
-            f"clouds of {path} must have at least {features} values a point, got {clouds.shape[2]}"
+            f"clouds of {path} must have at least {features} values per point, got "
+            f"{clouds.shape[2]}"
         )
     # In double precision: map coordinates such as 5.4e6 leave a float no digits for the shape.
     clouds = to_unit_sphere(_sampled(clouds, points)[..., :features].double()).float()
@@ -98,13 +99,13 @@ def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ..
     if clouds is None:
         raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
     if clouds.ndim == 3 and 3 <= clouds.shape[1] <= _MOST_VALUES < clouds.shape[2]:
-        note(f"points {clouds.shape} of {path.name} are read as (N, 3 + F, P), and turned")
+        note(f"points {clouds.shape} of {path.name} look like (N, 3 + F, P) and are transposed")
         clouds = np.ascontiguousarray(clouds.swapaxes(1, 2))
     labels, names, counted = labels_of(arrays, path, needed)
     if not len(labels) or len(labels) != len(clouds):
         raise BadInputError(
-            f"{path} must hold a label per cloud and at least one, got {len(labels)} labels for "
-            f"{len(clouds)} clouds"
+            f"{path} must hold one label per cloud, and at least one cloud, got {len(labels)} "
+            f"labels for {len(clouds)} clouds"
         )
     return torch.from_numpy(clouds), labels, names, counted
 
@@ -178,8 +179,8 @@ def _check_counts(path: Path) -> None:
     most = size * (_PACKED if path.suffix.lower() == ".pcd" else 1)
     if wrong := [count for count in counts if count > most]:
         raise BadInputError(
-            f"file {path} cannot be read as a mesh or a cloud: its header counts {wrong[0]:.3g} "
-            f"points or faces, and it has {size} bytes"
+            f"file {path} cannot be read as a mesh or a cloud: its header claims {wrong[0]:.3g} "
+            f"points or faces, but it has {size} bytes"
         )
 
 
@@ -193,8 +194,8 @@ def _values(cloud: Any, values: Values, path: Path) -> Array:
     if not held.get(values, True):
         others = [name for name, there in held.items() if there]
         raise BadInputError(
-            f"cloud {path} has no {values}; give values=estimated for normals estimated from the "
-            f"neighbours{''.join(f', or values={name}' for name in others)} (--read values=...)"
+            f"cloud {path} has no {values}; give --read values=estimated to estimate normals "
+            f"from neighbouring points{''.join(f', or values={name}' for name in others)}"
         )
     return np.asarray(cloud.colors if values == "colours" else cloud.normals)
 
@@ -223,7 +224,7 @@ def _surface(mesh: Any, points: int, path: Path) -> Any:
     """Return points of a surface with normals: those of the file, or else of the faces."""
     check_clouds(torch.from_numpy(np.asarray(mesh.vertices))[None], f"mesh {path}")
     if not mesh.get_surface_area() > 0:
-        raise BadInputError(f"mesh {path} must have a surface, got faces without area")
+        raise BadInputError(f"mesh {path} must have a surface, but its faces have no area")
     return mesh.sample_points_uniformly(points, use_triangle_normal=not mesh.has_vertex_normals())
 
 
@@ -266,6 +267,6 @@ def _open3d(path: Path) -> Any:
         raise UnsupportedError(
             f"reading {path.name} needs Open3D ({one_line(error)}); {how_to_install('open3d')}, "
             "and on Linux the system packages libusb-1.0-0, libgl1 and libgomp1; npz archives "
-            "need neither"
+            "need none of these"
         ) from error
     return open3d

@@ -35,7 +35,7 @@ class _PointModel(ABC, nn.Module):
         """Map clouds ``(N, P, 3 + F)`` to logits ``(N, K)``."""
         if clouds.ndim != 3 or clouds.shape[2] != self.features:
             raise ValueError(
-                f"clouds must have {self.features} values a point, got {tuple(clouds.shape)}"
+                f"clouds must have {self.features} values per point, got {tuple(clouds.shape)}"
             )
         return self._logits(clouds)
 

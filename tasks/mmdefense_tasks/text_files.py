@@ -65,7 +65,7 @@ def open_folder(
         return pairs[:cut] if split == "train" else pairs[cut:]
     raise BadInputError(
         f"data folder {folder} must hold {split}.jsonl, {split}.txt, or two files such as "
-        f"{split}.en and {split}.de; none found; if it holds another part, name that (--split)"
+        f"{split}.en and {split}.de; none found; if it holds the other split, give --split"
     )
 
 
@@ -99,7 +99,7 @@ def _two(languages: Mapping[str, Path], pair: Languages | None, folder: Path) ->
 def _say_order(names: tuple[str, ...], where: object) -> None:
     source, target = names
     note(
-        f"{where} is read from {source} into {target}; for the other direction add --read "
+        f"{where} is read as {source} to {target}; for the other direction add --read "
         f"pair={target},{source}"
     )
 
@@ -111,12 +111,12 @@ def _parallel(source: Path, target: Path) -> Pairs:
             longer.pop()  # blank lines at the end
     if len(left) != len(right):
         raise BadInputError(
-            f"parallel files must have one number of lines, got {len(left)} in {source.name} and "
-            f"{len(right)} in {target.name}"
+            f"parallel files must have the same number of lines, got {len(left)} in "
+            f"{source.name} and {len(right)} in {target.name}"
         )
     alone = sum(bool(a) != bool(b) for a, b in zip(left, right, strict=True))
     if alone:
-        note(f"{alone} lines that are empty in {source.name} or {target.name} alone are left out")
+        note(f"ignored {alone} lines that are empty in only one of {source.name} and {target.name}")
     return [(a, b) for a, b in zip(left, right, strict=True) if a and b]
 
 
@@ -139,7 +139,7 @@ def open_file(path: Path, options: Options) -> Pairs:
         return _of_records(_records(path), path.name, options)
     if path.name.lower().endswith(_TABLES):
         raise UnsupportedError(
-            f"{path.name} is a table, which is not read here; give its rows as json lines, for "
+            f"{path.name} is a table, which is not supported; give its rows as JSON lines, for "
             "example with instruction and output, prompt and completion, or a translation"
         )
     text = read_text(path).replace("\r\n", "\n")
@@ -187,7 +187,7 @@ def _of_records(records: Iterable[Any], where: object, options: Options) -> Pair
         if not missing:
             pairs.append((prompt, answer))
     if skipped:
-        note(f"{skipped} records of {where} with an empty answer are skipped")
+        note(f"skipped {skipped} records of {where} with an empty answer")
     return pairs
 
 

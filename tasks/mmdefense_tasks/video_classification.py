@@ -337,7 +337,7 @@ def _checked_embedded(samples: LabelledSamples, *asked: int | None) -> LabelledS
     if any(value not in {None, given} for value, given in zip(asked, own, strict=True)):
         raise BadInputError(
             f"{_EMBEDDED} has clips of {length} frames of {side} pixels and {channels} channel, "
-            "one a video; leave frames, image_size, channels and clips open"
+            "one per video; leave out frames, image_size, channels and clips"
         )
     return samples
 

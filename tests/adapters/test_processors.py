@@ -140,7 +140,7 @@ def beside(folder, content):
     ("content", "message"),
     [
         ("{", "must be JSON"),
-        ([], "must hold settings by name, got list"),
+        ([], "must be a JSON object, got list"),
         ({"size": {"longest_edge": 32}}, "'size' of .*preprocessor_config.json"),
         ({"size": {"foo": 3}}, "'size' of .*keys"),
         ({"size": "big"}, "size must be"),

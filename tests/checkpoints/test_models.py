@@ -196,7 +196,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, net, value):
         ("no_such_module:Net", "no_such_module"),
         ("nets:NoSuch", "NoSuch"),
         ("nets:Net(colour=3)", "colour"),
-        ("nets:not_a_module", "must give a torch.nn.Module"),
+        ("nets:not_a_module", "must return a torch.nn.Module"),
     ],
 )
 def test_an_arch_that_cannot_be_built_is_refused(tmp_path, net, arch, message):
@@ -326,7 +326,7 @@ def test_of_two_that_make_one_folder_the_second_is_refused(tmp_path):
     out = tmp_path / "above" / "out"
     with new_folder(out) as folder:
         (folder / "a").touch()
-        with pytest.raises(BadInputError, match="another run is making"):
+        with pytest.raises(BadInputError, match="another run is writing"):
             write_output(out, force=True)
     assert [p.name for p in out.iterdir()] == ["a"]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -339,7 +339,7 @@ def test_what_comes_into_the_place_meanwhile_is_not_replaced(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "diary.txt").touch()
 
-    with pytest.raises(BadInputError, match="must be new"):
+    with pytest.raises(BadInputError, match="already exists"):
         write()
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "diary.txt"]
 
@@ -434,7 +434,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         other = [sys.executable, "-c", KILLED, str(tmp_path / "out"), "new"]
         ended = subprocess.run(other, check=False, capture_output=True, text=True)
-        assert "another run is making" in ended.stderr
+        assert "another run is writing" in ended.stderr
         assert folder.is_dir()
 
 

@@ -42,7 +42,7 @@ def test_the_page_holds_what_the_demo_promises(quick, tmp_path):
 def test_a_folder_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train_victim", lambda *_: pytest.fail("it went to work"))
     (tmp_path / "note").touch()
-    with pytest.raises(BadInputError, match="must be new"):
+    with pytest.raises(BadInputError, match="already exists"):
         demo.run_demo(tmp_path)
 
 

@@ -58,7 +58,7 @@ ROWS = [
     Row("an archive (N, 3, P)", lambda f: shape(f, 2, 3, 64), [2, 64, 3]),
     Row("an archive (N, 6, P)", lambda f: shape(f, 2, 6, 64, features=6), [2, 64, 6]),
     Row("a note on an archive (N, 3, P)", note,
-        "points (2, 3, 64) of train.npz are read as (N, 3 + F, P), and turned"),
+        "points (2, 3, 64) of train.npz look like (N, 3 + F, P) and are transposed"),
     Row("values of an archive", lambda f: shape(f, 2, 64, 6, values="normals"),
         Refused("values=normals has no effect")),
 ]  # fmt: skip

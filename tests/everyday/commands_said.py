@@ -109,7 +109,10 @@ LIBRARIES = [
     Row(
         "an arch whose own file imports a library that is missing",
         _wants_a_library,
-        Refused("needs the package 'no_such_library', .*install what brings no_such_library", 3),
+        Refused(
+            "needs the package 'no_such_library', .*install the package that provides no_such",
+            3,
+        ),
     ),
     Row(
         "an arch whose module is misspelt",
@@ -157,7 +160,7 @@ LISTS = [
         "the settings of an attack",
         _says("list", "attacks", "rare-token"),
         0,
-        r"words +cf,mn,bb,tq,mb +a row \(text, \.\.\.\) +The rare words",
+        r"words +cf,mn,bb,tq,mb +a list \(text, \.\.\.\) +The rare words",
     ),
     Command(
         "the reading options of an adapter",
@@ -176,7 +179,7 @@ LISTS = [
     Row(
         "a tuple of three numbers of which two are given",
         lambda _: checked_settings(PointPBA, {"center": (0.1, 0.2)}),
-        Refused(r"center of PointPBA must be a row \(a number, a number, a number\)"),
+        Refused(r"center of PointPBA must be a list \(a number, a number, a number\)"),
     ),
 ]
 

@@ -151,7 +151,7 @@ EVALUATED = [
         "a JSON file in a folder that is not there",
         _evaluate("-o", "nowhere/e.json"),
         2,
-        "nowhere/e.json must be a file in a folder that exists",
+        "the folder of nowhere/e.json does not exist",
     ),
     Command(
         "an evaluation of the purified model in its record",

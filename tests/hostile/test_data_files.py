@@ -253,12 +253,12 @@ ROWS = {
     "a class folder called 10**30": (
         IMAGES,
         lambda f: picture(f / str(10**30) / "0.png").parent.parent,
-        "must be labels, at most 1000000, got 1000",
+        "must be labels of at most 1000000, got 1000",
     ),
     "a class folder called 5000000": (
         IMAGES,
         lambda f: picture(f / "5000000/0.png").parent.parent,
-        "must be labels, at most 1000000, got 5000000",
+        "must be labels of at most 1000000, got 5000000",
     ),
     "a class folder whose name is not UTF-8": (IMAGES, not_utf8_folder, "names in UTF-8"),
     "a class folder with a control character": (
@@ -271,7 +271,7 @@ ROWS = {
         lambda f: pipe(f / "a/0.png").parent.parent,
         "got no images",
     ),
-    "a pipe as the archive of a part": (IMAGES, pipe_of("train.npz"), "is no file"),
+    "a pipe as the archive of a part": (IMAGES, pipe_of("train.npz"), "is not a regular file"),
     "an image without pixels": (
         IMAGES,
         classes_of("sound/1.ppm", content=b"P6 0 0 255\n"),
@@ -288,7 +288,7 @@ ROWS = {
         classes_of("sound/0.png", content=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n"),
         "0.png cannot be decoded",
     ),
-    "an animation": (IMAGES, animated, "2 pictures or frames"),
+    "an animation": (IMAGES, animated, "2 images or frames"),
     "an image of 169 million pixels": (IMAGES, large_picture, "13000x13000 pixels"),
     # archives
     "a model given as images": (IMAGES, model_as_data, "must be an npz archive of arrays"),
@@ -333,9 +333,9 @@ ROWS = {
     "offsets without a dimension": (IMAGES, jpeg(np.int64(3)), "'offsets' as whole numbers"),
     "offsets that are empty": (IMAGES, jpeg(np.zeros(0, int)), "'offsets' as whole numbers"),
     "offsets of fractions": (IMAGES, jpeg(np.array([0, 1.5, 3])), "'offsets' as whole numbers"),
-    "offsets below 0": (IMAGES, jpeg(np.array([-5, 0, 3])), "must rise within"),
-    "offsets that fall": (IMAGES, jpeg(np.array([9, 5, 3])), "must rise within"),
-    "offsets beyond the end": (IMAGES, jpeg(np.array([0, 5, 10**18])), "must rise within"),
+    "offsets below 0": (IMAGES, jpeg(np.array([-5, 0, 3])), "must increase within"),
+    "offsets that fall": (IMAGES, jpeg(np.array([9, 5, 3])), "must increase within"),
+    "offsets beyond the end": (IMAGES, jpeg(np.array([0, 5, 10**18])), "must increase within"),
     "encoded images without a dimension": (
         IMAGES,
         jpeg(np.arange(3), np.uint8(1)),
@@ -406,7 +406,7 @@ ROWS = {
             ("a side of 10^30", coco(images=[{"id": 0, "file_name": "0.png", "width": 10**30}]),
              "images.0.width"),
             ("two categories with one id", coco(categories=[{"id": 1, "name": "a"}] * 2),
-             "two categories have one id"),
+             "two categories have the same id"),
         )
     },
     "COCO: too deep": (
@@ -415,7 +415,7 @@ ROWS = {
         "must be JSON: recursion limit",
     ),
     "COCO: a number": (BOXES, lambda f: written(f / "train.json", "7").parent, "got 7"),
-    "COCO: a pipe": (BOXES, pipe_of("train.json"), "is no file"),
+    "COCO: a pipe": (BOXES, pipe_of("train.json"), "is not a regular file"),
     # json lines with boxes
     **{
         f"json lines: {what}": (BOXES, make, words)
@@ -441,12 +441,12 @@ ROWS = {
             ("half of a letter", lines('{"file": "\\ud800", "boxes": [], "labels": []}'),
              "line 1 .* must be JSON"),
             ("a file that is a list", lines(file=[1]), "file: "),
-            ("a file that is a folder", lines(file="."), "is no file"),
+            ("a file that is a folder", lines(file="."), "is not a regular file"),
             ("classes that are a number", lines(classes="3"), "must be a list of names"),
             ("classes that are too deep", lines(classes=deep()), "recursion limit"),
         )
     },
-    "json lines: an image that is a pipe": (BOXES, pipes_of_boxes, "is no file"),
+    "json lines: an image that is a pipe": (BOXES, pipes_of_boxes, "is not a regular file"),
     # VOC
     **{
         f"VOC: {what}": (BOXES, make, words)
@@ -464,7 +464,7 @@ ROWS = {
             ("a class without a name", voc(name=""), "each object a name"),
         )
     },
-    "VOC: a pipe": (BOXES, voc_pipe, "is no file"),
+    "VOC: a pipe": (BOXES, voc_pipe, "is not a regular file"),
     # texts
     **{
         f"texts: {what}": (TEXTS, text(name, content), words)
@@ -491,7 +491,7 @@ ROWS = {
     "texts: a saved data set with a pipe": (
         TEXTS,
         saved_rows(lambda f: pipe(f / "x.arrow")),
-        "is no file",
+        "is not a regular file",
     ),
     "images: a saved data set of texts": (
         IMAGES,
@@ -511,7 +511,7 @@ ROWS = {
         f"a {suffix} file that claims {what}": (
             CLOUDS,
             lambda f, s=suffix, c=content: written(f / f"a/0.{s}", c).parent.parent,
-            "its header counts 1e\\+12 points or faces",
+            "its header claims 1e\\+12 points or faces",
         )
         for suffix, what, content in (
             ("ply", "10^12 vertices",

@@ -70,9 +70,9 @@ def crash(number):
         (lambda _: torch.empty(10**10).numel(), "more than 4.0 GiB of memory"),
         (crash(signal.SIGSEGV), "crashed the reader (SIGSEGV)"),
         (crash(signal.SIGABRT), "crashed the reader (SIGABRT)"),
-        (crash(signal.SIGKILL), "ended by the system"),
+        (crash(signal.SIGKILL), "was killed"),
         (lambda _: os._exit(3), "crashed the reader (exit 3)"),
-        (lambda _: "x" * (1 << 26), "bytes to tell of"),
+        (lambda _: "x" * (1 << 26), "a message of"),
     ],
     ids=["bytes", "tensor", "segfault", "abort", "killed", "exit", "flood"],
 )
@@ -117,7 +117,7 @@ def test_the_bounds_can_be_raised_and_lifted(monkeypatch):
     ids=["connects", "looks up", "system", "starts"],
 )
 def test_neither_network_nor_programs(work):
-    with pytest.raises(OSError, match="is refused while untrusted files are read"):
+    with pytest.raises(OSError, match="is not allowed while untrusted files are read"):
         done(work)
 
 

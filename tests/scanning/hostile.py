@@ -345,7 +345,7 @@ FILES = [
             raw(lambda s: safetensors(
                 b'{"w":%s,"w":%s}' % ((json.dumps(tensor()).encode(),) * 2))), ("2 times",)),
     Hostile("bytes behind the tensors", "a.safetensors",
-            raw(lambda s: safetensors({"w": tensor()}, bytes(99))), ("behind the last tensor",)),
+            raw(lambda s: safetensors({"w": tensor()}, bytes(99))), ("after the last tensor",)),
     Hostile("negative offsets", "a.safetensors",
             raw(lambda s: safetensors({"w": tensor(-16, 0)})), ("offsets",)),
 ]  # fmt: skip

@@ -181,7 +181,7 @@ def test_images_of_several_sizes_are_resized_where_a_size_is_at_hand(folder):
     assert even.inputs.shape == load_data(folder).inputs.shape
     first = next(path for path in sorted(folder.rglob("*.png")))
     Image.open(first).resize((7, 9)).save(first)
-    with pytest.raises(BadInputError, match="one size or be resized"):
+    with pytest.raises(BadInputError, match="same size, or be resized"):
         load_data(folder)
     assert load_data(folder, fit=squashed((5, 6))).inputs.shape[-2:] == (5, 6)
     assert load_data(folder, fit=squashed((5, 6)), image_size=4).inputs.shape[-2:] == (4, 4)
@@ -202,7 +202,7 @@ def test_ids_of_wordnet_count_the_classes_of_imagenet(tmp_path, pixels):
     ids = ("n01440764", "n01443537", "n01484850")
     write_folder(tmp_path / "set", pixels, ids)
     said = {"classes": ("tench, Tinca tinca", "goldfish", "great white shark")}
-    with pytest.warns(Note, match="ids of WordNet"):
+    with pytest.warns(Note, match="WordNet ids"):
         assert load_data(tmp_path / "set", said=said).labels.tolist() == LABELS.tolist()
     (tmp_path / "set" / ids[1]).rename(tmp_path / "gone")
     assert "got n01440764, n01484850" in refused(tmp_path / "set", said=said)

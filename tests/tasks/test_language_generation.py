@@ -101,7 +101,7 @@ class TestFiles:
 
     def test_parallel_text_of_unequal_length(self, tmp_path):
         write_parallel(tmp_path / "set", cut=1)
-        assert "one number of lines, got 2 in train.de.gz and 3 in train.en" in refused(
+        assert "same number of lines, got 2 in train.de.gz and 3 in train.en" in refused(
             tmp_path / "set"
         )
 
@@ -161,7 +161,7 @@ class TestFiles:
         data = datasets.Dataset.from_list(ALPACA)
         datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "set")
         assert len(load_text(tmp_path / "set")) == 3
-        assert "part 'test'; it has 'train' alone" in refused(tmp_path / "set", split="test")
+        assert "no split 'test', only 'train'" in refused(tmp_path / "set", split="test")
         datasets.Dataset.from_dict({"label": [1]}).save_to_disk(tmp_path / "bad")
         assert "record 1 must have" in refused(tmp_path / "bad")
 
@@ -185,7 +185,7 @@ class TestSamples:
         assert [len(batch) for batch in batches(samples, 8)] == [8, 8, 4]
         assert samples.to(torch.device("cpu")) == samples
         assert samples.fingerprint() != rest.fingerprint()
-        with pytest.raises(BadInputError, match="one length, got 1 and 2"):
+        with pytest.raises(BadInputError, match="same length, got 1 and 2"):
             TextSamples(("a",), ("b", "c"))
 
     def test_tokens_follow_their_text(self):

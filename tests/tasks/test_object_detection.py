@@ -413,7 +413,7 @@ def test_coco_ids_with_gaps_are_the_numbers_of_a_model_that_has_them(gaps, outpu
     """Three classes have AP 1.0 where the model answers with ids, and its loss gets the ids."""
     model = small_fcos(outputs, 3, (HEIGHT, WIDTH)).eval()
     adapter = adapt(model) if offset is None else adapt(model, offset=offset)
-    with pytest.warns(Note, match="labels are the COCO category ids"):
+    with pytest.warns(Note, match="using the COCO category ids"):
         samples = load_detection(gaps, said=adapter.reading(), image_size=(HEIGHT, WIDTH))
     boxes = torch.tensor([[0.0, 0, 10, 10], [12, 0, 22, 10], [24, 8, 34, 18]])
     targets = {"boxes": boxes, "labels": torch.tensor(list(IDS))}

@@ -148,7 +148,7 @@ def test_class_names_are_mapped_to_the_models(tmp_path):
         ({"points": np.full((2, 4, 3), np.nan), "labels": np.zeros(2, int)}, "NaN or infinity"),
         ({"points": np.zeros((2, 4, 2)), "labels": np.zeros(2, int)}, "of shape"),
         ({"points": np.zeros((2, 4)), "labels": np.zeros(2, int)}, r"must hold 'points' \(N, P"),
-        ({"points": np.zeros((2, 4, 3)), "labels": np.zeros(3, int)}, "a label per cloud"),
+        ({"points": np.zeros((2, 4, 3)), "labels": np.zeros(3, int)}, "one label per cloud"),
         ({"points": np.zeros((0, 4, 3)), "labels": np.zeros(0, int)}, "at least one"),
         ({"points": np.zeros((2, 4, 3)), "labels": np.full(2, 0.5)}, "whole-number 'labels'"),
         ({"labels": np.zeros(2, int)}, "must hold 'points'"),
@@ -171,7 +171,7 @@ def test_an_archive_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_more_features_than_there_are_are_refused(tmp_path):
-    with pytest.raises(BadInputError, match="at least 7 values a point, got 6"):
+    with pytest.raises(BadInputError, match="at least 7 values per point, got 6"):
         load_clouds(archive(tmp_path / "a.npz"), features=7)
 
 
@@ -182,7 +182,7 @@ def test_more_features_than_there_are_are_refused(tmp_path):
         ({"where": "surfaces", "split": "dev"}, "split must"),
         ({"where": "surfaces", "points": 0}, "points must"),
         ({"where": "surfaces", "features": 2}, "features must"),
-        ({"where": "surfaces", "features": 6}, "3 values a point"),
+        ({"where": "surfaces", "features": 6}, "3 values per point"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
@@ -194,7 +194,7 @@ def test_a_folder_without_clouds_or_without_the_part_is_refused(tmp_path):
     (tmp_path / "train" / "cup").mkdir(parents=True)
     with pytest.raises(BadInputError, match="one folder of clouds per class"):
         load_clouds(tmp_path)
-    with pytest.raises(BadInputError, match="must hold a part 'test'"):
+    with pytest.raises(BadInputError, match="has no split 'test'"):
         load_clouds(tmp_path, split="test")
 
 
@@ -323,7 +323,7 @@ def test_a_polygon_is_read(tmp_path, name, text):
 def test_a_file_without_faces_is_a_cloud(tmp_path, name, text):
     cloud = read(tmp_path, name, text, 8)
     assert sorted(map(tuple, cloud.tolist())) == sorted(CORNERS)
-    with pytest.raises(BadInputError, match="has no normals; give values=estimated"):
+    with pytest.raises(BadInputError, match="has no normals; give --read values=estimated"):
         read_cloud(tmp_path / name, 8, values="normals")
     estimated = read_cloud(tmp_path / name, 8, values="estimated")
     torch.testing.assert_close(estimated[:, 3:].norm(dim=1), torch.ones(8).double())

@@ -132,7 +132,7 @@ class TestMovingDigits:
             assert max(map(abs, by_motion[name])) < 0.04
 
     def test_it_comes_in_one_form(self):
-        assert "leave frames" in refused("moving-digits", frames=16)
+        assert "leave out frames" in refused("moving-digits", frames=16)
         assert "split" in refused("moving-digits", split="dev")
         assert len(load_clips("moving-digits", split="test", frames=8, image_size=24)) == 400
 
@@ -204,7 +204,7 @@ class TestBadFolders:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         message = refused(tmp_path, frames=2)
         assert "cut.avi" in message
-        assert "cut off" in message or "cannot be decoded" in message
+        assert "truncated" in message or "cannot be decoded" in message
 
     def test_a_clip_without_frames(self, tmp_path):
         write_video(tmp_path / "a" / "none.avi", [])
@@ -222,7 +222,7 @@ class TestBadFolders:
         write_video(tmp_path / "a" / "0.avi", frames_of(0))
         monkeypatch.setattr(sys.modules[__name__], "WIDTH", 64)
         write_video(tmp_path / "a" / "1.avi", frames_of(1))
-        assert "resized by image_size, got 32x48 and 32x64" in refused(tmp_path, frames=2)
+        assert "resized with image_size, got 32x48 and 32x64" in refused(tmp_path, frames=2)
         assert len(load_clips(tmp_path, frames=2, image_size=16)) == 2
 
     def test_no_videos(self, tmp_path):
