@@ -317,7 +317,7 @@ def test_force_replaces_nothing_but_an_earlier_output(tmp_path, name, content):
 def test_a_link_is_not_replaced(tmp_path):
     write_output(tmp_path / "true")
     (tmp_path / "out").symlink_to("true")
-    with pytest.raises(BadInputError, match="it is a link"):
+    with pytest.raises(BadInputError, match="it is a symlink"):
         write_output(tmp_path / "out", force=True)
     assert (tmp_path / "out").is_symlink()
 

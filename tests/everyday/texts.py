@@ -81,7 +81,7 @@ ROWS = [
         lambda f: notes(parallel(f, english=["a", "b", "c"], german=["d", "", "e"]), pair="en,de"),
         ["ignored 1 lines that are empty in only one of train.en and train.de"]),
     Row("parallel files whose direction is a guess", lambda f: notes(parallel(f))[0][-60:],
-        "as de to en; for the other direction add --read pair=en,de"[-60:]),
+        " read as de to en; for the other direction add --read pair=en,de"[-60:]),
     Row("translations with a pair",
         lambda f: pairs(translations(f, [{"de": "eins", "en": "one"}]), pair="en,de"),
         [("one", "eins")]),
