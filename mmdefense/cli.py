@@ -518,7 +518,7 @@ def _say_what_was_done(purified: PurificationRecord, out: Path) -> None:
         say(f"the given model: {purified.scan.verdict.text}")
     if purified.unchanged:
         say(f"nothing was changed: {purified.unchanged}")
-        say(f"wrote {out}/report.html and the model as it was given")
+        say(f"wrote {out}/report.html and the unchanged model")
     else:
         say(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     if purified.choice is not None:

@@ -380,7 +380,7 @@ def test_map_coordinates_keep_their_shape(tmp_path, name, text):
         ("a.off", "OFF\n4 4 0\n0 0 0\n", "is it damaged"),
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 9\n", "is it damaged"),
         ("a.off", "OFF\n3 1 0\n0 0 nan\n1 0 0\n0 1 0\n3 0 1 2\n", "NaN or infinity"),
-        ("a.obj", "v 0 0 0\nf 1 1 1\n", "faces without area"),
+        ("a.obj", "v 0 0 0\nf 1 1 1\n", "faces have no area"),
         ("a.obj", "v 0 0 0\nf 1 2 3\n", "is it damaged"),
         ("a.obj", "", "is it damaged"),
         ("a.ply", "ply\nnonsense", "is it damaged"),
