@@ -70,7 +70,7 @@ class UnitGroup:
             the forward pass. A unit's output is proportional to its entries in the parameters of
             the last module (:attr:`outer`): of a filter with BatchNorm, the norm's weight and bias.
         width: Consecutive indices per unit.
-        kind: ``"filter"``, ``"neuron"`` or ``"head"``; for reports only.
+        kind: ``"filter"``, ``"neuron"`` or ``"head"``.
         read_at: Where the activation of the units is read; by default the last axis of the output
             of ``layer``. Filters are on axis 1 of the output of their convolution or BatchNorm, and
             heads on the last axis of the input of their output projection.

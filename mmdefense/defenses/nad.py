@@ -1,0 +1,126 @@
+"""NAD: neural attention distillation from a fine-tuned teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.coordinates import Weights, trainable
+from mmdefense.kernels.hooks import frozen_statistics, mode
+from mmdefense.kernels.loop import Gradients, optimise, train
+from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import gradient_in_parts
+from mmdefense.settings import Count, NotNegative, Whole
+
+__all__ = ["NAD", "attention_distance", "attention_layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAD(TrainingDefense):
+    """Fine-tune a copy as a teacher, then the model itself to attend where the teacher does.
+
+    Minimises ``CE + beta sum_l d_l``; d_l is the squared distance between the attention maps of
+    student and teacher at layer l, each of length one: the sum over the channels of the squared
+    activation, at each position.
+
+    Ours: the distance is summed over positions (the released code takes their mean, so that its
+    weights of 500 to 1000 mean less on larger maps); the layers are units' outputs, where their
+    BatchNorm is read, before the nonlinearity (there those of residual blocks, after it).
+
+    Attributes:
+        beta: Weight of each layer's distance.
+        layers: Number of layers to attend at, evenly from all that have positions, the last one
+            included.
+        teacher_steps: Updates of the teacher; the released code takes a tenth of the student's.
+
+    References:
+        Li, Lyu, Koren, Lyu, Li, Ma. *Neural Attention Distillation: Erasing Backdoor Triggers from
+        Deep Neural Networks*. ICLR 2021. arXiv:2101.05930
+    """
+
+    beta: NotNegative = 20.0
+    layers: Count = 3
+    teacher_steps: Whole = 50
+    lr: NotNegative = 0.02
+    steps: Whole = 150
+
+    def _run(self, work: Purifying[Any]) -> None:
+        adapter, teacher = work.adapter, work.adapter.fork()
+        plan = replace(self.training(teacher), steps=self.teacher_steps)
+        train(teacher, work.fit, plan, work.run, stage="teacher")
+        names = attention_layers(adapter, work.fit.take(torch.tensor([0])), self.layers)
+        optimise(
+            adapter.model,
+            work.fit,
+            self.training(adapter),
+            work.run,
+            gradients=self._gradients(adapter, teacher, names),
+            stage="distil",
+        )
+
+    def _gradients(
+        self, adapter: TaskAdapter[Any], teacher: TaskAdapter[Any], names: list[str]
+    ) -> Gradients:
+        space = Weights(trainable(adapter.model))
+
+        def gradients(batch: Any, _: int) -> Tensor:
+            def value(rows: slice) -> tuple[Tensor, Tensor]:
+                part = batch.rows(rows)
+                loss = adapter.per_sample_loss(part).mean()
+                with torch.no_grad(), mode(teacher.model, train=False):
+                    wanted = teacher.activations(part, names)
+                with frozen_statistics(adapter.model):
+                    distance = attention_distance(adapter.activations(part, names), wanted)
+                return loss, loss + self.beta * distance.mean()
+
+            loss, found = gradient_in_parts(
+                value, len(batch), space.weights, "distilling attention", adapter.model
+            )
+            space.assign(found)
+            return loss
+
+        return gradients
+
+
+def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[str]:
+    """Return ``count`` layers, or as many as there are, that see more than one position.
+
+    Filters, where there are enough of them: rows behind a region proposal have no fixed place.
+
+    Raises:
+        UnsupportedError: If there is none, as in a net over vectors.
+    """
+    groups = list(adapter.unit_groups())
+    filters = [group for group in groups if group.kind == "filter"]
+    names = [group.layer for group in (filters if len(filters) >= count else groups)]
+    with torch.no_grad(), mode(adapter.model, train=False):
+        found = adapter.activations(batch, names)
+    wide = [name for name in names if found[name].shape[1] > 1]
+    if not wide:
+        raise UnsupportedError(
+            "attention needs a layer with several positions (pixels, frames, points, tokens), and "
+            "the model has none; use a defense without, such as fine-tuning"
+        )
+    places = [max(0, round(len(wide) * (n + 1) / count) - 1) for n in range(count)]
+    return [wide[place] for place in dict.fromkeys(places)]
+
+
+def attention_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """Return the squared distance of two models' attention maps, over all layers, ``(N,)``.
+
+    Args:
+        student: Activations ``(N, L, C)`` by layer.
+        teacher: Those of the same layers and samples.
+    """
+    apart = []
+    for name, values in student.items():
+        maps = [F.normalize(v.square().sum(2), dim=1) for v in (values, teacher[name])]
+        apart.append((maps[0] - maps[1]).square().sum(1))
+    return torch.stack(apart).sum(0)
