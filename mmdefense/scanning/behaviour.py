@@ -54,52 +54,52 @@ __all__ = ["NOT_LOOKED", "Answer", "answers", "scan_behaviour"]
 APART = Rule(
     id="behaviour-trigger-apart",
     level="high",
-    measured="triggers that turn clean samples to one answer, searched for towards all answers",
-    reference="the other answers",
-    meaning="One trigger turns almost any sample to this answer, at far less than the other "
-    "answers cost: what a backdoor looks like.",
-    blind_spot="triggers of other kinds than those searched for, or that depend on their sample; "
+    measured="triggers that send clean samples to one target, from a search over all targets",
+    reference="the other targets",
+    meaning="One trigger sends almost any sample to this target, at a far lower cost than for "
+    "the other targets: what a backdoor looks like.",
+    blind_spot="triggers of kinds that were not searched for, or that depend on their sample; "
     "whether anyone planted it.",
 )
 TRIGGER = Rule(
     id="behaviour-trigger",
     level="medium",
     measured=APART.measured,
-    reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer, so whoever knows it decides what "
-    "the model says. That it was planted is not shown: it does not stand apart from the triggers "
-    "towards other answers by all that is asked for, and models that nobody tampered with can "
-    "have such triggers too. Compare its picture and its size with those of a clean model of the "
-    "same kind.",
-    blind_spot="whether anyone planted it; triggers of other kinds than those searched for.",
+    reference="the other targets",
+    meaning="One trigger sends almost any sample to one target, so whoever knows it controls "
+    "what the model says. This does not show that it was planted: by the criteria for an "
+    "outlier it is not one among the triggers for the other targets, and models that "
+    "nobody tampered with can have such triggers too. Compare its picture and its size "
+    "with those of a clean model of the same kind.",
+    blind_spot="whether anyone planted it; triggers of kinds that were not searched for.",
 )
 COMMON = Rule(
     id="behaviour-trigger-common",
     level="info",
     measured=APART.measured,
-    reference="the other answers",
-    meaning="One trigger turns almost any sample to one answer, but it is of a kind that tells "
-    "nothing: models that nobody tampered with have such triggers too.",
-    blind_spot="a backdoor among them; triggers of other kinds than those searched for.",
+    reference="the other targets",
+    meaning="One trigger sends almost any sample to one target, but triggers of this kind are no "
+    "evidence: models that nobody tampered with have them too.",
+    blind_spot="a backdoor among them; triggers of kinds that were not searched for.",
 )
 NONE = Rule(
     id="behaviour-trigger-none",
     level="info",
     measured=APART.measured,
-    reference="the other answers",
+    reference="the other targets",
     meaning="This search found no trigger that works. That is not proof that there is none.",
-    blind_spot="triggers of other kinds than those searched for, or that depend on their sample; "
+    blind_spot="triggers of kinds that were not searched for, or that depend on their sample; "
     "triggers that the search missed.",
 )
 ACTIVENESS = Rule(
     id="behaviour-activeness",
     level="info",
     measured="the gradient norm of each unit after clean data was unlearnt (TSBD, NeurIPS 2024)",
-    reference="the other units of its layer, 3.5 by median absolute deviation; there is no clean "
-    "twin to compare with",
-    meaning="A figure to compare. Units of a backdoor stay active while clean data is unlearnt; "
-    "some units of any model do.",
-    blind_spot="backdoors whose units are like the others; a single model has no reference.",
+    reference="the other units of its layer, threshold 3.5 by median absolute deviation; there is "
+    "no clean twin to compare with",
+    meaning="For comparison only. A backdoor's units stay active while clean data is unlearnt; "
+    "so do some units of any model.",
+    blind_spot="backdoors whose units look like the others; a single model has no reference.",
 )
 SMOOTHNESS = Rule(
     id="behaviour-smoothness",
@@ -107,18 +107,18 @@ SMOOTHNESS = Rule(
     measured="lambda_max, Tr(H) and the spectrum of the Hessian of the loss on at most 128 clean "
     "samples, by stochastic Lanczos quadrature (Ghorbani et al., ICML 2019)",
     reference="none for a single model: they depend on its architecture, training and data",
-    meaning="Figures to compare with the purified model. Backdoored models tend to sit in "
-    "sharper minima than clean ones of the same kind (FIP, CCS 2024).",
+    meaning="For comparison with the purified model. Backdoored models tend to sit in sharper "
+    "minima than clean ones of the same kind (FIP, CCS 2024).",
     blind_spot="whether there is a backdoor: clean models have sharp directions as well; what lies "
-    "between two nodes of the quadrature; the loss away from these weights and samples.",
+    "between the quadrature nodes; the loss away from these weights and samples.",
 )
 NOT_LOOKED = Rule(
     id="behaviour-not-looked-at",
     level="info",
-    measured="whether a part of the behaviour could be looked at",
-    reference="a model and data that have what it takes",
-    meaning="This part was not looked at.",
-    blind_spot="all that it would have shown.",
+    measured="whether a part of the behaviour scan could run",
+    reference="a model and data that meet its requirements",
+    meaning="This part did not run.",
+    blind_spot="everything it would have shown.",
 )
 
 INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
@@ -296,7 +296,7 @@ def _triggers(
             place = _place(found, answer, names)
             yield APART.found(place, said, reference=reference, picture=picture)
         if best is not None and not apart:
-            many = f"{len(works)} of {len(every)} answers have one; the cheapest: "
+            many = f"{len(works)} of {len(every)} targets have one; the cheapest: "
             value = many + _said(adapter, found, best)
             rule = TRIGGER if found.family.telling else COMMON
             place, picture = _place(found, best, names), _picture(adapter, found, best)
@@ -341,14 +341,14 @@ def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str
         return said
     worded = cast("WordedAdapter[Any]", adapter)
     words = worded.trigger_words(found.pool[answer.row, 0])
-    return f"{said}; near {words!r} before a prompt, towards {worded.target_words(answer.target)!r}"
+    return f"{said}; near {words!r} before a prompt, target {worded.target_words(answer.target)!r}"
 
 
 def _searched(every: list[Answer], total: int) -> str:
     """Return how many answers were searched for, and how."""
     if len(every) == total:
-        return f"{total} answers, all searched for"
-    return f"{len(every)} answers searched for in full, of {total} that were screened"
+        return f"{total} targets, all searched"
+    return f"{len(every)} targets searched in full, of {total} screened"
 
 
 def _reference(every: list[Answer], total: int) -> str:
@@ -359,10 +359,10 @@ def _reference(every: list[Answer], total: int) -> str:
     )
     middle = f"median of {_searched(every, total)}: success {success:.0%}, size {size:.3f}"
     if len(every) < CROWD:
-        return f"{middle}; fewer than {CROWD}, so that none can stand apart"
+        return f"{middle}; fewer than {CROWD} targets, too few to find an outlier"
     return (
-        f"{middle}; apart is an index over {index_bound(total):.2g} (Neural Cleanse, S&P 2019) at "
-        "no more than a third of the median cost"
+        f"{middle}; an outlier has an index above {index_bound(total):.2g} (Neural Cleanse, S&P "
+        "2019) and at most a third of the median cost"
     )
 
 
@@ -382,7 +382,7 @@ def _activeness(adapter: TaskAdapter[Any], samples: Samples[Any], run: Run) -> I
     far, worst = int((index > ANOMALY).sum()), int(index.argmax())
     yield ACTIVENESS.found(
         names[worst],
-        f"{far} of {len(index)} units stand out ({far / len(index):.1%}); the furthest by "
+        f"{far} of {len(index)} units are outliers ({far / len(index):.1%}); the furthest by "
         f"{float(index[worst]):.1f}",
     )
 
@@ -406,7 +406,7 @@ def _smoothness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int) -> 
     }
     value = (
         f"lambda_max {found.lambda_max:.3g}, Tr(H) {found.trace:.3g} (standard error "
-        f"{found.spread:.2g}); as if spread over {spread:.3g} of {size} directions; {below:.1%} of "
-        "the curvature is negative"
+        f"{found.spread:.2g}); participation ratio {spread:.3g} of {size} directions; "
+        f"{below:.1%} of the curvature is negative"
     )
     yield SMOOTHNESS.found("the model", value, numbers=numbers)

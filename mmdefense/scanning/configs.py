@@ -26,59 +26,59 @@ __all__ = ["parse_config", "scan_values"]
 REMOTE_CODE = Rule(
     id="config-remote-code",
     level="medium",
-    measured="whether a configuration asks for code that comes with the model",
+    measured="whether a configuration asks to run code that comes with the model",
     reference="classes of the installed library",
-    meaning="With trust_remote_code that Python is run on loading; mmdefense never does.",
+    meaning="With trust_remote_code, loading runs that Python; mmdefense never does.",
     blind_spot="what the code does; a library that has the class itself may ignore the request.",
 )
 SHARD = Rule(
     id="config-shard-outside",
     level="high",
-    measured="where the index of shards looks for them",
+    measured="the shard paths in the index",
     reference="the model's own folder",
-    meaning="Loading would read a file that is no part of the model.",
-    blind_spot="what lies there.",
+    meaning="Loading would read a file that is not part of the model.",
+    blind_spot="what that file holds.",
 )
 UNREADABLE = Rule(
     id="config-unreadable",
     level="medium",
-    measured="whether the file is what its name says",
+    measured="whether the file parses as what its name says",
     reference="JSON, YAML or TOML",
-    meaning="It is damaged, or meant for a reader that is more forgiving.",
+    meaning="It is damaged, or written for a more lenient reader.",
     blind_spot="its content.",
 )
 LOADER = Rule(
     id="config-loader",
     level="high",
-    measured="fields of a configuration that become arguments of libraries",
+    measured="configuration fields that become arguments of library functions",
     reference="fields that shape a network and load nothing",
-    meaning="In some version of a library it imports a module, loads a file or asks the hub; "
-    "mmdefense hands none of it on.",
-    blind_spot="fields of libraries that are not looked at here.",
+    meaning="In some version of a library it imports a module, loads a file or contacts the hub; "
+    "mmdefense passes none of it on.",
+    blind_spot="library fields that this scan does not check.",
 )
 SIZE = Rule(
     id="config-size",
     level="high",
     measured="counts and patterns in a configuration",
-    reference="the weights beside it, and the time that a pattern takes",
-    meaning="Building the model would take more memory or time than any sound one.",
-    blind_spot="sizes that only building it would show; the loader counts those.",
+    reference="the weights beside it, and the time that a pattern takes to match",
+    meaning="Building the model would take more memory or time than any real model.",
+    blind_spot="sizes that show only when the model is built; the loader checks those.",
 )
 FORM = Rule(
     id="config-malformed",
     level="medium",
-    measured="the kind of value that a field of a configuration holds",
+    measured="the type of a configuration field",
     reference="what the library writes there",
-    meaning="A library would fail on it, or take it for something else.",
-    blind_spot="whether another reader takes it.",
+    meaning="A library would fail on it or misread it.",
+    blind_spot="whether another reader accepts it.",
 )
 BUILDS = Rule(
     id="config-builds-objects",
     level="medium",
-    measured="names of classes and functions, and tags, in a configuration",
+    measured="class names, function names and tags in a configuration",
     reference="plain values",
-    meaning="A reader that builds objects from it calls what it names: Hydra, jsonpickle, and the "
-    "full loaders of YAML do.",
+    meaning="A reader that builds objects from it calls what it names: Hydra, jsonpickle and the "
+    "full YAML loaders do.",
     blind_spot="what the class does; whether any reader builds it.",
 )
 
@@ -196,7 +196,7 @@ def _of_value(
     if key in CODE_KEYS and value:
         said = f"{_dotted(where)} = {_text(value):.300}"
         level = _how_far(value, folder)
-        yield REMOTE_CODE.found(subject, f"asks for code of its own: {said}", level=level)
+        yield REMOTE_CODE.found(subject, f"asks to run its own code: {said}", level=level)
     elif key in _TARGETS and value:
         yield from _target(f"{key}: ", value, subject)
     elif key == "type" and subject.endswith("modules.json") and not _is_own(value):

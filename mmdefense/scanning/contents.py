@@ -39,9 +39,10 @@ ARCHIVE = Rule(
     id="archive-fault",
     level="high",
     measured="the structure of the archive",
-    reference="entries with names of their own, one behind the other, of the size they unpack to",
-    meaning="The archive is made to exhaust, to write elsewhere, or to be read in two ways.",
-    blind_spot="archives of kinds other than zip, tar, gzip, bz2, xz and zlib.",
+    reference="uniquely named entries, one after the other, of the size they claim",
+    meaning="The archive is built to exhaust memory or disk, to write outside its folder, or to "
+    "be read in two ways.",
+    blind_spot="archives other than zip, tar, gzip, bz2, xz and zlib.",
 )
 DEEP = Rule(
     id="archive-nesting",
@@ -49,38 +50,38 @@ DEEP = Rule(
     measured="archives within archives",
     reference=f"{MAX_DEPTH} levels",
     meaning="Layers of archives hide what the innermost one holds.",
-    blind_spot="what lies deeper.",
+    blind_spot="anything deeper.",
 )
 DAMAGED = Rule(
     id="archive-damaged",
     level="medium",
-    measured="whether the archive can be read to its end",
+    measured="whether the archive can be read to the end",
     reference="an undamaged archive",
-    meaning="It is damaged, or made so that only some readers can read it.",
-    blind_spot="what stands behind the damage.",
+    meaning="It is damaged, or built so that only some readers can read it.",
+    blind_spot="what follows the damage.",
 )
 OBJECTS = Rule(
     id="array-of-objects",
     level="medium",
     measured="the type of a NumPy array",
     reference="numbers",
-    meaning="An array of objects is a pickle; numpy.load runs it where allow_pickle is given.",
-    blind_spot="what the objects do; the pickle's imports are reported apart.",
+    meaning="An array of objects is a pickle; numpy.load runs it if allow_pickle is given.",
+    blind_spot="what the objects do; the pickle's imports are reported separately.",
 )
 MISMATCH = Rule(
     id="file-disguised",
     level="medium",
     measured="the content against the file's name",
-    reference="the kind that the name says",
+    reference="the type that the name says",
     meaning="A pickle under another name slips past scanners that go by names.",
-    blind_spot="why it was named so.",
+    blind_spot="why it has that name.",
 )
 PROGRAM = Rule(
     id="file-executable",
     level="medium",
     measured="whether the file is a program",
     reference="a model folder holds data",
-    meaning="It can be run, and no model needs it.",
+    meaning="It can be executed, and no model needs it.",
     blind_spot="what the program does.",
 )
 TORCHSCRIPT = Rule(
@@ -94,9 +95,9 @@ TORCHSCRIPT = Rule(
 UNSEEN = Rule(
     id="file-not-looked-into",
     level="low",
-    measured="the kind of the file",
-    reference="kinds that this scan reads",
-    meaning="Only its hash was taken.",
+    measured="the type of the file",
+    reference="file types that this scan reads",
+    meaning="It was hashed but not read.",
     blind_spot="everything inside, for example a Lambda layer of Keras or a custom ONNX operator.",
 )
 
@@ -162,7 +163,7 @@ def scan_content(
         yield from _disguise(subject, suffix, "a zip archive")
         yield from _scan_zip(file, subject, depth)
     elif head.startswith(_ZIP):
-        yield _unread(subject, name or subject, "a zip archive without a table of contents")
+        yield _unread(subject, name or subject, "a zip archive without a central directory")
     opener = unpacker(head)
     if opener:
         yield from _scan_packed(opener, file, subject, name or subject, depth)
@@ -248,7 +249,7 @@ def _scan_zip(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
                     if not (is_script and _of_torchscript(found)):
                         yield found
             if is_script:
-                yield TORCHSCRIPT.found(subject, "a program beside the tensors")
+                yield TORCHSCRIPT.found(subject, "a program next to the tensors")
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
         return  # its faults are reported above
 
@@ -282,7 +283,7 @@ def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[
                     yield ARCHIVE.found(subject, "its checksum is wrong", level="medium")
                 yield from scan_content(copy.file, subject, name=entry.filename, depth=depth + 1)
     except OverflowError as error:
-        yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
+        yield ARCHIVE.found(subject, f"{one_line(error)}: a decompression bomb")
     except DAMAGE as error:
         yield _unread(subject, entry.filename, one_line(error))
 
@@ -314,7 +315,7 @@ def _scan_packed(
                 yield DAMAGED.found(subject, copy.damage)
             yield from scan_content(copy.file, f"{subject}!{inner}", name=inner, depth=depth + 1)
     except OverflowError as error:
-        yield ARCHIVE.found(subject, f"{one_line(error)}: a bomb")
+        yield ARCHIVE.found(subject, f"{one_line(error)}: a decompression bomb")
 
 
 def _is_tar(head: bytes) -> bool:
@@ -340,7 +341,7 @@ def _scan_tar(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
         yield _unread(subject, subject, one_line(error))
         return
     if _has_more(file, end):
-        yield ARCHIVE.found(subject, f"more follows its end, at byte {end}")
+        yield ARCHIVE.found(subject, f"data follows its end, at byte {end}")
 
 
 def _has_more(file: IO[bytes], start: int) -> bool:
@@ -358,13 +359,15 @@ def _scan_tar_entry(
     if leads_outside(entry.name) or (entry.islnk() and leads_outside(entry.linkname)):
         yield ARCHIVE.found(subject, f"{entry.name!r} would be unpacked outside its folder")
     elif entry.issym():
-        yield ARCHIVE.found(subject, f"{entry.name!r} is a symbolic link to {entry.linkname!r}")
+        yield ARCHIVE.found(subject, f"{entry.name!r} is a symlink to {entry.linkname!r}")
     elif entry.isdev():
         yield ARCHIVE.found(subject, f"{entry.name!r} is a device")
     if entry.isdir() or entry.issym() or entry.islnk() or entry.isdev():
         return
     if entry.size > size:
-        yield ARCHIVE.found(subject, f"{entry.name!r} claims {entry.size} bytes: a bomb")
+        yield ARCHIVE.found(
+            subject, f"{entry.name!r} claims {entry.size} bytes: a decompression bomb"
+        )
     elif stream := archive.extractfile(entry):
         yield from scan_content(stream, f"{subject}!{entry.name}", name=entry.name, depth=depth + 1)
 

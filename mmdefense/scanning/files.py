@@ -24,17 +24,17 @@ HEADER = Rule(
     id="safetensors-header",
     level="high",
     measured="the header of a safetensors file",
-    reference="the file's length, and the format's rules",
-    meaning="The header lies about the file; a careless reader reads or writes out of bounds.",
+    reference="the file's length and the rules of the format",
+    meaning="The header contradicts the file; a careless reader reads or writes out of bounds.",
     blind_spot="what the tensors do.",
 )
 LINK = Rule(
     id="file-link-outside",
     level="high",
-    measured="where a symbolic link leads",
+    measured="where a symlink points",
     reference="the model's own folder",
-    meaning="Reading it would read a file that is no part of the model.",
-    blind_spot="what lies there: it was not opened.",
+    meaning="Reading it would read a file that is not part of the model.",
+    blind_spot="what is there: it was not opened.",
 )
 SPECIAL = Rule(
     id="file-special",
@@ -49,33 +49,33 @@ UNREADABLE = Rule(
     level="medium",
     measured="whether the file can be read",
     reference="a file that can be read",
-    meaning="It could not be looked into.",
+    meaning="It could not be inspected.",
     blind_spot="its content.",
 )
 
 BASE = Rule(
     id="adapter-base",
     level="low",
-    measured="the model that an adapter is an update of",
+    measured="the base model of an adapter",
     reference="a folder, or the local cache of the hub",
-    meaning="It is not here, and is not downloaded because a model names it.",
-    blind_spot="all of it: scan it by itself.",
+    meaning="It is not here, and is not downloaded just because a model names it.",
+    blind_spot="all of it: scan it separately.",
 )
 BEYOND = Rule(
     id="file-beyond-bounds",
     level="medium",
-    measured="time and memory that a look into it takes",
-    reference="bounds that grow with the size of the file",
-    meaning="It may be made to exhaust whoever reads it, or to crash the reader.",
-    blind_spot="what it holds: it was not read to its end.",
+    measured="the time and memory needed to inspect it",
+    reference="limits that grow with the size of the file",
+    meaning="It may be built to exhaust or crash its reader.",
+    blind_spot="what it holds: it was not read to the end.",
 )
 MORE = Rule(
     id="file-more-findings",
     level="medium",
-    measured="how many findings there are of one file",
+    measured="the number of findings in one file",
     reference="the first of each level",
-    meaning="The others are left out, so that the first can be read.",
-    blind_spot="what they say; they are of the levels that they are counted by.",
+    meaning="The others are left out, so that these can be read.",
+    blind_spot="what the omitted ones say; only their levels are counted.",
 )
 
 MOST = 100
@@ -129,9 +129,12 @@ def _scan_folder(root: Path) -> list[Finding]:
         level = unread_level(files[0].name)
         found.append(BEYOND.found(_name(files[0], root), ended, level=level))
         files = files[1:]
-    found += [BEYOND.found(_name(file, root), "not begun, after others") for file in files[:MOST]]
+    found += [
+        BEYOND.found(_name(file, root), "not inspected, after others exceeded the limits")
+        for file in files[:MOST]
+    ]
     if len(files) > MOST:
-        found.append(MORE.found("files", f"{len(files) - MOST} files were not begun"))
+        found.append(MORE.found("files", f"{len(files) - MOST} files were not inspected"))
     return found
 
 
@@ -198,7 +201,7 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
     elif file.is_dir():  # a link to a folder within, which is walked itself
         return
     elif not file.exists() or not stat.S_ISREG(file.stat().st_mode):
-        yield SPECIAL.found(subject, "no plain file")
+        yield SPECIAL.found(subject, "not a regular file")
     else:
         try:
             yield from _scan_plain(file, subject)
@@ -222,4 +225,4 @@ def _scan_plain(file: Path, subject: str) -> Iterator[Finding]:
             is_silent = False
             yield finding
     if is_silent and suffix not in PICKLE_SUFFIXES and is_unknown(file.name, head):
-        yield UNSEEN.found(subject, f"a {suffix} file" if suffix else "a file of no known kind")
+        yield UNSEEN.found(subject, f"a {suffix} file" if suffix else "a file of unknown type")

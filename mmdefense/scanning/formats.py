@@ -57,7 +57,7 @@ def _table(record: ScanRecord) -> Table:
         table.add_row(
             Text(found.level, style=_STYLES[found.level]),
             Text(printable(group.where)),
-            Text(printable(f"{found.id}: {group.what} (against: {found.reference})")),
+            Text(printable(f"{found.id}: {group.what} (compared with: {found.reference})")),
             Text(f"{found.meaning} Cannot see: {found.blind_spot}"),
         )
     return table
@@ -119,7 +119,7 @@ def _result(found: Finding, rule: int, files: Mapping[str, str]) -> dict[str, An
         "kind": "informational" if found.level == "info" else "fail",
         "level": _SARIF_LEVELS[found.level],
         "message": {
-            "text": f"{found.subject}: {printable(found.shown)}; against {found.reference}"
+            "text": f"{found.subject}: {printable(found.shown)}; compared with {found.reference}"
         },
         "locations": [location],
         "properties": {key: value for key, value in plain(found).items() if key != "picture"},

@@ -47,7 +47,7 @@ def gguf_texts(file: IO[bytes]) -> Iterator[tuple[str, str]]:
 def _start(file: IO[bytes]) -> tuple[str, int]:
     """Return the order of bytes, and how many pairs there are."""
     if _read(file, 4) != MAGIC:
-        raise BadInputError("it does not start as GGUF does")
+        raise BadInputError("it does not start like GGUF")
     raw = _read(file, 4)
     order = next((o for o in "<>" if struct.unpack(f"{o}I", raw)[0] in {2, 3}), None)
     if order is None:

@@ -207,7 +207,7 @@ class Machine:
             ValueError: If nothing does.
         """
         if len(self.stack) <= self.floor():
-            raise ValueError(f"byte {self.reader.at - 1} takes from an empty stack")
+            raise ValueError(f"byte {self.reader.at - 1} pops from an empty stack")
         return self.stack[-1]
 
     def pop(self) -> Any:
@@ -232,7 +232,7 @@ class Machine:
 
     def _hand_on(self, value: Any) -> None:
         if isinstance(value, Name) and value.full in DIRECT:
-            self.followed.hidden.append(f"a call of {value.full} by what it is handed on to")
+            self.followed.hidden.append(f"a call of {value.full} by whatever receives it")
 
     def pop_mark(self) -> list[Any]:
         """Take all that lies above the last mark.
@@ -241,7 +241,7 @@ class Machine:
             ValueError: If there is no mark.
         """
         if not self.marks:
-            raise ValueError(f"byte {self.reader.at - 1} looks for a mark, and there is none")
+            raise ValueError(f"byte {self.reader.at - 1} needs a mark, but there is none")
         place = self.marks.pop()
         values = self.stack[place:]
         del self.stack[place:]
@@ -269,10 +269,10 @@ class Machine:
             self.followed.use(found, "held")
             self.stack.append(found)
         elif any(part is UNKNOWN or isinstance(part, Made | Reference) for part in (module, name)):
-            self.followed.hidden.append("a name that is made while unpickling")
+            self.followed.hidden.append("a name that is built while unpickling")
             self.stack.append(UNKNOWN)
         else:
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not a string")
 
     def call(self, function: Any, given: Any, how: Use = "called") -> None:
         """Push what a call, or the building of an instance, makes."""
@@ -314,9 +314,9 @@ class Machine:
             case Reference(key=("module", Name() as kind, *_)) if how == "built":
                 self.followed.use(kind, how)
             case Made(by=Name() as maker):
-                self.followed.hidden.append(f"a call of what {maker.full} makes")
+                self.followed.hidden.append(f"a call of what {maker.full} returns")
             case _:
-                self.followed.hidden.append("a call of what is no name")
+                self.followed.hidden.append("a call of something that is not a name")
 
     def build(self, state: Any) -> None:
         """Give the object on top its attributes."""
@@ -327,14 +327,14 @@ class Machine:
             if self.arrays and _is_wrapper(target):
                 self._read_array(state)
         elif not isinstance(target, dict | str | bytes | tuple | int) and target is not DATA:
-            named = target.full if isinstance(target, Name) else "what is no object of its own"
+            named = target.full if isinstance(target, Name) else "an object that it did not create"
             self.followed.changed.append(named)
 
     def _read_array(self, state: Any) -> None:
         """Pass by the array that joblib keeps behind this opcode, and follow what else reads it."""
         reader, place = self.reader, self.reader.at
         if reader.frame_end is not None and place < reader.frame_end:
-            self.note("an array lies within a frame")
+            self.note("an array inside a frame")
         reader.frame_end = None
         size = _array_size(state, reader)
         if size != 0 or reader.at != place:
@@ -345,7 +345,7 @@ class Machine:
             self.followed.take(inner)
             self.followed.steps += inner.steps
             if inner.error:
-                raise ValueError(f"an array of objects within cannot be read: {inner.error}")
+                raise ValueError(f"an array of objects cannot be read: {inner.error}")
         elif reader.at + size > reader.size:
             raise ValueError(f"an array of {size} bytes reaches past the end")
         else:
@@ -375,7 +375,7 @@ class Machine:
                     self.followed.use(name, how)
         elif other.calls and (not other.error or other.uses):
             self.followed.take(other)
-            self.note("calls stand where joblib keeps an array")
+            self.note("calls where joblib stores an array")
 
 
 def _looks_pickled(value: str | bytes) -> bool:
@@ -447,7 +447,7 @@ def _array_size(state: Any, reader: Reader) -> int | None:
         case _:
             size = -1
     if size < 0 or code[0] not in "biufcmMSUV":
-        raise ValueError("the size of an array of joblib's cannot be told")
+        raise ValueError("the size of a joblib array cannot be determined")
     if state.get("numpy_array_alignment_bytes") is not None:
         padding = reader.read(1)[0]
         reader.jump(reader.at + padding)
@@ -473,7 +473,7 @@ def _holds_objects(kind: Made) -> bool:
         seen.add(id(value))
         if isinstance(value, Made):
             if not (isinstance(value.by, Name) and value.by.full in _OF_TYPES):
-                raise ValueError("the type of an array of joblib's cannot be told")
+                raise ValueError("the type of a joblib array cannot be determined")
             code = _first_of(value.given)
             if not isinstance(code, str) or code.startswith("O"):
                 return True

@@ -58,7 +58,7 @@ def _frame(machine: Machine) -> None:
     reader = machine.reader
     (length,) = struct.unpack("<Q", reader.read(8))
     if reader.frame_end is not None and reader.at < reader.frame_end:
-        machine.note("a frame lies within a frame")
+        machine.note("a frame inside a frame")
         machine.followed.crossed = True
     if reader.at + length > reader.size:
         machine.note("a frame reaches past the end")
@@ -105,7 +105,7 @@ def _inst(machine: Machine) -> None:
 def _obj(machine: Machine) -> None:
     values = machine.pop_mark()
     if not values:
-        raise ValueError("an object of no class")
+        raise ValueError("an object without a class")
     machine.call(values[0], tuple(values[1:]))
 
 
@@ -361,7 +361,7 @@ def _memoing(put: bytes, get: bytes, index: Callable[[Machine], Any]) -> None:
     def give(machine: Machine) -> None:
         place = index(machine)
         if place not in machine.memo:
-            raise ValueError(f"nothing was kept as {place}")
+            raise ValueError(f"there is no memo entry {place}")
         machine.stack.append(machine.memo[place])
 
 
@@ -372,7 +372,7 @@ def _index_line(machine: Machine) -> Any:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text[:20]!r} is no place to keep anything") from None
+        raise ValueError(f"{text[:20]!r} is not a memo key") from None
 
 
 _memoing(b"p", b"g", _index_line)

@@ -36,8 +36,8 @@ IMPORT = Rule(
     id="pickle-import",
     level="medium",
     measured="a name that the pickle imports",
-    reference="names that are known to be harmless in this use",
-    meaning="Unpickling it looks this name up and can call it with arguments from the file.",
+    reference="names known to be harmless in this use",
+    meaning="Unpickling looks up this name and can call it with arguments from the file.",
     blind_spot="what the named thing does: a class of your own may well be harmless.",
 )
 PLAIN = Rule(
@@ -45,32 +45,33 @@ PLAIN = Rule(
     level="info",
     measured="names that the pickle imports",
     reference="plain data types of Python and NumPy",
-    meaning="Numbers, texts, paths and containers beside the tensors. They are read as data here.",
-    blind_spot="nothing that these types can do; other imports are reported apart.",
+    meaning="Numbers, texts, paths and containers next to the tensors. mmdefense reads them as "
+    "data.",
+    blind_spot="nothing that these types can do; other imports are reported separately.",
 )
 HIDDEN = Rule(
     id="pickle-hidden-import",
     level="high",
     measured="what the pickle looks up or calls",
-    reference="names written out in the file",
-    meaning="What is imported or called cannot be told without running the pickle.",
+    reference="names written literally in the file",
+    meaning="What is imported or called cannot be determined without running the pickle.",
     blind_spot="what it is.",
 )
 CHANGED = Rule(
     id="pickle-changes-code",
     level="high",
-    measured="what the pickle gives attributes to",
-    reference="objects that it makes itself",
-    meaning="It changes a class or function, which other code then uses.",
+    measured="the objects that the pickle sets attributes on",
+    reference="objects that it creates itself",
+    meaning="It changes a class or function that other code then uses.",
     blind_spot="what the change does.",
 )
 BROKEN = Rule(
     id="pickle-broken",
     level="medium",
-    measured="whether the pickle can be read to its end",
-    reference="opcodes that every unpickler reads alike, to their STOP",
-    meaning="What stands before the break runs all the same, and other readers may go on after it.",
-    blind_spot="what stands after the break.",
+    measured="whether the pickle can be read to the end",
+    reference="opcodes that every unpickler reads alike, up to STOP",
+    meaning="What comes before the break still runs, and other readers may continue after it.",
+    blind_spot="what follows the break.",
 )
 NESTED_TOO_DEEP = Rule(
     id="pickle-nesting",
@@ -78,7 +79,7 @@ NESTED_TOO_DEEP = Rule(
     measured="pickles within pickles",
     reference="four levels",
     meaning="Layers of pickles hide what the innermost one does.",
-    blind_spot="what lies below the fourth level.",
+    blind_spot="anything below the fourth level.",
 )
 
 MAX_DEPTH = 4
@@ -171,7 +172,7 @@ def scan_pickles(
         steps += followed.steps
         if followed.error and count >= needed and not speaks(followed):
             if declared and needed == 1:
-                yield BROKEN.found(subject, f"{size - place} bytes behind it are no pickle")
+                yield BROKEN.found(subject, f"{size - place} bytes after it are not a pickle")
             break
         if count == 0 and followed.value == _TORCH_MAGIC:
             needed = _TORCH_PICKLES

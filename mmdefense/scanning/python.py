@@ -17,16 +17,16 @@ CODE = Rule(
     level="medium",
     measured="Python in the model's folder",
     reference="a model folder holds data",
-    meaning="With trust_remote_code, or by hand, it is run.",
-    blind_spot="what it does: names are looked at, not behaviour.",
+    meaning="It is run with trust_remote_code, or by hand.",
+    blind_spot="what it does: only names are checked, not behaviour.",
 )
 STARTED = Rule(
     id="code-run-at-start",
     level="high",
-    measured="lines and files that Python runs when it starts",
+    measured="lines and files that Python runs at startup",
     reference="a model folder holds data",
-    meaning="Python runs it unasked where it lies on its path, as site-packages does.",
-    blind_spot="where the file will lie.",
+    meaning="Python runs it automatically if it is on the path, as in site-packages.",
+    blind_spot="where the file will be installed.",
 )
 
 MAX_PYTHON = 1 << 19
@@ -101,7 +101,7 @@ def scan_notebook(content: Any, subject: str) -> Iterator[Finding]:
         text = "".join(map(str, source)) if isinstance(source, list) else str(source)
         lines = text.splitlines()
         if any(line.lstrip().startswith(_SHELL) for line in lines):
-            yield CODE.found(f"{subject}!cell {number}", "commands of a shell")
+            yield CODE.found(f"{subject}!cell {number}", "shell commands")
         python = "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
         if python.strip():
             yield from scan_python(python[:MAX_PYTHON], f"{subject}!cell {number}", "")

@@ -27,7 +27,7 @@ TEMPLATE = Rule(
     level="high",
     measured="attributes, calls, names and tags in a chat template",
     reference="what formatting messages needs",
-    meaning="It walks towards Python's internals; where it is rendered unsandboxed, code runs.",
+    meaning="It reaches for Python's internals; rendered without a sandbox, it runs code.",
     blind_spot="what it writes into the prompt, such as hidden instructions.",
 )
 UNUSUAL = Rule(
@@ -35,7 +35,7 @@ UNUSUAL = Rule(
     level="medium",
     measured=TEMPLATE.measured,
     reference=TEMPLATE.reference,
-    meaning="Chat templates have no use for it, and it is how a walk towards Python's internals is "
+    meaning="Chat templates have no use for it, and it is how access to Python's internals is "
     "hidden.",
     blind_spot=TEMPLATE.blind_spot,
 )
@@ -44,7 +44,7 @@ UNPARSED = Rule(
     level="medium",
     measured="whether the template can be parsed",
     reference="Jinja, with the tags of Transformers",
-    meaning="It is damaged, or meant for another reader than those that this scan knows.",
+    meaning="It is damaged, or written for a reader that this scan does not know.",
     blind_spot="its content.",
 )
 
@@ -110,7 +110,7 @@ def scan_template(template: str, subject: str, *, is_template: bool = True) -> I
     if len(template) > MAX_TEMPLATE:
         if not is_template and not _WALK.search(template):
             return
-        yield UNPARSED.found(subject, f"not looked into: a template of {len(template)} characters")
+        yield UNPARSED.found(subject, f"not inspected: a template of {len(template)} characters")
         return
     from jinja2 import TemplateError
 
@@ -167,7 +167,7 @@ def _look(tree: nodes.Template) -> Iterator[_Found]:
         if isinstance(node, nodes.Name):
             yield from _name(node, values, is_called=id(node) in called)
         elif isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice):
-            yield from _keys(values.of(node.arg), "looks up a name that it puts together")
+            yield from _keys(values.of(node.arg), "looks up a name that it assembles")
         elif isinstance(node, nodes.Call):
             yield from _call(node, values)
         elif isinstance(node, (nodes.Filter, nodes.Test)):
@@ -189,7 +189,7 @@ def _tag(node: nodes.Node) -> Iterator[_Found]:
     elif isinstance(node, nodes.Keyword):
         yield from _own_name(node.key)
     elif getattr(node, "dyn_args", None) or getattr(node, "dyn_kwargs", None):
-        yield UNUSUAL, "medium", "passes on arguments that it puts together"
+        yield UNUSUAL, "medium", "passes on arguments that it assembles"
 
 
 def _key(name: str) -> Iterator[_Found]:
@@ -251,7 +251,7 @@ def _call(node: nodes.Call, values: Values) -> Iterator[_Found]:
         for name in values.of(called.arg):
             yield from _method(name, called.node, values)
     else:
-        yield UNUSUAL, "medium", "calls what an expression gives"
+        yield UNUSUAL, "medium", "calls the result of an expression"
 
 
 def _method(name: Any, of: nodes.Node, values: Values) -> Iterator[_Found]:
@@ -273,7 +273,7 @@ def _format(found: Sequence[Any]) -> Iterator[_Found]:
             level: Level = "high" if "_" in value else "medium"
             yield (TEMPLATE if level == "high" else UNUSUAL), level, f"format of {value:.80}"
         elif not isinstance(value, str):
-            yield UNUSUAL, "medium", "format() of a text that is not known"
+            yield UNUSUAL, "medium", "format() of an unknown string"
 
 
 def _filter(node: nodes.Filter | nodes.Test, values: Values) -> Iterator[_Found]:

@@ -20,8 +20,8 @@ TOO_LARGE = Rule(
     id="file-too-large",
     level="medium",
     measured="the size of a text",
-    reference="what texts of its kind have in known models",
-    meaning="It was not looked into, since to parse it could exhaust the machine.",
+    reference="the size of such texts in known models",
+    meaning="It was not inspected, since parsing it could exhaust the machine.",
     blind_spot="everything inside.",
 )
 SCRIPT = Rule(
@@ -29,8 +29,8 @@ SCRIPT = Rule(
     level="medium",
     measured="the kind of the file",
     reference="a model folder holds data",
-    meaning="It is for running or installing, and no model needs it.",
-    blind_spot="what it does: it was not looked into.",
+    meaning="It is for running or installing software, and no model needs it.",
+    blind_spot="what it does: it was not inspected.",
 )
 PAGE = Rule(
     id="file-page-with-script",
@@ -118,7 +118,7 @@ def scan_text(
     elif suffix in _CONFIGS | _TEMPLATES | _LIKE_TEMPLATES | _PYTHON | _PAGES:
         most = {**dict.fromkeys(_PYTHON, MAX_PYTHON), **dict.fromkeys(_PAGES, _MOST_PAGE)}
         if size > most.get(suffix, MAX_JSON):
-            yield TOO_LARGE.found(subject, f"not looked into: {size} bytes")
+            yield TOO_LARGE.found(subject, f"not inspected: {size} bytes")
             return
         file.seek(0)
         yield from _parsed(file.read(), subject, name, suffix, folder)
@@ -152,9 +152,9 @@ def _read(data: bytes, subject: str, suffix: str) -> Any:
     except BadInputError as error:
         return UNREADABLE.found(subject, str(error))
     except OverflowError as error:
-        return TOO_LARGE.found(subject, f"not looked into: {error}")
+        return TOO_LARGE.found(subject, f"not inspected: {error}")
     except ImportError:
-        return TOO_LARGE.found(subject, "not looked into: PyYAML is not installed")
+        return TOO_LARGE.found(subject, "not inspected: PyYAML is not installed")
 
 
 def _gguf(file: IO[bytes], subject: str) -> Iterator[Finding]:

@@ -44,27 +44,28 @@ __all__ = [
 CHANNEL = Rule(
     id="weights-channel-lipschitz",
     level="info",
-    measured="the largest channel Lipschitz constant of a layer, in deviations from the mean",
-    reference="3 deviations over the channels of the layer (CLP, ECCV 2022)",
-    meaning="A channel that amplifies much more than its neighbours may be there for a trigger.",
-    blind_spot="triggers spread over many channels; layers of any model have such channels.",
+    measured="the largest channel Lipschitz constant of a layer, in standard deviations from the "
+    "mean",
+    reference="3 standard deviations over the channels of the layer (CLP, ECCV 2022)",
+    meaning="A channel that amplifies much more than its neighbours may serve a trigger.",
+    blind_spot="triggers spread over many channels; some layers of any model have such channels.",
 )
 SPECTRUM = Rule(
     id="weights-spectrum",
     level="info",
-    measured="the largest singular value of a layer over the root mean square of all of them",
-    reference="the same layer of the other blocks, 3.5 by median absolute deviation",
-    meaning="One direction of this layer outweighs the rest, unlike in its sister layers. So do "
-    "some of any model whose layers differ in shape.",
-    blind_spot="layers without at least four sisters; a backdoor that is in all of them.",
+    measured="the largest singular value of a layer over the RMS of all its singular values",
+    reference="the same layer of the other blocks, threshold 3.5 by median absolute deviation",
+    meaning="One direction of this layer outweighs the rest, unlike in the matching layers of "
+    "the other blocks. This is also so in clean models whose layers differ in shape.",
+    blind_spot="layers with fewer than four matching layers; a backdoor that is in all of them.",
 )
 HEAD = Rule(
     id="weights-head-row",
     level="low",
     measured="norm and bias of a row of the output head, by median absolute deviation",
-    reference="3.5 over the rows of the head, or what chance gives the furthest of them",
+    reference="3.5 over the rows of the head, or the largest value expected by chance",
     meaning="The class or token is easier to reach than others; backdoors favour their target.",
-    blind_spot="classes that training data favoured; heads of fewer than five rows.",
+    blind_spot="classes that training data favoured; heads with fewer than five rows.",
 )
 
 NOT_FINITE = Rule(
@@ -72,8 +73,9 @@ NOT_FINITE = Rule(
     level="medium",
     measured="values that are NaN or infinite",
     reference="finite numbers only",
-    meaning="The weight is damaged, or was made so: `purify` and `evaluate` refuse such a model.",
-    blind_spot="what the weight was before: the other measures leave it out.",
+    meaning="The weight is damaged, by accident or on purpose: `purify` and `evaluate` refuse "
+    "such a model.",
+    blind_spot="what the weight was before: the other measures skip it.",
 )
 
 U = 3.0
@@ -204,8 +206,8 @@ def _channels(
             yield CHANNEL.found(
                 name,
                 worst,
-                reference=f"{u:g} deviations, which {above} of {len(weight)} channels exceed, "
-                f"first {which} (CLP, ECCV 2022)",
+                reference=f"{u:g} standard deviations, exceeded by {above} of {len(weight)} "
+                f"channels, first {which} (CLP, ECCV 2022)",
             )
 
 

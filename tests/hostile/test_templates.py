@@ -181,7 +181,7 @@ def test_what_real_templates_do_is_no_finding(name):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("x" * (MAX_TEMPLATE + 1), "not looked into"),
+        ("x" * (MAX_TEMPLATE + 1), "not inspected"),
         ("{{ a }}" * (MAX_TEMPLATE // 8), ""),
         ("{{ " + "(" * 100_000, "unreadable"),
         ("{{ a" + " + a" * 60_000 + " }}", "unreadable"),

@@ -175,7 +175,7 @@ MEDIUM = {
 LOW = {
     "drawing with a script": ("a.svg", "<svg><script>alert(1)</script></svg>"),
     "page with a script": ("a.html", "<body onload=alert(1)>"),
-    "of no known kind": ("a.xyz", b"\x01\x02\x03"),
+    "of unknown type": ("a.xyz", b"\x01\x02\x03"),
     "without a suffix": ("weights", b"\x01\x02\x03"),
     "a text that is none": ("a.txt", b"a\x00b"),
     "GGUF": ("a.gguf", gguf([("tokenizer.chat_template", 8, text(SOUND))])),

@@ -257,7 +257,7 @@ FILES = [
     Hostile("attribute walk", "a.bin", raw(attribute_walk), ("torch.serialization.os.system",)),
     Hostile("name made while unpickling", "a.bin", raw(lambda s: b"\x80\x04cbuiltins\nstr\n"
             + unicode_("os") + b"\x85R" + unicode_("system") + b"\x93" + call(s) + b"."),
-            ("made while unpickling",)),
+            ("built while unpickling",)),
     Hostile("module of another library", "a.bin",
             raw(lambda s: b"cfile_store.gadgets\nrun\n" + call(s) + b"."),
             ("file_store.gadgets.run",)),

@@ -68,7 +68,7 @@ def test_a_planted_backdoor_stands_apart(scanned):
     assert [finding.subject for finding in apart] == ["patch to 0"]
     assert apart[0].level == "high"
     assert "success" in apart[0].value
-    assert "median of 10 answers" in apart[0].reference
+    assert "median of 10 targets" in apart[0].reference
 
 
 def test_nothing_of_a_clean_twin_stands_apart(models):
@@ -201,7 +201,7 @@ def test_that_no_trigger_was_found_is_said_with_the_answers_searched(models, mon
     samples = models.twin.samples(models.clean)
     (finding,) = triggers(models.twin, samples, monkeypatch, found)
     assert (finding.id, finding.level) == ("behaviour-trigger-none", "info")
-    assert finding.value == "none of 10 answers, all searched for"
+    assert finding.value == "none of 10 targets, all searched"
     assert "not proof" in finding.meaning
 
 
@@ -227,7 +227,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
     assert (search.steps, 77 in full.tolist()) == (80, True)
     assert len(full) <= behaviour.SUSPECTS + behaviour.OTHERS
     assert finding.subject == "patch to 77"
-    assert f"{len(full)} answers searched for in full, of 1000 that were screened" in (
+    assert f"{len(full)} targets searched in full, of 1000 screened" in (
         finding.reference
     )
 
@@ -278,7 +278,7 @@ def test_the_words_of_a_trigger_are_shown(monkeypatch):
         target_words=lambda target: f"answer {target}",
     )
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
-    assert "near 'cf mn' before a prompt, towards 'answer 2'" in finding.value
+    assert "near 'cf mn' before a prompt, target 'answer 2'" in finding.value
 
 
 def test_the_function_takes_a_model_and_data_in_memory(models, monkeypatch):
