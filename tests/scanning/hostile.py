@@ -302,7 +302,7 @@ FILES = [
             lambda path, s: tarred(
                 path, (entry("pickle"), pickle.dumps(Calls(os.system, touch(s))))),
             ("a.tar!pickle", "posix.system")),
-    Hostile("gzip bomb", "a.bin", gzip_bomb, ("a bomb",)),
+    Hostile("gzip bomb", "a.bin", gzip_bomb, ("decompression bomb",)),
     Hostile("gzip of a pickle", "a.pkl",
             raw(lambda s: gzip.compress(pickle.dumps(Calls(os.system, touch(s))))),
             ("posix.system",)),
