@@ -227,9 +227,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
     assert (search.steps, 77 in full.tolist()) == (80, True)
     assert len(full) <= behaviour.SUSPECTS + behaviour.OTHERS
     assert finding.subject == "patch to 77"
-    assert f"{len(full)} targets searched in full, of 1000 screened" in (
-        finding.reference
-    )
+    assert f"{len(full)} targets searched in full, of 1000 screened" in (finding.reference)
 
 
 def test_the_bound_of_the_index_grows_with_the_answers_that_were_screened():
