@@ -1,290 +1,391 @@
-"""What every adapter must do, for one tiny model of each family."""
+"""What every adapter promises, for one tiny model of each family that it serves."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+
 import pytest
 import torch
-from models import CLASSES, MODELS, SIDE, build
+from condition import assert_same, condition
+from families import FAMILIES, N
 from torch import nn
 
+from mmdefense import registry
 from mmdefense.data.labelled import LabelledBatch
-from mmdefense.errors import BadInputError
-from mmdefense.registry import adapt
+from mmdefense.data.text import IGNORED, TokenBatch
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.units import silence
+from mmdefense.protocol import (
+    GeneratingAdapter,
+    HeadAdapter,
+    ReadingAdapter,
+    TaskAdapter,
+    TriggerAdapter,
+    WordedAdapter,
+    lacking,
+)
 
-N = 5
+EVERY = torch.arange(N)
+DRAWS = 48
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-@pytest.fixture(params=MODELS)
-def adapter(request):
-    images = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    return adapt(build(request.param), mean=[0.5] * 3, std=[0.25] * 3, example=images)
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
 
 
 @pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(2)
-    images = torch.rand(N, 3, SIDE, SIDE, generator=generator)
-    return LabelledBatch(images, torch.randint(0, CLASSES, (N,), generator=generator))
+def family(name):
+    return FAMILIES[name]
 
 
-def permuted(batch, order):
-    return LabelledBatch(batch.inputs[order], batch.labels[order])
+@pytest.fixture
+def adapter(family):
+    return family.wrap()
 
 
-def condition(model):
-    """Everything about a model that a call must leave as it was."""
-    return {
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-            for m in model.modules()
-        ],
-        "modes": [m.training for m in model.modules()],
-        "wanted": [p.requires_grad for p in model.parameters()],
-        "grads": [p.grad for p in model.parameters()],
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
-    }
+@pytest.fixture
+def samples(family, adapter):
+    return adapter.samples(family.data(adapter))
 
 
-def assert_same(before, after):
-    for key in ("hooks", "modes", "wanted", "grads"):
-        assert after[key] == before[key], key
-    torch.testing.assert_close(after["values"], before["values"], rtol=0, atol=0)
+@pytest.fixture
+def batch(samples):
+    return samples.take(EVERY)
 
 
-def calls(adapter, batch):
-    return {
-        "samples": lambda: adapter.samples((batch.inputs, batch.labels)),
-        "per_sample_loss": lambda: adapter.per_sample_loss(batch),
-        "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
-        "score": lambda: adapter.score(batch),
-        "activations": lambda: adapter.activations(batch, [g.layer for g in adapter.unit_groups()]),
-        "features": lambda: adapter.features(batch, [g.layer for g in adapter.unit_groups()]),
-        "embedding": lambda: adapter.embedding(batch),
-        "fork": adapter.fork,
-    }
+def layers(adapter):
+    return [group.layer for group in adapter.unit_groups()]
 
 
-def test_per_sample_loss_is_the_training_loss_of_each_image(adapter, batch):
+def offering(protocol):
+    """Return the families whose adapter offers an optional protocol."""
+    found = []
+    for name, family in FAMILIES.items():
+        kind = registry.load("adapters", family.adapter)
+        if set(lacking(kind, protocol)) <= set(lacking(kind, TaskAdapter)):
+            found.append(name)
+    return pytest.mark.parametrize("name", found)
+
+
+def test_every_registered_adapter_has_a_family():
+    assert {family.adapter for family in FAMILIES.values()} == set(registry.names("adapters"))
+
+
+def test_it_is_the_registered_adapter_and_lacks_nothing(family, adapter, samples):
+    assert registry.name_of("adapters", type(adapter)) == family.adapter
+    assert type(adapter).accepts(adapter.model) or family.adapter == "points"
+    assert lacking(adapter, TaskAdapter) == []
+    assert 0 < adapter.chance < 1
+
+
+def test_the_loss_is_of_each_sample_and_its_mean_the_training_loss(family, adapter, samples, batch):
     loss = adapter.per_sample_loss(batch)
     assert loss.shape == (N,)
-    alone = [adapter.per_sample_loss(permuted(batch, [n])) for n in range(N)]
-    torch.testing.assert_close(loss, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    expected = nn.functional.cross_entropy(adapter.logits(batch.inputs), batch.labels)
-    torch.testing.assert_close(loss.mean(), expected)
+    alone = [adapter.per_sample_loss(samples.take(EVERY[n : n + 1])) for n in range(N)]
+    torch.testing.assert_close(loss, torch.cat(alone), **CLOSE)
+    if family.training_loss is not None:
+        torch.testing.assert_close(loss.mean(), family.training_loss(adapter, batch), **CLOSE)
     loss.mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.model.parameters())
+    trained = [p for p in adapter.model.parameters() if p.requires_grad]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trained)
+    assert any(p.grad is not None and p.grad.count_nonzero() for p in trained)
 
 
-def test_permuting_the_batch_permutes_every_answer(adapter, batch):
+def test_permuting_the_batch_permutes_every_answer(adapter, samples, batch):
     order = torch.tensor([3, 0, 4, 1, 2])
-    layers = [group.layer for group in adapter.unit_groups()]
+    named, moved = layers(adapter), samples.take(order)
     for ask in (
         adapter.per_sample_loss,
         adapter.score,
         adapter.embedding,
-        lambda given: adapter.features(given, layers),
+        lambda given: adapter.features(given, named),
     ):
-        first, second = ask(batch), ask(permuted(batch, order))
-        moved = {k: v[order] for k, v in first.items()} if isinstance(first, dict) else first[order]
-        torch.testing.assert_close(second, moved, rtol=1e-4, atol=1e-5)
+        first, second = ask(batch), ask(moved)
+        wanted = (
+            {k: v[order] for k, v in first.items()} if isinstance(first, dict) else first[order]
+        )
+        torch.testing.assert_close(second, wanted, **CLOSE)
 
 
-def test_sampled_loss_gives_the_loss_and_a_score_of_mean_zero(adapter, batch):
+def test_the_same_question_has_the_same_answer_bit_for_bit(adapter, batch):
+    assert torch.equal(adapter.per_sample_loss(batch), adapter.per_sample_loss(batch))
+    torch.rand(3)  # the global state has moved on
+    assert torch.equal(adapter.score(batch), adapter.score(batch))
+
+
+def test_the_sampled_score_comes_with_the_loss_and_is_drawn_anew(adapter, batch):
     loss, score = adapter.sampled_loss(batch, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss, adapter.per_sample_loss(batch))
+    torch.testing.assert_close(loss, adapter.per_sample_loss(batch), **CLOSE)
     assert score.shape == (N,)
-    _, same = adapter.sampled_loss(batch, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(score, same)
     assert score.requires_grad
+    _, same = adapter.sampled_loss(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(score, same)
+    _, other = adapter.sampled_loss(batch, torch.Generator().manual_seed(1))
+    assert not torch.equal(score, other)
 
 
-def test_transformers_are_told_from_nets_with_batch_norm(request, adapter):
-    name = request.node.callspec.params["adapter"]
-    assert adapter.layer_norm == any(p in name for p in ("vit", "encoder", "swin", "convnext"))
+def test_the_scores_gradient_has_mean_zero_and_the_fisher_as_covariance(adapter, samples):
+    """By the trace, at the last layer, for one sample: as a batch of it, with a draw for each."""
+    many = samples.take(torch.ones(DRAWS, dtype=torch.int64))
+    parameter = last_trained(adapter, many)
+    _, scores = adapter.sampled_loss(many, torch.Generator().manual_seed(1))
+    drawn = torch.stack([gradient(value, parameter) for value in scores])
+    exact = fisher_trace(adapter, many.rows(slice(0, 1)), parameter)
+    squares = drawn.square().sum(1)
+    assert abs(squares.mean() - exact) <= 5 * squares.std() / DRAWS**0.5 + 1e-3 * exact
+    assert drawn.mean(0).norm() <= 4 * (exact / DRAWS) ** 0.5
 
 
-def test_score_counts_right_answers(adapter, batch):
-    right = adapter.logits(batch.inputs).argmax(1)
-    assert adapter.score(LabelledBatch(batch.inputs, right)).tolist() == [1.0] * N
-    wrong = (right + 1) % CLASSES
-    assert adapter.score(LabelledBatch(batch.inputs, wrong)).tolist() == [0.0] * N
-    assert adapter.chance == 1 / CLASSES
+def last_trained(adapter, batch):
+    """Return the last trained parameter that the loss depends on."""
+    trained = [p for p in adapter.model.parameters() if p.requires_grad]
+    loss = adapter.per_sample_loss(batch.rows(slice(0, 1))).sum()
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [p for p, g in zip(trained, found, strict=True) if g is not None and g.any()][-1]
 
 
-def test_features_give_one_finite_value_per_unit(adapter, batch):
-    groups = adapter.unit_groups()
-    assert len(groups) > 0
-    features = adapter.features(batch, [group.layer for group in groups])
-    for group in groups:
-        assert features[group.layer].shape == (N, group.size), group
-        assert features[group.layer].isfinite().all()
-        assert not features[group.layer].requires_grad
-    assert any(features[group.layer].count_nonzero() for group in groups)
+def gradient(value, parameter):
+    return torch.autograd.grad(value, parameter, retain_graph=True)[0].flatten()
 
 
-def test_unit_groups_name_real_parameters_and_spare_the_classes(adapter):
-    parameters = dict(adapter.model.named_parameters())
-    named = [name for group in adapter.unit_groups() for name in group.axes]
-    assert len(named) == len(set(named))
+def fisher_trace(adapter, batch, parameter):
+    """Return the trace of the Fisher information that is promised for one sample.
+
+    It is ``sum_c p_c |grad log p_c|^2``: over the classes, or over the words at each position of an
+    answer; and of a detector the squared gradient of the loss, as its docstring has it.
+    """
+    if isinstance(batch, LabelledBatch):
+        log_p = adapter.logits(batch.inputs).log_softmax(1)
+    elif isinstance(batch, TokenBatch):
+        log_p = adapter._logits(batch).log_softmax(2)[adapter._targets(batch) != IGNORED]
+    else:
+        return gradient(adapter.per_sample_loss(batch)[0], parameter).square().sum()
+    squares = [v.exp() * gradient(v, parameter).square().sum() for v in log_p.flatten()]
+    return torch.stack(squares).sum().detach() / len(log_p) ** 2
+
+
+def test_the_score_is_a_share(adapter, batch):
+    score = adapter.score(batch)
+    assert score.shape == (N,)
+    assert not score.requires_grad
+    assert ((score >= 0) & (score <= 1)).all()
+
+
+def test_features_are_one_value_a_unit_that_nothing_writes_into(adapter, batch):
+    named = layers(adapter)
+    features = adapter.features(batch, named)
+    assert list(features) == named or set(features) == set(named)
     for group in adapter.unit_groups():
+        found = features[group.layer]
+        assert found.shape == (N, group.size), group
+        assert found.isfinite().all()
+        assert not found.requires_grad
+    assert any(found.count_nonzero() for found in features.values())
+    kept = {layer: found.clone() for layer, found in features.items()}
+    adapter.per_sample_loss(batch)
+    torch.testing.assert_close(features, kept, rtol=0, atol=0)
+    for layer in named[:: max(1, len(named) // 4)]:  # by itself as in company
+        alone = adapter.features(batch, [layer])[layer]
+        torch.testing.assert_close(alone, kept[layer], **CLOSE)
+
+
+def test_the_embedding_has_one_row_a_sample(adapter, batch):
+    embedding = adapter.embedding(batch)
+    assert embedding.ndim == 2
+    assert len(embedding) == N
+    assert embedding.isfinite().all()
+    assert not embedding.requires_grad
+
+
+def test_unit_groups_name_real_parameters_once(adapter, batch):
+    parameters = dict(adapter.model.named_parameters(remove_duplicate=False))
+    groups = adapter.unit_groups()
+    named = [name for group in groups for name in group.axes]
+    assert groups
+    assert len(named) == len(set(named))
+    for group in groups:
         for name, axis in group.axes.items():
             assert parameters[name].shape[axis] == group.size * group.width, name
-    assert adapter.head is not None
-    assert f"{adapter.head}.weight" not in named
 
 
 def test_silencing_a_unit_zeroes_its_feature_and_no_other_of_its_layer(adapter, batch):
-    for group in adapter.unit_groups():
+    groups = adapter.unit_groups()
+    for place in sorted({*range(0, len(groups), -(-len(groups) // 5)), len(groups) - 1}):
+        group = groups[place]
         before = adapter.features(batch, [group.layer])[group.layer]
-        unit = int(before.sum(0).argmax())
-        fork = adapter.fork()
-        span = slice(unit * group.width, (unit + 1) * group.width)
-        with torch.no_grad():
-            for name, axis in group.axes.items():
-                fork.model.get_parameter(name).movedim(axis, 0)[span] = 0
+        unit, fork = int(before.sum(0).argmax()), adapter.fork()
+        silence(fork.model, groups, [(place, unit)])
         after = fork.features(batch, [group.layer])[group.layer]
         before[:, unit] = 0
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5, msg=str(group))
 
 
-def test_every_family_of_layer_is_found(request, adapter):
-    kinds = {group.kind for group in adapter.unit_groups()}
-    name = request.node.callspec.params["adapter"]
-    if "vit" in name or name in {"hf-swin", "transformer-encoder"}:
-        assert {"head", "neuron"} <= kinds
-    elif name != "torchvision-swin":
-        assert "filter" in kinds
-
-
-def test_embedding_is_what_the_output_layer_reads(adapter, batch):
-    embedding = adapter.embedding(batch)
-    assert embedding.shape[0] == N
-    head = adapter.model.get_submodule(adapter.head)
-    if isinstance(head, nn.Linear):
-        assert embedding.shape == (N, head.in_features)
-        torch.testing.assert_close(head(embedding), adapter.logits(batch.inputs))
-
-
-def test_fork_shares_no_storage_and_answers_the_same(adapter, batch):
-    fork = adapter.fork()
-    expected = adapter.per_sample_loss(batch)
-    torch.testing.assert_close(fork.per_sample_loss(batch), expected)
-    mine = {value.data_ptr() for value in adapter.model.state_dict().values()}
+def test_a_fork_answers_the_same_and_shares_no_memory(adapter, batch):
+    fork, expected = adapter.fork(), adapter.per_sample_loss(batch)
+    assert torch.equal(fork.per_sample_loss(batch), expected)
+    mine = {value.data_ptr() for value in adapter.model.state_dict().values() if value.numel()}
     assert mine.isdisjoint(value.data_ptr() for value in fork.model.state_dict().values())
     with torch.no_grad():
         for parameter in fork.model.parameters():
             parameter.zero_()
-    torch.testing.assert_close(adapter.per_sample_loss(batch), expected)
+    assert torch.equal(adapter.per_sample_loss(batch), expected)
 
 
-def test_eval_mode_is_deterministic(adapter, batch):
-    first, second = adapter.logits(batch.inputs), adapter.logits(batch.inputs)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+def calls(family, adapter, batch):
+    """Return a call of each member, optional ones too, by name."""
+    named, targets = layers(adapter), torch.zeros(N, dtype=torch.int64)
+    data = family.data(adapter)
+    found = {
+        "samples": lambda: adapter.samples(data),
+        "per_sample_loss": lambda: adapter.per_sample_loss(batch),
+        "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
+        "score": lambda: adapter.score(batch),
+        "features": lambda: adapter.features(batch, named),
+        "embedding": lambda: adapter.embedding(batch),
+        "fork": adapter.fork,
+    }
+    if not lacking(adapter, TriggerAdapter):
+        trigger = adapter.trigger_families()[0]
+        raw = torch.rand(1, N, *trigger.shape)
+        found["trigger_targets"] = adapter.trigger_targets
+        found["stamp"] = lambda: adapter.stamp(batch, trigger, raw)
+        found["target_log_probability"] = lambda: adapter.target_log_probability(batch, targets)
+        found["not_target"] = lambda: adapter.not_target(batch, targets)
+    if not lacking(adapter, HeadAdapter):
+        found["head_inputs"] = lambda: adapter.head_inputs(batch)
+    if not lacking(adapter, GeneratingAdapter):
+        found["generate"] = lambda: adapter.generate(batch)
+    return found
 
 
-def test_calls_leave_the_model_as_it_was(adapter, batch):
-    for parameter in list(adapter.model.parameters())[::2]:
+def mixed(adapter):
+    """Bring the model into a state that only one who looks puts back."""
+    trained = [p for p in adapter.model.parameters() if p.requires_grad]
+    for parameter in trained[1::2]:
         parameter.requires_grad_(False)
-    leaf = next(m for m in adapter.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    leaf.train()  # a mixed mode must survive too
-    before = condition(adapter.model)
-    for call in calls(adapter, batch).values():
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    next(m for m in adapter.model.modules() if isinstance(m, kinds)).train()
+    return condition(adapter.model)
+
+
+def test_calls_leave_the_model_as_it_was(family, adapter, batch):
+    asked, before = calls(family, adapter, batch), mixed(adapter)
+    for call in asked.values():
         call()
         assert_same(before, condition(adapter.model))
 
 
-def test_a_model_in_train_mode_keeps_its_statistics(batch):
-    adapter = adapt(build("small-resnet").train())
-    before = condition(adapter.model)
-    adapter.samples((batch.inputs, batch.labels))
-    adapter.unit_groups()
-    assert_same(before, condition(adapter.model))
+def last_called(adapter, batch):
+    """Return the layer that is called last on the way to the loss."""
+    called = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: called.append(module))
+        for module in adapter.model.modules()
+        if not list(module.children())
+    ]
+    adapter.per_sample_loss(batch)
+    for handle in handles:
+        handle.remove()
+    return called[-1]
 
 
-def test_features_are_what_the_next_layer_reads_averaged_over_positions(batch):
-    model = build("small-resnet")
-    with torch.no_grad():
-        model.bn.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-        expected = model.bn(model.conv(batch.inputs)).relu().mean((2, 3))
-    adapter = adapt(model, example=batch.inputs[:1])
-    torch.testing.assert_close(adapter.features(batch, ["conv"])["conv"], expected)
-
-
-@pytest.mark.parametrize("name", ["hf-vit", "hf-swin", "timm-vit", "torchvision-vit"])
-def test_a_heads_feature_is_the_size_of_what_it_adds(batch, name):
-    """Against the change of the block's output, head by head, when the head alone is removed."""
-    adapter = adapt(build(name), example=batch.inputs[:1])
-    group = next(group for group in adapter.unit_groups() if group.kind == "head")
-    block = adapter.model.get_submodule(group.layer.rpartition(".")[0])
-    outputs = []
-
-    def keep(_, __, output):
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    whole = adapter.features(batch, [group.layer])[group.layer]
-    handle = block.register_forward_hook(keep)
-    for head in range(group.size):
-        weight = adapter.model.get_parameter(f"{group.layer}.weight").data
-        columns = slice(head * group.width, (head + 1) * group.width)
-        kept = weight[:, columns].clone()
-        adapter.score(batch)
-        weight[:, columns] = 0
-        adapter.score(batch)
-        weight[:, columns] = kept
-        change = (outputs[-2] - outputs[-1]).square().mean(-1).sqrt()
-        torch.testing.assert_close(whole[:, head], change.reshape(N, -1).mean(1))
-    handle.remove()
-
-
-def test_an_exception_leaves_the_model_as_it_was(adapter, batch, monkeypatch):
-    adapter.unit_groups()
-    head = adapter.model.get_submodule(adapter.head)
-    before = condition(adapter.model)
-
-    def boom(*_):
+def test_calls_that_raise_leave_the_model_as_it_was(family, adapter, batch, monkeypatch):
+    def boom(*_, **__):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(head, "forward", boom)
-    for name, call in calls(adapter, batch).items():
-        if name == "fork":
-            continue
-        with pytest.raises((RuntimeError, BadInputError), match="boom"):
+    asked = calls(family, adapter, batch)
+    monkeypatch.setattr(last_called(adapter, batch), "forward", boom)
+    before, raised = mixed(adapter), set()
+    for name, call in asked.items():
+        try:
             call()
+        except (RuntimeError, BadInputError) as error:
+            assert "boom" in str(error)
+            raised.add(name)
+        assert_same(before, condition(adapter.model))
+    assert {"per_sample_loss", "sampled_loss"} <= raised
+
+
+def test_wrong_data_is_refused_in_one_line(family, adapter):
+    wrong, before = family.wrong(adapter), condition(adapter.model)
+    for said, data in wrong.items():
+        with pytest.raises(BadInputError) as caught:
+            adapter.samples(data)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
         assert_same(before, condition(adapter.model))
 
 
-def test_finding_the_units_survives_an_exception(batch, monkeypatch):
-    model = build("small-resnet")
-    adapter = adapt(model, example=batch.inputs[:1])
-    before = condition(model)
-    monkeypatch.setattr(model.linear, "forward", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        adapter.unit_groups()
-    assert_same(before, condition(model))
+@offering(TriggerAdapter)
+def test_triggers_can_be_searched_for(adapter, batch):
+    count = adapter.trigger_targets()
+    assert count >= 2
+    for family in adapter.trigger_families():
+        raw = torch.rand(2, N, *family.shape, generator=torch.Generator().manual_seed(0))
+        raw.requires_grad_()
+        stamped = adapter.stamp(batch, family, raw)
+        assert len(stamped) == 2 * N
+        log_p = adapter.target_log_probability(stamped, (torch.arange(2 * N) % count))
+        assert log_p.shape == (2 * N,)
+        assert (log_p <= 1e-5).all()
+        (found,) = torch.autograd.grad(log_p.sum(), raw)
+        assert found.isfinite().all()
+        size = adapter.trigger_size(family, raw.detach())
+        assert size.shape == (2, N)
+        assert ((size >= 0) & (size <= 1)).all()
+        picture = adapter.trigger_picture(family, raw[0, 0].detach())
+        assert picture.ndim == 3
+        assert ((picture >= 0) & (picture <= 1)).all()
+    differs = adapter.not_target(batch, EVERY % count)
+    assert differs.shape == (N,)
+    assert differs.dtype == torch.bool
 
 
-def test_the_score_is_unbiased_for_the_fisher_trace(batch):
-    """Mean squared gradient of the score over all sign patterns equals the explicit Tr(F_n)."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES)).double()
-    adapter = adapt(model)
-    one = LabelledBatch(batch.inputs[:1].double(), batch.labels[:1])
-    log_p = adapter.logits(one.inputs).log_softmax(1)[0]
-    gradients = [
-        torch.cat(
-            [g.flatten() for g in torch.autograd.grad(value, model.parameters(), retain_graph=True)]
-        )
-        for value in log_p
-    ]
-    exact = sum(p.exp() * g.square().sum() for p, g in zip(log_p, gradients, strict=True))
-    generator, squares, total = torch.Generator().manual_seed(0), [], 0
-    for _ in range(400):
-        _, score = adapter.sampled_loss(one, generator)
-        gradient = torch.cat(
-            [g.flatten() for g in torch.autograd.grad(score.sum(), model.parameters())]
-        )
-        squares.append(gradient.square().sum())
-        total = total + gradient
-    mean = torch.stack(squares).mean()
-    error = torch.stack(squares).std() / len(squares) ** 0.5
-    assert abs(mean - exact) < 4 * error + 1e-9
-    assert (total / len(squares)).norm() < 4 * (exact / len(squares)) ** 0.5
+@offering(WordedAdapter)
+def test_triggers_of_words_are_read_out(adapter, samples):
+    (family,) = adapter.trigger_families()
+    assert adapter.trigger_words(torch.rand(family.shape))
+    assert adapter.target_words(adapter.trigger_targets() - 1)
+
+
+@offering(HeadAdapter)
+def test_the_output_layer_gives_the_score(adapter, batch):
+    try:
+        weight, bias = adapter.head_weights()
+    except UnsupportedError as error:
+        assert "layers=all" in str(error)
+        return
+    read = adapter.head_inputs(batch)
+    outputs = read @ weight.T + (0 if bias is None else bias)
+    torch.testing.assert_close(adapter.score_outputs(batch, outputs), adapter.score(batch))
+    try:
+        group = adapter.head_group()
+    except UnsupportedError as error:
+        assert "layers=all" in str(error)
+        return
+    assert group.size == read.shape[1]
+    fork = adapter.fork()
+    silence(fork.model, [group], [(0, 0)])
+    read[:, 0] = 0
+    outputs = read @ weight.T + (0 if bias is None else bias)
+    torch.testing.assert_close(fork.score(batch), adapter.score_outputs(batch, outputs))
+
+
+@offering(ReadingAdapter)
+def test_what_it_reads_are_options_of_its_task(adapter, samples):
+    said = adapter.reading()
+    assert isinstance(said, Mapping)
+    task = registry.load("tasks", adapter.task)
+    assert "said" in inspect.signature(task.load).parameters
+    assert all(isinstance(option, str) for option in said)
+
+
+@offering(GeneratingAdapter)
+def test_it_writes_one_text_a_prompt(adapter, batch):
+    written = adapter.generate(batch)
+    assert len(written) == N
+    assert all(isinstance(text, str) for text in written)
+    assert adapter.generate(batch) == written
