@@ -16,6 +16,8 @@ def condition(model: nn.Module) -> dict[str, Any]:
         "hooks": [sum(len(getattr(m, kind)) for kind in _HOOKS) for m in model.modules()],
         "modes": [module.training for module in model.modules()],
         "statistics": [getattr(m, "track_running_stats", None) for m in model.modules()],
+        "config": getattr(getattr(model, "config", None), "num_denoising", None),
+        "loss": getattr(model, "loss_function", None),
         "wanted": [parameter.requires_grad for parameter in model.parameters()],
         "grads": [None if p.grad is None else _bits(p.grad) for p in model.parameters()],
         "forms": [(n, v.shape, v.dtype, v.stride()) for n, v in model.state_dict().items()],

@@ -31,8 +31,8 @@ class Family:
         wrap: Returns an adapter around a new model of random weights, the same every time.
         data: Returns ``N`` samples for such an adapter, as a user gives them.
         wrong: Returns data that the adapter must refuse, each with a part of what it says.
-        training_loss: What the model's library or PyTorch gives for a batch; none where it draws
-            from it at random.
+        training_loss: What the model's library or PyTorch gives for each sample of a batch,
+            ``(N,)``; none where the library draws at random.
     """
 
     adapter: str
@@ -40,6 +40,11 @@ class Family:
     data: Callable[[Any], Any]
     wrong: Callable[[Any], dict[str, Any]]
     training_loss: Callable[[Any, Any], Tensor] | None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a sample has one label, and the model a logit for each class."""
+        return self.training_loss is _cross_entropy
 
 
 def _wrong_labelled(data: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def _wrong_labelled(data: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 
 def _cross_entropy(adapter: Any, batch: LabelledBatch) -> Tensor:
-    return F.cross_entropy(adapter.logits(batch.inputs), batch.labels)
+    return F.cross_entropy(adapter.logits(batch.inputs), batch.labels, reduction="none")
 
 
 def _labelled(adapter: str, wrap: Callable[[], Any], inputs: Callable[[Any], Tensor]) -> Family:
@@ -122,7 +127,7 @@ def library_loss(adapter: Any, batch: Any) -> Tensor:
 
 def _loss_of_each_image(adapter: Any, batch: Any) -> Tensor:
     alone = [library_loss(adapter, batch.rows(slice(n, n + 1))) for n in range(len(batch))]
-    return torch.stack(alone).mean()
+    return torch.stack(alone)
 
 
 def _detector(name: str) -> Family:
@@ -154,7 +159,7 @@ def _loss_of_each_text(adapter: Any, batch: Any) -> Tensor:
     ):
         wanted = labels[stands] if adapter.shared else labels[labels >= 0]
         losses.append(adapter.model(input_ids=ids[stands][None], labels=wanted[None]).loss)
-    return torch.stack(losses).mean()
+    return torch.stack(losses)
 
 
 def _language(name: str) -> Family:

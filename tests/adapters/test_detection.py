@@ -1,4 +1,4 @@
-"""What every detector's adapter must do, for one tiny model of each family."""
+"""What the adapters of detectors promise beyond the contract of all adapters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectors import CLASSES, MODELS, SIDE, TORCHVISION, N, build, images
+from families import library_loss
 from torch import nn
 from torchvision.ops import roi_align
 
@@ -39,57 +40,6 @@ def batch(samples):
     return samples.take(EVERY)
 
 
-def condition(model):
-    """Everything about a model that a call must leave as it was."""
-    return {
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-            for m in model.modules()
-        ],
-        "modes": [m.training for m in model.modules()],
-        "wanted": [p.requires_grad for p in model.parameters()],
-        "grads": [p.grad for p in model.parameters()],
-        "config": getattr(getattr(model, "config", None), "num_denoising", None),
-        "loss": getattr(model, "loss_function", None),
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
-    }
-
-
-def assert_same(before, after):
-    for key in ("hooks", "modes", "wanted", "grads", "config", "loss"):
-        assert after[key] == before[key], key
-    torch.testing.assert_close(after["values"], before["values"], rtol=0, atol=0)
-
-
-def library_loss(adapter, batch):
-    """Return what the library itself gives for one image, its layers in eval mode."""
-    if isinstance(adapter, TorchvisionDetector):
-        targets = [
-            {"boxes": boxes, "labels": labels + adapter.offset}
-            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
-        ]
-        with mode(adapter.model, train=False):
-            adapter.model.training = True
-            return sum(adapter.model(list(batch.images), targets).values())
-    targets = []
-    for boxes, labels in zip(batch.boxes, batch.labels, strict=True):
-        centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        targets.append({"class_labels": labels, "boxes": torch.cat([centre, side], 1) / SIDE})
-    return adapter.model(pixel_values=batch.images, labels=targets).loss
-
-
-def test_the_loss_of_an_image_is_the_librarys_for_it_alone(request, adapter, samples, batch):
-    loss = adapter.per_sample_loss(batch)
-    assert loss.shape == (N,)
-    if request.node.callspec.params["adapter"] != "faster-rcnn":  # draws anchors; see below
-        for n in range(N):
-            alone = library_loss(adapter, samples.take(EVERY[n : n + 1]))
-            torch.testing.assert_close(loss[n], alone, rtol=1e-4, atol=1e-5)
-    loss.mean().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in adapter.model.parameters())
-    assert sum(p.grad is not None for p in adapter.model.parameters()) > 10
-
-
 def test_faster_rcnn_loss_is_the_librarys_where_every_anchor_is_drawn(samples):
     model = build("faster-rcnn")
     for stage in (model.rpn, model.roi_heads):
@@ -117,21 +67,6 @@ def test_retinanet_loss_is_the_training_loss_by_its_mean(samples, batch):
     torch.testing.assert_close(adapter.per_sample_loss(batch).mean(), library_loss(adapter, batch))
 
 
-def test_permuting_the_batch_permutes_every_answer(adapter, samples, batch):
-    order = torch.tensor([3, 0, 4, 1, 2])
-    layers = [group.layer for group in adapter.unit_groups()]
-    for ask in (
-        adapter.per_sample_loss,
-        adapter.score,
-        adapter.embedding,
-        lambda given: adapter.target_log_probability(given, torch.zeros(N, dtype=torch.int64)),
-        lambda given: adapter.features(given, layers),
-    ):
-        first, second = ask(batch), ask(samples.take(order))
-        moved = {k: v[order] for k, v in first.items()} if isinstance(first, dict) else first[order]
-        torch.testing.assert_close(second, moved, rtol=1e-3, atol=1e-4)
-
-
 def test_the_loss_is_the_same_at_every_call_and_in_train_mode_of_the_heads(adapter, batch):
     first = adapter.per_sample_loss(batch)
     torch.rand(3)  # the global state has moved on
@@ -152,14 +87,6 @@ def test_sampled_loss_gives_the_loss_and_its_signed_copy(adapter, batch):
     assert len({tuple(sign.tolist()) for sign in signs}) > 1
 
 
-def test_features_give_one_finite_value_per_unit(adapter, batch):
-    groups = adapter.unit_groups()
-    features = adapter.features(batch, [group.layer for group in groups])
-    for group in groups:
-        assert features[group.layer].shape == (N, group.size), group
-        assert features[group.layer].isfinite().all()
-
-
 def test_unit_groups_name_real_parameters_and_spare_the_predictors(request, adapter):
     parameters = dict(adapter.model.named_parameters())
     groups = adapter.unit_groups()
@@ -174,26 +101,6 @@ def test_unit_groups_name_real_parameters_and_spare_the_predictors(request, adap
     kinds = {group.kind for group in groups}
     name = request.node.callspec.params["adapter"]
     assert ({"filter"} if name in TORCHVISION else {"filter", "neuron", "head"}) <= kinds
-
-
-def test_silencing_a_unit_zeroes_its_feature_and_no_other_of_its_layer(adapter, batch):
-    groups = adapter.unit_groups()
-    for group in [*groups[:: max(1, len(groups) // 5)], groups[-1]]:  # each takes a few passes
-        before = adapter.features(batch, [group.layer])[group.layer]
-        unit = int(before.sum(0).argmax())
-        fork = adapter.fork()
-        span = slice(unit * group.width, (unit + 1) * group.width)
-        with torch.no_grad():
-            for name, axis in group.axes.items():
-                fork.model.get_parameter(name).movedim(axis, 0)[span] = 0
-        after = fork.features(batch, [group.layer])[group.layer]
-        assert after[:, unit].abs().max() < 1e-6, group
-        others = torch.arange(group.size) != unit
-        # Faster R-CNN's second stage looks at proposals, and so at what its first stage gives.
-        if not group.layer.startswith("rpn"):
-            torch.testing.assert_close(
-                after[:, others], before[:, others], rtol=1e-4, atol=1e-5, msg=str(group)
-            )
 
 
 def test_a_group_norm_is_silenced_with_its_filter():
@@ -228,54 +135,6 @@ def test_rows_of_proposals_are_pooled_by_image(samples, batch):
         torch.testing.assert_close(
             together[n : n + 1], alone["roi_heads.box_head.fc7"], rtol=1e-4, atol=1e-5
         )
-
-
-def test_fork_shares_no_storage_and_answers_the_same(adapter, batch):
-    fork = adapter.fork()
-    expected = adapter.per_sample_loss(batch)
-    torch.testing.assert_close(fork.per_sample_loss(batch), expected)
-    mine = {value.data_ptr() for value in adapter.model.state_dict().values()}
-    assert mine.isdisjoint(value.data_ptr() for value in fork.model.state_dict().values())
-
-
-def calls(adapter, batch):
-    targets = torch.zeros(N, dtype=torch.int64)
-    return {
-        "samples": lambda: adapter.samples(images()),
-        "per_sample_loss": lambda: adapter.per_sample_loss(batch),
-        "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
-        "score": lambda: adapter.score(batch),
-        "features": lambda: adapter.features(batch, [g.layer for g in adapter.unit_groups()]),
-        "embedding": lambda: adapter.embedding(batch),
-        "target": lambda: adapter.target_log_probability(batch, targets),
-        "fork": adapter.fork,
-    }
-
-
-def test_calls_leave_the_model_as_it_was(adapter, batch):
-    next(m for m in adapter.model.modules() if isinstance(m, nn.Conv2d)).train()  # a mixed mode
-    before = condition(adapter.model)
-    for call in calls(adapter, batch).values():
-        call()
-        assert_same(before, condition(adapter.model))
-
-
-def test_an_exception_leaves_the_model_as_it_was(adapter, batch, monkeypatch):
-    adapter.unit_groups()
-    last = next(m for m in reversed(list(adapter.model.modules())) if isinstance(
-        m, nn.Conv2d if isinstance(adapter, TorchvisionDetector) else nn.Linear))  # fmt: skip
-    before = condition(adapter.model)
-
-    def boom(*_, **__):
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr(last, "forward", boom)
-    for name, call in calls(adapter, batch).items():
-        if name in {"fork", "embedding"}:
-            continue
-        with pytest.raises((RuntimeError, BadInputError), match="boom"):
-            call()
-        assert_same(before, condition(adapter.model))
 
 
 def test_the_loss_can_be_differentiated_twice(request, adapter, samples):

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from models import CLASSES, SIDE, build
+from condition import assert_same, condition
+from models import CLASSES, MODELS, SIDE, build
 from torch import nn
 
-from mmdefense.data.labelled import LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.registry import adapt
 from mmdefense_adapters.huggingface_image import HFImageClassifier
@@ -162,3 +163,74 @@ def test_samples_of_any_kind_are_taken(images, labels):
         batch = adapter.samples(data).take(torch.arange(6))
         torch.testing.assert_close(batch.inputs, images)
         assert batch.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_are_told_from_nets_with_batch_norm(name, images):
+    adapter = adapt(build(name), example=images[:1])
+    assert adapter.layer_norm == any(p in name for p in ("vit", "encoder", "swin", "convnext"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_of_layer_is_found(name, images):
+    adapter = adapt(build(name), example=images[:1])
+    kinds = {group.kind for group in adapter.unit_groups()}
+    if "vit" in name or name in {"hf-swin", "transformer-encoder"}:
+        assert {"head", "neuron"} <= kinds
+    elif name != "torchvision-swin":
+        assert "filter" in kinds
+
+
+def test_a_model_in_train_mode_keeps_its_statistics(images, labels):
+    adapter = adapt(build("small-resnet").train())
+    before = condition(adapter.model)
+    adapter.samples((images, labels))
+    adapter.unit_groups()
+    assert_same(before, condition(adapter.model))
+
+
+def test_features_are_what_the_next_layer_reads_averaged_over_positions(images, labels):
+    model = build("small-resnet")
+    with torch.no_grad():
+        model.bn.bias.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+        expected = model.bn(model.conv(images)).relu().mean((2, 3))
+    adapter = adapt(model, example=images[:1])
+    torch.testing.assert_close(
+        adapter.features(LabelledBatch(images, labels), ["conv"])["conv"], expected
+    )
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "hf-swin", "timm-vit", "torchvision-vit"])
+def test_a_heads_feature_is_the_size_of_what_it_adds(images, labels, name):
+    """Against the change of the block's output, head by head, when the head alone is removed."""
+    adapter = adapt(build(name), example=images[:1])
+    group = next(group for group in adapter.unit_groups() if group.kind == "head")
+    block = adapter.model.get_submodule(group.layer.rpartition(".")[0])
+    outputs = []
+
+    def keep(_, __, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    whole = adapter.features(LabelledBatch(images, labels), [group.layer])[group.layer]
+    handle = block.register_forward_hook(keep)
+    for head in range(group.size):
+        weight = adapter.model.get_parameter(f"{group.layer}.weight").data
+        columns = slice(head * group.width, (head + 1) * group.width)
+        kept = weight[:, columns].clone()
+        adapter.score(LabelledBatch(images, labels))
+        weight[:, columns] = 0
+        adapter.score(LabelledBatch(images, labels))
+        weight[:, columns] = kept
+        change = (outputs[-2] - outputs[-1]).square().mean(-1).sqrt()
+        torch.testing.assert_close(whole[:, head], change.reshape(len(images), -1).mean(1))
+    handle.remove()
+
+
+def test_finding_the_units_survives_an_exception(images, monkeypatch):
+    model = build("small-resnet")
+    adapter = adapt(model, example=images[:1])
+    before = condition(model)
+    monkeypatch.setattr(model.linear, "forward", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapter.unit_groups()
+    assert_same(before, condition(model))

@@ -1,9 +1,12 @@
-"""What the adapter of point clouds must do, for one tiny model of each family."""
+"""What the adapter of point clouds promises beyond the contract of all adapters."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cloud_models import CLASSES, MODELS, ChannelsFirst, build, clouds_for
+from cloud_models import POINTS as P
+from families import N
 from torch import nn
 
 from mmdefense.data.clouds import random_cloud_view
@@ -14,47 +17,6 @@ from mmdefense.kernels.hooks import mode
 from mmdefense.protocol import HeadAdapter, TriggerAdapter
 from mmdefense.registry import adapt
 from mmdefense_adapters.points import PointClassifier
-from mmdefense_tasks.point_victims import DGCNN, PointNet, PointNetPlusPlus, PointTransformer
-
-CLASSES, N, P = 4, 5, 24
-
-
-class ChannelsFirst(nn.Module):
-    """The layout and the answer of PointNet's released code."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 12, 1)
-        )
-        self.classes = nn.Linear(12, CLASSES)
-
-    def forward(self, points):
-        return self.classes(self.features(points).amax(2)), torch.eye(3)
-
-
-MODELS = {
-    "pointnet": lambda: PointNet(CLASSES, width=4),
-    "aligned-pointnet": lambda: PointNet(CLASSES, 5, width=4, align=True),
-    "pointnet++": lambda: PointNetPlusPlus(CLASSES, 5, width=4),
-    "dgcnn": lambda: DGCNN(CLASSES, width=4, neighbours=6),
-    "point-transformer": lambda: PointTransformer(
-        CLASSES, 4, width=8, patches=6, samples=5, layers=2, heads=2
-    ),
-    "channels-first": ChannelsFirst,
-}
-
-
-def build(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return MODELS[name]().eval()
-
-
-def clouds_for(model, count=N, seed=2):
-    features = getattr(model, "features", 3)
-    features = features if isinstance(features, int) else 3
-    return torch.randn(count, P, features, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=MODELS)
@@ -70,31 +32,6 @@ def batch(adapter):
     return LabelledBatch(clouds_for(adapter.model), labels)
 
 
-def condition(model):
-    return {
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-            for m in model.modules()
-        ],
-        "modes": [m.training for m in model.modules()],
-        "grads": [p.grad for p in model.parameters()],
-        "values": {name: value.clone() for name, value in model.state_dict().items()},
-    }
-
-
-def calls(adapter, batch):
-    layers = [group.layer for group in adapter.unit_groups()]
-    return {
-        "samples": lambda: adapter.samples((batch.inputs, batch.labels)),
-        "per_sample_loss": lambda: adapter.per_sample_loss(batch),
-        "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
-        "score": lambda: adapter.score(batch),
-        "features": lambda: adapter.features(batch, layers),
-        "embedding": lambda: adapter.embedding(batch),
-        "fork": adapter.fork,
-    }
-
-
 def test_it_has_every_ability(adapter):
     assert isinstance(adapter, PointClassifier)
     assert isinstance(adapter, TriggerAdapter)
@@ -102,51 +39,10 @@ def test_it_has_every_ability(adapter):
     assert adapter.chance == 1 / CLASSES
 
 
-def test_loss_is_of_each_sample_and_its_mean_the_training_loss(adapter, batch):
-    loss = adapter.per_sample_loss(batch)
-    expected = nn.functional.cross_entropy(adapter.logits(batch.inputs), batch.labels)
-    torch.testing.assert_close(loss.mean(), expected)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    moved = LabelledBatch(batch.inputs[order], batch.labels[order])
-    torch.testing.assert_close(adapter.per_sample_loss(moved), loss[order], rtol=1e-4, atol=1e-5)
-
-
 def test_the_order_of_the_points_says_nothing(adapter, batch):
     order = torch.randperm(P, generator=torch.Generator().manual_seed(0))
     answer = adapter.logits(batch.inputs[:, order])
     torch.testing.assert_close(answer, adapter.logits(batch.inputs), rtol=1e-4, atol=1e-5)
-
-
-def test_the_score_has_the_covariance_of_the_true_fisher(adapter, batch):
-    """In the logits, where it is p (e_c - p) over labels c of p: ``diag(p) - p p^T``."""
-    one = LabelledBatch(batch.inputs[:1], batch.labels[:1])
-    logits = adapter.logits(one.inputs).detach().double().requires_grad_()
-    adapter.logits = lambda _: logits
-    total, generator, count = 0, torch.Generator().manual_seed(0), 600
-    for _ in range(count):
-        (g,) = torch.autograd.grad(adapter.sampled_loss(one, generator)[1].sum(), logits)
-        total = total + g[0, :, None] * g[0]
-    p = logits.detach().softmax(1)[0]
-    torch.testing.assert_close(total / count, p.diag() - p[:, None] * p, atol=0.04, rtol=0)
-
-
-def test_features_units_and_silencing(adapter, batch):
-    groups = adapter.unit_groups()
-    assert len(groups) >= 2
-    features = adapter.features(batch, [group.layer for group in groups])
-    for group in groups:
-        before = features[group.layer].clone()
-        assert before.shape == (N, group.size)
-        assert before.isfinite().all()
-        unit, fork = int(before.sum(0).argmax()), adapter.fork()
-        span = slice(unit * group.width, (unit + 1) * group.width)
-        with torch.no_grad():
-            for name, axis in group.axes.items():
-                fork.model.get_parameter(name).movedim(axis, 0)[span] = 0
-        after = fork.features(batch, [group.layer])[group.layer]
-        before[:, unit] = 0
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5, msg=str(group))
-    assert f"{adapter.head}.weight" not in [name for group in groups for name in group.axes]
 
 
 def test_shared_channels_carry_their_batch_norm():
@@ -159,35 +55,6 @@ def test_a_transformers_heads_are_units():
     adapter = adapt(build("point-transformer"), example=torch.randn(1, P, 4))
     heads = [group for group in adapter.unit_groups() if group.kind == "head"]
     assert [(group.size, group.width) for group in heads] == [(2, 4), (2, 4)]
-
-
-def test_embedding_is_what_the_output_layer_reads(adapter, batch):
-    head = adapter.model.get_submodule(adapter.head)
-    torch.testing.assert_close(head(adapter.embedding(batch)), adapter.logits(batch.inputs))
-
-
-def test_fork_shares_nothing(adapter, batch):
-    fork, expected = adapter.fork(), adapter.per_sample_loss(batch)
-    with torch.no_grad():
-        for parameter in fork.model.parameters():
-            parameter.zero_()
-    torch.testing.assert_close(adapter.per_sample_loss(batch), expected)
-
-
-def test_calls_leave_the_model_as_it_was_even_if_they_raise(adapter, batch, monkeypatch):
-    actions = calls(adapter, batch)
-    before = condition(adapter.model)
-    for call in actions.values():
-        call()
-    monkeypatch.setattr(adapter.model.get_submodule(adapter.head), "forward", lambda _: 1 / 0)
-    for name in actions.keys() - {"fork"}:
-        with pytest.raises((ZeroDivisionError, BadInputError)):
-            actions[name]()
-    after = condition(adapter.model)
-    assert before["hooks"] == after["hooks"]
-    assert before["modes"] == after["modes"]
-    assert after["grads"] == before["grads"]
-    torch.testing.assert_close(after["values"], before["values"], rtol=0, atol=0)
 
 
 def test_there_is_a_second_derivative_in_double_precision(adapter, batch):

@@ -1,4 +1,4 @@
-"""What video adapters promise: the contract of all adapters, and what is theirs alone."""
+"""What video adapters promise beyond the contract of all adapters."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ import sys
 
 import pytest
 import torch
-
-# The contract holds for clips word for word; its fixtures are replaced below.
-from test_contract import (  # noqa: F401
-    N,
-    test_an_exception_leaves_the_model_as_it_was,
-    test_calls_leave_the_model_as_it_was,
-    test_eval_mode_is_deterministic,
-    test_features_give_one_finite_value_per_unit,
-    test_fork_shares_no_storage_and_answers_the_same,
-    test_per_sample_loss_is_the_training_loss_of_each_image,
-    test_permuting_the_batch_permutes_every_answer,
-    test_sampled_loss_gives_the_loss_and_a_score_of_mean_zero,
-    test_score_counts_right_answers,
-    test_unit_groups_name_real_parameters_and_spare_the_classes,
-)
+from families import N
 from torch import nn
 from video_models import CLASSES, FRAMES, MODELS, SIDE, build
 
@@ -61,29 +47,6 @@ def test_a_second_derivative_exists(adapter, batch):
     adapter.model.double()
     samples = LabelledSamples(batch.inputs[:1].double(), batch.labels[:1])
     check_second_derivative(adapter, samples, list(adapter.model.parameters()))
-
-
-def test_silencing_a_unit_zeroes_its_feature_and_no_other_of_its_layer(adapter, batch):
-    groups = adapter.unit_groups()
-    for group in groups[:: -(-len(groups) // 6)]:  # six of them: some nets are deep
-        before = adapter.features(batch, [group.layer])[group.layer]
-        unit = int(before.sum(0).argmax())
-        fork = adapter.fork()
-        span = slice(unit * group.width, (unit + 1) * group.width)
-        with torch.no_grad():
-            for name, axis in group.axes.items():
-                fork.model.get_parameter(name).movedim(axis, 0)[span] = 0
-        after = fork.features(batch, [group.layer])[group.layer]
-        before[:, unit] = 0
-        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5, msg=str(group))
-
-
-def test_embedding_is_what_the_output_layer_reads(adapter, batch):
-    embedding, head = adapter.embedding(batch), adapter.model.get_submodule(adapter.head)
-    assert embedding.shape == (N, head.in_features)
-    # Up to a shift of all logits: those of a model that answers with probabilities have none.
-    expected = adapter.logits(batch.inputs).log_softmax(1)
-    torch.testing.assert_close(head(embedding).log_softmax(1), expected)
 
 
 def test_filters_and_heads_are_found(request, adapter):
