@@ -29,7 +29,7 @@ def adapter(request):
 @pytest.fixture
 def batch(adapter):
     labels = torch.arange(N) % CLASSES
-    return LabelledBatch(clouds_for(adapter.model), labels)
+    return LabelledBatch(clouds_for(adapter.model, N), labels)
 
 
 def test_it_has_every_ability(adapter):
