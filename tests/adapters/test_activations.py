@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cloud_models
 import detectors
 import language_models
 import models
 import pytest
-import test_points as points
 import torch
 import video_models
 
@@ -40,10 +40,10 @@ def video(name):
 
 
 def cloud(name):
-    model, options = points.build(name).double(), {}
+    model, options = cloud_models.build(name).double(), {}
     if name == "channels-first":
         options = {"channels_first": True}
-    clouds = points.clouds_for(model, N).double()
+    clouds = cloud_models.clouds_for(model, N).double()
     return adapt(model, adapter="points", **options), LabelledBatch(clouds, torch.arange(N))
 
 

@@ -19,6 +19,7 @@ from mmdefense.kernels.units import silence
 from mmdefense.protocol import (
     GeneratingAdapter,
     HeadAdapter,
+    InputAdapter,
     ReadingAdapter,
     TaskAdapter,
     TriggerAdapter,
@@ -196,6 +197,15 @@ def test_features_are_one_value_a_unit_that_nothing_writes_into(adapter, batch):
         torch.testing.assert_close(alone, kept[layer], **CLOSE)
 
 
+def test_activations_come_with_a_gradient_and_the_units_last(adapter, batch):
+    found = adapter.activations(batch, layers(adapter))
+    for group in adapter.unit_groups():
+        values = found[group.layer]
+        assert values.shape[::2] == (N, group.size * group.width), group
+        trained = any(adapter.model.get_parameter(name).requires_grad for name in group.axes)
+        assert values.requires_grad or not trained  # DETR's backbone is frozen
+
+
 def test_the_embedding_has_one_row_a_sample(adapter, batch):
     embedding = adapter.embedding(batch)
     assert embedding.ndim == 2
@@ -247,6 +257,7 @@ def calls(family, adapter, batch):
         "per_sample_loss": lambda: adapter.per_sample_loss(batch),
         "sampled_loss": lambda: adapter.sampled_loss(batch, torch.Generator()),
         "score": lambda: adapter.score(batch),
+        "activations": lambda: adapter.activations(batch, named),
         "features": lambda: adapter.features(batch, named),
         "embedding": lambda: adapter.embedding(batch),
         "fork": adapter.fork,
@@ -258,6 +269,8 @@ def calls(family, adapter, batch):
         found["stamp"] = lambda: adapter.stamp(batch, trigger, raw)
         found["target_log_probability"] = lambda: adapter.target_log_probability(batch, targets)
         found["not_target"] = lambda: adapter.not_target(batch, targets)
+    if not lacking(adapter, InputAdapter):
+        found["inputs"] = lambda: adapter.with_inputs(batch, adapter.inputs(batch))
     if not lacking(adapter, HeadAdapter):
         found["head_inputs"] = lambda: adapter.head_inputs(batch)
     if not lacking(adapter, GeneratingAdapter):
@@ -407,6 +420,21 @@ def test_an_input_of_the_output_layer_is_silenced_as_a_unit(adapter, batch):
 
 def ends_in_a_linear_layer(adapter):
     return isinstance(adapter.model.get_submodule(adapter.head), nn.Linear)
+
+
+@offering(InputAdapter)
+def test_inputs_can_be_perturbed_by_gradients(adapter, batch):
+    given = adapter.inputs(batch)
+    assert len(given) == N
+    assert not given.requires_grad
+    bounds = adapter.input_bounds(batch)
+    assert bounds is None or ((given >= bounds[0]).all() and (given <= bounds[1]).all())
+    moved = given.clone().requires_grad_()
+    loss = adapter.per_sample_loss(adapter.with_inputs(batch, moved))
+    torch.testing.assert_close(loss, adapter.per_sample_loss(batch), **CLOSE)
+    (found,) = torch.autograd.grad(loss.sum(), moved)
+    assert found.isfinite().all()
+    assert found.any()
 
 
 @offering(ReadingAdapter)

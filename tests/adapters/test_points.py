@@ -123,7 +123,7 @@ def test_plain_tensors_pairs_and_batches_become_samples_with_views():
 @pytest.mark.parametrize(
     ("clouds", "message"),
     [
-        (torch.randn(8, P, 5), "clouds must have 3 values a point"),
+        (torch.randn(8, P, 5), "clouds must have 3 values per point"),
         (torch.randn(8, P), "of shape"),
         (torch.randn(8, 0, 3), "at least one point"),
         (torch.full((8, P, 3), float("nan")), "NaN or infinity in 8 of 8"),
