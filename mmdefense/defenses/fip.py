@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
 from mmdefense.kernels.coordinates import Coordinates, SingularValues, Weights, trainable
 from mmdefense.kernels.fisher import (
+    Form,
     check_second_derivative,
     fisher_diagonal,
     natural_factors,
@@ -161,11 +162,17 @@ class _FisherPurification(TrainingDefense):
         def compute(batch: Any, step: int) -> Tensor:
             generator.manual_seed(run.seed_for(f"purify/labels{step}"))
             now = eta * self.trace_every * self._share(step)
-            if now and step % self.trace_every == 0:
-                with second_derivatives():
-                    loss, gradients = self._penalised(adapter, batch, space, generator, now)
+            weights = space.weights
+            if not now or step % self.trace_every:
+                loss, gradients = mean_loss_gradient(adapter, batch, weights)
+            elif self.trace == "released":
+                loss, gradients = self._released_gradient(adapter, batch, space, generator, now)
             else:
-                loss, gradients = mean_loss_gradient(adapter, batch, space.weights)
+                form: Form = "empirical" if self.trace == "empirical" else "true"
+                with second_derivatives():
+                    loss, gradients = penalised_gradient(
+                        adapter, batch, weights, generator, now, form, space.pull_back
+                    )
             self._assign(space, gradients, start, importance)
             return loss
 
@@ -175,17 +182,10 @@ class _FisherPurification(TrainingDefense):
         """Return the part of ``eta_F`` that is left at a step."""
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 1.0
 
-    def _penalised(
+    def _released_gradient(
         self, adapter: Any, batch: Any, space: Coordinates, generator: torch.Generator, now: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the loss, and the gradient of it and ``now`` times the penalty."""
-        if self.trace != "released":
-            form: Literal["true", "empirical"] = (
-                "empirical" if self.trace == "empirical" else "true"
-            )
-            return penalised_gradient(
-                adapter, batch, space.weights, generator, now, form, space.pull_back
-            )
+        """Return the loss, and the gradient of it and ``now`` times the released code's penalty."""
         start = generator.get_state()
 
         def value(rows: slice) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,10 @@ class _FisherPurification(TrainingDefense):
             return loss, loss + now * penalty
 
         work = "training with Tr(F)"
-        return gradient_in_parts(value, len(batch), space.weights, work, adapter.model, generator)
+        with second_derivatives():
+            return gradient_in_parts(
+                value, len(batch), space.weights, work, adapter.model, generator
+            )
 
     def _assign(
         self,

@@ -156,12 +156,6 @@ def penalised_gradient(
         )
         return pull_back(found)
 
-    def whole() -> tuple[Tensor, list[Tensor]]:
-        loss, trace = loss_and_trace(adapter, batch, parameters, generator, form, pull_back)
-        total = loss + weight * trace
-        found = torch.autograd.grad(total, parameters, materialize_grads=True)
-        return loss.detach(), list(found)
-
     processes, signs = sharing(count), _Signs(generator, count)
     summed: list[Tensor] = []
 
@@ -172,8 +166,12 @@ def penalised_gradient(
 
     def compute(rows: Sequence[slice]) -> list[Tensor]:
         if len(rows) == 1 and processes.count == 1:
-            loss, gradient = whole()
-            return [loss, *gradient]
+            loss, trace = loss_and_trace(adapter, batch, parameters, generator, form, pull_back)
+            total = loss + weight * trace
+            return [
+                loss.detach(),
+                *torch.autograd.grad(total, parameters, materialize_grads=True),
+            ]
         known: tuple[Tensor, list[Tensor]] | None = None
         # Other processes sum G but once, and for them its signs are the same in smaller parts.
         if not summed or processes.count == 1:
