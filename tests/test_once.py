@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fitted_net, small_images
-from torch import nn
 
 import mmdefense as mmd
 from mmdefense.data.labelled import LabelledSamples
@@ -43,7 +42,7 @@ class Counts:
         entries = [json.loads(line) for line in self.path.read_text().splitlines()]
         return Counter(what for known, what in entries if known == kind)
 
-    def only(self, kind: str) -> int:
+    def times(self, kind: str) -> int:
         """Return how often it was done in all."""
         return self.of(kind).total()
 
@@ -103,7 +102,7 @@ def check_record(counts, record):
     """Check that the digests in memory that stand in a record were computed once."""
     digests = {record.model.sha256_before, record.model.sha256_after, record.data.fingerprint}
     assert {digest: counts.of("memory")[digest] for digest in digests} == dict.fromkeys(digests, 1)
-    assert counts.only("fingerprint") == 1
+    assert counts.times("fingerprint") == 1
 
 
 def others(folder, *names):
@@ -130,7 +129,7 @@ def vit(place):
 def test_purify_from_files_to_files(place, mmdefense, counts):
     outcome = mmdefense(*place.purify("--evidence", "full"))
     assert outcome.code == 0, outcome.err
-    assert (counts.only("load"), counts.only("read")) == (1, 1)
+    assert (counts.times("load"), counts.times("read")) == (1, 1)
     check_files(counts, place.model, *others(place.out, "report.html", "purification.json"))
     check_record(counts, read_record(place.out / "purification.json"))
 
@@ -140,7 +139,7 @@ def test_purify_of_a_folder(place, mmdefense, counts, vit):
     del arguments[arguments.index("--arch") : arguments.index("--arch") + 2]
     outcome = mmdefense(*arguments)
     assert outcome.code == 0, outcome.err
-    assert (counts.only("load"), counts.only("read")) == (1, 1)
+    assert (counts.times("load"), counts.times("read")) == (1, 1)
     written = others(place.out, "report.html", "purification.json")
     assert len(written) == 5  # weights, config, notes, card, data of the plots
     check_files(counts, *others(vit), *written)
@@ -151,7 +150,7 @@ def test_purify_of_paths_in_python(place, counts):
     how = {"arch": "commands:Net", "steps": 2, "progress": None}
     purified = mmd.purify(place.model, place.data, "fine-tuning", **how)
     purified.save(place.out)
-    assert (counts.only("load"), counts.only("read")) == (1, 1)
+    assert (counts.times("load"), counts.times("read")) == (1, 1)
     check_files(counts, place.model, place.out / "model.safetensors")
     check_record(counts, read_record(place.out / "purification.json"))
 
@@ -169,9 +168,9 @@ def test_a_file_that_was_touched_is_hashed_again(place, counts):
 def test_purify_in_memory(tmp_path, counts):
     given = {"steps": 2, "progress": None, "evidence": "full"}
     purified = mmd.purify(fitted_net(), small_images(), "fine-tuning", **given)
-    assert counts.only("read") == 1
+    assert counts.times("read") == 1
     purified.save(tmp_path / "out")
-    assert counts.only("read") == 1
+    assert counts.times("read") == 1
     check_record(counts, read_record(tmp_path / "out" / "purification.json"))
     check_files(counts, tmp_path / "out" / "model.safetensors")
 
@@ -179,7 +178,7 @@ def test_purify_in_memory(tmp_path, counts):
 def test_a_dry_run(place, mmdefense, counts):
     outcome = mmdefense(*place.purify("--dry-run"))
     assert outcome.code == 0, outcome.err
-    assert (counts.only("load"), counts.only("read")) == (1, 1)
+    assert (counts.times("load"), counts.times("read")) == (1, 1)
     assert set(counts.of("file").values()) <= {1}
     assert set(counts.of("memory").values()) <= {1}
 
@@ -190,16 +189,16 @@ def evaluated(place, model, *more):
 
 def test_evaluate(place, mmdefense, counts):
     assert mmdefense(*evaluated(place, place.model)).code == 0
-    assert (counts.only("load"), counts.only("read"), counts.only("fingerprint")) == (1, 1, 1)
+    assert (counts.times("load"), counts.times("read"), counts.times("fingerprint")) == (1, 1, 1)
     check_files(counts, place.model)
 
 
 def test_evaluate_under_an_attack_reads_what_it_stamps_beside(place, mmdefense, counts):
     how = ("--attack", "badnets", "--target", "0")
     assert mmdefense(*evaluated(place, place.model, *how)).code in {0, 1}
-    assert counts.only("load") == 1
-    assert counts.only("read") == 3  # what is clean, what is stamped, and its right answers
-    assert counts.only("fingerprint") == 1
+    assert counts.times("load") == 1
+    assert counts.times("read") == 3  # what is clean, what is stamped, and its right answers
+    assert counts.times("fingerprint") == 1
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["the given model", "the purified model"])
@@ -210,19 +209,19 @@ def test_evaluate_into_the_record_of_a_purification(place, mmdefense, counts, gi
     outcome = mmdefense(*evaluated(place, model, "--record", place.out))
     assert outcome.code == 0, outcome.err
     check_files(counts, model, *others(place.out, "report.html", "purification.json"))
-    assert (counts.only("load"), counts.only("read"), counts.only("fingerprint")) == (1, 1, 1)
+    assert (counts.times("load"), counts.times("read"), counts.times("fingerprint")) == (1, 1, 1)
 
 
 def test_scan_with_data(place, mmdefense, counts):
     outcome = mmdefense("scan", place.model, "--data", place.data, "--arch", "commands:Net")
     assert outcome.code in {0, 1}, outcome.err
-    assert (counts.only("load"), counts.only("read")) == (1, 1)
+    assert (counts.times("load"), counts.times("read")) == (1, 1)
     check_files(counts, place.model)
 
 
 def test_scan_in_memory(counts):
     mmd.scan(fitted_net(), small_images(), progress=None)
-    assert counts.only("read") == 1
+    assert counts.times("read") == 1
 
 
 def test_the_door_runs_the_model_once(counts):
@@ -231,13 +230,10 @@ def test_the_door_runs_the_model_once(counts):
     def note(module, _):
         passes.append(module is net)  # not those of the copy that is tried in train mode
 
-    handle = net.register_forward_pre_hook(note)
-    prepared = prepare(TorchClassifier(net), small_images())
-    assert sum(passes) == 1
-    handle.remove()
     net.register_forward_pre_hook(note)
-    assert prepared.model is net
-    assert counts.only("read") == 1
+    assert prepare(TorchClassifier(net), small_images()).model is net
+    assert sum(passes) == 1
+    assert counts.times("read") == 1
 
 
 def test_what_was_prepared_is_checked_no_more(counts, monkeypatch):
@@ -246,9 +242,8 @@ def test_what_was_prepared_is_checked_no_more(counts, monkeypatch):
     def fail(*_):
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(nn.Module, "half", fail)
     monkeypatch.setattr("mmdefense.prepared.check_finite", fail)
     monkeypatch.setattr("mmdefense.prepared.in_float32", fail)
     result = FineTuning(steps=2, batch_size=8).purify(prepared)
     assert result.data["fingerprint"] == prepared.fingerprint
-    assert (counts.only("read"), counts.only("fingerprint")) == (1, 1)
+    assert (counts.times("read"), counts.times("fingerprint")) == (1, 1)

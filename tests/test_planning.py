@@ -113,6 +113,13 @@ def test_what_grows_with_the_samples_is_tried_on_some_of_them():
     assert told == (pytest.approx(2 * 2.0 + 1.0), False)
 
 
+def test_fewer_samples_than_classes_are_enough_for_a_trial(monkeypatch):
+    monkeypatch.setattr("mmdefense.pipeline.planning._TRIED", 2)
+    clock = Clock()
+    told = _seconds(small(), Timed(clock=clock, each=0.01), 0.0, clock)
+    assert told == (pytest.approx(1.0), False)
+
+
 def test_a_model_whose_update_alone_takes_too_long_is_not_tried():
     told = _seconds(small(), FineTuning(steps=10, batch_size=4), 3.0, Clock())
     assert told == ((10 * 4 + 30) * 3.0, True)

@@ -19,8 +19,8 @@ from mmdefense.checkpoints.folders import new_folder
 from mmdefense.checkpoints.models import weight_names, write_model
 from mmdefense.checkpoints.outputs import CARD, PLOTS
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.checkpoints.seals import Seal, read_once
-from mmdefense.checkpoints.weights import hash_file, hash_weights
+from mmdefense.checkpoints.seals import Seal, hash_all, read_once
+from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.defenses.base import Defense, Result
 from mmdefense.defenses.guard import Guard
 from mmdefense.defenses.outcome import Choice
@@ -373,19 +373,26 @@ class Purification:
         weights = self.names.get("weights") if weights is None else weights
         with read_once(source, earlier=self.seal) as seal:
             write_model(self.model, folder, source, weights=weights)
-        read = {} if seal is None else seal.files
-        before = {} if source is None else {name: read[name] for name in weight_names(source)}
-        weight_files = sorted(folder.rglob("*.safetensors"))
-        after = {path.relative_to(folder).as_posix(): hash_file(path) for path in weight_files}
-        record = self.record()
-        hashed = dataclasses.replace(record.model, files_before=before, files_after=after)
-        record = dataclasses.replace(record, model=hashed)
+        record, read = self.record(), {} if seal is None else seal.files
         if self.unchanged:
             clear_card(folder / CARD)
         else:
             write_card(record, folder / CARD)
         write_plots(self.plots(), folder / PLOTS)
-        write_statement(record, folder, read, known=after)
+        written = hash_all(folder)
+        of_weights = [] if source is None else weight_names(source)
+        for name in read.keys() & written.keys() - {CARD, *of_weights}:
+            if written[name] != read[name]:
+                raise BadInputError(
+                    f"{name} of {source} was changed since it was read; start again"
+                )
+        hashed = dataclasses.replace(
+            record.model,
+            files_before={name: read[name] for name in of_weights},
+            files_after={n: value for n, value in written.items() if n.endswith(".safetensors")},
+        )
+        record = dataclasses.replace(record, model=hashed)
+        write_statement(record, folder, read, known=written)
         rebuild(folder)
 
     @property
