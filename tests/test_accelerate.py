@@ -84,14 +84,22 @@ def test_the_output_is_written_once(command):
     assert not (place.folder / "out.partial").exists()
 
 
-def test_a_process_that_fails_ends_the_others_with_a_line(command):
-    place = command()
+def test_a_process_that_fails_ends_the_others_and_both_go_on_when_resumed(command, mmdefense):
+    place = command("--defense", "fip", "--evidence", "none")
     (code, said), (other_code, other_said) = in_processes(one_that_fails, place.folder)
     assert (code, other_code) == (2, 2), (said, other_said)
     assert other_said == "mmdefense: process 2: this one cannot go on\n"
     assert "mmdefense: one of the 2 processes has ended; its own message says why" in said
     assert "Traceback" not in said
     assert not place.out.exists()
+
+    resumed = ["--defense", "fip", "--evidence", "none", "--resume"]
+    outcome = mmdefense(*place.purify(*resumed))
+    assert "an unfinished run with another number of processes" in outcome.err
+    command(*resumed)
+    for code, said in in_processes(purify_command, place.folder):
+        assert code == 0, said
+    assert (place.out / "purification.json").exists()
 
 
 def test_without_a_launcher_the_command_to_run_is_told(mmdefense, place):

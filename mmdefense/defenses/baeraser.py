@@ -28,6 +28,7 @@ from mmdefense.protocol import (
     lacking,
 )
 from mmdefense.runtime.memory import gradient_in_parts
+from mmdefense.runtime.processes import present
 from mmdefense.settings import NotNegative, OpenShare, Whole
 from mmdefense.training import Training
 
@@ -140,10 +141,15 @@ class BaEraser(TrainingDefense):
         kept = work.run.once(
             stage,
             lambda: {
-                "found": [
-                    dataclasses.asdict(record)
-                    for record in recover(_triggered(work), work.fit, search, work.run, stage=stage)
-                ]
+                # Each process searches; what the main one has found is unlearnt by all.
+                "found": present().from_main(
+                    [
+                        dataclasses.asdict(found)
+                        for found in recover(
+                            _triggered(work), work.fit, search, work.run, stage=stage
+                        )
+                    ]
+                )
             },
             at_any_rate=turn == 0,  # a later one searches what the unlearning has left
         )
