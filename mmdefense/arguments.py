@@ -1,4 +1,4 @@
-"""What the command line takes and prints: options, what their text stands for, aligned rows."""
+"""What the command line takes and prints: options, their parsing, aligned rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def _not_empty(text: str | None) -> str | None:
-    """Refuse an empty text, which as a path would be the current folder."""
+    """Refuse an empty string, which as a path would be the current folder."""
     if text == "":
         raise BadInputError("MODEL and --data must name a folder, a file or an id, got ''")
     return text
@@ -159,7 +159,7 @@ def reading_options(
     classes: Path | None,
     more: list[str] | None,
 ) -> dict[str, Any]:
-    """Return what was said about how data is read, by name."""
+    """Return the given reading options by name."""
     from mmdefense.class_names import read_class_names
 
     named = {
@@ -184,7 +184,7 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 _YEAR = 365 * 24 * 3600.0
-_MOST_BITS = 10_000  # a whole number of more cannot be written down in decimals
+_MOST_BITS = 10_000  # Python refuses to print larger integers
 
 
 def duration(text: str | None) -> float | None:
@@ -212,7 +212,7 @@ def key_values(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """Return the Python literal that a text is, and where it is none the text."""
+    """Return the Python literal that a text is, or the text itself."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -223,7 +223,7 @@ def _literal(text: str) -> Any:
 def chosen_attack(
     name: str | None, trigger: Path | None, target: str | None, settings: list[str] | None
 ) -> AttackChoice | None:
-    """Return the attack whose trigger is to be tried; none where none is asked for."""
+    """Return the attack to evaluate; None if none was given."""
     from mmdefense.pipeline.evaluating import AttackChoice
 
     if name is None and trigger is None and target is None and not settings:

@@ -1,4 +1,4 @@
-"""What is known by name: defenses, attacks, adapters, tasks, data, cases; and their settings."""
+"""The named defenses, attacks, adapters, tasks, data sets and cases, with their settings."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OPTIONS = {"defenses": "--set", "attacks": "--set", "adapters": "--read", "task
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of what is known by name.
+    """One setting of a named defense, attack, adapter or task.
 
     Attributes:
         name: As ``--set`` or ``--read`` takes it.
-        default: As it would be written down; empty where there is none.
+        default: As a user would write it; empty if there is none.
         kind: What it must be, in words.
         about: What it does, in a sentence.
     """
@@ -70,7 +70,7 @@ def _of_case(case: Case) -> str:
 
 
 def details(kind: str, name: str) -> tuple[str, str, list[Setting]]:
-    """Return what a name stands for, the option that its settings are given by, and these.
+    """Return the description of a name, the option that sets its settings, and the settings.
 
     Args:
         kind: One of ``KINDS``.
@@ -103,7 +103,7 @@ def settings(found: Any) -> list[Setting]:
                 documented.get(entry.name, ""),
             )
             for entry in dataclasses.fields(found)
-            if entry.init and entry.repr  # what is not shown is not for the user to set
+            if entry.init and entry.repr  # hidden fields are not user settings
         ]
     call = found.load if hasattr(found, "load") else found.__init__
     hints, documented = get_type_hints(call), _entries(_docstring_of(call, found))

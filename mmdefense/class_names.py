@@ -1,4 +1,4 @@
-"""Names of classes: read from a file, and matched to the names that a model has."""
+"""Read class names from a file, and match them to the model's class names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_BYTES = 1 << 26
 
 
 class UnknownNameError(BadInputError):
-    """A class of the data has none of the model's names."""
+    """A class of the data has no match among the model's names."""
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ _KEYS: tuple[Callable[[str], list[str]], ...] = (
     lambda name: [_plain(name)],
     _synonyms,
 )
-"""What a name of the model is looked for by, from strict to lenient."""
+"""The keys by which a model's name is looked up, from strict to lenient."""
 
 
 def _table(model: Sequence[str], key: Callable[[str], list[str]]) -> dict[str, set[int]]:

@@ -1,8 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
 Exit codes: 0 ok; 1 the utility guard was violated, nothing was changed, an evaluation found a
-working trigger, a scan found what --fail-on names, or a file is another than its record says; 2 bad
-input; 3 not supported, or a library is missing; 70 a fault of mmdefense itself; 130 interrupted.
+working trigger, a scan found what --fail-on names, or a file differs from its record; 2 bad input;
+3 not supported, or a library is missing; 70 a bug in mmdefense; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ app.add_typer(store_app, name="store")
 
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
-"""The error of click, which some versions of typer bring under a name of their own."""
+"""click's usage error, which some versions of typer vendor under another name."""
 
 
 def main() -> None:
@@ -85,13 +85,13 @@ def main() -> None:
         sys.exit(130)
     except UnsupportedError as error:
         _fail(error, 3)
-    except ImportError as error:  # of an optional library that no reader has told of
+    except ImportError as error:  # of an optional library that no reader reported
         from mmdefense.libraries import missing
 
         _fail(missing("this command", error), 3)
     except (MMDefenseError, OSError) as error:
         _fail(error, 2)
-    except Exception as error:  # a fault of ours: still one line, and the way to the rest
+    except Exception as error:  # a bug of ours: still one line, with the way to the traceback
         kind = type(error).__name__
         kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         _fail(
@@ -111,7 +111,7 @@ def _fail(message: object, code: int) -> NoReturn:
 
 
 def _refuse_usage(error: typer.BadParameter) -> NoReturn:
-    """Say in one line what is wrong with a command; where there is none, show what there is."""
+    """Explain a usage error in one line; without a command, list the commands."""
     said, command = error.format_message().strip(), "mmdefense"
     if "\n" in said:
         say(said, err=True)
@@ -205,7 +205,7 @@ def purify(
         typer.Option(metavar="OWNER/NAME", help="Upload the output to the Hugging Face hub."),
     ] = None,
 ) -> None:
-    """Purify a model with a little clean data; write it with its evidence to a new folder."""
+    """Purify a model with a little clean data, and write it with its evidence to a new folder."""
     begun = time.monotonic()
     from mmdefense.analysis.gather import check_level
     from mmdefense.pipeline.jobs import Source, assist, partial_folder, purify_files
@@ -318,7 +318,7 @@ def evaluate(
     accept_low_utility: AcceptLowUtility = False,
     accept_findings: AcceptFindings = False,
 ) -> None:
-    """Measure a model on clean data and, where a trigger or an attack is given, under it."""
+    """Measure a model on clean data and, if a trigger or an attack is given, with the trigger."""
     from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
     from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.pipeline.evaluating import evaluate_files
@@ -382,7 +382,7 @@ def scan(
     accept_low_utility: AcceptLowUtility = False,
     store: KeptIn = None,
 ) -> None:
-    """Look into a model's files and weights and, with clean data, at its behaviour.
+    """Scan a model's files and weights and, with clean data, its behaviour.
 
     No code that comes with the model is run.
     """
@@ -428,7 +428,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Make the page of an output again from its record, or compare several on one page."""
+    """Rebuild the page of an output from its record, or compare several on one page."""
     from mmdefense.report.compare import compare, rebuild
     from mmdefense.report.statement import differing
 
@@ -458,7 +458,7 @@ def list_(
         str | None, typer.Argument(metavar="[NAME]", help="Show one of them with its settings.")
     ] = None,
 ) -> None:
-    """List what is known by name, plug-ins included, or the settings of one of them."""
+    """List everything that has a name, plug-ins included, or the settings of one of them."""
     from mmdefense.catalogue import KINDS, details, known
 
     if kind not in {None, *KINDS}:
@@ -480,7 +480,7 @@ def list_(
 
 @app.command()
 def doctor() -> None:
-    """Say what this installation has and what it lacks."""
+    """Show what this installation has and what is missing."""
     from mmdefense.doctor import examine
 
     rows = [
@@ -497,7 +497,7 @@ def demo(
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
 ) -> None:
-    """Plant a real backdoor in a small model, remove it in several ways, and compare."""
+    """Plant a real backdoor in a small model, remove it with several defenses, and compare."""
     from rich.console import Console
 
     from mmdefense.evaluation.demo import run_demo

@@ -1,4 +1,4 @@
-"""What this installation has, and what it lacks."""
+"""Report what this installation has and what is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Finding", "examine"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination.
+    """One line of the report.
 
     Attributes:
         subject: What was looked at.

@@ -1,4 +1,4 @@
-"""Files that come from elsewhere, read within bounds: what is no plain file is not opened."""
+"""Read untrusted files with size limits; only regular files are opened."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mmdefense.errors import BadInputError, one_line
 __all__ = ["MOST_BYTES", "open_plain", "parse_json", "plain_file", "read_bytes", "read_json"]
 
 MOST_BYTES = 1 << 29
-"""Bytes of a text file that is read at once; the largest JSON of COCO has 4.5e8. Ours."""
+"""Most bytes of a text file that is read at once; the largest COCO JSON has 4.5e8. Our choice."""
 
 _PLACE = re.compile(r" at line 1 column (\d+)$")
 
 
 def plain_file(path: Path) -> Path:
-    """Return a path that is a file; a pipe or a device would never end, or hang.
+    """Return a path if it is a regular file; a pipe or a device could block or never end.
 
     Raises:
         BadInputError: If it is none.
@@ -39,10 +39,10 @@ def plain_file(path: Path) -> Path:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Open a file to be read; never a pipe, a socket or a device, which could block or do harm.
+    """Open a regular file for reading, never a pipe, socket or device, which could block.
 
     Raises:
-        OSError: If it cannot be opened, or is no plain file.
+        OSError: If it cannot be opened, or is not a regular file.
     """
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
@@ -87,11 +87,11 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
 
 
 def parse_json(content: str | bytes, where: object) -> Any:
-    """Return what JSON says.
+    """Return the value of a JSON text.
 
-    Text is sound UTF-8 without halves of surrogate pairs, values are nested at most 200 deep, and
-    whole numbers have at most 4300 digits. Of a name that stands twice in an object the last
-    counts, as it does for the readers of the libraries.
+    Text must be valid UTF-8 without unpaired surrogates, values are nested at most 200 deep, and
+    integers have at most 4300 digits. Of duplicate names in an object the last wins, as in the
+    libraries' readers.
 
     Args:
         content: The JSON, with or without a byte order mark.

@@ -1,4 +1,4 @@
-"""Values that come from files, checked against the form that they must have."""
+"""Check values that come from files against a schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def checked_form(form: TypeAdapter[T], value: object, where: object, needed: str) -> T:
-    """Return a value as its form has it: numbers as numbers, fields that nobody reads left out.
+    """Return a value validated by its schema: numbers converted, unknown fields dropped.
 
     Args:
         form: What it must be, for pydantic.
@@ -24,7 +24,7 @@ def checked_form(form: TypeAdapter[T], value: object, where: object, needed: str
         needed: What it must be, in words.
 
     Raises:
-        BadInputError: Naming the first place that differs, and what stands there.
+        BadInputError: Naming the first place that does not match, and its value.
     """
     from pydantic import ValidationError
 
@@ -40,7 +40,7 @@ def checked_form(form: TypeAdapter[T], value: object, where: object, needed: str
 
 
 def _shown(value: object) -> str:
-    """Return the start of a value; containers by their type alone, for they may be large."""
+    """Return the start of a value; containers only by their type, since they may be large."""
     if isinstance(value, dict | list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 100:

@@ -16,12 +16,12 @@ from mmdefense.errors import UnsupportedError, one_line
 
 __all__ = ["OptionalPackage", "how_to_install", "missing", "needed", "optional_packages"]
 
-_GROUPS = ("all", "dev")  # they gather others, so that they bring nothing of their own
+_GROUPS = ("all", "dev")  # they combine other extras and add nothing
 _REQUIREMENT = re.compile(
     r"""(?P<package>[\w.-]+)(?P<bounds>[^;]*);.*extra\s*==\s*['"](?P<extra>[\w-]+)['"]"""
 )
 _MODULES = {"open3d-cpu": "open3d"}
-"""Modules that are not called like the package that brings them."""
+"""Modules whose name differs from that of their package."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def needed(what: str, *packages: str) -> Iterator[None]:
 def missing(what: str, error: ImportError, *packages: str) -> UnsupportedError:
     """Return the error for a library that is not installed; see :func:`needed`."""
     names = packages or _unfound(error)
-    if not names:  # it is there, and fails to load: a system library is missing, or a symbol
+    if not names:  # installed but fails to load: a system library or a symbol is missing
         return UnsupportedError(f"{what} needs a library that fails to load: {one_line(error)}")
     word = "package" if len(names) == 1 else "packages"
     listed = " and ".join(repr(name) for name in names)
@@ -106,19 +106,19 @@ def missing(what: str, error: ImportError, *packages: str) -> UnsupportedError:
 
 
 def _unfound(error: ImportError) -> tuple[str, ...]:
-    """Return what an import did not find; empty where the error does not tell."""
+    """Return what an import did not find; empty if the error does not say."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return (error.name.partition(".")[0],)
-    words = set(re.findall(r"[\w-]+", str(error).lower()))  # libraries check in ways of their own
+    words = set(re.findall(r"[\w-]+", str(error).lower()))  # libraries check in their own ways
     return tuple(p.name for p in optional_packages() if p.name in words and p.version is None)
 
 
 def how_to_install(*names: str) -> str:
-    """Return the command that brings packages, as this installation of mmdefense was made.
+    """Return the command that installs packages, the way mmdefense itself was installed.
 
-    A checkout is extended by one of its extras. Elsewhere the packages themselves are named, and
-    those that no extra brings are named without a command: a module need not be called like the
-    package that it comes in.
+    For a checkout it installs one of its extras. Otherwise it names the packages themselves;
+    packages that no extra contains are named without a command, since a module may have another
+    name than its package.
 
     Args:
         *names: Of packages, or of modules that they bring.

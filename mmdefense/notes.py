@@ -1,4 +1,4 @@
-"""What a user must be told while all goes on: a note, one line each.
+"""Notes: one-line messages to the user that do not stop the run.
 
 In Python a note is a warning; the command line writes it to standard error.
 """
@@ -31,7 +31,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def notes_written() -> Iterator[None]:
-    """Write notes to standard error for the time, each text once, in place of Python's warnings."""
+    """Within the block, write notes to standard error, each text once, not as warnings."""
     written: set[str] = set()
     with warnings.catch_warnings():
         others = warnings.showwarning

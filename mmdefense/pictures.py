@@ -1,4 +1,4 @@
-"""Pictures, opened within bounds: of what is no picture in a known format nothing is decoded."""
+"""Open images within limits; files that are not in a known image format are not decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmdefense.files import plain_file
 __all__ = ["MOST_PIXELS", "SUFFIXES", "check_size", "open_picture"]
 
 MOST_PIXELS = 1 << 26
-"""Of one picture, 8192 x 8192; what is decoded takes some bytes for each. Ours."""
+"""Most pixels of an image, 8192 x 8192; each takes a few bytes once decoded. Our choice."""
 
 _KNOWN = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm",
@@ -21,24 +21,24 @@ _KNOWN = frozenset({
 })  # fmt: skip
 Image.init()
 SUFFIXES = frozenset(suffix for suffix in _KNOWN if Image.EXTENSION.get(suffix) in Image.OPEN)
-"""Of the files that are read as pictures, as far as Pillow was built for them."""
+"""Suffixes of the files that are read as images, as far as this Pillow build supports them."""
 
 _FORMATS = sorted({Image.EXTENSION[suffix] for suffix in SUFFIXES})
-# Ours is stricter, and is an error: the warning would be a second line.
+# Our limit is stricter and raises an error: the warning would be a second line.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
-    """Return a picture whose size is known and whose pixels are still to be decoded.
+    """Return an image whose size is known and whose pixels are not decoded yet.
 
-    Its format is one of those that Pillow decodes by itself: it would hand PostScript to another
+    Only formats that Pillow decodes itself are allowed: it would pass PostScript to another
     program.
 
     Args:
         source: A file, or what stands in one.
 
     Raises:
-        BadInputError: If the file is none.
+        BadInputError: If it is not a regular file.
         ValueError: If the picture has no pixels, or too many; and errors of many other kinds, where
             it is damaged or no picture.
     """
@@ -49,10 +49,10 @@ def open_picture(source: Path | bytes) -> Image.Image:
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse a picture without pixels, or of more than can be decoded at ease.
+    """Refuse an image without pixels, or with more than :data:`MOST_PIXELS`.
 
     Raises:
-        ValueError: Telling the size.
+        ValueError: Naming the size.
     """
     if not 0 < width * height <= MOST_PIXELS:
         raise ValueError(f"it has {width}x{height} pixels; the limits are 1 and {MOST_PIXELS}")

@@ -1,17 +1,17 @@
-"""Untrusted files are read in a child process, so that what goes wrong there ends in one line.
+"""Read untrusted files in a child process, so that whatever goes wrong ends in a one-line error.
 
-The child is a fork: it starts in some hundredths of a second, with all libraries of this process
-at hand. It has bounds of time and memory, no core dumps, no network, and it may not start other
-programs; what it says comes back as JSON, of a bounded size. A reader that never ends, asks for
-more memory than the machine has, or crashes is an error of one line here, whatever the file does.
+The child is a fork: it starts in a few hundredths of a second, with all libraries of this process
+loaded. Its time and memory are limited, it writes no core dumps, has no network, and may not start
+other programs; its result comes back as JSON of limited size. A reader that never ends, needs too
+much memory or crashes is a one-line error here, whatever the file does.
 
-How long and how much is a matter of the file's size; ``MMDEFENSE_READ_SECONDS`` and
-``MMDEFENSE_READ_GIB`` say otherwise, and 0 lifts the bound. On systems other than Linux, where a
-fork of a process with many libraries is not sound, the work is done in this process: the bounds
-that readers have of their own hold there alone.
+The limits grow with the file size; ``MMDEFENSE_READ_SECONDS`` and ``MMDEFENSE_READ_GIB`` override
+them, and 0 means no limit. On systems other than Linux, where forking a process with many libraries
+is unsafe, the work is done in this process: only the readers' own limits apply there.
 
-The child computes on one thread, as the workers of ``torch.utils.data.DataLoader`` do, for threads
-do not survive a fork; only where nothing was computed before may it use all; see :func:`fresh`.
+The child computes on one thread, like the workers of ``torch.utils.data.DataLoader``, since threads
+do not survive a fork; it may use all threads only if nothing was computed before; see
+:func:`fresh`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from mmdefense.notes import Note, note
 __all__ = ["BeyondBoundsError", "Channel", "Network", "apart", "fresh", "inside", "total_size"]
 
 SECONDS, SPEED = 60.0, 10e6
-"""A reader may take this long, and longer by a second for so many bytes. Ours."""
+"""Seconds that a reader may take, plus one second per so many bytes. Our choice."""
 BYTES, FACTOR = 4 << 30, 6
-"""A reader may ask for this much memory, and for so many times the file's size. Ours."""
+"""Memory that a reader may use, plus this multiple of the file's size. Our choice."""
 _PATIENCE = 2
-"""A reader that waits, or shares its processor, may take so many times as long by the clock."""
+"""Wall-clock limit as a multiple of the CPU limit, for readers that wait or share a core."""
 OF_A_THREAD = 1 << 27
-"""Address space that a thread reserves for its stack and its heap, and seldom uses."""
+"""Address space that a thread reserves for its stack and heap, mostly unused."""
 MAX_FILE = 5 << 30
-"""Bytes of a file that the child may write: archives are unpacked into nameless ones."""
+"""Bytes of a file that the child may write: archives are unpacked into unnamed temporary files."""
 MAX_MESSAGE = 1 << 25
 
 _SECONDS_NAME, _GIB_NAME = "MMDEFENSE_READ_SECONDS", "MMDEFENSE_READ_GIB"
@@ -65,14 +65,14 @@ _FULL = ("can't allocate memory", "Cannot allocate memory", "Unable to allocate"
 _TOLD: tuple[type[Warning], ...] = (Note, RuntimeWarning)
 
 Network = Literal["never", "later", "always"]
-"""When a child may use the network and start other programs: later is once its bounds are lifted,
-to get data that the user names; always is for code of the user's own."""
+"""When a child may use the network and start other programs: "later" is once its limits are lifted,
+to fetch data that the user names; "always" is for the user's own code."""
 
 _state = {"inside": False, "fresh": False, "shut": False}
 
 
 class BeyondBoundsError(BadInputError):
-    """Reading a file took more time or memory than it may, or crashed the reader."""
+    """Reading a file exceeded its time or memory limit, or crashed the reader."""
 
 
 _ERRORS: Mapping[str, type[Exception]] = {
@@ -83,25 +83,25 @@ _ERRORS: Mapping[str, type[Exception]] = {
 
 
 def total_size(place: Path) -> int:
-    """Return the bytes of a file, or of all plain files below a folder."""
+    """Return the size in bytes of a file, or of all regular files below a folder."""
     files = place.rglob("*") if place.is_dir() else [place]
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def inside() -> bool:
-    """Say whether this is a child already, so that none of its own is needed."""
+    """Return whether this is already a child process, which needs no child of its own."""
     return _state["inside"]
 
 
 def fresh() -> None:
-    """Say that this process computes nothing before it reads, so that children may use threads."""
+    """Declare that this process computes nothing before it reads: children may use threads."""
     _state["fresh"] = True
 
 
 class Channel:
-    """What the work in the child tells this process by.
+    """The channel on which the work in the child reports to this process.
 
-    Where there is no child, the listener is called, and there are no bounds.
+    Without a child the listener is called directly, and there are no limits.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Channel:
         self._start = _address_space() if bounded else 0
 
     def tell(self, message: Any) -> None:
-        """Hand on a message of plain JSON values."""
+        """Send a message of plain JSON values."""
         self._send("tell", message)
 
     def begin(self, what: str, size: int) -> None:
-        """Say what is read next, and start the clock and the count of memory for it.
+        """Announce what is read next, and restart the time and memory limits for it.
 
         Args:
             what: The subject of a sentence, such as ``"reading model.bin"``.
@@ -133,7 +133,7 @@ class Channel:
             self._send("begin", [what, size])
 
     def lift(self) -> None:
-        """Say that what follows takes as long, and as much memory, as the user's work takes."""
+        """Lift the limits: what follows is the user's own work."""
         if self._bounded:
             _limit(resource.RLIMIT_AS, 0)
             _limit(resource.RLIMIT_CPU, 0)
@@ -154,12 +154,12 @@ def apart(
     """Do work that reads untrusted files in a child process, and return what it returns.
 
     Args:
-        work: Gets the :class:`Channel`; what it returns and tells is plain JSON.
-        hear: Called with each message that is told.
+        work: Gets the :class:`Channel`; what it returns and sends is plain JSON.
+        hear: Called with each message from the work.
         what: What the work reads, as the subject of a sentence: ``"reading model.bin"``.
         size: Bytes of that; see :meth:`Channel.begin`.
         network: When the network and other programs may be used.
-        quiet: Whether notes of the child are left out, since the same is read again here.
+        quiet: Whether to drop the child's notes, because the same file is read again here.
 
     Raises:
         BeyondBoundsError: If it took too long, too much memory, or crashed.
@@ -167,7 +167,7 @@ def apart(
     """
     if inside() or not sys.platform.startswith("linux"):
         return work(Channel(lambda _, message: hear(message), bounded=False))
-    _most_seconds(size), _most_bytes(size)  # a wrong variable is told here
+    _most_seconds(size), _most_bytes(size)  # a wrong variable fails here
     receiving, sending = Pipe(duplex=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on forks beside threads
@@ -224,7 +224,7 @@ def _pass_on(kind: str, text: str) -> None:
 
 
 def _raised(kind: str, text: str, trace: str) -> Exception:
-    """Return the error that a child told of; one that is none of ours is a fault of ours."""
+    """Return the error that a child reported; an error class that is not ours is a bug of ours."""
     known = _ERRORS.get(kind)
     error = known(text) if known else type(kind, (RuntimeError,), {})(text)
     if os.environ.get("MMDEFENSE_DEBUG"):
@@ -252,7 +252,7 @@ def _full(what: str, size: int) -> BeyondBoundsError:
 
 
 def _crashed(child: int, what: str, size: int) -> BeyondBoundsError:
-    """Return the error for a child that has fallen silent."""
+    """Return the error for a child that stopped reporting."""
     _, status = os.waitpid(child, 0)
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if number == signal.SIGKILL:
@@ -264,7 +264,7 @@ def _crashed(child: int, what: str, size: int) -> BeyondBoundsError:
 
 
 def _end(child: int) -> None:
-    """End a child that may have ended already."""
+    """Kill a child that may have ended already."""
     with suppress(ChildProcessError, ProcessLookupError):
         if os.waitpid(child, os.WNOHANG)[0] == 0:
             os.kill(child, signal.SIGKILL)
@@ -300,7 +300,7 @@ def _from_environment(name: str, otherwise: float) -> float:
 def _live(
     work: Callable[[Channel], Any], sending: Connection, what: str, size: int, network: Network
 ) -> NoReturn:
-    """Be the child: do the work, tell how it ended, and end without a trace of this process."""
+    """Run as the child: do the work, report the outcome, and exit without cleanup."""
 
     def send(kind: str, message: Any) -> None:
         content = json.dumps([kind, message]).encode()
@@ -314,7 +314,7 @@ def _live(
         channel.begin(what, size)
         done = work(channel)
         send("done", done)
-    except BaseException as error:  # all of it is told
+    except BaseException as error:  # all of it is reported
         _limit(resource.RLIMIT_AS, 0)
         with suppress(BaseException):
             send(*_told(error))
@@ -323,7 +323,7 @@ def _live(
 
 
 def _told(error: BaseException) -> tuple[str, Any]:
-    """Return the message that tells of an error."""
+    """Return the message that reports an error."""
     chain = [error, error.__cause__, error.__context__]
     if any(isinstance(one, MemoryError) for one in chain) or any(w in str(error) for w in _FULL):
         return "full", None
@@ -336,7 +336,7 @@ def _told(error: BaseException) -> tuple[str, Any]:
 
 
 def _confine(send: Callable[[str, Any], None], network: Network) -> None:
-    """Take from this process, a child, what reading does not need."""
+    """Drop from this process, a child, everything that reading does not need."""
     _state["inside"] = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     silent = os.open(os.devnull, os.O_RDWR)
@@ -362,7 +362,7 @@ def _confine(send: Callable[[str, Any], None], network: Network) -> None:
 
 
 def _stay_at_home(network: Network) -> None:
-    """Refuse the network and other programs to this process."""
+    """Deny this process the network and other programs."""
     if network == "never" and hasattr(os, "unshare"):  # from Python 3.12, where it is permitted
         with suppress(OSError):
             os.unshare(os.CLONE_NEWNET)  # type: ignore[attr-defined,unused-ignore]
@@ -393,7 +393,7 @@ def _die_with_parent() -> None:
 
 
 def _limit(kind: int, value: int, none: bool = False) -> None:
-    """Set a limit of this process; 0 lifts it, unless none is asked for."""
+    """Set a limit of this process; 0 removes it, None leaves it."""
     _, hard = resource.getrlimit(kind)
     wanted = value if value or none else hard
     if hard != resource.RLIM_INFINITY and (wanted > hard or wanted == resource.RLIM_INFINITY):

@@ -1,4 +1,4 @@
-"""Settings as a user writes them: known, and of the type that is asked for."""
+"""Check the settings that a user writes: their names, types and bounds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
-"""Samples that are in memory at once; the bound is ours."""
+"""Samples that are in memory at once; the bound is our choice."""
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 """A number in ``[0, 1]``."""
@@ -49,31 +49,31 @@ NotNegative = Annotated[float, Ge(0)]
 """A number, at least 0."""
 
 Count = Annotated[int, Ge(1)]
-"""A whole number, at least 1."""
+"""An integer, at least 1."""
 
 Whole = Annotated[int, Ge(0)]
-"""A whole number, at least 0."""
+"""An integer, at least 0."""
 
 Text = Annotated[str, MinLen(1)]
-"""A text of more than white space."""
+"""A string that is not blank."""
 
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 """A seed that every generator takes: NumPy's have 32 bits."""
 
 _MOST_INT, _MOST_FLOAT = 2**32, 1e30
-"""Ours: beyond any count, and below what overflows in single precision."""
+"""Our choice: beyond any count, and below what overflows in single precision."""
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that it is made with."""
+    """Return the init fields of a dataclass."""
     return [entry for entry in dataclasses.fields(kind) if entry.init]
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse a dataclass whose values are not as its fields declare them.
+    """Refuse a dataclass whose values do not match their annotations.
 
-    Type and choices stand in a field's annotation, and bounds with them: ``Share`` for a number in
-    ``[0, 1]``, or ``Annotated[float, Gt(0)]``. No number may be NaN, infinite, or beyond what a
+    A field's annotation declares its type, choices and bounds: ``Share`` for a number in ``[0,
+    1]``, or ``Annotated[float, Gt(0)]``. No number may be NaN, infinite, or beyond what a
     computation in single precision holds.
 
     Raises:
@@ -100,13 +100,13 @@ def check_seed(seed: int) -> None:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Return the annotations of the fields that a dataclass is made with, bounds included."""
+    """Return the annotations of a dataclass's init fields, bounds included."""
     hints = get_type_hints(kind, include_extras=True)
     return {entry.name: hints[entry.name] for entry in fields_of(kind)}
 
 
 def _beyond_bounds(value: Any, hint: Any) -> str:
-    """Return in words which bound of its type a value breaks; nothing where it keeps all."""
+    """Return in words which bound of its type a value violates; empty if none."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in {Union, types.UnionType}:
         fitting = next(option for option in inner if _fits(value, option))
@@ -128,7 +128,7 @@ def _beyond_bounds(value: Any, hint: Any) -> str:
 
 
 def _keeps(value: Any, bound: Any) -> bool:
-    """Say whether a value keeps a bound of ``annotated_types``."""
+    """Return whether a value satisfies a bound of ``annotated_types``."""
     if isinstance(bound, MinLen):
         return len(value.strip() if isinstance(value, str) else value) >= bound.min_length
     return all(
@@ -163,7 +163,7 @@ def _in_words(bound: Any) -> str:
 
 
 def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of a dataclass as its fields have them; see :func:`checked_value`.
+    """Return settings converted to the types of a dataclass's fields; see :func:`checked_value`.
 
     Raises:
         BadInputError: Naming the setting, and what is known or needed.
@@ -181,9 +181,9 @@ def checked_settings(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_value(name: str, value: Any, hint: Any, owner: str) -> Any:
-    """Return a value as the type that is asked for has it.
+    """Return a value converted to a type.
 
-    Where that is a tuple, one value is a tuple of one, and text with commas is a tuple of its
+    If that is a tuple, a single value becomes a tuple of one, and text with commas a tuple of its
     parts: ``words=cf`` and ``words=cf,mn``.
 
     Raises:
@@ -204,14 +204,14 @@ def _needed(value: Any, hint: Any) -> str:
 
 
 def _is_beyond(value: Any) -> bool:
-    """Say whether a value is a number that a tensor does not hold, NaN and infinity included."""
+    """Return whether a value is a number that does not fit a tensor, NaN and infinity included."""
     if isinstance(value, float):
         return not math.isfinite(value)
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a field's type; types that are no plain values are not checked."""
+    """Return whether a value has a field's type; types other than plain values are not checked."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, inner[0])
@@ -230,7 +230,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _all_fit(values: Sequence[Any], hints: tuple[Any, ...]) -> bool:
-    """Say whether values are of the types of a tuple, or all of the one type of a sequence."""
+    """Return whether values have the types of a tuple, or all the item type of a sequence."""
     if len(hints) > 1 and hints[1] is not ...:
         return len(values) == len(hints) and all(map(_fits, values, hints))
     return all(_fits(value, hints[0]) for value in values)

@@ -1,4 +1,4 @@
-"""How results and samples show themselves: a few lines, never tensors in full."""
+"""Short representations of results and samples: a few lines, never whole tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shown:
 
 
 def brief(value: Any) -> str:
-    """Return a value in a few words: of tensors type and shape, of long sequences the first."""
+    """Return a value in a few words: dtype and shape of a tensor, first items of a sequence."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):

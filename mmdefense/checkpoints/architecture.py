@@ -1,4 +1,4 @@
-"""Builds the model that a state dict belongs to, from a name that the user gives."""
+"""Build the model that a state dict belongs to, from a name that the user gives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_architecture(arch: str) -> nn.Module:
     The part after the colon is parsed, not evaluated: arguments are literals.
 
     Raises:
-        BadInputError: If it cannot be parsed, imported or called, or gives no module.
+        BadInputError: If it cannot be parsed, imported or called, or does not return a module.
         UnsupportedError: If a library that it needs is not installed.
     """
     module_name, _, call = arch.rpartition(".py:") if ".py:" in arch else arch.partition(":")
@@ -86,7 +86,7 @@ def _loaded(file: Path) -> ModuleType:
     if not file.is_file():
         raise BadInputError(f"arch file {file} does not exist")
     content = hashlib.sha256(f"{file.absolute()}".encode() + file.read_bytes()).hexdigest()
-    name = f"{file.stem}_{content[:8]}"  # so that resnet.py is not another one's resnet
+    name = f"{file.stem}_{content[:8]}"  # so that two files named resnet.py do not collide
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None

@@ -32,12 +32,12 @@ _OF_TORCHVISION = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a result says of its model.
+    """What a result says about its model.
 
     Attributes:
         model: The name of the architecture.
         classes: Number of classes K.
-        size: Side of the images in pixels; none where it is not said.
+        size: Side of the images in pixels; None if it is not stated.
         data: The name of the data set; may be empty.
     """
 
@@ -57,7 +57,7 @@ class Result:
 
     @property
     def said(self) -> str:
-        """What a user must know of it, as a sentence without its end."""
+        """A description for the user, without a final period."""
         about = f"a result of BackdoorBench: {self.model}, {self.classes} classes"
         about += f", data {self.data}" if self.data else ""
         options = [f"--image-size {self.size}"] if self.size else []
@@ -70,7 +70,7 @@ class Result:
 
 
 def result_in(held: Any) -> Result | None:
-    """Return the result that a checkpoint is; none where it is another."""
+    """Return the result in a checkpoint, or None if it is not one."""
     if not isinstance(held, Mapping) or not isinstance(held.get("model"), Mapping):
         return None
     match held.get("model_name"), held.get("num_classes"):

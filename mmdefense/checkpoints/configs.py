@@ -1,13 +1,12 @@
-"""What the configuration files of a model folder may say, told before any library reads them.
+"""Check the configuration files of a model folder before any library reads them.
 
 The values of a configuration become arguments of constructors in ``transformers``, ``timm`` and
-``peft``, and some of these load files, import modules or ask the hub. Which ones do changes with
-the version of a library, so the rule does not: **what is not known to be harmless is not handed
-on.** It stands in two places that follow each other.
+``peft``, and some of these load files, import modules or contact the hub. Which ones do depends on
+the library's version, so there is one rule for all versions: **what is not known to be harmless is
+not passed on.** It is applied in two places, one after the other.
 
-Here, where no library is needed and a scan calls it too, a file is refused for a field that is
-known to reach a loader, for a value of another kind than its field has, and for a count that no
-stored weight stands for:
+Here, without any library and also for a scan, a file is refused for a field that is known to reach
+a loader, for a value of the wrong type, and for a count that the stored weights do not support:
 
 * of ``config.json``, at any depth: implementations of attention that are none of Transformers' own,
   dtypes that are none, arguments of timm (``model_args``, ``backbone_kwargs``) beyond those that
@@ -18,8 +17,8 @@ stored weight stands for:
   :func:`matching` bounds the time that they take;
 * of the files of processors and tokenizers: values that are no plain settings, and files elsewhere.
 
-In :mod:`mmdefense.checkpoints.handed` each library gets a folder of its own with the fields that
-its class declares, and nothing else that came with the model but the weights.
+In :mod:`mmdefense.checkpoints.handed` each library gets a private folder with the fields that its
+class declares and the weights, and nothing else that came with the model.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ __all__ = [
 ]
 
 MOST_LABELS = 1_000_000
-"""Classes that a classifier may have. Ours; the largest public ones have about 22,000."""
+"""Classes that a classifier may have. Our choice; the largest public ones have about 22,000."""
 MOST_LAYERS = 512
-"""Layers that a config may ask for where fewer tensors are stored. Ours."""
+"""Layers that a config may ask for even if fewer tensors are stored. Our choice."""
 MOST_PIXELS = 1 << 12
-"""Pixels of a side that a processor may make. Ours."""
+"""Largest side in pixels of a processor's output. Our choice."""
 MOST_TOKENS = 100_000
-"""Tokens that a tokenizer may add by a number alone. Ours."""
+"""Tokens that a tokenizer may add by a number alone. Our choice."""
 MATCHING = 1.0
-"""Seconds that a pattern may take over all names of modules. Ours."""
+"""Seconds that a pattern may take to match all module names. Our choice."""
 
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _IMPLEMENTATIONS = {
@@ -99,13 +98,13 @@ TIMM_DATA = frozenset({
     *("custom_load", "license", "origin_url", "paper_name", "paper_ids", "notes", "architecture"),
     *("label_descriptions", "mirror_url", "source"),
 })  # fmt: skip
-"""What ``pretrained_cfg`` says about data and origin, and no loader of weights reads."""
+"""Fields of ``pretrained_cfg`` about data and origin, which no weight loader reads."""
 
 _Wanted = tuple[Callable[[Any], bool], str]
 
 
 def is_empty(value: Any) -> bool:
-    """Say whether a value asks for nothing: null, false, or a container of such values."""
+    """Return whether a value is empty: null, false, or a container of such values."""
     if isinstance(value, Mapping):
         return all(is_empty(item) for item in value.values())
     if isinstance(value, list):
@@ -130,7 +129,7 @@ def _are(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Say whether a value is numbers, flags and names, in lists and by name."""
+    """Return whether a value consists of numbers, flags and names, in lists and maps."""
     if isinstance(value, Mapping):
         return all(map(_is_plain, value.values()))
     if isinstance(value, list):
@@ -201,7 +200,7 @@ ADAPTER: Mapping[str, _Wanted] = {
     **dict.fromkeys(("use_effective_conv2d", "decompose_both", "rank_dropout_scale"), _FLAG),
     "decompose_factor": _NUMBER,
 }
-"""The fields of an adapter that are handed to ``peft``, and what each may hold."""
+"""The fields of an adapter that are passed to ``peft``, and what each may hold."""
 
 _SAID = {
     "base_model_name_or_path": (lambda v: isinstance(v, str) and len(v) < 4096, "text"),
@@ -215,14 +214,14 @@ _SAID = {
         "a class of the transformers library",
     ),
 }
-"""Fields of an adapter that are read here, and not handed on."""
+"""Fields of an adapter that are read here and not passed on."""
 
 _LEFT_OUT = {"megatron_core", "peft_version", "revision", "qalora_group_size"}
 """Fields of an adapter that do nothing without another one, which is refused."""
 
 
 def check_configs(folder: Path) -> None:
-    """Refuse a model folder whose configuration files ask a library for what they must not.
+    """Refuse a model folder whose configuration files have a fault.
 
     Raises:
         BadInputError: Naming the first fault.
@@ -233,7 +232,7 @@ def check_configs(folder: Path) -> None:
 
 
 def config_faults(path: Path) -> list[Fault]:
-    """Return what speaks against a configuration file; other files have none.
+    """Return the faults of a configuration file; other files have none.
 
     Raises:
         BadInputError: If it is no JSON.
@@ -242,12 +241,12 @@ def config_faults(path: Path) -> list[Fault]:
 
 
 def content_faults(name: str, content: Any, folder: Path | None) -> list[Fault]:
-    """Return what speaks against the content of a configuration file; see :func:`config_faults`.
+    """Return the faults in the content of a configuration file; see :func:`config_faults`.
 
     Args:
         name: Of the file.
         content: The JSON that it holds.
-        folder: Where the weights lie beside it, if anywhere.
+        folder: The folder with the weights, if any.
     """
     form = _FORMS.get(name)
     if form is None:
@@ -269,7 +268,7 @@ def _wrong(name: str, value: Any, wanted: str) -> Fault:
 
 
 def _model_faults(content: Mapping[str, Any], folder: Path | None) -> Iterator[Fault]:
-    """Yield the faults of the config of a model; those of other libraries are left to them."""
+    """Yield the faults of a model's config; configs of other libraries are not checked."""
     is_timm = "architecture" in content and "pretrained_cfg" in content
     if not is_timm and not {"model_type", "architectures"} & set(content):
         return
@@ -340,7 +339,7 @@ def _loader(where: str, value: Any, why: str) -> Fault:
 
 
 def is_implementation(value: Any) -> bool:
-    """Say whether implementations of attention or experts are those that Transformers has."""
+    """Return whether implementations of attention or experts are Transformers' own."""
     if isinstance(value, Mapping):
         return all(map(is_implementation, value.values()))
     return value is None or (isinstance(value, str) and value in _IMPLEMENTATIONS)
@@ -454,10 +453,10 @@ def _pattern_faults(name: str, pattern: str) -> Iterator[Fault]:
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a pattern matches as a whole, within a bounded time.
+    """Return the names that a pattern matches completely, within a time limit.
 
     Raises:
-        BadInputError: If it is no pattern, or takes longer.
+        BadInputError: If it is not a valid pattern, or takes longer.
     """
     import regex  # transformers brings it; unlike re, it can stop
 
@@ -529,7 +528,7 @@ def _processor_faults(content: Mapping[str, Any], _: Path | None) -> Iterator[Fa
         if value is None or name in {"chat_template", "pretrained_cfg", "auto_map"}:
             continue
         if name == "size" and "merge_size" in content:
-            continue  # there it counts the pixels of whole images
+            continue  # there it is the number of pixels of the image
         if isinstance(value, Mapping) and name in {"image_processor", "video_processor"}:
             yield from _processor_faults(value, _)
         elif is_sound is not None and not is_sound(value):
@@ -558,7 +557,7 @@ def _tokenizer_faults(content: Mapping[str, Any], folder: Path | None) -> Iterat
 
 
 def _is_elsewhere(name: str) -> bool:
-    """Say whether a name leads out of the folder; a path of the machine that wrote it may not."""
+    """Return whether a name points outside the folder, to a place that exists or may exist."""
     return "://" in name or (leads_outside(name) and os.path.exists(name)) or ".." in name
 
 

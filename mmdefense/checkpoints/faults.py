@@ -1,4 +1,4 @@
-"""What is wrong with the files of a model, seen without reading a tensor or running anything.
+"""Find faults in a model's files without reading a tensor or running anything.
 
 The loader refuses a model for any of these; a scan reports each of them.
 """
@@ -42,13 +42,14 @@ Kind = Literal["bomb", "code", "form", "header", "loader", "path", "size", "stru
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header; the format's own limit."""
 MAX_ENTRIES = 100_000
-"""Entries of an archive, and tensors of a file; a checkpoint has one a tensor. Ours."""
+"""Entries of an archive, or tensors of a file; a checkpoint has one per tensor. Our choice."""
 MAX_AXES = 64
 """Axes of a tensor; PyTorch has operations for no more."""
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 25
-"""An archive that unpacks to this many bytes, and to this multiple of its own, is a bomb. Ours."""
+"""An archive that unpacks to this many bytes and this multiple of its size is a bomb. Our
+choice."""
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "trust_remote_code"})
-"""Names in a configuration under which it asks for code of its own."""
+"""Configuration fields that ask to run the model's own code."""
 _CACHED = "snapshots"
 """Name of the folder of the hub's cache that holds the revisions of a repository."""
 MAX_GAP = 24
@@ -67,13 +68,13 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong, as a phrase that ends a sentence.
+    """A fault of a file.
 
     Attributes:
-        kind: A bomb, code to be run, a value of the wrong form, a lying header, a field that
-            reaches a library's loader, a path that leads outside, a size that no weights stand
-            for, or a structure that two readers would read differently.
-        text: What is wrong, with its place in the file.
+        kind: A bomb, code to be run, a value of the wrong form, a header that contradicts its file,
+            a field that reaches a library's loader, a path that escapes the folder, a size that the
+            weights do not support, or a structure that two readers would read differently.
+        text: What is wrong and where, as the end of a sentence.
     """
 
     kind: Kind
@@ -95,7 +96,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a Hugging Face folder that wants code to be run, or files from elsewhere.
+    """Refuse a Hugging Face folder that asks to run code, or to read files outside it.
 
     Raises:
         BadInputError: Naming the first fault.
@@ -114,7 +115,7 @@ def check_folder(folder: Path) -> None:
 
 
 def all_files(root: Path) -> list[Path]:
-    """Return everything in a folder but its folders, hidden names as well; links not followed.
+    """Return every file in a folder, hidden ones included, without following symlinks.
 
     Of a file, that is the file.
     """
@@ -128,7 +129,7 @@ def all_files(root: Path) -> list[Path]:
 
 
 def _place_faults(path: Path, folder: Path) -> list[Fault]:
-    """Return whether an entry of a folder leads outside, or is a pipe, a socket or a device."""
+    """Return the fault of an entry that escapes the folder, or is a pipe, a socket or a device."""
     if faults := link_faults(path, folder):
         return faults
     if path.is_dir() or path.is_file() or not path.exists():
@@ -250,7 +251,7 @@ def is_zip(file: IO[bytes]) -> bool:
 
 
 def zip_faults(file: IO[bytes]) -> list[Fault]:
-    """Return where a zip archive is a bomb, leads outside, or is read in two ways.
+    """Return where a zip archive is a bomb, escapes its folder, or can be read in two ways.
 
     References:
         Fifield. *A better zip bomb*. WOOT 2019, for entries that overlap.
@@ -270,14 +271,14 @@ def zip_faults(file: IO[bytes]) -> list[Fault]:
 
 
 _END_SEARCHED = (1 << 16) + 22
-"""Bytes in which the end of a zip stands: its comment is of up to 64 KiB."""
+"""Bytes that hold the end of a zip: its comment has up to 64 KiB."""
 
 
 def _end_faults(file: IO[bytes]) -> Iterator[Fault]:
-    """Yield where the ends of an archive name different tables of contents.
+    """Yield where the end records of an archive name different central directories.
 
-    Some readers go by the ZIP64 record that lies before the end, some by that which a locator
-    names, some by the last record alone, and some move all offsets by what is too many.
+    Some readers use the ZIP64 record before the end, some the one that a locator names, some only
+    the last record, and some shift all offsets by the surplus bytes.
 
     References:
         PKWARE's APPNOTE.TXT, sections 4.3.14 to 4.3.16.
@@ -333,12 +334,12 @@ def _name_faults(entries: list[zipfile.ZipInfo]) -> Iterator[Fault]:
 
 
 def _as_found(name: str) -> str:
-    """Return a name as PyTorch's reader compares it, which looks for pickles in any case."""
+    """Return a name as PyTorch's reader compares it: it looks for pickles ignoring case."""
     return name.lower() if name.lower().endswith(".pkl") else name
 
 
 def _names_otherwise(entry: zipfile.ZipInfo) -> bool:
-    """Whether an extra field has another name in Unicode, which only some readers go by."""
+    """Return whether an extra field has another name in Unicode, which only some readers use."""
     extra = entry.extra
     while len(extra) >= 4:
         tag, length = struct.unpack("<HH", extra[:4])
@@ -349,13 +350,13 @@ def _names_otherwise(entry: zipfile.ZipInfo) -> bool:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a relative name, in the manner of Linux or Windows, leaves the folder it is in."""
+    """Return whether a relative name, in Linux or Windows style, escapes its folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or name[1:2] == ":"
 
 
 def _local_faults(file: IO[bytes], entries: list[zipfile.ZipInfo], end: int) -> Iterator[Fault]:
-    """Yield where the header in front of an entry contradicts the contents behind them all."""
+    """Yield where the local header of an entry contradicts the central directory."""
     spans = [(0, 0, "the start")]
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         file.seek(entry.header_offset)
@@ -379,7 +380,7 @@ def _local_faults(file: IO[bytes], entries: list[zipfile.ZipInfo], end: int) -> 
 
 
 def remote_code(path: Path) -> list[Fault]:
-    """Return where a configuration asks for code that comes with the checkpoint."""
+    """Return where a configuration asks to run code that comes with the checkpoint."""
     found = dict(_walk(read_json(path)))
     return [
         Fault("code", f"{path.name} asks to run its own code: {key} = {json.dumps(value)}")
@@ -412,7 +413,7 @@ def shard_faults(index: Path) -> list[Fault]:
 
 
 def link_faults(path: Path, folder: Path) -> list[Fault]:
-    """Return whether ``path`` is a symbolic link that leaves ``folder``.
+    """Return whether ``path`` is a symlink that escapes ``folder``.
 
     The hub's cache keeps the files of ``snapshots/<revision>`` as links into the ``blobs`` beside
     it; those stay inside what was downloaded.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and are made by one run at a time."""
+"""Output folders that appear completely or not at all, each written by one run at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mmdefense.errors import BadInputError, one_line
 __all__ = ["Reserved", "new_folder", "reserved"]
 
 _OURS = "mmdefense"
-"""Part of the names of hidden folders, so that no other program's are taken for ours."""
+"""Part of the names of our hidden folders, to tell them from those of other programs."""
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """A folder that this run alone is to make.
+    """A folder that is reserved for this run.
 
     Attributes:
         target: The folder.
@@ -38,8 +38,8 @@ class Reserved:
         """Yield a temporary folder beside it, which takes its place if the block ends well.
 
         Raises:
-            BadInputError: If it cannot be written, or what has come to stand in its place is not
-                to be replaced; nothing is left behind.
+            BadInputError: If it cannot be written, or what now exists in its place must not be
+                replaced; nothing is left behind.
         """
         temporary = _beside(self.target, "new")
         held = None
@@ -61,10 +61,10 @@ class Reserved:
 def reserved(
     folder: str | Path, *, force: bool = False, inputs: Iterable[str | Path] = ()
 ) -> Iterator[Reserved]:
-    """Keep a folder that is to be made for this run, until the block ends.
+    """Reserve an output folder for this run until the block ends.
 
-    What killed runs have left beside it is cleared. The lock goes with the process, however it
-    ends.
+    Leftovers of killed runs next to it are removed. The lock is released with the process, however
+    it ends.
 
     Args:
         folder: The folder to make.
@@ -119,7 +119,7 @@ def new_folder(
 
 
 def _placed(folder: str | Path) -> Path:
-    """Return an absolute path that ends in a name, so that there is something beside it."""
+    """Return an absolute path that ends in a name, so that it has siblings."""
     path = Path(folder).absolute()
     return path if path.name not in {"", ".."} else path.resolve()
 
@@ -142,7 +142,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _lock(target: Path) -> int:
-    """Lock the name of a folder that is to be made; return what to close to let it go.
+    """Lock the name of an output folder; return what to close to unlock it.
 
     Raises:
         BadInputError: If another run holds it, or nothing can be written there.
@@ -164,7 +164,7 @@ def _lock(target: Path) -> int:
             return held
         if os.fstat(held).st_nlink:
             return held
-        os.close(held)  # it was let go and removed by another between the two
+        os.close(held)  # another process released and removed it in between
 
 
 def _unlock(target: Path, held: int) -> None:
@@ -182,9 +182,9 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _hold(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives; return what to close to let it go.
+    """Lock a folder while this process lives; return what to close to unlock it.
 
-    The lock goes with the process, however it ends: a folder without one was left behind.
+    The lock is released with the process, however it ends: a folder without one is a leftover.
 
     Returns:
         None where another process holds it, or it cannot be locked.
@@ -202,17 +202,17 @@ def _hold(folder: Path) -> int | None:
 
 
 def _stale(target: Path) -> list[Path]:
-    """Return what runs that wrote this folder have left beside it, or are writing."""
+    """Return the hidden folders next to this one that runs have left behind or are writing."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.{_OURS}-(new|old)-[0-9a-f]{{8}}")
     beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
     return [path for path in beside if ours.fullmatch(path.name)]
 
 
 def _clear_stale(target: Path) -> None:
-    """Remove what runs that were killed while they wrote this folder have left beside it.
+    """Remove what runs killed while writing this folder left next to it.
 
-    An earlier output that had stepped aside comes back where nothing has taken its place. What
-    other processes are writing is left alone.
+    An earlier output that was moved aside is restored unless something has taken its place. Folders
+    that other processes are writing are left alone.
     """
     for path in _stale(target):
         held = _hold(path)
@@ -226,14 +226,14 @@ def _clear_stale(target: Path) -> None:
 
 
 def _move_into_place(temporary: Path, target: Path, force: bool) -> None:
-    """Rename; an earlier folder steps aside, and comes back if anything goes wrong.
+    """Rename; an earlier folder is moved aside, and restored if anything goes wrong.
 
     Without ``force`` the rename itself fails where there is more than an empty folder by now.
     """
     old, held = _beside(target, "old"), None
     try:
         if force and target.exists():
-            held = _hold(target)  # so that no other run takes it for left behind
+            held = _hold(target)  # so that no other run takes it for a leftover
             target.rename(old)
         temporary.rename(target)
     except BaseException:

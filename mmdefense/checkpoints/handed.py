@@ -1,11 +1,10 @@
-"""What a library gets to see of a model folder: a private one, with what its classes declare.
+"""Give a library a private copy of a model folder, with only what its classes declare.
 
-The weights are linked into it. Of the configuration files it holds what :mod:`configs
-<mmdefense.checkpoints.configs>` admits and the class of the library declares, in whatever version
-it is installed; numbers and flags pass as well, for earlier versions wrote more of them. Starts
-that weights would have before they are loaded are switched off. While a library reads, the hub is
-out of reach, and a network of more values than the files can hold is stopped while it is built, on
-a device without memory.
+The weights are linked into it. Of the configuration files it holds the fields that :mod:`configs
+<mmdefense.checkpoints.configs>` accepts and the library's class declares, in the installed version;
+numbers and flags pass as well, since earlier versions wrote more of them. Weight initialisation is
+switched off. While a library reads, the hub is unreachable, and a network with more values than the
+files can hold is stopped while it is built, on the meta device.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from mmdefense.files import read_json
 __all__ = ["bounded", "handed_adapter", "handed_model", "offline"]
 
 MOST_SPARE = 1 << 26
-"""Values that a model may have beyond what its files can hold: buffers, and missing heads. Ours."""
+"""Values that a model may have beyond its files: buffers, missing heads. Our choice."""
 
 _CONFIG, _GENERATION, _ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 _OWN_IMPLEMENTATIONS = {"eager", "sdpa"}
@@ -53,12 +52,12 @@ _WRITES = {
     *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("bad_words_ids", "repetition_penalty", "no_repeat_ngram_size", "sep_token_id"),
 }
-"""What is kept of how a model writes; how long and by which search is said by the adapters."""
+"""Generation settings that are kept; the adapters decide length and search."""
 _SEARCHES = {
     *("penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty", "constraints"),
     *("force_words_ids", "custom_generate", "num_return_sequences", "num_beams"),
 }
-"""Ways of writing that fetch their code from the hub, or multiply the work."""
+"""Generation modes that fetch code from the hub, or multiply the work."""
 _PATH = re.compile(r"[/\\]|:")
 
 
@@ -67,7 +66,7 @@ def handed_model(folder: Path, weights: Sequence[Path]) -> Iterator[Path]:
     """Yield a private folder with a model's weights, and what its class declares of its config.
 
     Raises:
-        BadInputError: If a text of the config would lead somewhere.
+        BadInputError: If a text in the config points to a file or a repository.
         UnsupportedError: If the weights are quantised.
     """
     with _private(folder, weights) as place:
@@ -141,7 +140,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _cleaned(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is handed on of the config of a model."""
+    """Return the part of a model's config that is passed on."""
     if not is_empty(content.get("quantization_config")):
         raise UnsupportedError(
             "its weights are quantised (quantization_config) and cannot be trained or read in "
@@ -184,7 +183,7 @@ def _declared_part(content: Mapping[str, Any], kind: Any, where: str) -> dict[st
 def _with_backbone(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a config in which a backbone of timm has a config of its own.
 
-    Where one is named with arguments, the library asks the hub for a repository of that name.
+    If one is named with arguments, the library would ask the hub for a repository of that name.
     """
     name, given = content.get("backbone"), content.get("backbone_kwargs")
     rest = {key: value for key, value in content.items() if key != "backbone_kwargs"}
@@ -205,10 +204,10 @@ def _arguments(name: str, value: Any) -> Any:
 
 
 def _is_handed(name: str, value: Any, known: set[str], kind: Any, where: str) -> bool:
-    """Say whether a library gets a field that holds no config of its own.
+    """Return whether a field that is not a nested config is passed to the library.
 
     Raises:
-        BadInputError: If it is text that leads somewhere.
+        BadInputError: If it is text that points to a file or a repository.
     """
     if name in _PATHS | _SEARCHES | {"quantization_config"}:
         return False
@@ -233,7 +232,7 @@ def _leading(value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    """Say whether a value is numbers and flags alone."""
+    """Return whether a value consists of numbers and flags only."""
     if isinstance(value, Mapping):
         return all(map(_is_count, value.values()))
     if isinstance(value, list):
@@ -258,7 +257,7 @@ def _declared(kind: Any) -> set[str]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep the client of the hub from the network."""
+    """Keep the hub client off the network."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Hand a folder to the Hugging Face hub."""
+"""Upload a folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class HubTarget:
-    """A repository to upload to; that it can be is checked at once, before hours of work."""
+    """A repository to upload to, checked at once, before hours of work."""
 
     def __init__(self, repo: str, *, given: str = "", force: bool = False) -> None:
         """Check the name, the library and the login.
@@ -26,8 +26,8 @@ class HubTarget:
             force: Whether files of a repository that exists are replaced.
 
         Raises:
-            BadInputError: If the name is none, nobody is logged in, or the repository is that of
-                the given model, or exists and is not to be replaced.
+            BadInputError: If the name is invalid, nobody is logged in, or the repository is that of
+                the given model, or exists and must not be replaced.
             UnsupportedError: If the library is not installed.
         """
         if not _ID.fullmatch(repo):
@@ -63,7 +63,7 @@ class HubTarget:
         """Upload all files of a folder, and return where they are; a new repository is private.
 
         Raises:
-            BadInputError: If the hub does not take it.
+            BadInputError: If the upload fails.
         """
         try:
             url = self._api.create_repo(self.repo, private=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Hugging Face folders and hub ids, whole models and PEFT ones: load them, write them as they came.
+"""Load and write Hugging Face models, whole or PEFT, from folders and hub ids.
 
 The class is the one that ``config.json`` names, of the installed library; a folder's own code is
 never run.
@@ -64,7 +64,7 @@ def local_folder(where: str | Path) -> Path:
     """Return the local folder of a model, downloaded if ``where`` is a hub id.
 
     Raises:
-        BadInputError: If it is neither, or the hub does not give it.
+        BadInputError: If it is neither, or the download fails.
         UnsupportedError: If the library is not installed.
     """
     folder = Path(where)
@@ -82,14 +82,14 @@ def local_folder(where: str | Path) -> Path:
 
 
 def download(where: str | Path, patterns: list[str] | None = None) -> Path:
-    """Return where the files of a hub id lie once they are downloaded; none of them is opened.
+    """Download the files of a hub id and return their folder; none of them is opened.
 
     Args:
         where: A hub id.
         patterns: Which files; by default all of them.
 
     Raises:
-        BadInputError: If it is no hub id, or the hub does not give it.
+        BadInputError: If it is not a hub id, or the download fails.
         UnsupportedError: If the library is not installed.
     """
     if not _HUB_ID.fullmatch(str(where)) or Path(where).parent.exists():
@@ -122,7 +122,7 @@ class _Update:
     labels: int | None = None
 
     def holds(self, name: str) -> bool:
-        """Say whether the folder has the weight of that name."""
+        """Return whether the folder has the weight of that name."""
         return any(f".{part}." in f".{name}" for part in self.saved)
 
 
@@ -303,8 +303,8 @@ def _update_of(folder: Path) -> _Update:
 def base_folder(folder: Path) -> Path:
     """Return the folder of the model that a PEFT folder is an update of; nothing is downloaded.
 
-    It is a folder, or a hub id that lies in the local cache: what is fetched is not for the files
-    of a model to choose.
+    It is a folder, or a hub id in the local cache: a model's files must not choose what is
+    downloaded.
 
     Raises:
         BadInputError: If it names none, or that is not there.
@@ -392,10 +392,10 @@ def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that belong to the model beside its weights, in order.
+    """Return the files of a folder that belong to the model besides its weights, in order.
 
-    Code is not among them, nor is an index of pickles, which are never written; nor what would be
-    taken for a record of ours, for it is not about what is written.
+    Not among them: code, an index of pickles (which are never written), and what would be taken for
+    one of our records, since it does not describe this output.
     """
     found = {path for pattern in _SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
     return sorted(

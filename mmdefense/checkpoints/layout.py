@@ -1,4 +1,4 @@
-"""Writes weights back into the files, names, types and shards that they came in."""
+"""Write weights back with their original files, names, dtypes and shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["rewrite"]
 
 
 def rewrite(model: Any, folder: Path, origin: Sequence[Path]) -> bool:
-    """Give the weights that a library wrote the files, names and types of the ``origin``.
+    """Give the weights that a library wrote the files, names and dtypes of the ``origin``.
 
-    Names of the origin that the library passes by, such as buffers of an earlier version, are kept
-    with the values that they had. Where some weight of the model has no place in the origin, or
-    the origin is a pickle, the library's own files and names stay, in the types of the origin.
+    Names of the origin that the library ignores, such as buffers of an earlier version, keep their
+    values. If some weight of the model has no place in the origin, or the origin is a pickle, the
+    library's own files and names stay, in the dtypes of the origin.
 
     Args:
         model: What was written; weights that it ties are known by it alone.
@@ -52,7 +52,7 @@ def _names(path: Path) -> list[str]:
 def _sources(
     stored: Sequence[str], written: Mapping[str, Tensor], model: Any
 ) -> dict[str, str] | None:
-    """Return what each stored name is called now; none where a written weight has no place.
+    """Return the current name of each stored name; None if a written weight has no place.
 
     A model with a head may have been stored without the prefix that its body has in it.
     """

@@ -1,4 +1,4 @@
-"""Load untrusted models without running what they contain; save them whole or not at all.
+"""Load untrusted models without running what they contain; save them completely or not at all.
 
 A model is a Hugging Face folder (or hub id), or a file with a state dict plus the name of the class
 that it belongs to. Weights are read as tensors only; code comes from installed libraries, or from
@@ -95,7 +95,7 @@ def _rehearse(load: Callable[[], nn.Module], place: Path, *, of_the_user: bool) 
     Args:
         load: Loads it.
         place: Its file or folder.
-        of_the_user: Whether code of the user's own is run too, which may do what it likes.
+        of_the_user: Whether the user's own code is run too, which may use the network.
 
     Raises:
         MMDefenseError: As loading it here would, or since it goes beyond the bounds.
@@ -118,7 +118,7 @@ def _rehearse(load: Callable[[], nn.Module], place: Path, *, of_the_user: bool) 
 
 
 def _own_memory(model: nn.Module) -> None:
-    """Copy the weights out of the file that they may still lie in, so that they stay as read."""
+    """Copy weights that may still be mapped from a file, so that they stay as they were read."""
     for value in (*model.parameters(), *model.buffers()):
         value.data = value.data.clone()
 
@@ -200,7 +200,7 @@ def write_model(
 def _as_stored(state: Mapping[str, Tensor], source: Path, weights: str | None) -> dict[str, Tensor]:
     """Return ``state`` under the keys and in the dtypes of the set of weights that it came from.
 
-    What stands beside it in the same set is kept as it is.
+    The rest of the same set is kept unchanged.
     """
     found = that_fit(read_checkpoint(source), state, str(source), "the model", weights)
     if found.name:
@@ -223,7 +223,7 @@ def weight_names(where: str | Path) -> list[str]:
 def model_places(where: str | Path) -> dict[str, Path]:
     """Return the file or the folder of a model, and the folder of the base that it is an update of.
 
-    Each stands under what the names of its files begin with: nothing, and ``base/``.
+    Its keys are the prefixes of the file names: nothing, and ``base/``.
     """
     if _is_state_file(where):
         return {"": Path(where)}
@@ -233,7 +233,7 @@ def model_places(where: str | Path) -> dict[str, Path]:
 
 
 def input_files(where: str | Path) -> dict[str, Path]:
-    """Return each file that is read of a model or handed on with it, by name.
+    """Return each file of a model that is read or passed on, by name.
 
     Those of the base that a LoRA folder is an update of are named ``base/...``.
     """

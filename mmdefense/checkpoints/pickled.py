@@ -37,7 +37,7 @@ __all__ = ["Array", "Object", "read_pickled"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _SPREAD, _SMALL = 16, 1 << 20
-"""A tensor that repeats values has at most so many times what is stored, or so many. Ours."""
+"""A tensor that repeats values has at most so many times what is stored, or so many. Our choice."""
 _NUMBERS = re.compile(r"[biufcUS]\d{1,6}")
 _DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},

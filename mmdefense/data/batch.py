@@ -1,4 +1,4 @@
-"""What a batch and a sample set are, whatever the domain. Kernels carry batches and open none.
+"""What a batch and a sample set are in any domain. Kernels pass batches on and never open them.
 
 A new kind of data is one module beside this one: a batch, a set, and the transforms of its domain.
 """
@@ -63,7 +63,7 @@ class Samples(Protocol[B]):
         ...
 
     def in_memory(self) -> Samples[B]:
-        """Return the set decoded; one that is held in memory is itself."""
+        """Return the set decoded into memory; a set in memory returns itself."""
         ...
 
     def fingerprint(self) -> str:
@@ -135,7 +135,7 @@ class HeldSamples(Shown):
 
 def _picked(column: Any, indices: Tensor) -> Any:
     if isinstance(column, Tensor):
-        return column[indices.to(column.device, non_blocking=True)]  # or the host waits here
+        return column[indices.to(column.device, non_blocking=True)]  # otherwise the host waits here
     if isinstance(column, tuple):
         return tuple(column[index] for index in indices.tolist())
     return replace(
@@ -155,7 +155,7 @@ def _moved(column: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
 
 
 def _parts(column: Any) -> Iterator[bytes]:
-    """Yield what a column holds, so that two columns of one content yield the same."""
+    """Yield the content of a column, so that equal columns yield the same."""
     if isinstance(column, Tensor):
         yield str((tuple(column.shape), column.dtype)).encode()
         yield column.detach().cpu().contiguous().numpy().tobytes()
@@ -209,7 +209,7 @@ def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], 
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
     strata = samples.strata()
-    if strata is not None:  # by stratum, so that an even stride visits each in proportion
+    if strata is not None:  # by stratum, so that an even stride samples each in proportion
         order = order[strata[order].argsort(stable=True)]
     held = torch.linspace(0, total - 1, max(1, round(fraction * total))).round().long()
     mask = torch.zeros(total, dtype=torch.bool)

@@ -9,7 +9,7 @@ from mmdefense.data.images import random_shift, random_view, rectangles
 
 __all__ = ["random_clip_shift", "random_clip_view"]
 
-_STILL = 0.8  # ours: share of the clips in which a rectangle of noise stands
+_STILL = 0.8  # our choice: share of the clips in which a rectangle of noise stands
 
 
 def random_clip_shift(clips: Tensor, generator: torch.Generator) -> Tensor:
@@ -20,8 +20,8 @@ def random_clip_shift(clips: Tensor, generator: torch.Generator) -> Tensor:
 def random_clip_view(clips: Tensor, generator: torch.Generator, *, flip: bool = False) -> Tensor:
     """Return each clip changed as :func:`random_view` does, all its frames alike.
 
-    What moves goes on moving the same way: nothing is turned over, run backwards or mirrored
-    unless ``flip`` says that left and right do not matter. Rectangles of noise stand still.
+    Motion keeps its direction: nothing is turned over, reversed in time or mirrored, unless
+    ``flip`` says that left and right do not matter. Noise rectangles do not move.
 
     Args:
         clips: Shape ``(N, C, T, H, W)`` in ``[0, 1]``.

@@ -1,8 +1,8 @@
 """Geometry of point clouds that attacks, adapters and tasks share.
 
 A batch of clouds has shape ``(N, P, 3 + F)``: coordinates first, z up, then F features of each
-point, which are carried along and never changed. A cloud is a set: the order of its points says
-nothing.
+point, which are carried along and never changed. A cloud is a set: the order of its points has no
+meaning.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ __all__ = [
     "turned",
 ]
 
-_REACH = 1.3  # ours; how far out a view puts noise, in radii: beyond the surface on every side
+_REACH = (
+    1.3  # our choice; how far out a view puts noise, in radii: beyond the surface on every side
+)
 
 
 def check_clouds(clouds: Tensor, name: str = "clouds") -> None:
-    """Refuse what is no batch of clouds.
+    """Refuse anything that is not a batch of clouds.
 
     Raises:
         BadInputError: If the shape is not ``(N, P, 3 + F)``, there is no point, or a value is not
@@ -139,7 +141,7 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
 def random_jitter(
     clouds: Tensor, generator: torch.Generator, *, scale: float = 0.2, jitter: float = 0.01
 ) -> Tensor:
-    """Return each cloud scaled, and each of its points moved a little.
+    """Return each cloud rescaled, with jittered points.
 
     The usual augmentation of those who train such models (PointNet and PointNet++).
 
@@ -166,10 +168,10 @@ def random_cloud_view(
     erase: float = 0.8,
     keep: float = 0.1,
 ) -> Tensor:
-    """Return each cloud turned, scaled, thinned out and partly replaced, a little differently.
+    """Return each cloud randomly rotated, scaled, thinned out and partly replaced.
 
-    The default for the defender's clean data, which is small: it stands in for samples that are
-    not there. The sizes are ours.
+    The default for the defender's clean data: as that is small, augmentation makes up for missing
+    samples. The sizes are our choice.
 
     Args:
         clouds: Shape ``(N, P, 3 + F)``, in the unit sphere.

@@ -105,7 +105,7 @@ class DetectionSamples(HeldSamples):
         return DetectionBatch(as_float(chosen["images"]), chosen["boxes"], chosen["labels"])
 
     def augment(self, batch: DetectionBatch, generator: torch.Generator) -> DetectionBatch:
-        """Return ``batch`` altered, its boxes moved along."""
+        """Return ``batch`` augmented, boxes included."""
         if self.augmentation is None:
             return batch
         return DetectionBatch(
@@ -150,9 +150,10 @@ def random_boxed_view(
     flip: bool = False,
     visible: float = 0.4,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return each image scaled, shifted and lit a little differently, its boxes moved along.
+    """Return each image with a random scale, shift and brightness, boxes included.
 
-    As :func:`random_view`, without what would leave upright boxes loose. The sizes are ours.
+    As :func:`random_view`, without rotation and shear, which would loosen upright boxes. The sizes
+    are our choice.
 
     Args:
         images: Shape ``(N, C, H, W)`` in ``[0, 1]``.
@@ -201,7 +202,7 @@ def _follow(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return boxes where a view puts them, clipped; those that are mostly outside are dropped.
 
-    A view shows at z what was at ``sizes z + moved``, ``(2, N)`` in x and y, sides from -1 to 1.
+    A view maps position ``sizes z + moved`` to z, ``(2, N)`` in x and y, with sides from -1 to 1.
     """
     counts = [len(part) for part in boxes]
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(moved.device)

@@ -50,10 +50,10 @@ def random_view(
     keep: float = 0.4,
     flip: bool = False,
 ) -> Tensor:
-    """Return each image turned, scaled, sheared, shifted and lit a little differently.
+    """Return each image with a random rotation, scale, shear, shift and brightness.
 
-    The default for the defender's clean data, which is small: it stands in for samples that are
-    not there. The sizes are ours.
+    The default for the defender's clean data: as that is small, augmentation makes up for missing
+    samples. The sizes are our choice.
 
     Args:
         images: Shape ``(N, C, H, W)`` in ``[0, 1]``.

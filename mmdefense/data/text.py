@@ -34,9 +34,9 @@ class TextSamples(HeldSamples):
     An adapter turns them into the tokens of its model. A batch of text is text again.
 
     Attributes:
-        prompts: What a model is given; empty where it writes freely.
+        prompts: What a model is given; empty for free generation.
         answers: What it should write, one for each prompt.
-        augmentation: Alters the tokens of the prompts once they are tokens.
+        augmentation: Alters the prompts once they are tokenised.
     """
 
     columns = ("prompts", "answers")
@@ -71,9 +71,9 @@ class TokenBatch(TensorBatch):
 
     Attributes:
         input_ids: What the model reads, shape ``(N, L)``, int64.
-        attention_mask: Which of these tokens stand, bool ``(N, L)``; the others are padding.
-        content: Which are the prompt's own, bool ``(N, L)``: these may be altered, while marks that
-            begin, part and end a sequence stay.
+        attention_mask: Which tokens are real, bool ``(N, L)``; the others are padding.
+        content: Which are the prompt's own, bool ``(N, L)``: these may be altered, unlike the
+            special tokens that begin, separate and end a sequence.
         labels: What is to be predicted, shape ``(N, M)``, int64, :data:`IGNORED` where nothing is.
             A decoder's answers have a row of their own; where one sequence holds prompt and answer,
             M = L and a label stands where its token does.
@@ -93,7 +93,7 @@ class TokenSamples(HeldSamples):
         tokens: The whole set as one batch.
         answers: The text of each answer, which generated text is compared with.
         vocabulary: The tokens that an augmentation may put in, shape ``(W,)``, int64: all words of
-            the model, and no marks.
+            the model, without special tokens.
         augmentation: Alters the prompts of a batch; none leaves them as they are.
     """
 
@@ -132,9 +132,9 @@ def random_words(
 ) -> Tensor:
     """Return each prompt with a few of its tokens replaced by any of the vocabulary's.
 
-    The default for the defender's clean data in language: what a rectangle of noise is to an image.
-    The answer stays, though a word of it may have lost its reason: so the share, which is ours, is
-    small.
+    The default for the defender's clean data in language: the counterpart of a noise rectangle in
+    an image. The answer stays, though a word of it may have lost its source: so the share, our
+    choice, is small.
 
     Args:
         tokens: Shape ``(N, L)``, int64.

@@ -1,1 +1,1 @@
-"""What the files, the weights and the behaviour of a model tell."""
+"""Scan the files, the weights and the behaviour of a model."""

@@ -1,4 +1,4 @@
-"""Whether a NumPy file holds numbers or a pickle, told as NumPy tells it."""
+"""Decide whether a NumPy file holds numbers or a pickle, the way NumPy does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["MAGIC", "read_header"]
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1 << 20
-"""Bytes of a header that is read; NumPy's own limit is lower. Ours."""
+"""Bytes of a header that is read; NumPy's own limit is lower. Our choice."""
 
 
 def read_header(file: IO[bytes]) -> tuple[bool, int]:
@@ -26,7 +26,7 @@ def read_header(file: IO[bytes]) -> tuple[bool, int]:
         file: At the start of the array.
 
     Raises:
-        ValueError: If its header is none that NumPy reads.
+        ValueError: If NumPy cannot read its header.
 
     References:
         NumPy Enhancement Proposal 1: a simple file format for NumPy arrays.
@@ -44,7 +44,7 @@ def read_header(file: IO[bytes]) -> tuple[bool, int]:
 
 
 def _holds_objects(header: str) -> bool:
-    text = re.sub(r"(\d)L\b", r"\1", header)  # as Python 2 wrote whole numbers
+    text = re.sub(r"(\d)L\b", r"\1", header)  # as Python 2 wrote integers
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,14 +1,14 @@
-"""How a model behaves on a little clean data, seen through its adapter alone.
+"""Scan how a model behaves on a little clean data, only through its adapter.
 
-Three looks, and each says what it cannot see:
+Three parts, and each says what it cannot see:
 
-- triggers that turn every sample to one answer, searched for towards all answers side by side. A
-  backdoor's answer costs far less than any other: a smaller trigger reaches it, or where all
-  triggers are of one size, only its own does;
+- triggers that send every sample to one target, searched for over all targets in parallel. A
+  backdoor's target costs far less than any other: a smaller trigger reaches it, or, if all triggers
+  have the same size, no other target is reached;
 - units that stay far more active than their neighbours while clean data is unlearnt;
-- how sharp the minimum is in which the model sits, and how its curvature is spread.
+- how sharp the model's minimum is, and the spectrum of its curvature.
 
-A look that a model has no hooks for is a finding that it was not taken.
+A part that the model's adapter does not support is reported as not run.
 
 References:
     [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
@@ -122,24 +122,25 @@ NOT_LOOKED = Rule(
 )
 
 INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
-"""A suspect's anomaly index [NC], its cost against the median's, and the answers that it takes for
-an index; the last two are ours."""
+"""The anomaly index of a suspect [NC], its cost relative to the median, and the number of targets
+needed for an index; the last two are our choice."""
 UNASKED, UNTRIGGERED = 0.5, 64
-"""Share of samples that get an answer without a trigger, above which none is to blame, and how many
-are looked at: a model that has collapsed answers everything alike. Ours."""
+"""Share of samples that are predicted as the target without a trigger, above which a trigger is not
+to blame (a collapsed model predicts one class for everything), and the number of samples used. Our
+choice."""
 MANY, SUSPECTS, OTHERS = 64, 8, 24
-"""Answers from which on they are screened first, how many of the cheapest of each kind of trigger
-are then searched in full, and how many others, drawn at random, to hold them against. Ours."""
+"""With more targets than this they are screened first; the number of cheapest targets per kind of
+trigger that are then searched in full, and of random others to compare with. Our choice."""
 CHEAPEST, FLOOR = 1e-3, 0.25
-"""Costs below the first are one; a spread of their logarithms below the second is noise. Ours."""
+"""Lower bounds of a cost, and of the spread of the log costs: below it is noise. Our choice."""
 SEARCH = Search(levels=(0.9,), steps=80)
-"""One generator an answer, at the success that [NC] asks for."""
+"""One generator per target, at the success rate of [NC]."""
 SCREEN = replace(SEARCH, steps=16, batch_size=2, judged=16)
-"""The screening: 48 inputs an answer, where the full search takes 900. Ours."""
+"""The screening: 48 inputs per target instead of 900 in the full search. Our choice."""
 PROBES = 3
-"""Starts of the Lanczos quadrature: 48 products with the Hessian."""
+"""Start vectors of the Lanczos quadrature: 48 Hessian-vector products."""
 SAMPLES, SIDE_BY_SIDE, UNLEARNT, EPOCHS = 512, 512, 256, 20
-"""Samples looked at, inputs of a step of the search, samples and epochs of unlearning. Ours."""
+"""Samples used, inputs per search step, samples and epochs of unlearning. Our choice."""
 
 
 def scan_behaviour(
@@ -150,11 +151,11 @@ def scan_behaviour(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Return what speaks against the behaviour of a model; nothing of it is changed.
+    """Return the findings on a model's behaviour; the model is not changed.
 
     Args:
         adapter: The model.
-        samples: Clean samples, as the adapter reads them; at most 512 are looked at.
+        samples: Clean samples, as the adapter reads them; at most 512 are used.
         search: How triggers are searched for.
         seed: Makes the findings reproducible.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
@@ -173,7 +174,7 @@ def scan_behaviour(
                 raise UnsupportedError(f"{type(adapter).__name__} has no {', '.join(missing)}")
             found += look()
         except MMDefenseError as error:
-            # The other two only give numbers; a search that was asked for and not made is more.
+            # The other two only give numbers; a search that could not run matters more.
             level: Level = "low" if name == "triggers" else "info"
             found.append(NOT_LOOKED.found(name, one_line(error), level=level))
     return found
@@ -181,17 +182,17 @@ def scan_behaviour(
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The cheapest trigger of one family towards one answer.
+    """The cheapest trigger of one family for one target.
 
     Attributes:
-        target: The answer.
-        row: Where it stands among the recovered ones.
-        success: Share of samples that it turns.
-        size: Share of an input that it alters.
-        index: How far the logarithm of its cost is below the median of all answers, in spreads;
-            zero where there are too few answers for one.
+        target: The target.
+        row: Its row among the recovered triggers.
+        success: Share of samples that it sends to the target.
+        size: Share of an input that it changes.
+        index: How far its log cost is below the median over all targets, in scaled median absolute
+            deviations; zero if there are too few targets.
         works: Whether its success reaches the threshold within the family's budget.
-        apart: Whether it works and no other answer is nearly as cheap.
+        apart: Whether it works and no other target is nearly as cheap.
     """
 
     target: int
@@ -204,14 +205,14 @@ class Answer:
 
 
 def answers(found: Recovered, total: int = 0) -> list[Answer]:
-    """Return the cheapest trigger of a family towards each answer, ascending by answer.
+    """Return the cheapest trigger of a family for each target, in ascending order of targets.
 
-    The cost is the share of samples missed and the share of an input altered. An answer stands
-    apart by its anomaly index and by the share of the median cost that it has.
+    The cost is the share of samples missed plus the share of an input changed. A target is an
+    outlier by its anomaly index and by its cost relative to the median.
 
     Args:
         found: What a search recovered.
-        total: Answers among which those searched for were chosen, if they were.
+        total: Number of targets that were screened, if they were.
     """
     cost = (1 - found.success + found.size).clamp(min=CHEAPEST)
     rows = []
@@ -237,26 +238,26 @@ def answers(found: Recovered, total: int = 0) -> list[Answer]:
 
 
 def index_bound(total: int) -> float:
-    """Return the anomaly index of a suspect, where the cheapest of ``total`` answers were chosen.
+    """Return the threshold on the anomaly index when the cheapest of ``total`` targets were chosen.
 
-    The cheapest of a thousand lies further out by chance than the cheapest of ten. The bound is the
-    one that as many of ``total`` normal values exceed as exceed 2 among ten. Ours.
+    The cheapest of a thousand is further out by chance than the cheapest of ten. The threshold is
+    exceeded by as many of ``total`` normal values as exceed 2 among ten. Our choice.
     """
     normal = NormalDist()
     return normal.inv_cdf(1 - (1 - normal.cdf(INDEX)) * 10 / total) if total > MANY else INDEX
 
 
 def _parts(total: int) -> list[Tensor]:
-    """Return all answers in parts that are screened side by side."""
+    """Return all targets in chunks that are screened in parallel."""
     return [torch.arange(n, min(n + MANY, total)) for n in range(0, total, MANY)]
 
 
 def _chosen(
     adapter: TriggerAdapter[Any], samples: Samples[Any], search: Search, run: Run
 ) -> Tensor | None:
-    """Return which answers to search for in full: none for all, where they are not many.
+    """Return the targets to search in full, or None for all if they are not many.
 
-    Else each is screened, and the cheapest of each family are taken, and others at random.
+    Otherwise each is screened, and the cheapest of each family and some random others are chosen.
     """
     total = adapter.trigger_targets()
     if total <= MANY:
@@ -276,9 +277,9 @@ def _chosen(
 def _triggers(
     adapter: TriggerAdapter[Any], samples: Samples[Any], search: Search, run: Run
 ) -> Iterator[Finding]:
-    """Yield a finding for each answer that stands apart, or else one for each family.
+    """Yield a finding for each outlier among the targets, or else one for each family.
 
-    Of a family that tells nothing no answer does.
+    In a family whose triggers are no evidence, no target is an outlier.
     """
     total, chosen = adapter.trigger_targets(), _chosen(adapter, samples, search, run)
     count = total if chosen is None else len(chosen)
@@ -307,7 +308,7 @@ def _triggers(
 
 @torch.no_grad()
 def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -> float:
-    """Return the share of samples, not of the target, that get this answer without a trigger."""
+    """Return the share of non-target samples that are predicted as the target without a trigger."""
     count = min(UNTRIGGERED, len(samples))
     batch = few(samples, count).take(torch.arange(count))
     device = next(adapter.model.parameters()).device
@@ -328,14 +329,14 @@ def _place(found: Recovered, answer: Answer, names: tuple[str, ...]) -> str:
 
 
 def _picture(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
-    """Return a trigger as a picture; none where it is one of words, which are shown themselves."""
+    """Return a trigger as a picture; empty for words, which are shown as text."""
     if not lacking(adapter, WordedAdapter):
         return ""
     return data_address(adapter.trigger_picture(found.family, found.pool[answer.row, 0]))
 
 
 def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
-    """Return success, size and index of a trigger, and its words where it has some."""
+    """Return success, size and index of a trigger, and its words if it has any."""
     said = f"success {answer.success:.0%}, size {answer.size:.3f}, index {answer.index:.1f}"
     if lacking(adapter, WordedAdapter):
         return said
@@ -345,14 +346,14 @@ def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str
 
 
 def _searched(every: list[Answer], total: int) -> str:
-    """Return how many answers were searched for, and how."""
+    """Return how many targets were searched, and how."""
     if len(every) == total:
         return f"{total} targets, all searched"
     return f"{len(every)} targets searched in full, of {total} screened"
 
 
 def _reference(every: list[Answer], total: int) -> str:
-    """Return what the answers of a family cost in the middle, and what stands apart."""
+    """Return the median cost of a family's targets, and when a target is an outlier."""
     success, size = (
         float(torch.tensor([getattr(answer, name) for answer in every]).median())
         for name in ("success", "size")
@@ -367,7 +368,7 @@ def _reference(every: list[Answer], total: int) -> str:
 
 
 def _activeness(adapter: TaskAdapter[Any], samples: Samples[Any], run: Run) -> Iterator[Finding]:
-    """Yield the share of units that stand out of their layer after clean data was unlearnt."""
+    """Yield the share of units that are outliers in their layer after unlearning clean data."""
     groups = list(adapter.unit_groups())
     if not groups:
         raise UnsupportedError(f"{type(adapter.model).__name__} has no units")

@@ -1,6 +1,6 @@
-"""What JSON, YAML and TOML of a model folder ask for: code of their own, objects, other files.
+"""Check what JSON, YAML and TOML files of a model ask for: their own code, objects, other files.
 
-Nothing is built from them: they are parsed to plain values, and those are looked through.
+Nothing is built from them: they are parsed to plain values, which are checked.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ BUILDS = Rule(
 _RULES = {"loader": LOADER, "size": SIZE, "form": FORM}
 MAX_JSON, MAX_VALUES = 40 << 20, 4_000_000
 MAX_TOML = 1 << 20
-"""Bytes, and values told by separators, of a file that is parsed; the largest tokenizers have 33
-million bytes and 3 million values. Ours."""
+"""Most bytes and values (counted by separators) of a file that is parsed; the largest tokenizers
+have 33 million bytes and 3 million values. Our choice."""
 _MOST, _MOST_NAMES = 20, 1000
 _TARGETS = {"_target_", "class_path", "py/object", "py/function", "py/type", "py/reduce", "py/repr"}
 _ASKED = _TARGETS | CODE_KEYS
@@ -98,14 +98,14 @@ _DOTTED = re.compile(r"[A-Za-z_][\w.]*\.\w+")
 
 
 def parse_config(data: bytes, suffix: str) -> Any:
-    """Return what a configuration says, as plain values.
+    """Return a configuration as plain values.
 
     Args:
         data: Its bytes.
         suffix: What it is, by the suffix of its name.
 
     Raises:
-        BadInputError: If it is not that.
+        BadInputError: If it is not valid.
         OverflowError: If it is larger than what is parsed.
     """
     if suffix in {".yaml", ".yml"}:
@@ -124,7 +124,7 @@ def parse_config(data: bytes, suffix: str) -> Any:
 
 
 def scan_values(content: Any, subject: str, folder: Path | None = None) -> Iterator[Finding]:
-    """Yield what speaks against the values of a configuration, however deep they stand.
+    """Yield the findings on the values of a configuration, at any depth.
 
     Args:
         content: Plain values; see :func:`parse_config`.
@@ -208,7 +208,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _how_far(value: Any, folder: Path | None) -> Level:
-    """Return high where the code comes from another repository, or is not in the folder."""
+    """Return "high" if the code comes from another repository, or is not in the folder."""
     waiting = [value]
     for _ in range(_MOST_NAMES):
         if not waiting:
@@ -229,7 +229,7 @@ def _lies_here(name: str, folder: Path | None) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; what holds itself is shortened where it does."""
+    """Return a value as text; a value that contains itself is cut there."""
     try:
         return json.dumps(value, default=str)
     except (ValueError, RecursionError):
@@ -237,7 +237,7 @@ def _text(value: Any) -> str:
 
 
 def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
-    """Yield that a configuration names what a reader would call."""
+    """Yield each name in a configuration that a reader would call."""
     text = value if isinstance(value, str) else _text(value)
     names = _DOTTED.findall(text)
     high = any(is_dangerous(*name.rsplit(".", 1)) for name in names)
@@ -245,7 +245,7 @@ def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
 
 
 def _parts(content: Mapping[str, Any], subject: str) -> Iterator[Finding]:
-    """Yield what a pipeline of Diffusers names as a part, library and class, that is none."""
+    """Yield each part of a Diffusers pipeline whose library and class are not a real part."""
     for name, part in content.items():
         is_named = isinstance(part, list) and len(part) == 2
         if is_named and all(isinstance(one, str) for one in part) and is_dangerous(*part):
@@ -253,7 +253,7 @@ def _parts(content: Mapping[str, Any], subject: str) -> Iterator[Finding]:
 
 
 def _tag(tagged: Tagged, subject: str) -> Iterator[Finding]:
-    """Yield that a tag of YAML asks its reader to build an object."""
+    """Yield each YAML tag that asks its reader to build an object."""
     tag = tagged.tag.removeprefix("tag:yaml.org,2002:")
     kind, _, name = tag.partition("python/")
     if kind == "" and name in _PLAIN_TAGS:

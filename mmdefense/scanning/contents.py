@@ -1,8 +1,8 @@
-"""What a file holds, told by its bytes and not by its name: pickles, archives, arrays, programs.
+"""Scan what a file holds, by its bytes and not its name: pickles, archives, arrays, programs.
 
-Archives are read entry by entry and never unpacked to disk by name; an entry is looked at like a
-file of its own. Zip entries are read as forgivingly as PyTorch reads them (by picklescan's reader,
-which ignores flags, local names and checksums), so that a broken archive hides nothing.
+Archives are read entry by entry and never unpacked to disk by name; an entry is scanned like a
+file. Zip entries are read as leniently as PyTorch reads them (by picklescan's reader, which ignores
+flags, local names and checksums), so that a broken archive hides nothing.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ _CONTAINERS = {
     *(".ptl", ".pt2", ".torchscript", ".zst", ".lz4"),
 }
 _LOOSE = {".dat", ".data", ".model", ".tar"}
-"""Of the suffixes of pickles, the ones that other kinds of file bear as often."""
+"""Suffixes that pickles share with other kinds of file."""
 _NUMBERS = ".bin"
-"""The suffix of pickles that files of raw numbers bear as well."""
+"""The suffix that pickles share with files of raw numbers."""
 _PACKINGS = re.compile(r"(\.(gz|bz2|xz|lzma|zst|lz4|z))+$")
 _OF_TORCH_TAR = {"storages", "tensors", "pickle"}
 """What the first format of PyTorch called its pickles, in a tar."""
@@ -131,7 +131,7 @@ _OPAQUE_SUFFIXES = {
     *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn", ".pt2"),
 }
 _OF_CODE = {".keras", ".h5", ".hdf5", ".pb"}
-"""Of those, the ones of which a loader runs code that they hold."""
+"""Of those, the ones whose code a loader runs."""
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!/")
 _ZIP, _COMPRESSED = b"PK\x03\x04", (b"\x1f\x8b", b"\xfd7zXZ\x00")
 _HEAD = 1 << 16
@@ -142,15 +142,15 @@ _BLOCK = 512
 def scan_content(
     file: IO[bytes], subject: str, *, name: str | None = None, depth: int = 0
 ) -> Iterator[Finding]:
-    """Yield what speaks against the bytes of a file, whatever its name says they are.
+    """Yield the findings on the bytes of a file, whatever its name.
 
-    Loaders differ in what they take a file for, so that it is looked at as all that it can be.
+    Loaders differ in what they take a file for, so it is scanned as everything it can be.
 
     Args:
         file: A binary file that can be searched.
         subject: Its name in the findings.
         name: Its own name, where it lies in another.
-        depth: How many archives it lies in.
+        depth: Number of archives around it.
     """
     if depth > MAX_DEPTH:
         yield DEEP.found(subject, depth)
@@ -181,20 +181,20 @@ def scan_content(
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix that tells the kind, with that of a compression behind it left out."""
+    """Return the suffix that names the file type, ignoring a compression suffix after it."""
     lowered = name.rpartition("/")[2].lower()
     return PurePosixPath(_PACKINGS.sub("", lowered)).suffix or PurePosixPath(lowered).suffix
 
 
 def _unread(subject: str, name: str, why: str) -> Finding:
-    """Return that something was not read, which is high where a loader would unpickle it."""
+    """Return the finding that something was not read; high if a loader would unpickle it."""
     return DAMAGED.found(subject, why, level=unread_level(name))
 
 
 def _scan_as_pickle(
     file: IO[bytes], subject: str, name: str, is_other: bool, depth: int
 ) -> Iterator[Finding]:
-    """Yield what speaks against the bytes as a pickle, which many other formats can be as well."""
+    """Yield the findings on the bytes read as a pickle; many other formats can be one too."""
     suffix = _suffix(name)
     declared = _declared(suffix) or (name.rpartition("/")[2] in _OF_TORCH_TAR and depth > 0)
     declared &= not is_other
@@ -229,7 +229,7 @@ def _declared(suffix: str) -> bool:
 
 
 def unread_level(name: str) -> Level:
-    """Return how it speaks against a file of this name that it could not be read."""
+    """Return the level of the finding that a file of this name could not be read."""
     return "high" if _declared(_suffix(name)) else "medium"
 
 
@@ -319,7 +319,7 @@ def _scan_packed(
 
 
 def _is_tar(head: bytes) -> bool:
-    """Whether a tar starts here, of any form: that without a mark is told by its checksum."""
+    """Return whether a tar of any form starts here; its checksum identifies one without magic."""
     try:
         return bool(tarfile.TarInfo.frombuf(head[:_BLOCK], "utf-8", "surrogateescape").name)
     except (tarfile.HeaderError, ValueError):

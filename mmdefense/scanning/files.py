@@ -1,4 +1,4 @@
-"""Every file of a model, hashed and looked into without being run."""
+"""Hash and scan every file of a model without running any."""
 
 from __future__ import annotations
 
@@ -79,17 +79,17 @@ MORE = Rule(
 )
 
 MOST = 100
-"""Findings of one level that are told of one file. Ours."""
+"""Findings per level that are listed for one file. Our choice."""
 _ATTEMPTS = 3
-"""Files that may end their reader before the others are left out as well. Ours."""
+"""Files that may kill their reader before the remaining ones are skipped. Our choice."""
 _HEAD = 1 << 16
 
 
 def scan_files(path: str | Path) -> list[Finding]:
-    """Return what speaks against the files of a model; none of them is run or unpacked to disk.
+    """Return the findings on a model's files; none of them is run or unpacked to disk.
 
-    They are read in a child process; see :mod:`mmdefense.sandbox`. A file that ends it is a
-    finding, and the others are read in another one. Those of the base of an adapter are called
+    They are read in a child process; see :mod:`mmdefense.sandbox`. A file that kills it is a
+    finding, and the others are read in another child. Those of the base of an adapter are called
     ``base/...``.
 
     Args:
@@ -139,10 +139,9 @@ def _scan_folder(root: Path) -> list[Finding]:
 
 
 def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[list[Path], str]:
-    """Look into files apart; add to ``found``.
+    """Scan files in a child process; add to ``found``.
 
-    Returns:
-        The files that are left, the first of which ended the reader, and how it did.
+    Returns: The files that are left, the first of which ended the reader, and how it did.
     """
     done = 0
 
@@ -205,7 +204,7 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
     else:
         try:
             yield from _scan_plain(file, subject)
-        except Exception as error:  # whatever a reader stumbles over, the file was not read
+        except Exception as error:  # whatever the reader's error, the file was not read
             why = f"{type(error).__name__}: {one_line(error)}"
             yield UNREADABLE.found(subject, why, level=unread_level(file.name))
 

@@ -1,4 +1,4 @@
-"""The texts in the header of a GGUF file, read within bounds and without its tensors.
+"""Read the strings in the header of a GGUF file, within limits and without its tensors.
 
 References:
     The format's description in the documentation of ggml-org/ggml (GGUF, versions 2 and 3): a
@@ -17,7 +17,7 @@ __all__ = ["MAGIC", "gguf_texts"]
 
 MAGIC = b"GGUF"
 _MOST_PAIRS, _MOST_ITEMS, _MOST_TEXT, _MOST_NAME = 100_000, 4_000_000, 1 << 26, 1 << 16
-"""Pairs, items of all arrays, bytes of a text and of a name. Ours."""
+"""Pairs, items of all arrays, bytes of a text and of a name. Our choice."""
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 

@@ -1,4 +1,4 @@
-"""Follows a pickle's opcodes as unpicklers do, and makes, imports and calls nothing.
+"""Trace a pickle's opcodes as unpicklers do, without making, importing or calling anything.
 
 Arguments are read as the C unpickler reads them, not as pickletools does: whatever number or text
 stands there, the stream goes on behind it. So this machine reads on wherever some unpickler does,
@@ -28,15 +28,15 @@ Use = Literal["held", "built", "called"]
 called."""
 
 MAX_STEPS = 10_000_000
-"""Opcodes of a file that are followed. Ours."""
+"""Opcodes of a file that are followed. Our choice."""
 _FORKED = 64
 _MAX_PLAIN = 24
 """Characters of a text that is too short to hold a pickle as base64."""
 
 DATA = object()
-"""A value that is no text and can do nothing."""
+"""A harmless value that is not a string."""
 UNKNOWN = object()
-"""A value that cannot be told."""
+"""An unknown value."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Name:
 
 @dataclass(eq=False)
 class Made:
-    """What a call makes, or the building of an instance.
+    """The result of a call, or a built instance.
 
     Attributes:
         by: What was called.
@@ -80,7 +80,7 @@ class Followed:
 
     Attributes:
         uses: The strongest use of each name.
-        hidden: What is looked up or called though it cannot be told.
+        hidden: Lookups and calls whose name cannot be determined.
         changed: What gets other attributes, though it is no object that the pickle makes.
         calls: Whether anything is called or built.
         constants: Strings and bytes that could hold a further pickle.
@@ -182,7 +182,7 @@ class Machine:
         return found
 
     def _check_frame(self, code: int, before: int) -> None:
-        """Note what reaches over the end of a frame: unpicklers differ in what they read then."""
+        """Record an item that crosses the end of a frame, where unpicklers read differently."""
         end = self.reader.frame_end
         if end is None or code == FRAME:
             return

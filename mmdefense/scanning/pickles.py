@@ -1,4 +1,4 @@
-"""What a pickle would look up, build and call, told without doing any of it.
+"""Report what a pickle would look up, build and call, without doing any of it.
 
 Levels follow one rule: a name that is not known to be harmless in the way that it is used is
 ``high``; see :mod:`mmdefense.checkpoints.names` for what is known. What cannot be read to its end
@@ -88,21 +88,21 @@ _MAX_BASE64 = 1_000_000
 _TORCH_MAGIC, _TORCH_PICKLES = 0x1950A86A20F9469CFC6C, 5
 _PROTO = 0x80
 _BY_CHANCE = 8
-"""Opcodes that are no accident: random bytes break sooner."""
+"""Opcodes after which it is not chance: random bytes break sooner."""
 _HELD = frozenset(
     {
         *("builtins.getattr", "operator.getitem", "_operator.getitem"),
         "torch.storage._load_from_bytes",
     }
 )
-"""Functions that some harmless calls need; such calls are told apart, others are high."""
+"""Functions that some harmless calls need; those calls are recognised, others are high."""
 _BASE64 = re.compile(r"[\w+/\-\s]{24,}={0,2}\s*", re.ASCII)
 _HEX = re.compile(r"([0-9a-fA-F]{2}){12,}", re.ASCII)
 _PROPER = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def level_of(module: str, name: str, use: Use = "called") -> Level | None:
-    """Return how a name speaks against a pickle that uses it so; none for what makes tensors.
+    """Return the level of a pickle that uses a name this way; None for names that build tensors.
 
     An attribute of an attribute is never harmless: it leads through one module to another.
     """
@@ -118,10 +118,10 @@ def level_of(module: str, name: str, use: Use = "called") -> Level | None:
 
 
 def speaks(followed: Followed) -> bool:
-    """Whether bytes that need not be a pickle do what bytes do not by chance.
+    """Return whether bytes that may not be a pickle do what random bytes do not.
 
-    Text can read like an import. One that is no proper name, or that nothing is done with before
-    the bytes break, is none.
+    Text can look like an import. It is not one if the name is malformed, or unused before the bytes
+    break.
     """
     if followed.exhausted or (followed.crossed and followed.calls) or _is_begun(followed):
         return True
@@ -150,7 +150,7 @@ def _level(found: Name, use: Use) -> Level | None:
 def scan_pickles(
     stream: IO[bytes], subject: str, *, declared: bool = True, loose: bool = False, depth: int = 0
 ) -> Iterator[Finding]:
-    """Yield what speaks against the pickles that stand one behind the other in ``stream``.
+    """Yield the findings on the consecutive pickles in ``stream``.
 
     PyTorch's older format and some trainers write several; readers differ in how many they load.
 
@@ -191,7 +191,7 @@ def scan_pickles(
 
 
 def _broken_level(followed: Followed, loose: bool) -> Level:
-    """Return how a break speaks: numbers under a name that they bear as often are no pickle."""
+    """Return the level of a break: numbers under a name that they share with pickles are none."""
     is_named = any(_is_proper(found) for found in followed.uses)
     is_none = not is_named and not followed.hidden and followed.first != _PROTO
     return "medium" if loose and is_none and followed.steps < _BY_CHANCE else "high"

@@ -30,7 +30,7 @@ STARTED = Rule(
 )
 
 MAX_PYTHON = 1 << 19
-"""Bytes of Python that is parsed; the longest file of Transformers has 300,000. Ours."""
+"""Bytes of Python that is parsed; the longest file of Transformers has 300,000. Our choice."""
 
 _CALLS = {
     *("eval", "exec", "compile", "__import__", "system", "popen", "Popen", "check_output", "call"),
@@ -45,7 +45,7 @@ _BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
 def scan_python(source: str | bytes, subject: str, name: str) -> Iterator[Finding]:
-    """Yield that there is Python, and more strongly where it starts processes or talks abroad.
+    """Yield a finding on Python code, higher if it starts processes or uses the network.
 
     Args:
         source: Its text.
@@ -87,7 +87,7 @@ def _is_method_of_model(node: ast.Call) -> bool:
 
 
 def scan_notebook(content: Any, subject: str) -> Iterator[Finding]:
-    """Yield what the code of a notebook is like.
+    """Yield the findings on the code of a notebook.
 
     Args:
         content: The notebook's JSON.

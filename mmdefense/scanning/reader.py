@@ -1,4 +1,4 @@
-"""The bytes of a pickle, taken as unpicklers take them."""
+"""Read the bytes of a pickle as unpicklers do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO
 __all__ = ["MAX_CONSTANT", "CutError", "Reader"]
 
 MAX_CONSTANT = 1 << 24
-"""Bytes of an item that are kept. Ours."""
+"""Bytes of an item that are kept. Our choice."""
 _MAX_LINE, _MAX_ITEM = 1 << 20, 1 << 26
 _CHUNK = 1 << 16
 

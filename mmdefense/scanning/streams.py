@@ -1,4 +1,4 @@
-"""Compressed streams and copies of them, read as far as they go."""
+"""Compressed streams and copies of them, read as far as possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmdefense.errors import one_line
 __all__ = ["DAMAGE", "MAX_UNPACKED", "PACKED", "Copy", "copied", "unpacker"]
 
 MAX_UNPACKED = 1 << 32
-"""Bytes that a stream is unpacked to at most. Ours."""
+"""Bytes that a stream is unpacked to at most. Our choice."""
 _IN_MEMORY = 1 << 26
 
 DAMAGE = (

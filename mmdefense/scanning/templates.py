@@ -49,7 +49,7 @@ UNPARSED = Rule(
 )
 
 MAX_TEMPLATE = 1 << 18
-"""Characters of a template that is parsed; the longest of known models has 50,000. Ours."""
+"""Characters of a template that is parsed; the longest of known models has 50,000. Our choice."""
 _MOST = 20
 
 _METHODS = {

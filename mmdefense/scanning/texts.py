@@ -1,4 +1,4 @@
-"""Files of a model folder that are texts, each looked into as what its name says that it is."""
+"""Scan the text files of a model folder, each by the type that its name says."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def is_text(name: str) -> bool:
 
 
 def is_unknown(name: str, head: bytes) -> bool:
-    """Whether a file is of no kind that a scan reads, to judge by its name and its start.
+    """Return whether a file has no type that a scan reads, judging by its name and its start.
 
     Args:
         name: Of the file; those of archives and pickles are known elsewhere.
@@ -97,7 +97,7 @@ def _suffix(name: str) -> str:
 def scan_text(
     file: IO[bytes], subject: str, name: str, folder: Path | None = None
 ) -> Iterator[Finding]:
-    """Yield what speaks against a text; nothing of a file that is none.
+    """Yield the findings on a text; none for a file that is not one.
 
     Args:
         file: A binary file that can be searched.

@@ -1,8 +1,8 @@
-"""What stands apart among a model's weights: no data is needed, and nothing is run.
+"""Find outliers among a model's weights: no data is needed, and nothing is run.
 
 Three measures, each of them a hint and no proof. Any model has outliers of the first two, also one
-that was never trained: they are for information. A row of the head that stands apart beyond chance
-is a finding, of low level:
+that was never trained: they are for information. A row of the head that is an outlier beyond chance
+is a low-level finding:
 
 - channels whose Lipschitz constant exceeds their layer's mean by u deviations (CLP),
 - layers whose largest singular value is large against the same layer of other blocks,
@@ -79,11 +79,11 @@ NOT_FINITE = Rule(
 )
 
 U = 3.0
-"""Deviations from the mean that CLP tolerates; the paper's default."""
+"""Standard deviations from the mean that CLP tolerates; the paper's default."""
 ANOMALY = 3.5
 SISTERS, ROWS = 5, 5
 STRONGEST = 10
-"""Findings of each measure; on a large model more would hide the first ones. Ours."""
+"""Findings of each measure; on a large model more would hide the first ones. Our choice."""
 _HEADS = re.compile(r"(model\.)?(classifier|head|fc|linear|lm_head|score|output)\.weight")
 _EMBEDDINGS = re.compile(r"(emb|wte|wpe|shared\.|position|relative_attention_bias|_token)")
 
@@ -91,13 +91,13 @@ _EMBEDDINGS = re.compile(r"(emb|wte|wpe|shared\.|position|relative_attention_bia
 def scan_weights(
     model: nn.Module | Mapping[str, Tensor], *, u: float = U, ordered: bool = True
 ) -> list[Finding]:
-    """Return the weights of a model that stand apart, the strongest of each measure.
+    """Return the outliers among a model's weights, the strongest of each measure.
 
     Args:
         model: A model or its state dict.
-        u: Deviations from the mean above which a channel is named.
-        ordered: Whether the weights are in the order of registration. In another one, which layer
-            a BatchNorm stands behind is not known, and the head is told by its name alone.
+        u: Standard deviations from the mean above which a channel is reported.
+        ordered: Whether the weights are in the order of registration. Otherwise the layer before a
+            BatchNorm is unknown, and the head is found only by its name.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     broken = _not_finite(state)
@@ -235,13 +235,13 @@ def spectral_excess(weight: Tensor) -> float:
 
 
 def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
-    """Return ``(x - median) / (1.4826 MAD)`` of each value; zero where there is no spread.
+    """Return ``(x - median) / (1.4826 MAD)`` of each value; zero if the MAD is zero.
 
     1.4826 makes the median absolute deviation that of a normal distribution. [NC]
 
     Args:
         values: Shape ``(N,)``.
-        floor: Spread below which all is taken for noise.
+        floor: Lower bound of ``1.4826 MAD``: differences below it are noise.
     """
     centred = values - values.median()
     spread = (1.4826 * centred.abs().median()).clamp(min=floor)
@@ -278,7 +278,8 @@ def _head(
 def _beyond_chance(count: int) -> float:
     """Return the index that the furthest of so many normal values exceeds in one of 20 cases.
 
-    Never less than [IH] asks for; with the rows of a vocabulary 3.5 would always be exceeded. Ours.
+    At least the threshold of [IH]; 3.5 would always be exceeded over the rows of a vocabulary. Our
+    choice.
     """
     return max(ANOMALY, NormalDist().inv_cdf(1 - 0.05 / count))
 

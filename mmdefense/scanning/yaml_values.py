@@ -10,7 +10,7 @@ from mmdefense.errors import BadInputError, one_line
 __all__ = ["MAX_YAML", "Tagged", "parse_yaml"]
 
 MAX_YAML, _DEEPEST = 1 << 20, 100
-"""Bytes that are parsed, and levels of nesting. Ours."""
+"""Bytes that are parsed, and levels of nesting. Our choice."""
 _PLAIN = {
     *("str", "int", "float", "bool", "null", "map", "seq", "binary", "timestamp", "set", "omap"),
     *("pairs", "merge", "value"),

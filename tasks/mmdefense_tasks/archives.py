@@ -31,8 +31,8 @@ _NAMES = {
 """What others call our arrays: ``x`` and ``y`` those of Keras, for example."""
 
 _KNOWN = frozenset({"images", "points", "points_int8", "labels", "jpeg", "offsets"})
-_MOST_ARRAYS = 20  # ours; that are read of an archive with none of these, to be told of
-_MOST_BYTES = 1 << 34  # ours; of one array
+_MOST_ARRAYS = 20  # our choice; that are read of an archive with none of these, to be told of
+_MOST_BYTES = 1 << 34  # our choice; of one array
 
 
 def read_archive(path: Path, split: str) -> dict[str, Array]:

@@ -32,7 +32,7 @@ __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_cli
 _VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _PICTURES = frozenset({".jpeg", ".jpg", ".png"})
 _FORMATS = "avi,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,mpegvideo"  # of FFmpeg
-_WHOLE = 0.9  # ours: a healthy file may lack a few of the frames that its header counts
+_WHOLE = 0.9  # our choice: a healthy file may lack a few of the frames that its header counts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from mmdefense_tasks.image_sets import Fit, in_8_bits
 __all__ = ["decode"]
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap the sides
-_SLACK = (2.0, 0.02)  # ours; pixels, or share of a side, that a box may reach over the edge
+_SLACK = (2.0, 0.02)  # our choice; pixels, or share of a side, that a box may reach over the edge
 _SAID = {
     "empty": "dropped {} boxes without area",
     "clipped": "clipped {} boxes that reach beyond their image",

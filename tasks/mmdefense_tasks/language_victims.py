@@ -14,7 +14,7 @@ __all__ = ["causal", "seq2seq", "train_tokenizer"]
 
 PAD, START, END, UNKNOWN, BREAK = "<pad>", "<s>", "</s>", "<unk>", "<sep>"
 _SPECIAL = (PAD, START, END, UNKNOWN, BREAK)
-_WORD_LEVEL = 1000  # different words up to which each gets a token of its own; ours
+_WORD_LEVEL = 1000  # different words up to which each gets a token of its own; our choice
 
 
 def train_tokenizer(texts: Sequence[str], size: int = 2000, words: Iterable[str] = ()) -> Any:

@@ -28,7 +28,7 @@ def moving_digits(split: str = "train", seed: int = 0) -> LabelledSamples:
     No single frame tells the motion: a digit that leaves at one side enters at the other, one that
     has grown to full size starts small again, and where, how large and at which angle it starts is
     drawn alike for all motions. Each clip drifts, is lit and is noisy in its own way. Train and
-    test part show different scans. The ranges are ours.
+    test part show different scans. The ranges are our choice.
 
     Args:
         split: ``"train"`` (2400 clips) or ``"test"`` (400).

@@ -18,7 +18,8 @@ _BOUNDS = {
     "points": (1, 10**7),
     "features": (3, 4096),
 }
-"""Of the numbers among the options; the upper ones are ours, and keep one sample in memory."""
+"""Bounds of the numeric options; the upper ones are our choice, so that one sample fits in
+memory."""
 
 
 def _check_bounds(name: str, value: Any) -> None:

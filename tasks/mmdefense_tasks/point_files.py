@@ -27,14 +27,16 @@ __all__ = ["Values", "read_cloud", "read_clouds"]
 _SUFFIXES = frozenset({".ply", ".pcd", ".obj", ".off"})
 _BY_TRIMESH = frozenset({".obj", ".off"})  # Open3D reads neither polygons nor glued headers
 _HEAD = 1 << 16  # bytes that a header may have
-_PACKED = 256  # ours; a pcd file may be compressed, by up to this
+_PACKED = 256  # our choice; a pcd file may be compressed, by up to this
 _COUNTS = {
     ".ply": re.compile(rb"^[ \t]*element[ \t]+\w+[ \t]+(\d{1,300})", re.MULTILINE),
     ".pcd": re.compile(rb"^[ \t]*(?:POINTS|WIDTH|HEIGHT)[ \t]+(\d{1,300})", re.MULTILINE),
     ".off": re.compile(rb"\A\s*\w*OFF\s*(?:#[^\n]*\n\s*)*(\d{1,300}\s+\d{1,300})"),
 }
 """What stands in a header before the number of points or faces."""
-_MOST_VALUES = 9  # ours; values a point, beyond which an axis of an archive is that of the points
+_MOST_VALUES = (
+    9  # our choice; values a point, beyond which an axis of an archive is that of the points
+)
 
 Values = Literal["normals", "estimated", "colours"]
 """What stands behind the coordinates of a file."""
