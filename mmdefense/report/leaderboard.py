@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,6 +19,22 @@ from mmdefense.report.page import template
 __all__ = ["leaderboard", "write_leaderboard"]
 
 _AXES = ("task", "case", "net", "attack", "defense", "views", "clean", "kind")
+_NAMES = {"clean": "share of clean data", "kind": "kind of clean data"}
+_FILTERS = ("task", "attack", "net", "defense", "views", "clean", "kind")
+_COLUMNS = (
+    ("case", "Victim", "text"),
+    ("defense", "Defense", "text"),
+    ("acc_after", "ACC %", "rate"),
+    ("asr_after", "ASR %", "rate"),
+    ("ra_after", "RA %", "rate"),
+    ("der", "DER %", "rate"),
+    ("seconds", "Seconds", "seconds"),
+    ("views", "Views", "text"),
+    ("clean", "Clean %", "rate"),
+    ("kind", "Clean data", "text"),
+)
+"""Key, heading and kind of each column; one that is the same in all rows is named once above."""
+
 _RATES = ("acc_after", "asr_after", "ra_after", "der", "acc_before", "asr_before", "seconds")
 
 
@@ -38,15 +54,30 @@ def leaderboard(rows: Iterable[Mapping[str, Any]]) -> str:
     script = files("mmdefense.report").joinpath("templates/leaderboard.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = list(_groups(rows))
+    varied = {axis for axis in _AXES if len({group[axis] for group in groups}) > 1}
+    varied |= {"case", "defense"}
     # '<' would end the element that holds the data
     data = json.dumps(groups).replace("<", "\\u003c")
     return template("leaderboard.html.j2").render(
         groups=groups,
-        filters=[axis for axis in ("task", "attack", "net", "defense", "views") if groups],
+        filters=[axis for axis in _FILTERS if axis in varied],
+        columns=[column for column in _COLUMNS if column[0] not in _AXES or column[0] in varied],
+        same=[f"{name}: {shown}" for name, shown in _same(groups, varied)],
         data=Markup(data),
         script=Markup(script),
         digest=digest,
     )
+
+
+def _same(
+    groups: Sequence[Mapping[str, Any]], varied: Container[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield what all rows have in common, each with what it is called."""
+    for axis in ("task", "views", "clean", "kind"):
+        if groups and axis not in varied:
+            value = groups[0][axis]
+            shown = f"{100 * value:g} %" if isinstance(value, float) else str(value)
+            yield _NAMES.get(axis, axis), shown
 
 
 def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,9 @@ const buttons = [...document.querySelectorAll("button[data-key]")];
 const columns = buttons.map((button) => [button.dataset.key, button.dataset.kind]);
 const sorted = { key: "case", up: true };
 const colours = 8;
+const shapes = [
+  "M5 0A5 5 0 1 1-5 0A5 5 0 1 1 5 0Z", "M-5-5H5V5H-5Z", "M0-6L6 5H-6Z", "M0-7L7 0L0 7L-7 0Z",
+];
 
 function value(row, key) {
   const held = row[key];
@@ -26,6 +29,17 @@ function element(name, attributes, text) {
   for (const [key, held] of Object.entries(attributes)) made.setAttribute(key, held);
   if (text !== undefined) made.textContent = text;
   return made;
+}
+
+function mark(index, x, y) {
+  const path = shapes[Math.floor(index / colours) % shapes.length];
+  const at = `translate(${x} ${y})`;
+  return element("path", { d: path, transform: at, class: `series-${index % colours + 1}` });
+}
+
+function short(axis, text) {
+  if (axis === "clean") return `${(100 * Number(text)).toFixed(1)} %`;
+  return axis === "net" ? text.replace(/^.*:/, "").replace(/\(.*$/, "") : text;
 }
 
 function chosen() {
@@ -84,7 +98,7 @@ function scatter(kept) {
   parts.push(element("text", { x: 16, y: (top + bottom) / 2, "text-anchor": "middle", transform: `rotate(-90 16 ${(top + bottom) / 2})` }, "ASR left, %"));
   const names = [...new Set(rows.map((row) => row.defense))].sort();
   for (const [row, lost, asr] of points) {
-    const dot = element("circle", { cx: x(lost), cy: y(asr), r: 5, class: `series-${names.indexOf(row.defense) % colours + 1}` });
+    const dot = mark(names.indexOf(row.defense), x(lost), y(asr));
     dot.append(element("title", {}, `${row.case}, ${row.defense}: ${(100 * lost).toFixed(1)} points lost, ASR ${(100 * asr).toFixed(1)} %`));
     parts.push(dot);
   }
@@ -92,9 +106,9 @@ function scatter(kept) {
   const present = names.filter((name) => points.some(([row]) => row.defense === name));
   document.getElementById("legend").replaceChildren(...present.map((name) => {
     const item = document.createElement("li");
-    const mark = document.createElement("span");
-    mark.className = `series-${names.indexOf(name) % colours + 1}`;
-    item.append(mark, name);
+    const sample = element("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" });
+    sample.append(mark(names.indexOf(name), 0, 0));
+    item.append(sample, name);
     return item;
   }));
 }
@@ -114,7 +128,7 @@ for (const select of selects) {
   for (const text of values) {
     const option = document.createElement("option");
     option.value = text;
-    option.textContent = text;
+    option.textContent = short(select.dataset.axis, text);
     select.append(option);
   }
   select.addEventListener("change", draw);
