@@ -69,9 +69,7 @@ def leaderboard(rows: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def _same(
-    groups: Sequence[Mapping[str, Any]], varied: Container[str]
-) -> Iterator[tuple[str, str]]:
+def _same(groups: Sequence[Mapping[str, Any]], varied: Container[str]) -> Iterator[tuple[str, str]]:
     """Yield what all rows have in common, each with what it is called."""
     for axis in ("task", "views", "clean", "kind"):
         if groups and axis not in varied:

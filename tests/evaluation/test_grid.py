@@ -38,6 +38,9 @@ from mmdefense.runtime.run import Run
 from mmdefense.store import Store
 
 
+ROWS = ["quick", "fine-tuning like quick", "ft-sam like quick"]
+
+
 @pytest.fixture
 def grid(plug):
     plug("defenses", quick="quick:Quick")
@@ -78,11 +81,11 @@ def without_time(cells):
 
 def test_a_grid_measures_each_cell_and_trains_each_victim_once(grid, measured, trained, tmp_path):
     first = grid.run(tmp_path)
-    assert [cell.row.defense for cell in first] == ["quick", "fine-tuning like quick"]
-    assert measured == ["quick", "fine-tuning like quick"]
+    assert [cell.row.defense for cell in first] == ROWS
+    assert measured == ROWS
     assert len(trained) == 1
     assert grid.run(tmp_path) == first
-    assert (len(measured), len(trained)) == (2, 1)
+    assert (len(measured), len(trained)) == (3, 1)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -115,11 +118,11 @@ def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own
 
     monkeypatch.setattr(victims, "purify", purify)
     standard = dataclasses.replace(grid, views=["standard"]).run(tmp_path)
-    assert given == [random_shift, random_shift]
-    assert [cell.views for cell in standard] == ["standard", "standard"]
+    assert given == [random_shift] * 3
+    assert [cell.views for cell in standard] == ["standard"] * 3
     both = dataclasses.replace(grid, views=["insertions", "standard"]).run(tmp_path)
-    assert [cell.views for cell in both] == ["insertions"] * 2 + ["standard"] * 2
-    assert (len(measured), len(trained)) == (4, 1)
+    assert [cell.views for cell in both] == ["insertions"] * 3 + ["standard"] * 3
+    assert (len(measured), len(trained)) == (6, 1)
 
 
 def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, trained, tmp_path):
@@ -127,7 +130,7 @@ def test_a_lost_cell_is_measured_again_to_the_same_result(grid, measured, traine
     store = Store(tmp_path)
     store.forget(store.entries("cell")[0])
     assert without_time(grid.run(tmp_path)) == without_time(first)
-    assert measured == ["quick", "fine-tuning like quick", "quick"]
+    assert measured == [*ROWS, "quick"]
     assert len(trained) == 1
 
 
@@ -180,7 +183,8 @@ def test_cells_of_like_settings_keep_their_names_and_baselines(plug, tmp_path):
     cells = dataclasses.replace(alone, defenses=twins, baselines=True).run(tmp_path)
     rows = {cell.row.defense: cell.row.baseline for cell in cells}
     beside = "fine-tuning like first"  # of one budget, they have one baseline
-    assert rows == {"first": beside, beside: "", "second": beside, "quick": beside}
+    named = dict.fromkeys(("first", "second", "quick"), beside)
+    assert rows == {**named, beside: "", "ft-sam like first": ""}
 
 
 def test_two_rows_of_one_name_are_refused(plug):
@@ -542,9 +546,9 @@ def test_the_commands_show_export_check_and_clean_a_store(grid, tmp_path, mmdefe
     assert mmdefense("grid", "status", "-o", tmp_path / "none").code == 2
     run = ["grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1"]
     assert mmdefense(*run).code == 0
-    assert mmdefense("grid", "status", "-o", tmp_path).out.startswith("2 done, 0 failed")
+    assert mmdefense("grid", "status", "-o", tmp_path).out.startswith("3 done, 0 failed")
     rows = list(csv.DictReader(mmdefense("grid", "export", "-o", tmp_path).out.splitlines()))
-    assert [row["defense"] for row in rows] == ["quick", "fine-tuning like quick"]
+    assert [row["defense"] for row in rows] == ROWS
     assert (tmp_path / rows[0]["record"]).is_file()
     held = json.loads(mmdefense("grid", "export", "-o", tmp_path, "--format", "json").out)
     assert held[0]["asr_before"] == float(rows[0]["asr_before"])
@@ -552,7 +556,7 @@ def test_the_commands_show_export_check_and_clean_a_store(grid, tmp_path, mmdefe
     assert latex.startswith(r"\begin{tabular}")
     table = tmp_path / "cells.parquet"
     mmdefense("grid", "export", "-o", tmp_path, "--format", "parquet", "--to", table)
-    assert len(pandas.read_parquet(table)) == 2
+    assert len(pandas.read_parquet(table)) == 3
     digest = rows[0]["digest"]
     assert digest[:12] in mmdefense("store", "ls", tmp_path).out
     shown = json.loads(mmdefense("store", "show", tmp_path, digest[:12]).out)
@@ -576,7 +580,7 @@ def test_the_leaderboard_holds_every_cell_and_no_foreign_markup(grid, tmp_path):
     assert "</script><b>" not in html
     data = html.partition('id="data">')[2].partition("</script>")[0]
     groups = json.loads(data)
-    assert {group["defense"] for group in groups} == {"quick", "fine-tuning like quick"}
+    assert {group["defense"] for group in groups} == set(ROWS)
     assert groups[0]["records"] == [["0", rows[0]["record"]]]
 
 
