@@ -37,7 +37,6 @@ from mmdefense.report.record import Row
 from mmdefense.runtime.run import Run
 from mmdefense.store import Store
 
-
 ROWS = ["quick", "fine-tuning like quick", "ft-sam like quick"]
 
 
