@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import cloud_models
+import detectors
+import language_models
 import pytest
 import torch
+import video_models
+from cloud_models import POINTS
 from commands import CLASSES as CORNERS
 from commands import small_images
 from models import SIDE, build
 from torch import nn
+from video_models import FRAMES
+from video_models import SIDE as VIDEO_SIDE
 
+from mmdefense.data.detection import DetectionSamples
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.registry import adapt
@@ -36,10 +44,59 @@ def self_taught(name, size=40):
     return adapter, LabelledSamples(images, labels)
 
 
+def clips(generator):
+    return torch.rand(20, 3, FRAMES, VIDEO_SIDE, VIDEO_SIDE, generator=generator)
+
+
+def clouds(generator):
+    return torch.randn(20, POINTS, 3, generator=generator)
+
+
+def self_taught_on(inputs, model):
+    """Return an adapter around a classifier of clips or clouds, with its own answers as labels."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = inputs(generator)
+    adapter = adapt(model, example=inputs[:1])
+    head = adapter.model.get_submodule(adapter.head)
+    with torch.no_grad():
+        head.bias -= adapter.logits(inputs).mean(0)
+        scale = 4 / adapter.logits(inputs).std()
+        head.weight *= scale
+        head.bias *= scale
+        labels = adapter.logits(inputs).argmax(1)
+    return adapter, LabelledSamples(inputs, labels)
+
+
+def detector(name):
+    sets = [detectors.images(seed) for seed in range(2, 6)]
+    samples = DetectionSamples(
+        torch.cat([part.images for part in sets]),
+        tuple(boxes for part in sets for boxes in part.boxes),
+        tuple(labels for part in sets for labels in part.labels),
+    )
+    return adapt(detectors.build(name), example=samples.images[:1]), samples
+
+
+def language_model(name):
+    adapter = adapt(language_models.build(name), tokenizer=language_models.tokenizer())
+    return adapter, language_models.texts()
+
+
+OTHERS = {
+    "small-video-resnet": lambda name: self_taught_on(clips, video_models.build(name)),
+    "pointnet": lambda name: self_taught_on(clouds, cloud_models.build(name)),
+    "fcos": detector,
+    "llama": language_model,
+}
+
+
 @pytest.fixture(scope="session")
 def taught():
-    """Return a function of a model's name that gives an adapter, and samples it is right about."""
-    return self_taught
+    """Return a function of a model's name that gives an adapter, and clean samples.
+
+    A classifier is right about them.
+    """
+    return lambda name: OTHERS.get(name, self_taught)(name)
 
 
 def small_net(seed=0):
