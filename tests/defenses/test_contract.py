@@ -55,11 +55,11 @@ ROWS = {
         SHORT | {"candidates": ("fine-tuning",), "fallback": "fine-tuning", "search_steps": 3},
         {"steps": 0},
     ),
-    "baeraser": Row(SHORT | SEARCH, {"steps": 0}, {"steps": 45, "stop": 0.0, "rounds": 2}, ("fcos", "llama")),
-    "fast-fip": Row(SHORT, {"steps": 0}),
-    "fine-pruning": Row(
-        SHORT | {"max_pruning_drop": 0.5}, {"max_share": 0.0, "steps": 0}
+    "baeraser": Row(
+        SHORT | SEARCH, {"steps": 0}, {"steps": 45, "stop": 0.0, "rounds": 2}, ("fcos", "llama")
     ),
+    "fast-fip": Row(SHORT, {"steps": 0}),
+    "fine-pruning": Row(SHORT | {"max_pruning_drop": 0.5}, {"max_share": 0.0, "steps": 0}),
     "fine-tuning": Row(SHORT, {"steps": 0}),
     "fip": Row(SHORT, {"steps": 0}),
     "ft-sam": Row(SHORT, {"steps": 0}),
