@@ -1,7 +1,7 @@
-"""What a name that a pickle looks up means: tensors, plain data, or something not to be called.
+"""Classify the names that a pickle looks up: tensors, plain data, or not to be called.
 
-One list for the reader of checkpoints and for the scan. A name is harmless only if it stands here,
-and as far as its use goes. *Called* with anything that a pickle of harmless names can make, those
+One list for the checkpoint reader and for the scan. A name is harmless only if it is listed here,
+and only for its listed use. *Called* with anything that a pickle of harmless names can make, those
 of :data:`DATA` and of PyTorch's weights-only unpickler make objects and nothing else: no file, no
 import, no process, no code from the file. Of the classes of :func:`built_level`, instances are only
 *built*, as pickles do that run no constructor: their attributes are set, and that is all.
@@ -65,9 +65,9 @@ DATA = frozenset({
     *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in _ARRAYS),
     *(f"numpy.dtypes.{name}DType" for name in (*_TYPES, "Float16", "Float32", "Float64", "Str")),
 })  # fmt: skip
-"""Plain data types of Python and NumPy: made by a pickle, they compute nothing.
+"""Plain data types of Python and NumPy: a pickle that builds them computes nothing.
 
-``functools.partial`` is as harmless as what it wraps, which is looked at where it is called.
+``functools.partial`` is as harmless as what it wraps, which is checked where it is called.
 """
 
 MATHS = frozenset({
@@ -86,8 +86,8 @@ MATHS = frozenset({
         "f_classif", "f_regression", "chi2")),
     *("torchvision.ops.boxes.box_iou", "torchvision.ops.misc.interpolate"),
 })  # fmt: skip
-"""Functions of numbers alone, that models keep as activations, losses and scores: harmless where a
-pickle holds them, and never called by a pickle that was saved."""
+"""Functions of numbers only, which models keep as activations, losses and scores: harmless if a
+pickle holds them, and never called by a saved pickle."""
 
 CALLERS = frozenset({
     *("torch._tensor._rebuild_from_type_v2", "copyreg._reconstructor"),
@@ -101,8 +101,8 @@ DIRECT = CALLERS - {"numpy.random._pickle.__bit_generator_ctor"} | {
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
     *(f"sklearn.{module}.newObj" for module in _MAKERS),
 }
-"""Functions whose arguments decide what they do, so that they are harmless only where the pickle
-calls them itself: what they are handed on to calls them with arguments that nobody has looked at.
+"""Functions whose arguments decide what they do, so they are harmless only if the pickle calls them
+itself: whatever they are passed to calls them with unchecked arguments.
 """
 
 ENUMS = frozenset({
@@ -120,7 +120,7 @@ ENUMS = frozenset({
     *("torchvision.transforms.functional.InterpolationMode", "PIL.Image.Resampling"),
     "timm.layers.format.Format",
 })  # fmt: skip
-"""Enumerations, members of which are called for by their value or got by their name."""
+"""Enumerations, whose members are created by value or looked up by name."""
 
 _SETTINGS = re.compile(
     r"omegaconf\.(dictconfig|listconfig|base|nodes|basecontainer)\.\w+"
@@ -164,7 +164,7 @@ _DUNDER = re.compile(r"__\w+__")
 
 
 def built_level(module: str, name: str) -> Literal["low", "medium"] | None:
-    """Return how an object of a known library's class speaks, if only its attributes are set.
+    """Return the level of an object of a known library's class whose attributes alone are set.
 
     Low for settings and the states of trainers, medium for modules and estimators, whose methods
     will run on what the file put into them; none for what is no class of these libraries.
@@ -208,7 +208,7 @@ def _walks(name: str) -> bool:
 def _known_gadget(module: str, name: str) -> bool:
     """Whether picklescan calls a name dangerous: the one place that knows this library.
 
-    It gets a pickle of nothing but this name, for its own following of opcodes can be misled.
+    It gets a pickle of only this name, since its own opcode tracing can be misled.
     """
     from picklescan.scanner import SafetyLevel, scan_pickle_bytes
 

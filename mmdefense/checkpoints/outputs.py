@@ -1,7 +1,7 @@
-"""What this package writes: the names of its files, and where they may go.
+"""The names of the files that this package writes, and where they may be written.
 
-An output is never an input, nor in one or around one; and what stands where it is to go is replaced
-only if it is an output itself, and the user says so.
+An output is never an input, nor inside or around one; and whatever is in its place is replaced only
+if it is an output itself and the user asks for it.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ __all__ = [
 ]
 
 RECORD, PAGE, CARD, PLOTS = "purification.json", "report.html", "README.md", "report.npz"
-"""Names of the files that stand beside the model: record, page, model card, data of plots."""
+"""Names of the files written next to the model: record, page, model card, data of plots."""
 SCAN, COMPARISON = "scan.json", "comparison.json"
 """Names of the record of a scan that is kept with an output, and of that of a demo."""
 PREDICATE_TYPE = "urn:mmdefense:purification:1"
 PAGE_MARK = '<meta name="generator" content="mmdefense">'
 EVALUATION_MARK = '"kind": "evaluation"'
-"""Stand in the head of every page, and of every record of an evaluation, by which it is known."""
+"""Marks at the beginning of every page and every evaluation record, which identify them."""
 
 _HEAD = 2048
 _LARGEST_RECORD = 1 << 28
 
 
 def is_record(name: str) -> bool:
-    """Say whether a file of that name is taken for a record of ours where it lies in an output."""
+    """Return whether a file of that name in an output is taken for one of our records."""
     return name.casefold() in {RECORD, SCAN, COMPARISON, PAGE, PLOTS}
 
 
 def is_output(folder: Path) -> bool:
-    """Say whether a folder carries the record of a purification or of a demo."""
+    """Return whether a folder holds the record of a purification or of a demo."""
     return any(_says(folder / name) for name in (RECORD, COMPARISON))
 
 
 def _says(path: Path) -> bool:
-    """Say whether a file is a record that this package wrote."""
+    """Return whether a file is a record that this package wrote."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_RECORD:
@@ -70,12 +70,12 @@ def _says(path: Path) -> bool:
 def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Refuse an output that is an input, lies in one or holds one, by whatever name it is called.
 
-    Files and folders are told apart by what they are on the disk, so that links, ``..`` and the
-    case of letters do not matter.
+    Files and folders are compared by their identity on disk, so that links, ``..`` and letter case
+    do not matter.
 
     Args:
         out: A file or folder, which need not exist.
-        inputs: What is read; a name that is no path here is passed by.
+        inputs: What is read; a name that is not an existing path is ignored.
 
     Raises:
         BadInputError: Naming the first such input.
@@ -99,7 +99,7 @@ def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
 
 
 def _lineage(path: str | Path) -> list[tuple[int, int] | None]:
-    """Return what a path is on the disk, and each folder above it; none for what is not there."""
+    """Return the disk identities of a path and of each folder above it; None where missing."""
     real = Path(os.path.realpath(path))
     found: list[tuple[int, int] | None] = []
     for one in (real, *real.parents):
@@ -119,13 +119,13 @@ def check_replaceable_file(
 
     Args:
         path: The file.
-        mark: What stands near the beginning of every such file of ours; none where nothing does.
+        mark: What is near the beginning of every such file of ours; None if nothing is.
         inputs: What is read; see :func:`check_apart`.
         force: Whether a file without the mark is replaced.
 
     Raises:
-        BadInputError: If it is an input or in one, no plain file, in a folder that is not there, or
-            another file than such a one.
+        BadInputError: If it is an input or inside one, not a regular file, in a missing folder, or
+            an existing file without the mark.
     """
     check_apart(path, inputs)
     if not path.absolute().parent.is_dir():

@@ -1,10 +1,10 @@
-"""Reads what ``torch.save`` wrote as data: tensors, numbers, texts and containers, and no more.
+"""Read ``torch.save`` files as data only: tensors, numbers, strings and containers.
 
-No name in the file is imported, and nothing of the file is called: each name becomes a class of
-our own, made for this file. Names of tensors, containers and NumPy's numbers make those; any other
-name makes an :class:`Object`, which holds what it was given and can do nothing. So the pickled
-settings and paths that training scripts keep beside the weights do not stand in their way. A file
-that names what can do harm, such as ``os.system``, is refused, though it would not be called.
+No name in the file is imported, and nothing in the file is called: each name becomes a class of our
+own, made for this file. Names of tensors, containers and NumPy numbers build those; any other name
+builds an inert :class:`Object` that holds what it was given. So the pickled settings and paths that
+training scripts store next to the weights do not get in the way. A file that names what can do
+harm, such as ``os.system``, is refused, though it would not be called.
 
 References:
     ``torch.serialization.safe_globals`` for the same idea with real classes; the layout of the two
@@ -37,7 +37,8 @@ __all__ = ["Array", "Object", "read_pickled"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _SPREAD, _SMALL = 16, 1 << 20
-"""A tensor that repeats values has at most so many times what is stored, or so many. Our choice."""
+"""Limits on a tensor that repeats values: a multiple of what is stored, or this many. Our
+choice."""
 _NUMBERS = re.compile(r"[biufcUS]\d{1,6}")
 _DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16},
@@ -51,7 +52,7 @@ _STORAGE = re.compile(rf"torch\.(?:cuda\.|storage\.)?({'|'.join(_DTYPES)})Storag
 
 
 class Object:
-    """Something that is not read: what it calls itself and what it holds, without any function.
+    """An object that is not read: its name and content, without any behaviour.
 
     Attributes:
         name: Module and name that the file gives.
@@ -76,11 +77,11 @@ class Object:
         self.state = state
 
     def append(self, value: Any) -> None:
-        """Hold a further value, as the unpickler gives those of lists."""
+        """Add a value, as the unpickler does for lists."""
         self.values.append(value)
 
     def add(self, value: Any) -> None:
-        """Hold a further value, as the unpickler gives those of sets."""
+        """Add a value, as the unpickler does for sets."""
         self.values.append(value)
 
 
@@ -156,7 +157,7 @@ class _Storage:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
-    """Return a tensor over a storage; it is checked that it lies within."""
+    """Return a tensor over a storage, after checking that it fits."""
     dtype = more[2] if len(more) > 2 and isinstance(more[2], torch.dtype) else storage.dtype
     places = [offset, *size, *stride]
     if not all(type(n) is int and n >= 0 for n in places) or len(size) != len(stride):
@@ -176,7 +177,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Te
 
 
 class _Mapping(dict[Any, Any]):
-    """A kind of dict, without the attributes that the file gives it."""
+    """A dict subclass, without the attributes that the file gives it."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -216,11 +217,11 @@ def _class_for(make: Callable[..., Any]) -> type:
 
 
 class _Refused(Exception):  # noqa: N818  # becomes the error of the file that it is raised for
-    """A name that is not even looked up."""
+    """A name that must not be looked up."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes data, and objects that can do nothing."""
+    """Builds data and inert objects."""
 
     def __init__(self, file: IO[bytes], storage: Callable[..., Any] | None = None) -> None:
         super().__init__(file, encoding="latin1")
@@ -228,7 +229,7 @@ class _Unpickler(pickle.Unpickler):
         self.passed_by: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; nothing is imported."""
+        """Return our stand-in for a name; nothing is imported."""
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
@@ -257,7 +258,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Measured:
-    """A file that is not asked for more than it has."""
+    """A file that refuses reads beyond its end."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.size, self.tell, self.readline = file, size, file.tell, file.readline
@@ -277,8 +278,8 @@ class _Measured:
 def _unpickled(unpickler: _Unpickler, file: IO[bytes], size: int) -> Any:
     """Return what the next pickle of a file holds.
 
-    Its opcodes are read first: the unpickler makes room for what an opcode claims, whether or not
-    it is there.
+    Its opcodes are read first: the unpickler allocates what an opcode claims, whether or not it is
+    there.
 
     Raises:
         ValueError: If one claims more than the file can hold.
@@ -347,7 +348,7 @@ def _from_zip(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
 
 
 def _check_no_program(path: Path, names: set[str]) -> None:
-    """Refuse an archive of a program, and say where its weights can be had.
+    """Refuse an archive of a program, and say how to extract its weights.
 
     Raises:
         UnsupportedError: If it is one.
@@ -370,7 +371,7 @@ def _check_no_program(path: Path, names: set[str]) -> None:
 
 
 def _from_legacy(path: Path, file: IO[bytes]) -> tuple[Any, list[str]]:
-    """Read the format before PyTorch 1.6: pickles one behind the other, then the raw storages."""
+    """Read the format before PyTorch 1.6: consecutive pickles, then the raw storages."""
     limit, kept = path.stat().st_size, dict[str, _Storage]()
     file.seek(0)
     if _unpickled(_Unpickler(file), file, limit) != _MAGIC:

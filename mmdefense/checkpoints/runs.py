@@ -1,4 +1,4 @@
-"""Where a run keeps what it has done, so that it can go on after a kill to the same result."""
+"""Checkpoints of a run, so that it can resume after a kill with the same result."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 _MARK = b"mmdefense state, sha256 "
-"""Begins every kept state; the digest of what follows and a line break come next."""
+"""Start of every saved state; the digest of the rest and a line break follow."""
 
 
 class _Digesting:
-    """Passes on what is written, and digests it."""
+    """Forwards what is written, and computes its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -69,7 +69,7 @@ def _read_state(file: BufferedReader) -> Any:
     """Return what :func:`_write_state` wrote.
 
     Raises:
-        ValueError: If a bit of it is another.
+        ValueError: If a single bit differs.
     """
     head = file.readline(len(_MARK) + 128)
     begin = file.tell()
@@ -81,9 +81,9 @@ def _read_state(file: BufferedReader) -> Any:
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder of named states; each holds tensors and plain values, and is read as data only.
+    """A folder of named states; each holds tensors and plain values, and is read only as data.
 
-    Each carries a checksum, so that a damaged one is refused.
+    Each has a checksum, so that a damaged one is refused.
 
     Attributes:
         folder: Created on the first write.
@@ -96,7 +96,7 @@ class RunStore:
         return replace(self, folder=self.folder / name)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Keep ``state`` under ``name``, atomically.
+        """Save ``state`` under ``name``, atomically.
 
         Raises:
             OSError: If it cannot be written, for example on a full disk.
@@ -109,7 +109,7 @@ class RunStore:
             raise
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """Return the state kept under ``name``, or none.
+        """Return the state saved under ``name``, or None.
 
         Raises:
             BadInputError: If the file is not one that this class wrote, or is damaged.

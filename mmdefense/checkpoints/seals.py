@@ -1,10 +1,10 @@
-"""What the files of a model were when they were read, and that nobody changed them meanwhile.
+"""Verify that a model's files did not change while they were in use.
 
-A model's files are not copied, for they may be large. Their marks on the disk (inode, size, times
-of the last change of content and of anything) are taken before the first byte is read and compared
-after the last; in between every file is hashed. What was read is so what the hashes are of, unless
-somebody sets the clock back or writes past the file system. For the same reason a file that is read
-again later is hashed again only where its marks are others than they were.
+A model's files are not copied, since they may be large. Their stat marks (inode, size, mtime,
+ctime) are taken before the first byte is read and compared after the last; in between every file is
+hashed. So the hashes are those of the bytes that were read, unless somebody sets the clock back or
+writes past the file system. For the same reason a file that is read again later is hashed again
+only if its marks differ.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Seal:
         where: What the user called the model.
         places: Its folder or file, and the folder of its base, by what their names begin with.
         marks: Of each file, by its path, before the first byte was read.
-        every: Whether all files of the folder are hashed, or only those that are read or handed on.
-        earlier: Of the same model, when it was read before: files whose marks are the same as then
-            are not hashed again.
+        every: Whether all files of the folder are hashed, or only those that are read or passed on.
+        earlier: The seal of an earlier read of the same model: files with the same marks are not
+            hashed again.
     """
 
     where: str
@@ -86,10 +86,10 @@ class Seal:
         return {str(paths[name].resolve()): value for name, value in self.files.items()}
 
     def check_same(self, later: Seal) -> None:
-        """Refuse files that are read again and are not what they were.
+        """Refuse files that are read again and have changed.
 
         Raises:
-            BadInputError: If one of them is another, is gone or has come.
+            BadInputError: If one of them was changed, removed or added.
         """
         known = self.files.keys() | later.files.keys()
         _refuse(self.where, [n for n in known if self.files.get(n) != later.files.get(n)])
@@ -99,7 +99,7 @@ class Seal:
 def read_once(
     where: Any, *, every: bool = False, earlier: Seal | None = None
 ) -> Iterator[Seal | None]:
-    """Read a model: what is read within the block is what the hashes of its files are of.
+    """Read a model within the block; the hashes are those of the bytes that were read.
 
     Args:
         where: A folder, a file or a hub id; of a module, which has no files, there is no seal.
@@ -129,7 +129,7 @@ def read_once(
 
 @contextmanager
 def unchanged(where: Any, *places: Any) -> Iterator[Mapping[str, tuple[_Mark, ...]]]:
-    """Refuse files that were changed, came or went before the block is over.
+    """Refuse files that are changed, added or removed before the block is over.
 
     Args:
         where: What the user called the model.
@@ -149,7 +149,7 @@ def unchanged(where: Any, *places: Any) -> Iterator[Mapping[str, tuple[_Mark, ..
 
 
 def marks_in(*roots: Path) -> dict[str, tuple[_Mark, ...]]:
-    """Return what tells that a file was changed or replaced, of each by its path."""
+    """Return the marks of each file, by its path."""
     return {str(path): _marks(path) for root in roots for path in all_files(root)}
 
 
@@ -183,7 +183,7 @@ def hash_all(
 ) -> dict[str, str]:
     """Return the SHA-256 of each file by its name in the folder, as ``sha256sum`` prints it.
 
-    What cannot be read, is no plain file, or is a link that leads outside is left out.
+    Files that cannot be read, are not regular, or are symlinks that escape the folder are left out.
 
     Args:
         path: A folder, or a single file.

@@ -16,7 +16,7 @@ from mmdefense.notes import note
 __all__ = ["Weights", "check_keys", "main_weights", "sets_of_weights", "that_fit"]
 
 TOP = "."
-"""What stands for the top of a file where a set of weights is asked for."""
+"""The name for the top level of a file when a set of weights is asked for."""
 
 _DEPTH, _WIDEST = 4, 8
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params")
@@ -29,9 +29,9 @@ class Weights:
 
     Attributes:
         name: The keys that lead to it, joined by dots; empty at the top.
-        prefix: What stands before the keys in the file, with its last dot.
+        prefix: The prefix of the keys in the file, with its last dot.
         tensors: The weights under their keys without that prefix.
-        others: What stands beside them, under its keys in the file.
+        others: Everything else in the same mapping, under its keys in the file.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Weights:
 
     @property
     def place(self) -> str:
-        """What is given to choose this set."""
+        """The ``--weights`` value that selects this set."""
         return f"{self.name}.{self.prefix}".strip(".") or TOP
 
     def below(self, prefix: str) -> Weights:
@@ -77,7 +77,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 def main_weights(sets: list[Weights], subject: str, asked: str | None = None) -> Weights:
-    """Return the set that is looked at where no model says which one is its own.
+    """Return the set to use when there is no model to match.
 
     Args:
         sets: What the file holds.
@@ -103,7 +103,7 @@ def main_weights(sets: list[Weights], subject: str, asked: str | None = None) ->
 
 
 def _asked(sets: list[Weights], subject: str, asked: str | None) -> list[Weights]:
-    """Return the sets, or parts of them by a prefix, at the place that is asked for."""
+    """Return the sets, or their parts by a prefix, at the given place."""
     if not sets:
         raise BadInputError(
             f"{subject} must hold a state dict (names to tensors), got none; save "
@@ -130,8 +130,8 @@ def that_fit(
 ) -> Weights:
     """Return the one set of weights whose keys and shapes are those of a model.
 
-    It may stand at any depth of the checkpoint, and all of its keys may have a prefix, as wrappers
-    give them.
+    It may be at any depth of the checkpoint, and all of its keys may have a prefix, as wrappers add
+    them.
 
     Args:
         held: What the file holds.
@@ -221,8 +221,8 @@ def check_keys(missing: list[str], unexpected: list[str], shapes: list[str], sub
     """Refuse weights that do not fit, naming the first few of each kind.
 
     Args:
-        missing: Keys that the model has and the weights have not.
-        unexpected: Keys that the weights have and the model has not.
+        missing: Keys that only the model has.
+        unexpected: Keys that only the weights have.
         shapes: Descriptions of keys of another shape.
         subject: Whose weights fit what; a phrase for the message.
 

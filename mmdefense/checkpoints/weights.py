@@ -1,4 +1,4 @@
-"""State dicts: read as tensors and nothing else, checked, hashed and written."""
+"""Read state dicts as tensors only; check, hash and write them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _POINTER = b"version https://git-lfs"
 def read_checkpoint(path: Path) -> Any:
     """Return what a file holds, as data: nested mappings, lists, numbers, texts and tensors.
 
-    Objects of other classes are passed by, with a note.
+    Objects of other classes are skipped, with a note.
 
     Raises:
         BadInputError: If the file is damaged, or names what can do harm.

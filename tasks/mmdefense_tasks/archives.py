@@ -28,7 +28,7 @@ _NAMES = {
     "points": ("clouds", "pointclouds", "x", "data"),
     "labels": ("label", "y", "targets"),
 }
-"""What others call our arrays: ``x`` and ``y`` those of Keras, for example."""
+"""Other names of our arrays, for example Keras's ``x`` and ``y``."""
 
 _KNOWN = frozenset({"images", "points", "points_int8", "labels", "jpeg", "offsets"})
 _MOST_ARRAYS = 20  # our choice; that are read of an archive with none of these, to be told of
@@ -85,7 +85,7 @@ def _wanted(names: Sequence[str], split: str, path: Path) -> dict[str, str]:
 
 
 def _check_entry(archive: zipfile.ZipFile, name: str) -> None:
-    """Refuse an array that unpacks to what does not fit into memory, or to far more than it is."""
+    """Refuse an array that would not fit into memory, or unpacks to far more than its size."""
     entry = next(e for e in archive.infolist() if e.filename in {name, f"{name}.npy"})
     size, packed = entry.file_size, entry.compress_size
     if size > _MOST_BYTES or (size > BOMB_BYTES and size > BOMB_RATIO * packed):

@@ -1,4 +1,4 @@
-"""A folder with one sub-folder of files per class: which are classes, and what is in them."""
+"""Find the classes of a folder with one subfolder of files per class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdefense_tasks.parts import PARTS
 
 __all__ = ["ClassFiles", "class_files"]
 
-# Folders and files that systems leave behind.
+# Folders and files that operating systems leave behind.
 _LITTER = frozenset({
     "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "desktop.ini",
     "system volume information", "thumbs.db",
@@ -43,8 +43,8 @@ class ClassFiles:
 def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFiles:
     """Return the files of a folder with one sub-folder per class.
 
-    Hidden folders, those that systems leave behind (``__MACOSX``) and those without a file of the
-    kind are no classes.
+    Hidden folders, those that operating systems leave behind (``__MACOSX``) and those without a
+    file of the kind are ignored.
 
     Args:
         folder: Files may lie at any depth of its sub-folders.
@@ -126,7 +126,7 @@ def _nothing(
 
 
 def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None:
-    """Refuse what is a level too high: a folder of class folders, or parts that have no classes."""
+    """Refuse a folder a level too high: one of class folders, or of splits without classes."""
     names = {name for part in PARTS.values() for name in part}
     if all(child.name.casefold() in names for child in full):
         part = next(iter(full))

@@ -1,4 +1,4 @@
-"""Puts labels of data under the numbers that the model has for its classes."""
+"""Map the labels of data to the model's class indices."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def under_the_models_labels(source: S, options: Options, where: object, *, count
     else:
         raise BadInputError(f"order must be text or number, got {order!r}")
     if said and contradicted(names, said):
-        names = ()  # what the user said counts: the names of the model are not shown with it
+        names = ()  # the user's names win: the model's are not shown
     placed: Tensor = torch.tensor(labels)[source.labels]
     return replace(source, labels=placed, classes=names)  # type: ignore[type-var]
 
 
 def _check_count(names: Sequence[str], said: Sequence[str]) -> None:
-    """Refuse names in place of the model's that are more or fewer."""
+    """Refuse class names that are more or fewer than the model's."""
     if said and len(names) != len(said):
         raise BadInputError(
             f"classes must match the model's {len(said)} ({few(said)}), got {len(names)} "
@@ -123,7 +123,7 @@ def _placed(
         if counted and numbered:
             return _told(_numbers(own, where), own, where), model
         if not counted and [*own] == [str(label) for label in range(len(own))]:
-            return list(range(len(own))), model  # names that say no more than the labels
+            return list(range(len(own))), model  # names that add nothing to the labels
         if counted and len(own) == len(model) and all(map(_SYNSET.fullmatch, own)):
             note(f"folders of {where} are named by WordNet ids; labels follow their sorted order")
             return list(range(len(own))), model
@@ -160,7 +160,7 @@ def _numbers(own: Sequence[str], where: object) -> list[int]:
 
 
 def _told(numbers: list[int], own: Sequence[str], where: object) -> list[int]:
-    """Return the numbers; say so where torchvision counts the folders otherwise."""
+    """Return the numbers, with a note if torchvision would number the folders differently."""
     if numbers != list(range(len(own))):
         note(
             f"the numbered class folders of {where} are taken as labels; for a model trained "

@@ -1,7 +1,7 @@
 """Labelled clips, decoded clip by clip: video files with PyAV, or frames side by side in a picture.
 
-Frames are taken evenly from the whole video. Where there are several clips a video, each takes
-frames between those of the others, so that each shows all that happens.
+Frames are taken evenly from the whole video. With several clips per video, their frames interleave,
+so that each clip covers the whole video.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["ClipSamples", "ClipSet", "StreamedClips", "frame_indices", "open_cli
 _VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _PICTURES = frozenset({".jpeg", ".jpg", ".png"})
 _FORMATS = "avi,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegts,mpegvideo"  # of FFmpeg
-_WHOLE = 0.9  # our choice: a healthy file may lack a few of the frames that its header counts
+_WHOLE = 0.9  # our choice: an intact file may have slightly fewer frames than its header says
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
 
 
 def _container(file: Path) -> Any:
-    """Open a video of the known formats; a playlist would lead to other files, or to the network.
+    """Open a video of the known formats; a playlist could open other files, or the network.
 
     The path is absolute, so that no part of it is taken for the name of a protocol.
     """

@@ -1,4 +1,4 @@
-"""Opens detection sets: VOC folders, COCO json, and json lines."""
+"""Open detection sets: VOC folders, COCO json, and JSON lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMES = ("trainval", *PARTS["train"], *PARTS["test"])
 _ROBOFLOW = "_annotations.coco.json"
 _DRIVE = re.compile(r"[A-Za-z]:")
-_FLAGGED = re.compile(r"\s+(-1|0|1)$")  # VOC's lists of a class say in which images it is
+_FLAGGED = re.compile(r"\s+(-1|0|1)$")  # VOC's per-class lists say which images it is in
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def open_objects(folder: Path, split: str) -> ObjectSet:
 
 
 def _named(paths: Iterable[Path], split: str) -> list[Path]:
-    """Return the files or folders that bear the first of the names of a split that is there.
+    """Return the files or folders with the first existing name of a split.
 
     ``trainval`` is the training part only beside a ``test`` part; else ``val`` would be in both.
     """
@@ -179,7 +179,7 @@ def _boxes_in(held: Any) -> int:
     try:
         boxed = {"bbox", "category_id"} <= set(held["annotations"][0])
         keypoints = any("keypoints" in category for category in held["categories"])
-    except (KeyError, TypeError, IndexError):  # what is no COCO json is told by its form
+    except (KeyError, TypeError, IndexError):  # files that are not COCO json fail validation later
         return 0
     return (1 if keypoints else 2) if boxed else 0
 
@@ -225,7 +225,7 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
 
 
 def _roboflow_dummy(coco: Coco) -> int | None:
-    """Return the id of the category that Roboflow puts above the others, if it has no object."""
+    """Return the id of the category that Roboflow adds above the others, if it has no object."""
     top = next((c for c in coco.categories if c.id == 0), None)
     others = [c for c in coco.categories if c.id != 0]
     if top is None or not others or any(c.supercategory != top.name for c in others):

@@ -1,4 +1,4 @@
-"""Decodes the images of a detection set and moves their boxes along."""
+"""Decode the images of a detection set and transform their boxes with them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ def decode(
     fit: Fit | None = None,
     fill: Sequence[float] = (),
 ) -> DetectionSamples:
-    """Return the images in memory, in one size, and their objects moved along.
+    """Return the images in memory, in one size, with their objects.
 
-    An image keeps its proportions: it fills one side, and what is left of the other is black. An
-    image that was annotated in another size or orientation than that of its file is brought into
-    line. Boxes a little over the edge are clipped, those without area dropped; a note says how
-    many.
+    An image keeps its aspect ratio: it fills one side, and the rest of the other is black.
+    Annotations made at another size or orientation than that of the file are converted. Boxes a
+    little over the edge are clipped, those without area dropped; a note says how many.
 
     Args:
         files: Images and objects.

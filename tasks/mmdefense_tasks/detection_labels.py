@@ -1,4 +1,4 @@
-"""Numbers the classes of a detection set as the model numbers them."""
+"""Number the classes of a detection set as the model numbers them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdefense_tasks.options import Options
 __all__ = ["numbered"]
 
 _FORMS = ("ids", "dense")
-_NAMELESS = "(no name) {}"  # of a class that the model has and the data has not
+_NAMELESS = "(no name) {}"  # for a class that only the model has
 
 
 def numbered(
@@ -33,7 +33,7 @@ def numbered(
         where: The data, for messages.
 
     Raises:
-        BadInputError: If the model lacks a class, or the numbering cannot be told.
+        BadInputError: If the model lacks a class, or the numbering is ambiguous.
     """
     form = options.take("labels")
     if form is not None and form not in _FORMS:
@@ -67,7 +67,7 @@ def _by_name(found: ObjectSet, classes: Sequence[str], where: str | Path) -> lis
 
 
 def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
-    """Return which numbering the model's numbers and the ids of the set speak for."""
+    """Return the numbering that the model's numbers and the ids of the set imply."""
     if numbers is None or len(numbers) == len(found.names):
         return "dense"
     ids = few(map(str, found.ids))

@@ -75,7 +75,7 @@ def _vit_training(steps: int) -> Training:
 
 
 class ImageClassification:
-    """The task of naming what an image shows."""
+    """Image classification."""
 
     name: ClassVar[str] = "image-classification"
     metric: ClassVar[str] = "accuracy"

@@ -26,13 +26,13 @@ Fit = Callable[[Tensor], Tensor]
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_ORIENTATION, _TURNED = 274, frozenset({5, 6, 7, 8})  # of EXIF: values that swap the sides
+_ORIENTATION, _TURNED = 274, frozenset({5, 6, 7, 8})  # of EXIF: values that swap height and width
 _BITS_16 = 2**16 - 1
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are still to be decoded.
+    """Images that are not decoded yet.
 
     Attributes:
         open: Returns the image at an index, or its pixels as uint8 ``(H, W)`` or ``(H, W, C)``; may
@@ -50,9 +50,9 @@ class ImageSet:
     counted: bool = False
 
     def is_even(self) -> bool:
-        """Return whether all images have one size; what cannot be opened is left to :meth:`read`.
+        """Return whether all images have the same size.
 
-        Of files the headers alone are read.
+        Of files only the headers are read; those that cannot be opened fail in :meth:`read`.
         """
         sizes = set()
         for index in range(len(self.labels)):
@@ -65,7 +65,7 @@ class ImageSet:
     def read(self, index: int, channels: int | None = None) -> NDArray[np.uint8]:
         """Return the pixels of the image at ``index``, shape ``(C, H, W)``.
 
-        An image is turned as its EXIF orientation says. 16-bit images are scaled from 0..65535 to
+        An image is rotated by its EXIF orientation. 16-bit images are scaled from 0..65535 to
         0..255, those of floats from 0..1.
 
         Args:
@@ -148,7 +148,7 @@ class StreamedImages(StreamedSamples[ImageSet]):
     """A labelled image set that decodes on ``take``; its shape is channels, height and width.
 
     Attributes:
-        fit: Brings images of another size to that of the set; without it they are refused.
+        fit: Resizes images to the size of the set; without it other sizes are refused.
     """
 
     fit: Fit | None

@@ -54,7 +54,7 @@ def _training(steps: int) -> Training:
 
 
 class LanguageGeneration:
-    """The task of writing: translations, answers, or what comes next."""
+    """Text generation: translations, answers, or continuations."""
 
     name: ClassVar[str] = "language-generation"
     metric: ClassVar[str] = "BLEU"
@@ -128,7 +128,7 @@ class LanguageGeneration:
 
     @staticmethod
     def measure(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
-        """Return the BLEU of what the model writes by greedy decoding."""
+        """Return the BLEU of the model's greedy decoding."""
         return bleu(adapter, samples)
 
     @staticmethod
@@ -148,7 +148,7 @@ def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
     """Return SacreBLEU, in ``[0, 1]``, of greedy answers against the samples' own.
 
     Raises:
-        UnsupportedError: If the adapter cannot write.
+        UnsupportedError: If the adapter cannot generate text.
     """
     from torchmetrics.functional.text import sacre_bleu_score
 

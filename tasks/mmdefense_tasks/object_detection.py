@@ -59,7 +59,7 @@ def _training(steps: int, lr: float, batch_size: int = 64) -> Training:
 
 
 class ObjectDetection:
-    """The task of finding the objects in an image and naming them."""
+    """Object detection."""
 
     name: ClassVar[str] = "object-detection"
     metric: ClassVar[str] = "mAP@50"

@@ -1,4 +1,4 @@
-"""How data is read: what the user says about it, and what the model states."""
+"""Reading options: the user's, and those that the model states."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Options:
         return self._said.get(name)
 
     def given(self, name: str) -> bool:
-        """Say whether the user gave an option."""
+        """Return whether the user gave an option."""
         return name in self._given
 
     def check_used(self, where: object) -> None:

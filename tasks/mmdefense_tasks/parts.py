@@ -1,4 +1,4 @@
-"""The parts of a data set, and what they are called."""
+"""The splits of a data set, and their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
 }
-"""For each split, the names of its part, the first that is there being taken."""
+"""For each split, its possible names; the first that exists is used."""
 
 
 def check_split(split: str) -> None:
@@ -53,7 +53,7 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
 
 
 def tell_part(part: str, split: str, where: object) -> None:
-    """Note that a part is taken that is not called as the split."""
+    """Note that a part with another name than the split is used."""
     if part.casefold() != split:
         note(f"{where} has no split {split!r}; using {part!r}")
 
@@ -61,7 +61,7 @@ def tell_part(part: str, split: str, where: object) -> None:
 def part_folder(folder: Path, split: str) -> Path:
     """Return the folder of a part; the folder itself where it is not split.
 
-    Only a folder of folders is taken for a part: one of mere files may be a class named so.
+    Only a folder of folders is taken for a split: one of files may be a class of that name.
 
     Raises:
         BadInputError: If there is the part for the other split alone.

@@ -52,7 +52,7 @@ def _training(steps: int, lr: float = 2e-3) -> Training:
 
 
 class PointCloudClassification:
-    """The task of naming what a point cloud shows."""
+    """Point cloud classification."""
 
     name: ClassVar[str] = "point-cloud-classification"
     metric: ClassVar[str] = "accuracy"

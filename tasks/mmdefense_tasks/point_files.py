@@ -33,13 +33,13 @@ _COUNTS = {
     ".pcd": re.compile(rb"^[ \t]*(?:POINTS|WIDTH|HEIGHT)[ \t]+(\d{1,300})", re.MULTILINE),
     ".off": re.compile(rb"\A\s*\w*OFF\s*(?:#[^\n]*\n\s*)*(\d{1,300}\s+\d{1,300})"),
 }
-"""What stands in a header before the number of points or faces."""
+"""The words in a header before the number of points or faces."""
 _MOST_VALUES = (
     9  # our choice; values a point, beyond which an axis of an archive is that of the points
 )
 
 Values = Literal["normals", "estimated", "colours"]
-"""What stands behind the coordinates of a file."""
+"""The values after the coordinates in a file."""
 
 
 def read_clouds(
@@ -170,7 +170,7 @@ def read_cloud(
 def _check_counts(path: Path) -> None:
     """Refuse a file whose header counts more points or faces than it has bytes.
 
-    Readers make room for as many as a header says before they look for them.
+    Readers allocate as many as the header claims before they read them.
     """
     size = plain_file(path).stat().st_size
     with path.open("rb") as file:
@@ -187,7 +187,7 @@ def _check_counts(path: Path) -> None:
 
 
 def _values(cloud: Any, values: Values, path: Path) -> Array:
-    """Return what stands behind the coordinates, ``(P, 3)``."""
+    """Return the values after the coordinates, ``(P, 3)``."""
     if values not in get_args(Values):
         raise BadInputError(f"values must be one of {few(get_args(Values))}, got {values!r}")
     if values == "estimated":
@@ -215,7 +215,7 @@ def _opened(path: Path, points: int) -> Any:
         if by_trimesh:
             cloud = open3d.geometry.PointCloud(found.vertices)
             cloud.colors = found.vertex_colors
-        else:  # NaN and infinity are kept, to be refused with a word
+        else:  # NaN and infinity are kept, to be refused with a message
             cloud = open3d.io.read_point_cloud(str(path), remove_nan_points=False)
     if not len(cloud.points):
         raise BadInputError(f"file {path} cannot be read as a mesh or a cloud; is it damaged?")

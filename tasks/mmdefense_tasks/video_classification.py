@@ -81,7 +81,7 @@ def _videomae_training(steps: int) -> Training:
 
 
 class VideoClassification:
-    """The task of naming what happens in a clip."""
+    """Video classification."""
 
     name: ClassVar[str] = "video-classification"
     metric: ClassVar[str] = "accuracy"
@@ -122,7 +122,7 @@ class VideoClassification:
 
     def cases(self) -> list[Case]:
         """Return the victims of the README's table."""
-        few = {"ratio": 0.2}  # 29 stamped clips of 290 are too few for a backdoor
+        few = {"ratio": 0.2}  # 29 poisoned clips of 290 are too few for a backdoor
         patch = few | {"size": 5}
         real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2, "seen": False}
         digits: dict[str, Any] = {"data": _EMBEDDED, "clean": 0.1}

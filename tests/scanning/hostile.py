@@ -297,7 +297,7 @@ FILES = [
             ("outside its folder",)),
     Hostile("tar link", "a.tar",
             lambda path, s: tarred(path, (entry("l", type=tarfile.SYMTYPE, linkname="/etc"), b"")),
-            ("symbolic link",)),
+            ("symlink",)),
     Hostile("tar of a pickle", "a.tar",
             lambda path, s: tarred(
                 path, (entry("pickle"), pickle.dumps(Calls(os.system, touch(s))))),
@@ -311,7 +311,7 @@ FILES = [
             ("archive-damaged", "posix.system")),
     Hostile("zip without its contents", "a.pt",
             raw(lambda s: torch_zip(Calls(os.system, touch(s))) + bytes(100_000)),
-            ("without a table",)),
+            ("without a central directory",)),
     Hostile("six pickles in each other", "a.bin", raw(deep), ("pickle-nesting",)),
     Hostile("zlib of a pickle", "a.joblib",
             raw(lambda s: zlib.compress(pickle.dumps(Calls(os.system, touch(s))))),
@@ -331,7 +331,7 @@ FILES = [
     Hostile("header beyond the file", "a.safetensors",
             raw(lambda s: safetensors({}, length=1 << 40)), ("claims 1099511627776 bytes",)),
     Hostile("tensor beyond the file", "a.safetensors",
-            raw(lambda s: safetensors({"w": tensor(0, 4096, (1024,))})), ("of 16 bytes",)),
+            raw(lambda s: safetensors({"w": tensor(0, 4096, (1024,))})), ("outside the 16 bytes",)),
     Hostile("overlapping tensors", "a.safetensors",
             raw(lambda s: safetensors({"a": tensor(), "b": tensor(8, 16, (2,))})), ("overlaps",)),
     Hostile("hole between tensors", "a.safetensors",
@@ -407,7 +407,7 @@ FOLDERS = [
     Hostile("auto_map of another repository", "m", remote_auto_map, ("someone/else",)),
     Hostile("auto_map of a tokenizer", "m", tokenizer_auto_map, ("tokenizer_config.json",)),
     Hostile("shard outside", "m", foreign_shard, ("../elsewhere.safetensors",)),
-    Hostile("link outside", "m", foreign_link, ("leads outside",)),
+    Hostile("link outside", "m", foreign_link, ("escapes the folder",)),
     Hostile("pickled shard", "m", evil_shard, ("pytorch_model.bin", "posix.system")),
 ]
 TEMPLATES = [Hostile("chat template", "m", chat_template, ("__class__", "__globals__"))]
