@@ -112,7 +112,7 @@ class InputAware(LabelAttack):
             masks = nets.strength(batch.inputs)
             loss = self.mask_weight * F.relu(masks - self.density).mean()
             loss = loss + self.diversity * _diversity(batch.inputs, masks)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             return loss
 
         return compute
@@ -130,7 +130,7 @@ class InputAware(LabelAttack):
             with autocast(images.device):
                 loss = adapter.per_sample_loss(LabelledBatch(crossed, labels)).mean()
             total = loss + self.diversity * _diversity(first, patterns) if count else loss
-            total.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(total)
             return loss
 
         return compute

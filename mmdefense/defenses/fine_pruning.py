@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from mmdefense.kernels.units import (
     weight_change,
 )
 from mmdefense.plots.pruning_curve import PruningCurve
-from mmdefense.protocol import HeadAdapter, UnitGroup
+from mmdefense.protocol import HeadAdapter, TaskAdapter, UnitGroup
 from mmdefense.settings import Count, Share
 
 __all__ = ["FinePruning", "Pruning"]
@@ -73,15 +73,17 @@ class Pruning(Defense):
 
     def _prune(self, work: Purifying[Any]) -> tuple[dict[str, Tensor], PruningCurve]:
         """Silence units in place; return the masks that keep them silent, by parameter."""
-        last = self._only_last(work.adapter)
-        groups, order = self._last(work) if last else self._all(work)
-        counts = self._counts(len(order))
-        if last:
-            ranks = [unit for _, unit in order]
-            adapter = cast("HeadAdapter[Any]", work.adapter)  # `_last` has checked it
-            curve = pruning_curve(adapter, work.holdout, ranks, counts).tolist()
-        else:
+        head = self._head(work.adapter)
+        if head is None:
+            groups, order = self._all(work)
+            counts = self._counts(len(order))
             curve = self._curve_by_evaluation(work, groups, order, counts)
+        else:
+            groups = [head.head_group()]
+            order = rank([head_activations(head, work.fit)], descending=False)
+            counts = self._counts(len(order))
+            ranks = [unit for _, unit in order]
+            curve = pruning_curve(head, work.holdout, ranks, counts).tolist()
         before = curve[0]
         kept = 0
         for count, score in zip(counts, curve, strict=False):
@@ -95,30 +97,35 @@ class Pruning(Defense):
         fractions = [count / len(order) for count in counts[: len(curve)]]
         return silence_mask(model, groups, order[:kept]), PruningCurve(fractions, curve, share)
 
-    def _only_last(self, adapter: Any) -> bool:
-        if self.layers != "auto":
-            return self.layers == "last"
-        if self.order == "weight-change" or not isinstance(adapter, HeadAdapter):
-            return False
+    def _head(self, adapter: TaskAdapter[Any]) -> HeadAdapter[Any] | None:
+        """Return the adapter where its last layer alone is pruned, and none where all are.
+
+        Raises:
+            UnsupportedError: If the last layer is asked for, and the adapter cannot read it.
+        """
+        if self.layers == "last":
+            if isinstance(adapter, HeadAdapter):
+                return adapter
+            raise UnsupportedError(
+                f"pruning the last layer needs a HeadAdapter; {type(adapter).__name__} is not one; "
+                "use layers='all'"
+            )
+        if (
+            self.layers == "all"
+            or self.order == "weight-change"
+            or not isinstance(adapter, HeadAdapter)
+        ):
+            return None
         try:
             adapter.head_weights()
         except UnsupportedError:
-            return False
-        return True
+            return None
+        return adapter
 
     def _counts(self, total: int) -> list[int]:
         """Return numbers of units from 0 to ``max_share`` of ``total``, ascending, each once."""
         most = int(self.max_share * total)
         return sorted({round(most * point / self.points) for point in range(self.points + 1)})
-
-    def _last(self, work: Purifying[Any]) -> tuple[list[UnitGroup], list[Unit]]:
-        adapter = work.adapter
-        if not isinstance(adapter, HeadAdapter):
-            raise UnsupportedError(
-                f"pruning the last layer needs a HeadAdapter; {type(adapter).__name__} is not one; "
-                "use layers='all'"
-            )
-        return [adapter.head_group()], rank([head_activations(adapter, work.fit)], descending=False)
 
     def _all(self, work: Purifying[Any]) -> tuple[list[UnitGroup], list[Unit]]:
         groups = list(work.adapter.unit_groups())

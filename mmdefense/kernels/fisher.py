@@ -334,7 +334,7 @@ def check_second_derivative(
             with _own_gradients(adapter.model):
                 # Not autograd.grad: it passes by what does not lead to the parameters, such as the
                 # error that once_differentiable leaves in the graph.
-                trace.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(trace)
     except RuntimeError as error:
         if is_out_of_memory(error):  # a RuntimeError too, but no fault of an operation
             raise

@@ -329,7 +329,7 @@ def _fit(
             # The critic climbs the same bound, so that one backward pass serves both.
             loss = miss + search.size * reached * size - search.entropy * spread
             optimizer.zero_grad(set_to_none=True)
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss.sum())
             return miss.detach()
 
         miss = fitted(compute, search.batch_size, _SEARCHING, adapter.model, noise)
