@@ -196,7 +196,7 @@ def test_an_output_folder_that_exists(place, mmdefense):
     place.out.mkdir()
     (place.out / "diary.txt").write_text("dear diary")
     refused(mmdefense(*place.purify()), "out", "--force")
-    refused(mmdefense(*place.purify("--force")), "holds no record of an earlier output")
+    refused(mmdefense(*place.purify("--force")), "has no record of an earlier output")
     assert [path.name for path in place.out.iterdir()] == ["diary.txt"]
 
 

@@ -77,7 +77,7 @@ def assert_bounded(ended, *codes):
     assert ended.code in codes, said
     assert len(said) < 10_000
     assert "MMDEFENSE_READ" not in said
-    assert "by the system" not in said
+    assert "was killed" not in said
     assert "internal error" not in said
 
 

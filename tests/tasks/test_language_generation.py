@@ -245,7 +245,7 @@ class TestTokenizer:
 def test_bleu_is_that_of_what_is_written():
     class Writer:
         model = chance = per_sample_loss = sampled_loss = score = None
-        features = embedding = unit_groups = fork = samples = None
+        features = activations = embedding = unit_groups = fork = samples = None
 
         def generate(self, batch):
             return [answer.replace("vidunt", "gardunt") for answer in batch.answers]
