@@ -106,8 +106,8 @@ def parse_json(content: str | bytes, where: object) -> Any:
     try:
         return from_json(bare, cache_strings="keys")
     except (ValueError, MemoryError) as error:
-        said = _PLACE.sub(r" at column \1", one_line(error))
-        raise BadInputError(f"{where} must be JSON: {said}") from error
+        reason = _PLACE.sub(r" at column \1", one_line(error))
+        raise BadInputError(f"{where} must be JSON: {reason}") from error
 
 
 def _unmarked(content: bytes) -> bytes:

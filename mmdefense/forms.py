@@ -33,9 +33,9 @@ def checked_form(form: TypeAdapter[T], value: object, where: object, needed: str
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        said = f"{place}: {first['msg']}" if place else first["msg"]
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
         raise BadInputError(
-            f"{where} must be {needed}: {said}, got {_shown(first['input'])}"
+            f"{where} must be {needed}: {reason}, got {_shown(first['input'])}"
         ) from error
 
 

@@ -62,7 +62,7 @@ _ABROAD = {"socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.send
 _STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"}
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _FULL = ("can't allocate memory", "Cannot allocate memory", "Unable to allocate", "bad alloc")
-_TOLD: tuple[type[Warning], ...] = (Note, RuntimeWarning)
+_FORWARDED: tuple[type[Warning], ...] = (Note, RuntimeWarning)
 
 Network = Literal["never", "later", "always"]
 """When a child may use the network and start other programs: "later" is once its limits are lifted,
@@ -317,12 +317,12 @@ def _live(
     except BaseException as error:  # all of it is reported
         _limit(resource.RLIMIT_AS, 0)
         with suppress(BaseException):
-            send(*_told(error))
+            send(*_error_message(error))
     finally:
         os._exit(0)
 
 
-def _told(error: BaseException) -> tuple[str, Any]:
+def _error_message(error: BaseException) -> tuple[str, Any]:
     """Return the message that reports an error."""
     chain = [error, error.__cause__, error.__context__]
     if any(isinstance(one, MemoryError) for one in chain) or any(w in str(error) for w in _FULL):
@@ -354,7 +354,7 @@ def _confine(send: Callable[[str, Any], None], network: Network) -> None:
         _stay_at_home(network)
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if issubclass(category, _TOLD):
+        if issubclass(category, _FORWARDED):
             kind = "Note" if issubclass(category, Note) else "RuntimeWarning"
             send("note", [kind, str(message)[:1000]])
 

@@ -84,8 +84,8 @@ def check_settings(settings: Any) -> None:
         value = getattr(settings, name)
         if not _fits(value, hint):
             raise BadInputError(f"{name} must be {_needed(value, hint)}")
-        if said := _beyond_bounds(value, hint):
-            raise BadInputError(f"{name} {said}, got {value!r:.80}")
+        if fault := _beyond_bounds(value, hint):
+            raise BadInputError(f"{name} {fault}, got {value!r:.80}")
 
 
 def check_seed(seed: int) -> None:
@@ -94,8 +94,8 @@ def check_seed(seed: int) -> None:
     Raises:
         BadInputError: If it is negative, or has more than 32 bits.
     """
-    if said := _beyond_bounds(seed, Seed):
-        raise BadInputError(f"seed {said}, got {seed}")
+    if fault := _beyond_bounds(seed, Seed):
+        raise BadInputError(f"seed {fault}, got {seed}")
 
 
 @cache

@@ -22,8 +22,8 @@ class Shown:
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         held = [(field.name, getattr(self, field.name)) for field in fields if field.repr]
-        told = [f"{name}={brief(value)}" for name, value in held if value is not None]
-        return f"{type(self).__name__}({', '.join(told)})"
+        shown = [f"{name}={brief(value)}" for name, value in held if value is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_html_(self) -> str:
         return as_html(repr(self))

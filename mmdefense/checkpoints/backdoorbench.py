@@ -56,7 +56,7 @@ class Result:
         return None
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """A description for the user, without a final period."""
         about = f"a result of BackdoorBench: {self.model}, {self.classes} classes"
         about += f", data {self.data}" if self.data else ""

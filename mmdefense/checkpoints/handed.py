@@ -27,7 +27,7 @@ from mmdefense.checkpoints.configs import ADAPTER, TIMM, TIMM_DATA, is_empty, ma
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.files import read_json
 
-__all__ = ["bounded", "handed_adapter", "handed_model", "offline"]
+__all__ = ["bounded", "offline", "private_adapter", "private_model"]
 
 MOST_SPARE = 1 << 26
 """Values that a model may have beyond its files: buffers, missing heads. Our choice."""
@@ -62,7 +62,7 @@ _PATH = re.compile(r"[/\\]|:")
 
 
 @contextmanager
-def handed_model(folder: Path, weights: Sequence[Path]) -> Iterator[Path]:
+def private_model(folder: Path, weights: Sequence[Path]) -> Iterator[Path]:
     """Yield a private folder with a model's weights, and what its class declares of its config.
 
     Raises:
@@ -70,8 +70,8 @@ def handed_model(folder: Path, weights: Sequence[Path]) -> Iterator[Path]:
         UnsupportedError: If the weights are quantised.
     """
     with _private(folder, weights) as place:
-        said = _cleaned(read_json(folder / _CONFIG))
-        _write(place / _CONFIG, said)
+        config = _cleaned(read_json(folder / _CONFIG))
+        _write(place / _CONFIG, config)
         path = folder / _GENERATION
         if path.is_file():
             held = read_json(path)
@@ -83,33 +83,33 @@ def handed_model(folder: Path, weights: Sequence[Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def handed_adapter(folder: Path, weights: Sequence[Path], base: nn.Module) -> Iterator[Path]:
+def private_adapter(folder: Path, weights: Sequence[Path], base: nn.Module) -> Iterator[Path]:
     """Yield a private folder with the weights of an update, and its config with modules by name.
 
     Raises:
         BadInputError: If a pattern takes too long, or it asks for more values than can be stored.
     """
-    said = {
+    config = {
         name: value
         for name, value in read_json(folder / _ADAPTER).items()
         if name in ADAPTER and value is not None
     }
     names = [name for name, _ in base.named_modules()]
     for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-        value = said.get(name)
+        value = config.get(name)
         if isinstance(value, str) and value != "all-linear":
-            said[name] = "|".join(map(re.escape, matching(value, names))) or "(?!)"
+            config[name] = "|".join(map(re.escape, matching(value, names))) or "(?!)"
     size = sum(path.stat().st_size for path in weights)
-    _check_rank(folder, said, base, size)
+    _check_rank(folder, config, base, size)
     with _private(folder, weights) as place:
-        _write(place / _ADAPTER, {"base_model_name_or_path": "", **said})
+        _write(place / _ADAPTER, {"base_model_name_or_path": "", **config})
         yield place
 
 
-def _check_rank(folder: Path, said: Mapping[str, Any], base: nn.Module, size: int) -> None:
+def _check_rank(folder: Path, config: Mapping[str, Any], base: nn.Module, size: int) -> None:
     """Refuse an update whose factors would hold more values than the base and the files."""
-    ranks = [said.get(name, 0) for name in ("r", "target_r", "init_r")]
-    ranks += [rank for rank in said.get("rank_pattern", {}).values() if isinstance(rank, int)]
+    ranks = [config.get(name, 0) for name in ("r", "target_r", "init_r")]
+    ranks += [rank for rank in config.get("rank_pattern", {}).values() if isinstance(rank, int)]
     sides = sum(sum(p.shape[:2]) for p in base.parameters() if p.ndim > 1)
     most = 4 * sum(p.numel() for p in base.parameters()) + size + MOST_SPARE
     rank = max(ranks)

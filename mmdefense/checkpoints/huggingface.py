@@ -29,7 +29,7 @@ from mmdefense.checkpoints.faults import (
     link_faults,
     refuse,
 )
-from mmdefense.checkpoints.handed import bounded, handed_adapter, handed_model, offline
+from mmdefense.checkpoints.handed import bounded, offline, private_adapter, private_model
 from mmdefense.checkpoints.layout import rewrite
 from mmdefense.checkpoints.outputs import is_record
 from mmdefense.checkpoints.states import check_keys
@@ -145,7 +145,7 @@ def load_folder(folder: Path, task: str | None = None, update: _Update | None = 
     if (folder / _PEFT_CONFIG).is_file():
         return _load_peft(folder, task)
     weights = weight_files(folder)
-    with _told(folder), _quiet(), offline(), handed_model(folder, weights) as handed:
+    with _in_one_line(folder), _quiet(), offline(), private_model(folder, weights) as handed:
         kind, config = _kind_and_config(folder, handed, task)
         own = kind
         if update is not None:
@@ -179,7 +179,7 @@ def load_folder(folder: Path, task: str | None = None, update: _Update | None = 
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _in_one_line(folder: Path) -> Iterator[None]:
     """Turn what the libraries raise into one line."""
     try:
         yield
@@ -263,10 +263,10 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
     if any((folder / name).is_file() for name in _READERS):
         base.name_or_path = str(folder)  # its own is the one that it was trained with
     with (
-        _told(folder),
+        _in_one_line(folder),
         _quiet(),
         offline(),
-        handed_adapter(folder, weight_files(folder), base) as handed,
+        private_adapter(folder, weight_files(folder), base) as handed,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # missing keys are refused below, by name
@@ -287,9 +287,9 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
 
 def _update_of(folder: Path) -> _Update:
     """Return what a PEFT folder, whose config was checked, says about its base."""
-    said = read_json(folder / _PEFT_CONFIG)
-    kind = (said.get("auto_mapping") or {}).get("base_model_class") or ""
-    update = _Update(kind, tuple(said.get("modules_to_save") or ()))
+    config = read_json(folder / _PEFT_CONFIG)
+    kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    update = _Update(kind, tuple(config.get("modules_to_save") or ()))
     if "Classification" not in kind:
         return update
     heads = [
@@ -333,10 +333,10 @@ def named_base(where: str | Path) -> Path | None:
     if not os.path.isfile(path):
         return None
     try:
-        said = read_json(path)
+        config = read_json(path)
     except BadInputError:
         return None
-    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return Path(base) if isinstance(base, str) and os.path.exists(base) else None
 
 
@@ -383,7 +383,7 @@ def write_folder(model: Any, folder: Path, origin: Path | None) -> None:
         return
     kept = rewrite(model, folder, weight_files(origin))
     for path in side_files(origin):
-        # an index speaks of the files that it came with
+        # an index lists the files that it came with
         if kept or not path.name.endswith(".index.json"):
             target = folder / path.relative_to(origin)
             target.parent.mkdir(exist_ok=True)

@@ -134,10 +134,10 @@ def _load_state_model(path: Path, arch: str | None, weights: str | None) -> nn.M
     held = read_checkpoint(path)
     result = result_in(held)
     if result is not None:
-        note(f"{path} is {result.said}")
+        note(f"{path} is {result.description}")
     arch = arch or (result.arch if result else None)
     if arch is None:
-        about = f"says that it is {result.said}" if result else "holds weights only"
+        about = f"says that it is {result.description}" if result else "holds weights only"
         raise BadInputError(f"{path} {about}; name the model class: --arch module:callable")
     model = build_architecture(arch)
     found = that_fit(held, model.state_dict(), str(path), arch, weights)

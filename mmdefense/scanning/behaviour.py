@@ -293,12 +293,12 @@ def _triggers(
         best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
         reference = _reference(every, total)
         for answer in apart:
-            said, picture = _said(adapter, found, answer), _picture(adapter, found, answer)
+            text, picture = _described(adapter, found, answer), _picture(adapter, found, answer)
             place = _place(found, answer, names)
-            yield APART.found(place, said, reference=reference, picture=picture)
+            yield APART.found(place, text, reference=reference, picture=picture)
         if best is not None and not apart:
             many = f"{len(works)} of {len(every)} targets have one; the cheapest: "
-            value = many + _said(adapter, found, best)
+            value = many + _described(adapter, found, best)
             rule = TRIGGER if found.family.telling else COMMON
             place, picture = _place(found, best, names), _picture(adapter, found, best)
             yield rule.found(place, value, reference=reference, picture=picture)
@@ -335,14 +335,14 @@ def _picture(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> 
     return data_address(adapter.trigger_picture(found.family, found.pool[answer.row, 0]))
 
 
-def _said(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
+def _described(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
     """Return success, size and index of a trigger, and its words if it has any."""
-    said = f"success {answer.success:.0%}, size {answer.size:.3f}, index {answer.index:.1f}"
+    text = f"success {answer.success:.0%}, size {answer.size:.3f}, index {answer.index:.1f}"
     if lacking(adapter, WordedAdapter):
-        return said
+        return text
     worded = cast("WordedAdapter[Any]", adapter)
     words = worded.trigger_words(found.pool[answer.row, 0])
-    return f"{said}; near {words!r} before a prompt, target {worded.target_words(answer.target)!r}"
+    return f"{text}; near {words!r} before a prompt, target {worded.target_words(answer.target)!r}"
 
 
 def _searched(every: list[Answer], total: int) -> str:

@@ -194,9 +194,9 @@ def _of_value(
         if is_template or "{{" in value or "{%" in value:
             yield from scan_template(value, subject, is_template=is_template)
     if key in CODE_KEYS and value:
-        said = f"{_dotted(where)} = {_text(value):.300}"
+        shown = f"{_dotted(where)} = {_text(value):.300}"
         level = _how_far(value, folder)
-        yield REMOTE_CODE.found(subject, f"asks to run its own code: {said}", level=level)
+        yield REMOTE_CODE.found(subject, f"asks to run its own code: {shown}", level=level)
     elif key in _TARGETS and value:
         yield from _target(f"{key}: ", value, subject)
     elif key == "type" and subject.endswith("modules.json") and not _is_own(value):
@@ -236,12 +236,12 @@ def _text(value: Any) -> str:
         return repr(value)
 
 
-def _target(said: str, value: Any, subject: str) -> Iterator[Finding]:
+def _target(shown: str, value: Any, subject: str) -> Iterator[Finding]:
     """Yield each name in a configuration that a reader would call."""
     text = value if isinstance(value, str) else _text(value)
     names = _DOTTED.findall(text)
     high = any(is_dangerous(*name.rsplit(".", 1)) for name in names)
-    yield BUILDS.found(subject, f"{said}{text:.200}", level="high" if high else "medium")
+    yield BUILDS.found(subject, f"{shown}{text:.200}", level="high" if high else "medium")
 
 
 def _parts(content: Mapping[str, Any], subject: str) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ from mmdefense.errors import one_line
 from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.arrays import MAGIC, read_header
 from mmdefense.scanning.opcodes import follow
-from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, PLAIN, scan_pickles, speaks
+from mmdefense.scanning.pickles import IMPORT, MAX_DEPTH, PLAIN, is_deliberate, scan_pickles
 from mmdefense.scanning.python import CODE
 from mmdefense.scanning.streams import DAMAGE, MAX_UNPACKED, copied, unpacker
 from mmdefense.scanning.texts import is_text, scan_text
@@ -300,7 +300,7 @@ def _wants_look(head: bytes, suffix: str, size: int) -> bool:
     if suffix in _CONTAINERS | _OPAQUE_SUFFIXES | PICKLE_SUFFIXES or unpacker(head):
         return True
     followed = follow(io.BytesIO(head), size=size)
-    return speaks(followed) or (followed.cut and size > len(head))
+    return is_deliberate(followed) or (followed.cut and size > len(head))
 
 
 def _scan_packed(

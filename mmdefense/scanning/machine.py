@@ -217,7 +217,7 @@ class Machine:
             ValueError: If nothing does.
         """
         value = self.pop_function()
-        self._hand_on(value)
+        self._check_direct(value)
         return value
 
     def pop_function(self) -> Any:
@@ -230,7 +230,7 @@ class Machine:
         self.stack.pop()
         return value
 
-    def _hand_on(self, value: Any) -> None:
+    def _check_direct(self, value: Any) -> None:
         if isinstance(value, Name) and value.full in DIRECT:
             self.followed.hidden.append(f"a call of {value.full} by whatever receives it")
 
@@ -246,7 +246,7 @@ class Machine:
         values = self.stack[place:]
         del self.stack[place:]
         for value in values:
-            self._hand_on(value)
+            self._check_direct(value)
         return values
 
     def constant(self, value: str | bytes) -> None:
@@ -429,7 +429,7 @@ def _array_size(state: Any, reader: Reader) -> int | None:
     The padding before it is passed by.
 
     Raises:
-        ValueError: If they cannot be told.
+        ValueError: If they cannot be determined.
     """
     match state:
         case {

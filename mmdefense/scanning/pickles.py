@@ -30,7 +30,7 @@ from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.machine import MAX_STEPS, Followed, Name, Use
 from mmdefense.scanning.opcodes import follow
 
-__all__ = ["IMPORT", "MAX_DEPTH", "level_of", "scan_pickles", "speaks"]
+__all__ = ["IMPORT", "MAX_DEPTH", "is_deliberate", "level_of", "scan_pickles"]
 
 IMPORT = Rule(
     id="pickle-import",
@@ -117,7 +117,7 @@ def level_of(module: str, name: str, use: Use = "called") -> Level | None:
     return "high" if known is None or is_dangerous(module, name) else known
 
 
-def speaks(followed: Followed) -> bool:
+def is_deliberate(followed: Followed) -> bool:
     """Return whether bytes that may not be a pickle do what random bytes do not.
 
     Text can look like an import. It is not one if the name is malformed, or unused before the bytes
@@ -170,13 +170,13 @@ def scan_pickles(
     for count in range(_STREAMS):
         followed = follow(stream, place, steps=MAX_STEPS - steps)
         steps += followed.steps
-        if followed.error and count >= needed and not speaks(followed):
+        if followed.error and count >= needed and not is_deliberate(followed):
             if declared and needed == 1:
                 yield BROKEN.found(subject, f"{size - place} bytes after it are not a pickle")
             break
         if count == 0 and followed.value == _TORCH_MAGIC:
             needed = _TORCH_PICKLES
-        if count < needed or speaks(followed):
+        if count < needed or is_deliberate(followed):
             every.take(followed)
         yield from _scan_inner(followed, subject, depth, MAX_STEPS - steps)
         if followed.error:
@@ -220,7 +220,7 @@ def _scan_inner(followed: Followed, subject: str, depth: int, steps: int) -> Ite
             inner = follow(io.BytesIO(data), steps=steps)
             steps = max(steps - inner.steps, 0)
             is_pickle = not inner.error and bool(inner.uses or inner.constants)
-            if is_pickle or speaks(inner):
+            if is_pickle or is_deliberate(inner):
                 yield from scan_pickles(io.BytesIO(data), name, declared=is_pickle, depth=depth + 1)
 
 

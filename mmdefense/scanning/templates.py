@@ -1,4 +1,4 @@
-"""What a chat template does beyond formatting messages, told by its syntax tree and not rendered.
+"""Find what a chat template does beyond formatting, from its syntax tree, without rendering.
 
 What formatting needs is named, and the rest is a finding: attributes without a leading underscore,
 the filters and tests of Jinja, methods of texts, lists and maps, macros, and a few functions. Names
@@ -101,7 +101,7 @@ def scan_template(template: str, subject: str, *, is_template: bool = True) -> I
         template: Its text.
         subject: Where it was found.
         is_template: Whether it is known to be one. Of another text, which may have braces of its
-            own, only what leads to Python's internals is told.
+            own, only access to Python's internals is reported.
 
     References:
         The sandbox of Jinja2 refuses attributes that start with an underscore; so does this,
@@ -198,13 +198,13 @@ def _key(name: str) -> Iterator[_Found]:
         yield TEMPLATE, "high", name
 
 
-def _keys(found: Sequence[Any], said: str) -> Iterator[_Found]:
+def _keys(found: Sequence[Any], what: str) -> Iterator[_Found]:
     """Yield what is wrong with the values of a key, which Jinja takes for an attribute too."""
     from mmdefense.scanning.template_values import MADE
 
     for value in found:
         if value is MADE:
-            yield UNUSUAL, "medium", said
+            yield UNUSUAL, "medium", what
         elif isinstance(value, str) and (value.startswith("__") or value in _INTERNAL):
             yield TEMPLATE, "high", value
 
@@ -258,8 +258,8 @@ def _method(name: Any, of: nodes.Node, values: Values) -> Iterator[_Found]:
     if name in _RUNS:
         yield TEMPLATE, "high", f"{name}()"
     elif name not in _METHODS:
-        said = f"{name}()" if isinstance(name, str) else "calls by a name that it looks up"
-        yield UNUSUAL, "medium", said
+        what = f"{name}()" if isinstance(name, str) else "calls by a name that it looks up"
+        yield UNUSUAL, "medium", what
     elif name == "format":
         yield from _format(values.of(of))
 

@@ -106,7 +106,7 @@ def scan_weights(
     head = _head(model, layers, ordered)
     body = {name: weight for name, weight in layers.items() if name != head}
     found = [
-        [NOT_FINITE.found(name, said) for name, said in broken.items()],
+        [NOT_FINITE.found(name, value) for name, value in broken.items()],
         _strongest(_channels(body, _norm_scales(state) if ordered else {}, u)),
         _strongest(_spectra(body)),
     ]
@@ -195,10 +195,10 @@ def _channels(
         if len(weight) < 2:
             continue
         constants = channel_lipschitz(weight.float(), scales.get(name))
-        spread = constants.std()
-        if not spread > 0:
+        deviation = constants.std()
+        if not deviation > 0:
             continue
-        deviations = (constants - constants.mean()) / spread
+        deviations = (constants - constants.mean()) / deviation
         above = int((deviations > u).sum())
         if above:
             worst = float(deviations.max())
@@ -244,8 +244,8 @@ def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
         floor: Lower bound of ``1.4826 MAD``: differences below it are noise.
     """
     centred = values - values.median()
-    spread = (1.4826 * centred.abs().median()).clamp(min=floor)
-    return centred / spread if spread > 0 else torch.zeros_like(centred)
+    scale = (1.4826 * centred.abs().median()).clamp(min=floor)
+    return centred / scale if scale > 0 else torch.zeros_like(centred)
 
 
 def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -294,6 +294,6 @@ def _head_rows(weight: Tensor, state: Mapping[str, Tensor], name: str) -> Iterat
     bound = _beyond_chance(len(weight))
     for what, index in measured.items():
         for row in (index > bound).nonzero().flatten().tolist():
-            said = f"{bound:.3g} for the {what} over {len(weight)} rows"
+            threshold = f"{bound:.3g} for the {what} over {len(weight)} rows"
             value, place = float(index[row]), f"{name}[{row}]"
-            yield HEAD.found(place, value, reference=f"{said}, by median absolute deviation")
+            yield HEAD.found(place, value, reference=f"{threshold}, by median absolute deviation")

@@ -77,7 +77,7 @@ def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFile
     if loose:
         note(f"ignored {len(loose)} {kind} directly in {folder}, since they have no class")
     if skipped:
-        note(f"ignored files of {folder} whose suffix is not one of {kind}: {_told(skipped)}")
+        note(f"ignored files of {folder} whose suffix is not one of {kind}: {_counted(skipped)}")
     counts = torch.tensor([len(files) for files in full.values()])
     return ClassFiles(
         files=tuple(path for files in full.values() for path in files),
@@ -107,7 +107,7 @@ def _files(folder: Path, suffixes: Collection[str], skipped: Counter[str]) -> li
     return found
 
 
-def _told(skipped: Counter[str]) -> str:
+def _counted(skipped: Counter[str]) -> str:
     return few(f"{count} {suffix}" for suffix, count in skipped.most_common())
 
 
@@ -120,7 +120,7 @@ def _nothing(
             f"data folder {folder} {one}, got {len(loose)} {kind} directly in it, which have no "
             "label; sort them into one folder per class"
         )
-    left_out = f" but {_told(skipped)}" if skipped else ""
+    left_out = f" but {_counted(skipped)}" if skipped else ""
     known = ", ".join(sorted(suffixes))
     return f"data folder {folder} {one}, got no {kind}{left_out}; supported suffixes are {known}"
 

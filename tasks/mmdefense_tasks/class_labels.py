@@ -61,7 +61,7 @@ def under_the_models_labels(source: S, options: Options, where: object, *, count
     Raises:
         BadInputError: If a name is none of the model's, or labels do not fit the names.
     """
-    said, own = tuple(options.said("classes") or ()), source.classes
+    given, own = tuple(options.stated("classes") or ()), source.classes
     if not own:
         names = tuple(options.take("classes", ()))
         return replace(source, classes=_checked(names, source.labels, where))  # type: ignore[type-var]
@@ -69,26 +69,26 @@ def under_the_models_labels(source: S, options: Options, where: object, *, count
     order = options.take("order")
     if order is None:
         model = tuple(options.take("classes", ()))
-        _check_count(model, said)
+        _check_count(model, given)
         labels, names = _placed(own, model, where, counted)
     elif order == "text":
-        _check_count(own, said)
+        _check_count(own, given)
         labels, names = [sorted(own).index(name) for name in own], tuple(sorted(own))
     elif order == "number":
-        labels, names = _by_number(own, where, counted), said or (() if counted else own)
+        labels, names = _by_number(own, where, counted), given or (() if counted else own)
     else:
         raise BadInputError(f"order must be text or number, got {order!r}")
-    if said and contradicted(names, said):
+    if given and contradicted(names, given):
         names = ()  # the user's names win: the model's are not shown
     placed: Tensor = torch.tensor(labels)[source.labels]
     return replace(source, labels=placed, classes=names)  # type: ignore[type-var]
 
 
-def _check_count(names: Sequence[str], said: Sequence[str]) -> None:
+def _check_count(names: Sequence[str], given: Sequence[str]) -> None:
     """Refuse class names that are more or fewer than the model's."""
-    if said and len(names) != len(said):
+    if given and len(names) != len(given):
         raise BadInputError(
-            f"classes must match the model's {len(said)} ({few(said)}), got {len(names)} "
+            f"classes must match the model's {len(given)} ({few(given)}), got {len(names)} "
             f"({few(names)})"
         )
 
@@ -115,13 +115,13 @@ def _placed(
     numbered = all(name.isdecimal() for name in own)
     if not model:
         if counted and numbered:
-            return _told(_numbers(own, where), own, where), ()
+            return _with_note(_numbers(own, where), own, where), ()
         return list(range(len(own))), tuple(own)
     try:
         return match(own, model, where), model
     except UnknownNameError as error:
         if counted and numbered:
-            return _told(_numbers(own, where), own, where), model
+            return _with_note(_numbers(own, where), own, where), model
         if not counted and [*own] == [str(label) for label in range(len(own))]:
             return list(range(len(own))), model  # names that add nothing to the labels
         if counted and len(own) == len(model) and all(map(_SYNSET.fullmatch, own)):
@@ -159,7 +159,7 @@ def _numbers(own: Sequence[str], where: object) -> list[int]:
     return numbers
 
 
-def _told(numbers: list[int], own: Sequence[str], where: object) -> list[int]:
+def _with_note(numbers: list[int], own: Sequence[str], where: object) -> list[int]:
     """Return the numbers, with a note if torchvision would number the folders differently."""
     if numbers != list(range(len(own))):
         note(

@@ -15,7 +15,7 @@ from mmdefense.files import parse_json, read_bytes, read_json
 from mmdefense.forms import checked_form
 from mmdefense.notes import note
 from mmdefense_tasks.detection_forms import COCO, LINE, Coco
-from mmdefense_tasks.parts import PARTS, tell_part
+from mmdefense_tasks.parts import PARTS, note_part
 from mmdefense_tasks.reading import lines_of, read_text
 
 __all__ = ["ObjectFile", "ObjectSet", "open_objects"]
@@ -99,7 +99,7 @@ def _named(paths: Iterable[Path], split: str) -> list[Path]:
     for name in names:
         if held[name]:
             if split == "test":
-                tell_part(name, split, held[name][0].parent)
+                note_part(name, split, held[name][0].parent)
             return [path for path in held[name] if path.stem == name] or held[name]
     return []
 

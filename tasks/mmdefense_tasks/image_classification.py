@@ -164,12 +164,12 @@ class ImageClassification:
     @staticmethod
     def show(clean: LabelledSamples, triggered: LabelledSamples) -> TriggeredSamples:
         """Return ten images without and with the trigger, and the difference."""
-        spread = torch.linspace(0, len(clean) - 1, 10).long()  # test parts are sorted by label
+        chosen = torch.linspace(0, len(clean) - 1, 10).long()  # test parts are sorted by label
         names = [
             clean.classes[label] if clean.classes else str(label)
-            for label in clean.labels[spread].tolist()
+            for label in clean.labels[chosen].tolist()
         ]
-        before, after = clean.take(spread).inputs, triggered.take(spread).inputs
+        before, after = clean.take(chosen).inputs, triggered.take(chosen).inputs
         return TriggeredSamples(before, after, names)
 
 

@@ -39,7 +39,7 @@ def open_dataset(where: str | Path, split: str, options: Options) -> ImageSet:
         from datasets import Image as Encoded
     rows = open_part(where, split)
     image = _image_column(rows, options.take("image"), where)
-    label = _label_column(rows, options.take("label"), options.said("classes") or (), where)
+    label = _label_column(rows, options.take("label"), options.stated("classes") or (), where)
     with reading(where):
         labels, names, counted = _labels(rows, label, where)
         pictures = rows.select_columns([image]).cast_column(image, Encoded(decode=False))

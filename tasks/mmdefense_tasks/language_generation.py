@@ -139,8 +139,8 @@ class LanguageGeneration:
     @staticmethod
     def show(clean: TextSamples, triggered: TextSamples) -> TriggeredTexts:
         """Return six prompts without and with the trigger, and the answers to both."""
-        spread = torch.linspace(0, len(clean) - 1, min(6, len(clean))).long()
-        before, after = clean.subset(spread), triggered.subset(spread)
+        chosen = torch.linspace(0, len(clean) - 1, min(6, len(clean))).long()
+        before, after = clean.subset(chosen), triggered.subset(chosen)
         return TriggeredTexts(before.prompts, after.prompts, before.answers, after.answers)
 
 

@@ -55,7 +55,7 @@ class Options:
         Raises:
             BadInputError: If a number is out of its bounds.
         """
-        self._said = said
+        self._stated = said
         self._given = {name: value for name, value in given.items() if value not in (None, ())}
         for name, value in (*said.items(), *self._given.items()):
             _check_bounds(name, value)
@@ -64,11 +64,11 @@ class Options:
     def take(self, name: str, default: Any = None) -> Any:
         """Return the user's value, or else the model's, or else ``default``; mark it as used."""
         self._used.add(name)
-        return self._given.get(name, self._said.get(name, default))
+        return self._given.get(name, self._stated.get(name, default))
 
-    def said(self, name: str) -> Any:
+    def stated(self, name: str) -> Any:
         """Return what the model states, whatever the user says; none where it states nothing."""
-        return self._said.get(name)
+        return self._stated.get(name)
 
     def given(self, name: str) -> bool:
         """Return whether the user gave an option."""

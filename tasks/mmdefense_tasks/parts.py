@@ -8,7 +8,7 @@ from pathlib import Path
 from mmdefense.errors import BadInputError
 from mmdefense.notes import note
 
-__all__ = ["PARTS", "check_split", "chosen_part", "part_archive", "part_folder", "tell_part"]
+__all__ = ["PARTS", "check_split", "chosen_part", "note_part", "part_archive", "part_folder"]
 
 PARTS = {
     "train": ("train", "training"),
@@ -41,7 +41,7 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
     names = {name.casefold(): name for name in found}
     there = [names[name] for name in PARTS[split] if name in names]
     if there:
-        tell_part(there[0], split, where)
+        note_part(there[0], split, where)
         return there[0]
     others = [names[name] for part in PARTS.values() for name in part if name in names]
     if others:
@@ -52,7 +52,7 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
     return None
 
 
-def tell_part(part: str, split: str, where: object) -> None:
+def note_part(part: str, split: str, where: object) -> None:
     """Note that a part with another name than the split is used."""
     if part.casefold() != split:
         note(f"{where} has no split {split!r}; using {part!r}")

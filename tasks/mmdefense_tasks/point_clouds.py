@@ -132,9 +132,9 @@ class PointCloudClassification:
     @staticmethod
     def show(clean: LabelledSamples, triggered: LabelledSamples) -> TriggeredClouds:
         """Return eight clouds without and with the trigger, from the side and from above."""
-        spread = torch.linspace(0, len(clean) - 1, _SHOWN).long()
-        before, after = clean.take(spread).inputs, triggered.take(spread).inputs
-        names = [_name_of(clean, label) for label in clean.labels[spread].tolist()]
+        chosen = torch.linspace(0, len(clean) - 1, _SHOWN).long()
+        before, after = clean.take(chosen).inputs, triggered.take(chosen).inputs
+        names = [_name_of(clean, label) for label in clean.labels[chosen].tolist()]
         return TriggeredClouds(before, after, names)
 
 

@@ -12,7 +12,7 @@ from mmdefense.files import parse_json
 from mmdefense.notes import note
 from mmdefense_tasks.data_sets import open_part, reading
 from mmdefense_tasks.options import Options
-from mmdefense_tasks.parts import PARTS, tell_part
+from mmdefense_tasks.parts import PARTS, note_part
 from mmdefense_tasks.reading import lines_of, read_text
 
 __all__ = ["Pairs", "open_dataset", "open_file", "open_folder"]
@@ -52,11 +52,11 @@ def open_folder(
         mine = [path for path in files if re.match(rf"{name}[._]", path.name)]
         single = [path for path in mine if path.name.endswith((*_PLAIN, *_RECORDS))]
         if single:
-            tell_part(name, split, folder)
+            note_part(name, split, folder)
             return open_file(single[0], options)
         languages = {_language(path): path for path in reversed(mine)}
         if len(languages) > 1:
-            tell_part(name, split, folder)
+            note_part(name, split, folder)
             return _parallel(*_two(languages, _pair(options) or default, folder))
     texts = [path for path in files if path.name.endswith(_PLAIN)]
     if len(texts) == 1:
