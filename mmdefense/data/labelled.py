@@ -62,7 +62,7 @@ class LabelledSamples(HeldSamples):
             )
         if self.labels.ndim != 1 or self.labels.is_floating_point():
             raise BadInputError(
-                f"labels must be whole numbers of shape (N,), got {self.labels.dtype} of shape "
+                f"labels must be integers of shape (N,), got {self.labels.dtype} of shape "
                 f"{tuple(self.labels.shape)}"
             )
 

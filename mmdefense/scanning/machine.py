@@ -167,7 +167,7 @@ class Machine:
                 before = reader.at
                 handler = self.handlers.get(code)
                 if handler is None:
-                    raise ValueError(f"byte {reader.at - 1} is no opcode: {code:#04x}")
+                    raise ValueError(f"byte {reader.at - 1} is not an opcode: {code:#04x}")
                 handler(self)
                 self._check_frame(code, before)
                 found.steps += 1

@@ -146,7 +146,7 @@ def _numbers(own: Sequence[str], where: object) -> list[int]:
     """Return the numbers that folders are named by."""
     if wrong := [name for name in own if not name.isdecimal()]:
         raise BadInputError(
-            f"for order=number class folders of {where} must be whole numbers, got {few(wrong)}"
+            f"for order=number class folders of {where} must be integers, got {few(wrong)}"
         )
     if large := [name for name in own if len(name) > 9 or int(name) > MOST_CLASSES]:
         raise BadInputError(

@@ -118,6 +118,6 @@ def _labels(rows: Any, column: str, where: object) -> tuple[Tensor, tuple[str, .
         return torch.tensor(held, dtype=torch.int64), names, False
     several = "; images with several labels are not supported" if kinds == {list} else ""
     raise BadInputError(
-        f"labels of {where} must be whole numbers or names, got {held[0]!r} in column "
+        f"labels of {where} must be integers or names, got {held[0]!r} in column "
         f"{column!r}{several}"
     )

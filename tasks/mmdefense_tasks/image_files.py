@@ -47,7 +47,7 @@ def open_archive(path: Path, split: str = "train") -> ImageSet:
         BadInputError: If the archive is damaged or does not hold these arrays.
     """
     arrays = read_archive(path, split)
-    needed = "whole-number 'labels' of shape (N,)"
+    needed = "integer 'labels' of shape (N,)"
     labels, names, counted = labels_of(arrays, path, needed)
     count, opened = (_encoded if "jpeg" in arrays else _pixels)(arrays, path)
     if count != len(labels):
@@ -62,8 +62,8 @@ def _encoded(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[int, Any]:
     ends = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 0
     if content.ndim != 1 or content.dtype != np.uint8 or not ends:
         raise BadInputError(
-            f"{path} must hold 'jpeg' as uint8 of shape (B,) and 'offsets' as whole numbers of "
-            f"shape (N + 1,), got {described(arrays)}"
+            f"{path} must hold 'jpeg' as uint8 of shape (B,) and 'offsets' as integers of shape "
+            f"(N + 1,), got {described(arrays)}"
         )
     if offsets.min() < 0 or offsets.max() > len(content) or (offsets[1:] < offsets[:-1]).any():
         raise BadInputError(

@@ -137,9 +137,7 @@ def in_8_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.int64 if image.mode == "I" else np.int32)
     if values.min() < 0 or values.max() > _BITS_16:
-        raise ValueError(
-            f"whole numbers must be of 8 or 16 bits, got {values.min()} to {values.max()}"
-        )
+        raise ValueError(f"integers must have 8 or 16 bits, got {values.min()} to {values.max()}")
     return Image.fromarray(((values * 255 + _BITS_16 // 2) // _BITS_16).astype(np.uint8))
 
 

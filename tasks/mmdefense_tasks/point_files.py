@@ -97,7 +97,7 @@ def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ..
     """
     arrays = read_archive(path, split)
     clouds = _points_of(arrays)
-    needed = "'points' (N, P, 3 + F) and whole-number 'labels' (N,)"
+    needed = "'points' (N, P, 3 + F) and integer 'labels' (N,)"
     if clouds is None:
         raise BadInputError(f"{path} must hold {needed}, got {described(arrays)}")
     if clouds.ndim == 3 and 3 <= clouds.shape[1] <= _MOST_VALUES < clouds.shape[2]:

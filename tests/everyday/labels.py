@@ -275,7 +275,7 @@ ORDER = [
     refused(
         "numbers asked for where folders have names",
         lambda f: labels(images(f), order="number"),
-        "order=number .* must be whole numbers, got ant, cat, dog",
+        "order=number .* must be integers, got ant, cat, dog",
     ),
     refused(
         "folders 1 and 01",

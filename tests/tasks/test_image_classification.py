@@ -247,7 +247,7 @@ def test_colour_images_do_not_fit_one_channel(folder):
         ({"images": np.zeros((2, 4, 4), np.uint8)}, "'labels'"),
         ({"labels": np.zeros(2, np.int64)}, "'images'"),
         ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(2, int)}, "uint8"),
-        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.full(2, 0.5)}, "whole-number"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.full(2, 0.5)}, "integer 'labels'"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "3 for 2"),
         ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, "at least one"),
         ({"jpeg": np.zeros(9, np.uint8), "labels": np.zeros(2, int)}, "'offsets'"),

@@ -150,7 +150,7 @@ def test_class_names_are_mapped_to_the_models(tmp_path):
         ({"points": np.zeros((2, 4)), "labels": np.zeros(2, int)}, r"must hold 'points' \(N, P"),
         ({"points": np.zeros((2, 4, 3)), "labels": np.zeros(3, int)}, "one label per cloud"),
         ({"points": np.zeros((0, 4, 3)), "labels": np.zeros(0, int)}, "at least one"),
-        ({"points": np.zeros((2, 4, 3)), "labels": np.full(2, 0.5)}, "whole-number 'labels'"),
+        ({"points": np.zeros((2, 4, 3)), "labels": np.full(2, 0.5)}, "integer 'labels'"),
         ({"labels": np.zeros(2, int)}, "must hold 'points'"),
         ({"points": np.array(["a", "b"]), "labels": np.zeros(2, int)}, "must hold 'points'"),
     ],
