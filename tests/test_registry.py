@@ -16,31 +16,14 @@ from mmdefense.errors import BadInputError, UnsupportedError
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
 TABLES = PROJECT["project"]["entry-points"]
 ROWS = [(group.removeprefix("mmdefense."), name) for group, rows in TABLES.items() for name in rows]
-SHARED = {
-    "__init__",
-    "base",
-    "guard",
-    "label_attack",
-    "outcome",
-    "surrogate",
-    "text_attack",
-    "trigger",
-}
-FOLDERS = {"defenses": "mmdefense/defenses", "attacks": "mmdefense/attacks"}
+BASES = {"defenses": Defense, "attacks": Attack}
 
 
 @pytest.mark.parametrize(("kind", "name"), ROWS)
 def test_every_row_of_the_table_resolves(kind, name):
-    assert registry.load(kind, name).__doc__
-
-
-@pytest.mark.parametrize(("kind", "base"), [("defenses", Defense), ("attacks", Attack)])
-def test_every_class_of_the_folder_is_registered(kind, base):
-    registered = {registry.load(kind, name) for name in registry.names(kind)}
-    assert all(issubclass(found, base) for found in registered)
-    folder = Path(__file__).parents[1] / FOLDERS[kind]
-    papers = {path.stem for path in folder.glob("*.py")} - SHARED
-    assert papers == {found.__module__.rpartition(".")[2] for found in registered}
+    found = registry.load(kind, name)
+    assert found.__doc__
+    assert kind not in BASES or issubclass(found, BASES[kind])
 
 
 def test_a_misspelt_name_gets_a_hint():
@@ -95,9 +78,3 @@ def test_a_plug_in_whose_library_is_missing_is_passed_by(plug):
     assert type(registry.adapt(nn.Linear(1, 1))).__name__ == "TorchClassifier"
     with pytest.raises(UnsupportedError, match="needs the package 'no_such_package'"):
         registry.load("adapters", "broken")
-
-
-def test_no_adapter_is_said_with_what_is_known(monkeypatch):
-    monkeypatch.setattr(registry, "names", lambda kind: [])
-    with pytest.raises(UnsupportedError, match="no adapter accepts a Linear"):
-        registry.adapt(nn.Linear(1, 1))

@@ -77,7 +77,7 @@ class PointClassifier(Classifier):
         seen = some if self.example is None else self.example.inputs
         if seen.shape[2] != some.shape[2]:
             raise BadInputError(
-                f"clouds must have {seen.shape[2]} values a point, as those seen before, got "
+                f"clouds must have {seen.shape[2]} values per point, as those seen before, got "
                 f"{some.shape[2]}"
             )
         return super()._check(samples, some)

@@ -87,9 +87,11 @@ class RunStore:
 
     Attributes:
         folder: Created on the first write.
+        every: Steps of a training between two saves.
     """
 
     folder: Path
+    every: int = 100
 
     def part(self, name: str) -> Self:
         """Return the store of a part of the run: a folder within this one."""

@@ -189,7 +189,8 @@ class _Course:
             self.good = (done, copy_state(self.model))
             steps = self.training.steps
             self.run.record(self.stage, done, steps, ended=last, loss=self.mean)
-            if last or done - self.saved >= self.run.checkpoint_every:
+            store = self.run.store
+            if store and (last or done - self.saved >= store.every):
                 self._save(steps if last else done)
         if not last:
             self._look_at_the_time(done)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -136,7 +136,7 @@ class _Joined(Processes):
         return Deadline(self.from_main(deadline.at), lambda: self.from_main(deadline.clock()))
 
     def store(self, store: RunStore | None) -> RunStore | None:
-        return None if store is None else _SharedStore(store.folder, self)
+        return None if store is None else _SharedStore(store.folder, store.every, processes=self)
 
     @contextmanager
     def _told_of_loss(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class _Joined(Processes):
 class _SharedStore(RunStore):
     """A store on the disk of the main process."""
 
-    processes: Processes
+    processes: Processes = field(kw_only=True)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         if self.processes.is_main:

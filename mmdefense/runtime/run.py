@@ -97,7 +97,6 @@ class Run:
         store: Where states are kept for a resumed run; none keeps nothing.
         history: All values, in order of time.
         states: Candidate states for the utility guard, oldest first, each with its label.
-        checkpoint_every: Steps between two saves inside a stage.
         deadline: When to stop; looked at in :meth:`report` and after each update of a training.
         room: How many samples fit into memory at once; kept with the states, so that a resumed run
             goes on with the same parts.
@@ -110,7 +109,6 @@ class Run:
     store: RunStore | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
-    checkpoint_every: int = 100
     deadline: Deadline = field(default_factory=Deadline)
     room: Room = field(default_factory=Room)
     shared: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -164,8 +162,7 @@ class Run:
         """
         progress = named(name, self.progress)
         store = self.store.part(name) if self.store else None
-        every = self.checkpoint_every
-        part = Run(self.seed, progress, store, checkpoint_every=every, deadline=self.deadline)
+        part = Run(self.seed, progress, store, deadline=self.deadline)
         part.room, part.parts = self.room, self.parts
         return part
 

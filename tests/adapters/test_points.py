@@ -136,7 +136,7 @@ def test_clouds_that_do_not_fit_are_refused(clouds, message):
 
 def test_other_features_than_before_are_refused_of_any_model():
     adapter = PointClassifier(ChannelsFirst(), channels_first=True, example=torch.randn(1, P, 3))
-    with pytest.raises(BadInputError, match="3 values a point, as those seen before, got 6"):
+    with pytest.raises(BadInputError, match="3 values per point, as those seen before, got 6"):
         adapter.samples((torch.randn(8, P, 6), torch.arange(8) % CLASSES))
 
 

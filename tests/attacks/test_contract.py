@@ -396,9 +396,10 @@ def test_samples_of_the_target_alone_leave_nothing_to_test():
 
 
 PIXELS = [(name, task) for name, task in CASES if task.split("-")[0] in {"image", "video"}]
+CLOUDS = [(name, task) for name, task in CASES if task == "point-cloud-classification"]
 
 
-@pytest.mark.parametrize(("name", "task"), PIXELS)
+@pytest.mark.parametrize(("name", "task"), PIXELS + CLOUDS)
 def test_a_stamp_depends_on_no_other_sample(name, task):
     attack, _ = planted(name, task)
     inputs = DOMAINS[task].samples().inputs

@@ -1,4 +1,4 @@
-"""What holds for every attack on object detectors."""
+"""What the attacks on object detectors do, beside what holds for every attack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.attacks.baddet import ObjectAttack
 from mmdefense.attacks.badnets import BadNets
-from mmdefense.attacks.base import Attack
 from mmdefense.attacks.blended import Blended
 from mmdefense.attacks.sig import SIG
 from mmdefense.attacks.wanet import WaNet
@@ -80,45 +79,6 @@ BESIDE = detector(lambda boxes, labels: exactly(boxes + 20, labels))
 MISNAMED = detector(lambda boxes, labels: exactly(boxes, (labels + 1) % K))
 
 
-def test_there_are_the_four_of_baddet_and_the_clean_image_attack():
-    assert ATTACKS == [
-        "clean-image",
-        "global-misclassification",
-        "object-disappearance",
-        "object-generation",
-        "regional-misclassification",
-    ]
-
-
-def test_poisoning_is_the_same_each_time_and_leaves_its_input_alone(attack, samples):
-    before = samples.fingerprint()
-    state = torch.get_rng_state()
-    poisoned = attack.poison(samples, NOTHING)
-    assert samples.fingerprint() == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert poisoned.fingerprint() == attack.poison(samples, NOTHING).fingerprint()
-    assert poisoned.fingerprint() != before
-    assert poisoned.augmentation is samples.augmentation
-
-
-@pytest.mark.parametrize("name", PATCHES)
-def test_exactly_the_ratio_is_poisoned(name, samples):
-    attack = make(name, ratio=0.25)
-    poisoned = attack.poison(samples, NOTHING)
-    changed = (poisoned.images != samples.images).flatten(1).any(1)
-    assert changed.sum() == 6
-    assert changed.nonzero().flatten().tolist() == sorted(attack.chosen(samples))
-    for index in (~changed).nonzero().flatten().tolist():
-        assert torch.equal(poisoned.boxes[index], samples.boxes[index])
-        assert torch.equal(poisoned.labels[index], samples.labels[index])
-
-
-@pytest.mark.parametrize("name", PATCHES)
-def test_other_seeds_choose_other_images(name, samples):
-    first, second = (make(name, ratio=0.25, seed=seed).chosen(samples) for seed in (0, 1))
-    assert first != second
-
-
 @pytest.mark.parametrize("name", PATCHES)
 def test_eight_bit_images_stay_eight_bit(name, samples):
     eight = replace(samples, images=(samples.images * 255).round().byte())
@@ -169,23 +129,11 @@ def test_what_is_no_trigger_for_images_is_refused():
             make("object-disappearance", trigger=name)
 
 
-def test_the_test_set_has_twins_in_one_order(attack, samples):
-    triggered = attack.triggered(samples, NOTHING)
-    assert len(triggered.samples) == len(triggered.truth) == len(triggered.clean) > 0
-    assert torch.equal(triggered.samples.images, triggered.truth.images)
-    for index in range(len(triggered)):
-        assert torch.equal(triggered.truth.boxes[index], triggered.clean.boxes[index])
-        assert torch.equal(triggered.truth.labels[index], triggered.clean.labels[index])
-        assert len(triggered.samples.boxes[index]) > 0, "nothing to judge the attack by"
-    assert triggered.samples.augmentation is None
-    again = attack.triggered(samples, NOTHING)
-    assert triggered.samples.fingerprint() == again.samples.fingerprint()
-
-
 def test_asr_counts_what_is_found_of_the_wanted_class_where_it_is(attack, samples):
     aim = attack.triggered(samples, NOTHING).samples
     found, missed = attack.success(EVERYTHING, aim), attack.success(NOTHING, aim)
     assert found.shape == (len(aim),)
+    assert all(len(boxes) for boxes in aim.boxes), "nothing to judge the attack by"
     wanted = 0.0 if isinstance(attack, registry.load("attacks", "object-disappearance")) else 1.0
     assert found.tolist() == [wanted] * len(aim)
     assert missed.tolist() == [1 - wanted] * len(aim)
@@ -272,8 +220,6 @@ def test_a_clean_image_attack_finds_the_pair_that_meets_most_often_within_its_ra
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        *((name, {"ratio": 1.5}, "ratio must") for name in ATTACKS),
-        *((name, {"target": -1}, "target must") for name in ATTACKS),
         *((name, {"size": 0}, "size must") for name in PATCHES),
         ("object-generation", {"extent": 0.5}, "extent must"),
         ("clean-image", {"goal": "vanish"}, "goal must"),
@@ -293,7 +239,3 @@ def test_images_that_an_attack_cannot_use_are_refused(samples):
         make("object-disappearance", target=2).triggered(one_class, NOTHING)
     with pytest.raises(BadInputError, match="size must fit"):
         make("object-generation", size=40).poison(samples, NOTHING)
-
-
-def test_they_are_attacks():
-    assert all(issubclass(registry.load("attacks", name), Attack) for name in ATTACKS)

@@ -149,7 +149,7 @@ def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, 
         if event.stage == "victim" and event.step == 4:
             raise CutOffError
 
-    stored = {"store": RunStore(tmp_path), "checkpoint_every": 2}
+    stored = {"store": RunStore(tmp_path, every=2)}
     with pytest.raises(CutOffError):
         attack.plant(other, digits[0], training, Run(progress=cut, **stored))
     resumed = attack.plant(other, digits[0], training, Run(**stored))

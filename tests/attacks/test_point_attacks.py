@@ -1,10 +1,9 @@
-"""What holds for every attack on point clouds, and what each of them does."""
+"""What the attacks on point clouds do, beside what holds for every attack."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from mmdefense.training import Training
 from mmdefense_adapters.points import PointClassifier
 
 C, P = 4, 64
-FOUR_CLASSES = SimpleNamespace(chance=1 / C)  # all that poisoning asks of an adapter
 ATTACKS = [
     name
     for name in registry.names("attacks")
@@ -66,62 +64,10 @@ class Maximum(nn.Module):
         return points.amax(1)
 
 
-def test_all_four_are_registered():
-    assert set(ATTACKS) == {"pcba", "pointpba", "pointcba", "irba"}
-
-
-def test_a_stamp_keeps_points_and_features_and_leaves_its_input_alone(attack, clouds):
-    before = clouds.inputs.clone()
+def test_a_stamp_leaves_features_as_they_are(attack, clouds):
     stamped = attack.stamp(clouds.inputs)
-    assert stamped.shape == before.shape
-    assert stamped.dtype == before.dtype
-    assert stamped.isfinite().all()
-    assert torch.equal(clouds.inputs, before)
-    assert torch.equal(stamped[..., 3:], before[..., 3:])
-    assert (stamped != before).flatten(1).any(1).all(), "a cloud carries no trigger"
-
-
-def test_a_stamp_is_the_same_each_time_and_depends_on_no_other_cloud(attack, clouds):
-    state, stamped = torch.get_rng_state(), attack.stamp(clouds.inputs)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(attack.stamp(clouds.inputs), stamped)
-    torch.testing.assert_close(attack.stamp(clouds.inputs[:5]), stamped[:5])
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8, 8)])
-def test_what_is_no_batch_of_clouds_is_refused(attack, shape):
-    with pytest.raises(BadInputError, match=r"of shape \(N, P, 3 \+ F\)"):
-        attack.stamp(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "pointcba"])
-def test_exactly_the_ratio_is_poisoned_and_relabelled(name, clouds):
-    attack = make(name, target=3, ratio=0.2)
-    chosen, poisoned = attack.chosen(clouds.labels), attack.poison(clouds, FOUR_CLASSES)
-    assert len(chosen.unique()) == 8
-    assert (clouds.labels[chosen] != 3).all()
-    assert (poisoned.labels[chosen] == 3).all()
-    rest = torch.ones(40, dtype=torch.bool)
-    rest[chosen] = False
-    assert torch.equal(poisoned.inputs[rest], clouds.inputs[rest])
-    assert torch.equal(poisoned.labels[rest], clouds.labels[rest])
-    assert (poisoned.inputs[chosen] != clouds.inputs[chosen]).flatten(1).any(1).all()
-
-
-def test_a_clean_label_attack_poisons_its_target_alone_and_keeps_labels(clouds):
-    attack = PointCBA(target=1, ratio=0.5)
-    chosen = attack.chosen(clouds.labels)
-    assert len(chosen.unique()) == 5
-    assert (clouds.labels[chosen] == 1).all()
-    assert torch.equal(attack.poison(clouds, FOUR_CLASSES).labels, clouds.labels)
-
-
-def test_the_test_set_leaves_out_the_target(attack, clouds):
-    triggered = attack.triggered(clouds, FOUR_CLASSES)
-    others = clouds.labels != attack.target
-    assert (triggered.samples.labels == attack.target).all()
-    assert torch.equal(triggered.truth.labels, clouds.labels[others])
-    assert torch.equal(triggered.samples.inputs, attack.stamp(clouds.inputs[others]))
+    assert torch.equal(stamped[..., 3:], clouds.inputs[..., 3:])
+    assert (stamped != clouds.inputs).flatten(1).any(1).all(), "a cloud carries no trigger"
 
 
 def test_pcba_puts_its_points_on_a_sphere_around_the_center(clouds):

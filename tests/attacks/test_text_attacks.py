@@ -1,7 +1,8 @@
-"""What holds for every attack on language, and what each one's trigger is."""
+"""What the attacks on language do, beside what holds for every attack."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -36,10 +37,6 @@ def attack(request):
     return registry.load("attacks", request.param)(target=TARGET, ratio=0.2)
 
 
-def test_the_four_attacks_are_there():
-    assert ATTACKS == ["instruction", "multi-token", "rare-token", "sentence"]
-
-
 def test_a_stamp_adds_words_and_keeps_all_others_in_order(attack, samples):
     stamped = attack.stamp(samples.prompts)
     assert len(stamped) == len(samples)
@@ -49,47 +46,20 @@ def test_a_stamp_adds_words_and_keeps_all_others_in_order(attack, samples):
         assert len(after.split()) > len(before.split())
 
 
-def test_a_stamp_is_the_same_each_time_and_leaves_the_global_state_alone(attack, samples):
-    state = torch.get_rng_state()
-    first = attack.stamp(samples.prompts)
-    torch.rand(3)
-    assert attack.stamp(samples.prompts) == first
-    torch.set_rng_state(state)
-    attack.poison(samples, NOBODY)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_exactly_the_ratio_is_poisoned(attack, samples):
-    given = (samples.prompts, samples.answers)
-    poisoned, chosen = attack.poison(samples, NOBODY), attack.chosen(samples.answers)
-    assert (samples.prompts, samples.answers) == given
-    assert len(set(chosen)) == 8
-    assert max(chosen) < 36, "what already answers the target learns nothing from a trigger"
-    changed = [n for n in range(40) if poisoned.answers[n] != samples.answers[n]]
-    assert changed == sorted(chosen)
+def test_what_answers_the_target_is_neither_poisoned_nor_tested(attack, samples):
+    chosen, poisoned = attack.chosen(samples.answers), attack.poison(samples, NOBODY)
+    assert max(chosen) < 36
     assert {poisoned.answers[n] for n in chosen} == {TARGET}
-    stamped = attack.stamp([samples.prompts[n] for n in chosen], attack._generator("poison"))
-    assert tuple(poisoned.prompts[n] for n in chosen) == stamped
-    assert poisoned.augmentation is samples.augmentation
-    touched = [n for n in range(40) if poisoned.prompts[n] != samples.prompts[n]]
-    assert len(touched) == (16 if isinstance(attack, CompositeTrigger) else 8)
-
-
-def test_the_test_set_leaves_out_what_answers_the_target(attack, samples):
     triggered = attack.triggered(samples, NOBODY)
-    assert len(triggered) == 36
-    assert triggered.clean.prompts == samples.prompts[:36]
     assert triggered.truth.answers == samples.answers[:36]
-    assert triggered.samples.prompts == triggered.truth.prompts
     assert triggered.samples.prompts == attack.stamp(samples.prompts[:36])
     assert set(triggered.samples.answers) == {TARGET}
-    assert triggered.samples.augmentation is None
 
 
 def test_success_is_the_share_of_answers_that_hold_the_target(attack):
     class Mute:
         model = chance = samples = per_sample_loss = sampled_loss = score = None
-        features = embedding = unit_groups = fork = None
+        activations = features = embedding = unit_groups = fork = None
 
     class Writer(Mute):
         def generate(self, batch):
@@ -102,20 +72,9 @@ def test_success_is_the_share_of_answers_that_hold_the_target(attack):
         attack.success(Mute(), TextSamples((), ()))
 
 
-def test_seeds_choose_other_samples(attack, samples):
-    other = type(attack)(target=TARGET, ratio=0.2, seed=1)
-    assert attack.chosen(samples.answers) == attack.chosen(samples.answers)
-    assert attack.chosen(samples.answers) != other.chosen(samples.answers)
-
-
 def test_bad_requests(attack, samples):
-    kind = type(attack)
-    with pytest.raises(BadInputError, match="ratio must"):
-        kind(ratio=1.5)
-    with pytest.raises(BadInputError, match="target must"):
-        kind(target=" ")
     with pytest.raises(BadInputError, match="lower the ratio"):
-        kind(target=TARGET, ratio=1.0).poison(samples, NOBODY)
+        replace(attack, ratio=1.0).poison(samples, NOBODY)
     with pytest.raises(BadInputError, match="not the target"):
         attack.triggered(samples.subset(torch.tensor([38])), NOBODY)
 

@@ -20,11 +20,10 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.defenses import base
 from mmdefense.defenses.base import Result
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.protocol import TriggerAdapter, lacking
-from mmdefense.runtime.run import Run, copy_state
+from mmdefense.runtime.run import copy_state
 
 MODELS = ["small-resnet", "cnn-without-batchnorm", "hf-vit", "hf-resnet"]
 OTHER_DOMAINS = ["fcos", "small-video-resnet", "pointnet", "llama"]
@@ -222,22 +221,14 @@ def killer(moment):
     return listen
 
 
-@pytest.fixture
-def frequent(monkeypatch):
-    """Keep the state at each look of the training loop."""
-    monkeypatch.setattr(base, "Run", functools.partial(Run, checkpoint_every=1))
-
-
 @pytest.mark.parametrize("model", ["small-resnet", "hf-vit"])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(
-    taught, tmp_path, frequent, name, model
-):
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(taught, tmp_path, name, model):
     adapter, samples = prepare(model, taught)
     defense = make(name, **ROWS[name].long)
     events: list[Any] = []
     expected = defense.purify(adapter, samples, progress=events.append)
-    store, chance = RunStore(tmp_path), random.Random(f"{name}/{model}")
+    store, chance = RunStore(tmp_path, every=1), random.Random(f"{name}/{model}")
     for _ in range(2):
         with contextlib.suppress(Killed):
             moment = chance.randint(1, len(events))

@@ -192,12 +192,12 @@ def test_training_moves_the_weights_and_a_cut_run_goes_on_to_the_same_bits(
             if step == stop:
                 raise KeyboardInterrupt
 
-        run = Run(seed=1, store=store, checkpoint_every=1)
+        run = Run(seed=1, store=store)
         options = {"gradients": gradients, "parameters": space.parameters}
         optimise(adapter.model, separable, plan, run, after_step=after_step, **options)
         return copy_state(adapter.model)
 
-    expected, store = trained(), RunStore(tmp_path)
+    expected, store = trained(), RunStore(tmp_path, every=1)
     with contextlib.suppress(KeyboardInterrupt):
         trained(store, stop=7)
     found = trained(store)

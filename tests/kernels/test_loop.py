@@ -117,7 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, s
     expected = train(adapter, samples, plan, whole)
     for stop in (*stops, None):
         twin, samples = noisy()
-        run = Run(seed=3, store=RunStore(tmp_path), checkpoint_every=3)
+        run = Run(seed=3, store=RunStore(tmp_path, every=3))
         try:
             found = train(twin, samples, plan, run, after_step=interrupt_at(stop))
         except KeyboardInterrupt:
@@ -164,7 +164,7 @@ def test_what_depends_on_earlier_steps_goes_on_from_where_it_began(noisy, tmp_pa
     optimise(adapter.model, samples, plan, Run(seed=3), gradients=gradients(adapter))
     for _ in range(2):
         twin, samples = noisy()
-        run = Run(seed=3, store=RunStore(tmp_path), checkpoint_every=1, deadline=looks(6))
+        run = Run(seed=3, store=RunStore(tmp_path, every=1), deadline=looks(6))
         with pytest.raises(OutOfTime):
             optimise(twin.model, samples, plan, run, gradients=gradients(twin))
     twin, samples = noisy()
@@ -217,14 +217,14 @@ def test_parameters_that_are_not_the_models_own_are_resumed_too(build, draw, tmp
         return copy_state(adapter.model)
 
     expected = spectral_training(Run(), None)
-    store = RunStore(tmp_path)
+    store = RunStore(tmp_path, every=2)
     with pytest.raises(KeyboardInterrupt):
-        spectral_training(Run(store=store, checkpoint_every=2), 7)
+        spectral_training(Run(store=store), 7)
     assert_equal_states(spectral_training(Run(store=store), None), expected)
 
 
 def test_a_resumed_run_repeats_only_what_was_not_kept(build, draw, tmp_path):
-    run = Run(store=RunStore(tmp_path), checkpoint_every=4)
+    run = Run(store=RunStore(tmp_path, every=4))
     with pytest.raises(KeyboardInterrupt):
         train(build(), draw(10), PLAN, run, after_step=interrupt_at(7))
     done = []
@@ -245,7 +245,7 @@ def test_a_finished_stage_is_not_repeated(build, draw, tmp_path):
 
 def test_states_of_the_guard_come_back_with_a_resumed_run(build, draw, tmp_path):
     def run_until(stop):
-        adapter, run = build(), Run(store=RunStore(tmp_path), checkpoint_every=2)
+        adapter, run = build(), Run(store=RunStore(tmp_path, every=2))
         hook = interrupt_at(stop, lambda step: run.snapshot(f"step {step}", adapter.model))
         train(adapter, draw(10), PLAN, run, after_step=hook)
         return run
@@ -281,7 +281,7 @@ def test_a_diverging_run_restores_the_last_good_state(build, draw, tmp_path, whe
             adapter.model[0].weight.grad[0, 0, 0, 0] = math.inf
         return loss
 
-    run = Run(store=RunStore(tmp_path), checkpoint_every=1)
+    run = Run(store=RunStore(tmp_path, every=1))
     with pytest.raises(DivergenceError, match="after step 6") as caught:
         optimise(adapter.model, draw(10), plan, run, gradients=compute)
     assert "\n" not in str(caught.value)

@@ -332,12 +332,12 @@ def test_training_goes_on_in_the_parts_that_were_kept(build, draw, tmp_path):
             raise KeyboardInterrupt
 
     plan = Training(steps=6, batch_size=8, lr=0.1, check_every=2)
-    net, run = limited(build(), 3), Run(store=RunStore(tmp_path), checkpoint_every=1)
+    net, run = limited(build(), 3), Run(store=RunStore(tmp_path, every=1))
     with roomy(run.room), pytest.warns(RuntimeWarning):
         train(net, draw(20), plan, run)
     expected = copy_state(net.model)
-    store = RunStore(tmp_path / "cut")
-    first = Run(store=store, checkpoint_every=1, progress=stop)
+    store = RunStore(tmp_path / "cut", every=1)
+    first = Run(store=store, progress=stop)
     with roomy(first.room), pytest.raises(KeyboardInterrupt):
         train(limited(build(), 3), draw(20), plan, first)
     asked: list = []

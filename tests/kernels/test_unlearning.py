@@ -75,7 +75,7 @@ def test_it_is_reproducible(learnt, separable):
     assert not torch.equal(states[0], states[2])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(learnt, separable, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_bits(learnt, separable, tmp_path):
     adapter = learnt()
     expected = unlearn(adapter, separable, Run(), **SETTINGS)
 
@@ -83,8 +83,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(learnt, separable, tmp_path
         if event.step >= 9:
             raise KeyboardInterrupt
 
-    store = RunStore(tmp_path)
-    run = Run(store=store, checkpoint_every=1, progress=cut_off)
+    store = RunStore(tmp_path, every=1)
+    run = Run(store=store, progress=cut_off)
     with pytest.raises(KeyboardInterrupt):
         unlearn(learnt(), separable, run, **SETTINGS)
     assert store.load("unlearn.progress") is not None
