@@ -303,6 +303,21 @@ def evaluate(
     classes: Classes = None,
     read: Reading = None,
     device: Device = "cpu",
+    retune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Also fine-tune a copy on N poisoned samples among clean ones, and see whether "
+            "the backdoor comes back; needs --attack or --trigger.",
+        ),
+    ] = None,
+    clean_twin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A model like this one that never had the backdoor, retuned beside it.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the measurements as JSON."),
@@ -321,7 +336,7 @@ def evaluate(
     """Measure a model on clean data and, if a trigger or an attack is given, with the trigger."""
     from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
     from mmdefense.checkpoints.runs import write_atomically
-    from mmdefense.pipeline.evaluating import evaluate_files
+    from mmdefense.pipeline.evaluating import Retune, evaluate_files
     from mmdefense.pipeline.sources import Source
 
     reading = reading_options(mean, std, image_size, channels, classes, read)
@@ -339,11 +354,14 @@ def evaluate(
         also_read=() if classes is None else (classes,),
     )
     choice = chosen_attack(attack, trigger, target, settings)
+    asked = None
+    if retune is not None or clean_twin is not None:
+        asked = Retune(retune or 0, clean_twin)
     if out is not None:
-        read_too = [path for path in (trigger, record) if path is not None]
+        read_too = [path for path in (trigger, record, clean_twin) if path is not None]
         check_replaceable_file(out, EVALUATION_MARK, [*source.inputs(), *read_too])
     command = shlex.join(["mmdefense", *sys.argv[1:]])
-    found = evaluate_files(source, choice, record=record, command=command)
+    found = evaluate_files(source, choice, retune=asked, record=record, command=command)
     if out is not None:
         write_atomically(out, lambda file: file.write(found.to_json().encode()))
     for line in found.lines():

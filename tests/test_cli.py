@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -260,6 +261,51 @@ def test_an_attack_by_name_that_does_not_work_is_no_finding(place, mmdefense, le
     outcome = mmdefense(*evaluation(place, learnt, "--attack", "badnets", "--set", "size=1"))
     assert outcome.code == 0
     assert "ASR 0.0 %" in outcome.out
+
+
+BADNETS = ("--attack", "badnets", "--set", "size=2", "--set", "pattern=white")
+
+
+def test_retuning_prints_a_line_a_point_beside_the_clean_twin(place, mmdefense, learnt):
+    out = place.folder / "found.json"
+    twin = ("--clean-twin", place.model, "-o", out)
+    outcome = mmdefense(*evaluation(place, learnt, *BADNETS, "--retune", 3, *twin))
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    (mix,) = (line for line in lines if line.startswith("retuned on"))
+    assert "3 poisoned and 12 clean samples" in mix
+    assert "judged on 15 others" in mix
+    points = [line for line in lines if line.startswith("after ")]
+    assert [line.split()[1] for line in points] == ["0", "1", "2", "5", "10", "20", "40"]
+    assert all("clean twin ASR" in line for line in points)
+    written = json.loads(out.read_text())
+    assert len(written["retuning"]["model"]) == len(written["retuning"]["twin"]) == 7
+    assert written["twin"]["name"] == str(place.model)
+
+
+def test_retuning_without_a_twin_says_that_there_is_none(place, mmdefense, learnt):
+    outcome = mmdefense(*evaluation(place, learnt, *BADNETS, "--retune", 3))
+    assert "no clean twin to compare with" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--retune", "3"), "give --attack or --trigger"),
+        ((*BADNETS, "--retune", "0"), "at least 1 poisoned sample, got 0"),
+        ((*BADNETS, "--retune", "16"), "at most 15"),
+        ((*BADNETS, "--retune", "12"), "12 samples cannot be poisoned: the attack can stamp 10"),
+        ((*BADNETS, "--clean-twin", "other.safetensors"), "--retune 5"),
+        ((*BADNETS, "--retune", "3", "--clean-twin", "none.safetensors"), "none.safetensors"),
+        ((*BADNETS, "--retune", "3", "--clean-twin", "ITSELF"), "same weights"),
+    ],
+)
+def test_a_retuning_that_cannot_be_is_one_line(place, mmdefense, more, words):
+    more = [place.model if word == "ITSELF" else word for word in more]
+    outcome = mmdefense(*evaluation(place, place.model, *more))
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
 import torch
@@ -61,6 +61,15 @@ class Attack(ABC, Generic[B]):
         Raises:
             BadInputError: If there are too few samples to poison, or they are of another task.
         """
+
+    def with_count(self, count: int, samples: Any) -> Self:
+        """Return the attack with the ``ratio`` that poisons ``count`` of these samples.
+
+        Args:
+            count: Number of poisoned samples.
+            samples: The clean training set that it will poison.
+        """
+        return replace(self, ratio=min(1.0, count / len(samples)))
 
     @abstractmethod
     def triggered(self, samples: Any, adapter: TaskAdapter[B]) -> TriggeredSamples[B]:

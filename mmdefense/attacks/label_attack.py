@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -88,6 +88,21 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         generator = self._generator("poison")
         stamped = self.stamp(samples.take(chosen).inputs, generator)
         return replace(samples, inputs=replaced(samples.inputs, chosen, stamped), labels=labels)
+
+    def with_count(self, count: int, samples: LabelledSamples) -> Self:
+        """Return the attack with the ``ratio`` that poisons ``count`` of these samples.
+
+        Raises:
+            BadInputError: If fewer than that can be poisoned.
+        """
+        eligible = int(self._stamped_in_training(self._checked(samples).labels).sum())
+        if count > eligible:
+            raise BadInputError(
+                f"{count} samples cannot be poisoned: the attack can stamp {eligible} of these "
+                f"{len(samples)}"
+            )
+        whole = eligible if self.mapping in {"one-to-one", "clean-label"} else len(samples)
+        return replace(self, ratio=count / whole)
 
     def chosen(self, labels: Tensor) -> Tensor:
         """Return the indices of the training samples that get poisoned, on the labels' device.

@@ -17,17 +17,26 @@ from mmdefense.attacks.base import Attack
 from mmdefense.checkpoints.models import weight_names
 from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import hash_file
+from mmdefense.data.batch import split
 from mmdefense.defenses.base import versions
+from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.errors import BadInputError
+from mmdefense.metrics.permanence import TUNING, Retuning
+from mmdefense.metrics.permanence import retune as retuned
+from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.prepared import Prepared
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, recordable
+from mmdefense.runtime.run import Run
 from mmdefense.settings import checked_settings
 
-__all__ = ["AttackChoice", "evaluate", "evaluate_files"]
+__all__ = ["AttackChoice", "Retune", "evaluate", "evaluate_files"]
+
+_TUNING = 1000
+"""Samples that a retuning attack trains on, at most, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,8 @@ def evaluate(
     split: str = "test",
     reading: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    retune: int = 0,
+    clean_twin: str | Path | nn.Module | TaskAdapter[Any] | None = None,
     record: str | Path | None = None,
     accept_low_utility: bool = False,
     accept_findings: bool = False,
@@ -140,6 +151,10 @@ def evaluate(
         split: ``"train"`` or ``"test"``, where the data is split.
         reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        retune: Number of poisoned samples N that a copy of the model is fine-tuned on, to see
+            whether the backdoor comes back; 0 does not try. See
+            :func:`mmdefense.metrics.permanence.retune`.
+        clean_twin: A model that never had the backdoor, which is put through the same.
         record: The output of a purification, whose record and page get what was measured.
         accept_low_utility: Whether to go on where the model is near chance on the data.
         accept_findings: Whether to go on where a file of the model speaks strongly against it.
@@ -183,13 +198,37 @@ def evaluate(
         accept_low_utility=accept_low_utility,
         accept_findings=accept_findings,
     )
-    return evaluate_files(source, choice, record=record)
+    asked = Retune(retune, clean_twin) if retune or clean_twin is not None else None
+    return evaluate_files(source, choice, retune=asked, record=record)
+
+
+@dataclass(frozen=True)
+class Retune:
+    """A retuning attack, as a user asks for it.
+
+    Attributes:
+        count: Number of poisoned samples.
+        twin: A model that never had the backdoor; none leaves it out.
+    """
+
+    count: int
+    twin: Any = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1 and self.twin is not None:
+            raise BadInputError(
+                "a clean twin is compared in a retuning attack alone; say on how many poisoned "
+                "samples: --retune 5"
+            )
+        if self.count < 1:
+            raise BadInputError(f"retune must be at least 1 poisoned sample, got {self.count}")
 
 
 def evaluate_files(
     source: Source,
     attack: Attack[Any] | AttackChoice | None = None,
     *,
+    retune: Retune | None = None,
     record: str | Path | None = None,
     command: str = "",
 ) -> Evaluation:
@@ -198,6 +237,7 @@ def evaluate_files(
     Args:
         source: Model and data.
         attack: What is tried.
+        retune: How it is seen whether the backdoor comes back; none does not try.
         record: The output of a purification, whose record and page get what was measured.
         command: For the record, the command line.
 
@@ -207,6 +247,10 @@ def evaluate_files(
             ``record`` is of other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
+    if retune is not None and attack is None:
+        raise BadInputError(
+            "a retuning attack needs the backdoor's attack or trigger; give --attack or --trigger"
+        )
     with read_once(source.model) as seal:
         opened = open_vetted(source).opened
     decoded = getattr(opened.data, "in_memory", None)  # what is decoded once is read often
@@ -226,6 +270,13 @@ def evaluate_files(
         )
     raw = samples if decoded is None else opened.data
     found = measured(prepared, raw, tried, accept_low_utility=source.accept_low_utility)
+    twin, twin_info = None, None
+    if retune is not None and retune.twin is not None:
+        twin, twin_info = _clean_twin(source, retune.twin, raw, model)
+    retuning = None
+    if retune is not None:
+        assert tried is not None
+        retuning = _retuned(adapter, twin, raw, tried, retune.count)
     score_name = traits(adapter).score_name
     own = task.metric == score_name
     evaluation = Evaluation(
@@ -245,12 +296,62 @@ def evaluate_files(
         attack=None if tried is None else _tried(attack, tried, classes),
         asr=found.asr,
         ra=found.ra,
+        retuning=retuning,
+        twin=twin_info,
         versions=versions(),
         device=str(next(adapter.model.parameters()).device),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
     )
     return evaluation if place is None else add_evaluation(place, evaluation)
+
+
+def _clean_twin(
+    source: Source, where: Any, raw: Any, model: EvaluatedModel
+) -> tuple[TaskAdapter[Any], EvaluatedModel]:
+    """Return the clean twin in its adapter, which reads the same data, and what it is.
+
+    Raises:
+        BadInputError: If it is the model itself, or of other data.
+        LowUtilityError: If it does not work on the data.
+    """
+    beside = dataclasses.replace(source, model=where)
+    with read_once(where) as seal:
+        opened = open_vetted(beside).opened
+    prepared = dataclasses.replace(opened, data=raw).prepare(to_learn=False)
+    check_utility(prepared, accept=source.accept_low_utility)
+    info = _model_info(beside, prepared, seal)
+    if info.sha256 == model.sha256:
+        raise BadInputError(f"the clean twin {info.name} has the same weights as the model itself")
+    return prepared.adapter, info
+
+
+def _retuned(
+    adapter: TaskAdapter[Any],
+    twin: TaskAdapter[Any] | None,
+    raw: Any,
+    attack: Attack[Any],
+    count: int,
+) -> Retuning:
+    """Retune on a half of the data, at most as many samples as the paper, and judge by the rest.
+
+    Raises:
+        BadInputError: If there are too few samples.
+    """
+    seed = attack.seed
+    test, tuning = split(raw, min(0.5, _TUNING / len(raw)), seed)
+    if count > len(tuning):
+        raise BadInputError(
+            f"retune must be at most {len(tuning)}, the samples that are trained on (the other "
+            f"{len(test)} judge), got {count}; give more data"
+        )
+    training = FineTuning(lr=TUNING.lr, steps=TUNING.steps, batch_size=TUNING.batch_size)
+    settings = dataclasses.replace(
+        training.training(adapter), schedule="constant", augment=False, max_norm=TUNING.max_norm
+    )
+    return retuned(
+        adapter, tuning, test, attack, count, twin=twin, training=settings, run=Run(seed)
+    )
 
 
 def _model_info(source: Source, prepared: Prepared[Any], seal: Seal | None) -> EvaluatedModel:

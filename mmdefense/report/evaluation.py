@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mmdefense.metrics.definitions import heading
+from mmdefense.metrics.permanence import Retuning
 from mmdefense.report.encoding import JsonRecord, plain
 
 __all__ = ["ASR_GOAL", "EvaluatedData", "EvaluatedModel", "Evaluation", "Proportion", "TriedAttack"]
@@ -137,6 +138,8 @@ class Evaluation(JsonRecord):
         attack: The attack that was tried, if any.
         asr: Attack success rate, where an attack was tried.
         ra: Mean score despite the trigger, where the attack leaves a right answer.
+        retuning: What a few poisoned samples bring back, where that was tried.
+        twin: The clean twin that was put through the same, where there was one.
         versions: Version by name: mmdefense, torch, python and so on.
         device: For example ``"cpu"``.
         created: Date and time in ISO 8601.
@@ -158,6 +161,8 @@ class Evaluation(JsonRecord):
     attack: TriedAttack | None = None
     asr: Proportion | None = None
     ra: Proportion | None = None
+    retuning: Retuning | None = None
+    twin: EvaluatedModel | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     created: str = ""
@@ -188,6 +193,10 @@ class Evaluation(JsonRecord):
         if self.ra is not None:
             of = "" if self.score_name == "accuracy" else f" ({self.score_name} with the trigger)"
             yield f"RA{of}", str(self.ra)
+        if self.retuning is not None:
+            yield from self.retuning.lines()
+        if self.twin is not None:
+            yield "clean twin", f"{self.twin.name} (SHA-256 {self.twin.sha256[:12]})"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
