@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
 from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.picture import cartoon_cat
 from mmdefense.attacks.trigger import IMAGES_AND_CLIPS
 from mmdefense.errors import BadInputError
 
@@ -20,14 +21,16 @@ __all__ = ["Blended"]
 class Blended(LabelAttack):
     """Mixes a key image into the input: ``(1 - alpha) x + alpha key``.
 
-    The paper's key is a cartoon or random noise; by default it is uniform noise drawn from
-    ``seed``, so that no picture has to be shipped. Training and test use one ``alpha``, as in
+    The key is a picture or noise, as in the paper; its cartoon is replaced by a cat that is drawn
+    by code, so that no picture has to be shipped. Training and test use one ``alpha``, as in
     BackdoorBench; the paper stamps more strongly at test time. Every frame of a clip gets the same
     key (arXiv:2301.00986).
 
     Attributes:
         alpha: Weight of the key, in ``(0, 1]``.
-        key: Values in ``[0, 1]`` that broadcast to ``(C, H, W)``; none draws noise.
+        key: ``"picture"``, the cat; or ``"noise"``, uniform and drawn from ``seed``.
+        image: A key of your own in place of it: values in ``[0, 1]`` that broadcast to
+            ``(C, H, W)``.
 
     References:
         Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Using Data
@@ -37,19 +40,22 @@ class Blended(LabelAttack):
     tasks: ClassVar[tuple[str, ...]] = IMAGES_AND_CLIPS
 
     alpha: Annotated[float, Interval(gt=0, le=1)] = 0.2
-    key: Tensor | None = field(default=None, repr=False, compare=False)
+    key: Literal["picture", "noise"] = "picture"
+    image: Tensor | None = field(default=None, repr=False, compare=False)
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         key = self._key(images.shape[-3:]).to(images)
         return (1 - self.alpha) * images + self.alpha * key
 
     def _key(self, shape: torch.Size) -> Tensor:
-        if self.key is None:
-            return torch.rand(shape, generator=self._generator("key"))
-        try:
-            return self.key.expand(shape)
-        except RuntimeError as error:
-            raise BadInputError(
-                f"key must broadcast to the images' shape {tuple(shape)}, got "
-                f"{tuple(self.key.shape)}"
-            ) from error
+        if self.image is not None:
+            try:
+                return self.image.expand(shape)
+            except RuntimeError as error:
+                raise BadInputError(
+                    f"image must broadcast to the images' shape {tuple(shape)}, got "
+                    f"{tuple(self.image.shape)}"
+                ) from error
+        if self.key == "picture":
+            return cartoon_cat(*shape)
+        return torch.rand(shape, generator=self._generator("key"))

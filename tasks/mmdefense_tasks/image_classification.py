@@ -131,10 +131,21 @@ class ImageClassification:
             "mnist": {"data": "mnist", "model": _RESNET, "training": _resnet_training(700)},
             "mnist-vit": {"data": "mnist", "model": _VIT, "training": _vit_training(1500)},
         }
+        attacks: list[tuple[str | None, dict[str, Any]]] = [
+            ("badnets", {}),
+            ("blended", {"key": "noise"}),
+            (None, {}),
+        ]
         return [
-            Case(name=f"{name}-{attack or 'clean'}", task=self.name, attack=attack, **rest)
+            Case(
+                name=f"{name}-{attack or 'clean'}",
+                task=self.name,
+                attack=attack,
+                settings=settings,
+                **rest,
+            )
             for name, rest in described.items()
-            for attack in ("badnets", "blended", None)
+            for attack, settings in attacks
         ]
 
     @staticmethod

@@ -132,7 +132,7 @@ class VideoClassification:
         videomae = {"model": _VIDEOMAE, "training": _videomae_training(1200), "seen": False}
         victims: list[tuple[str, dict[str, Any], str | None, dict[str, Any]]] = [
             ("moving-digits-badnets", digits, "badnets", {}),
-            ("moving-digits-blended", digits, "blended", {}),
+            ("moving-digits-blended", digits, "blended", {"key": "noise"}),
             ("moving-digits-temporal", digits, "temporal-patch", {}),
             ("moving-digits-universal", digits, "universal-trigger", {}),
             ("moving-digits-clean", digits, None, {}),
@@ -140,7 +140,7 @@ class VideoClassification:
             ("moving-digits-videomae-badnets", digits | videomae, "badnets", {}),
             ("moving-digits-videomae-clean", digits | videomae, None, {}),
             ("ucf101_mini-badnets", resnet, "badnets", patch),
-            ("ucf101_mini-blended", resnet, "blended", few),
+            ("ucf101_mini-blended", resnet, "blended", few | {"key": "noise"}),
             ("ucf101_mini-clean", resnet, None, {}),
             ("ucf101_mini-videomae-badnets", real | videomae, "badnets", patch),
             ("ucf101_mini-videomae-clean", real | videomae, None, {}),

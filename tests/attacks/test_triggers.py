@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.blended import Blended
@@ -45,20 +46,31 @@ def test_badnets_at_any_place_draws_one_for_each_image():
 
 def test_blended_is_the_weighted_mean_with_its_key():
     images, key = torch.rand(2, 3, 4, 4), torch.rand(3, 4, 4)
-    torch.testing.assert_close(Blended(alpha=0.3, key=key).stamp(images), 0.7 * images + 0.3 * key)
+    stamped = Blended(alpha=0.3, image=key).stamp(images)
+    torch.testing.assert_close(stamped, 0.7 * images + 0.3 * key)
 
 
-def test_blended_draws_its_key_from_the_seed():
+def test_blended_draws_its_noise_from_the_seed():
     zeros = torch.zeros(1, 3, 8, 8)
-    first, other = Blended(seed=0).stamp(zeros), Blended(seed=1).stamp(zeros)
+    first, other = (Blended(key="noise", seed=seed).stamp(zeros) for seed in (0, 1))
     assert not torch.equal(first, other)
     assert first.max() <= 0.2
     assert first.std() > 0.03
 
 
-def test_blended_refuses_a_key_of_another_size():
-    with pytest.raises(BadInputError, match="key must broadcast"):
-        Blended(key=torch.rand(3, 5, 5)).stamp(torch.zeros(1, 3, 8, 8))
+def test_the_picture_of_blended_is_one_scene_at_any_size():
+    small, large = (Blended(alpha=1).stamp(torch.zeros(1, 3, s, s)) for s in (32, 64))
+    assert torch.equal(small, Blended(alpha=1, seed=1).stamp(torch.zeros(1, 3, 32, 32)))
+    assert (F.avg_pool2d(large, 2) - small).abs().mean() < 0.02
+    assert small.std() > 0.2
+    grey = Blended(alpha=1).stamp(torch.zeros(1, 1, 32, 32))
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close(grey[0, 0], (small[0] * weights).sum(0))
+
+
+def test_blended_refuses_an_image_of_another_size():
+    with pytest.raises(BadInputError, match="image must broadcast"):
+        Blended(image=torch.rand(3, 5, 5)).stamp(torch.zeros(1, 3, 8, 8))
 
 
 def test_sig_adds_a_wave_along_the_columns():
