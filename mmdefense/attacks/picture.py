@@ -58,4 +58,5 @@ def cartoon_cat(channels: int, height: int, width: int) -> Tensor:
     small = F.avg_pool2d(picture[None], _FINE)[0]
     if channels == 3:
         return small
-    return torch.tensordot(torch.tensor(_GREY), small, 1).expand(channels, -1, -1)
+    grey = (torch.tensor(_GREY)[:, None, None] * small).sum(0)
+    return grey.expand(channels, -1, -1)
