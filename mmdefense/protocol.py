@@ -25,6 +25,7 @@ __all__ = [
     "GeneratingAdapter",
     "HeadAdapter",
     "InputAdapter",
+    "OutputAdapter",
     "ReadAt",
     "ReadingAdapter",
     "Task",
@@ -198,6 +199,21 @@ class HeadAdapter(TaskAdapter[B], Protocol[B]):
 
     def score_outputs(self, batch: B, outputs: Tensor) -> Tensor:
         """Return the score of ``outputs``, shape ``(R, K)``, as the model's, shape ``(N,)``."""
+        ...
+
+
+@runtime_checkable
+class OutputAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter that knows which layers of its model are the classifier."""
+
+    def class_layers(self) -> Sequence[str]:
+        """Return the names of the layers that turn features into scores of classes or tokens.
+
+        Each has a ``weight`` with its outputs on axis 0.
+
+        Raises:
+            UnsupportedError: If they cannot be found.
+        """
         ...
 
 
@@ -429,6 +445,8 @@ class Traits:
         score_name: What its score is called.
         misreadings: What to check where a model does not work on data of its task, as a phrase.
         optimizer: What defenses train such models with.
+        mixable: Whether the weighted mean of two inputs is an input in its own right (MixUp): of
+            images and clips it is, of texts and point clouds it is not.
         layer_norm: Whether LayerNorm or RMSNorm normalises the model, as in transformers, which
             takes larger steps of SGD and smaller ones of AdamW. A class cannot state it.
         mean: What inputs are shifted by, per channel, before the model reads them. A class cannot
@@ -443,6 +461,7 @@ class Traits:
     score_name: str = "accuracy"
     misreadings: str = "labels, preprocessing"
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    mixable: bool = False
     layer_norm: bool = False
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None

@@ -45,6 +45,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     noun: ClassVar[str] = "inputs"
     """What the inputs are called in messages."""
 
+    mixable: ClassVar[bool] = True
+
     bounded: ClassVar[bool] = False
     """Whether all values of images or clips lie in ``[0, 1]``; vectors may be any."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -51,6 +51,9 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     )
     predictors: ClassVar[str]
     """A regular expression for the names of layers that answer with classes and boxes: no units."""
+
+    classifiers: ClassVar[str]
+    """A regular expression for the names of those that answer with classes."""
 
     chance: ClassVar[float] = 0.1
     """Score of a detector that has learnt nothing: random boxes lie on an object by luck (ours)."""
@@ -185,6 +188,14 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     def _units(self) -> tuple[list[UnitGroup], str | None]:
         groups, _ = super()._units  # classes stand in several layers here, so there is no one head
         return [g for g in groups if not re.search(self.predictors, g.layer)], None
+
+    def class_layers(self) -> Sequence[str]:
+        """Return the layers that score classes, at every place, level or query."""
+        return [
+            name
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if re.search(self.classifiers, name) and isinstance(module, (nn.Linear, nn.Conv2d))
+        ]
 
     def inputs(self, batch: DetectionBatch) -> Tensor:
         """Return the images, shape ``(N, C, H, W)``."""

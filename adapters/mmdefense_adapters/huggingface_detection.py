@@ -36,6 +36,7 @@ class HFDetector(Detector):
     predictors: ClassVar[str] = (
         r"class_labels_classifier|bbox_predictor|class_embed|bbox_embed|enc_(score|bbox)_head"
     )
+    classifiers: ClassVar[str] = r"class_labels_classifier|class_embed|enc_score_head"
 
     def __init__(
         self,

@@ -154,6 +154,19 @@ class ModuleAdapter(ABC, Generic[B]):
             )
         return layer.weight, layer.bias
 
+    def class_layers(self) -> Sequence[str]:
+        """Return the output layer, a linear one or a convolution.
+
+        Raises:
+            UnsupportedError: If it could not be found.
+        """
+        if self.head is None:
+            raise UnsupportedError(
+                "the output layer could not be found, so the classifier cannot be replaced; use a "
+                "defense without, such as ft-sam"
+            )
+        return [self.head]
+
     def embedding(self, batch: B) -> Tensor:
         """Return the input of the output layer, shape ``(N, D)``."""
         if self.head is None:

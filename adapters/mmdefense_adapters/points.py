@@ -41,6 +41,7 @@ class PointClassifier(Classifier):
         "the labels, the units and axes of the points, their features, and their number"
     )
     generic: ClassVar[bool] = True
+    mixable: ClassVar[bool] = False
     priority: ClassVar[int] = 10
 
     def __init__(

@@ -64,6 +64,9 @@ class TorchvisionDetector(Detector):
         r"cls_logits|bbox_reg|bbox_ctrness|rpn\.head\.bbox_pred|box_predictor"
         r"|_head\.module_list\.\d+(\.1)?$"
     )
+    classifiers: ClassVar[str] = (
+        r"classification_head\.(cls_logits|module_list\.\d+(\.1)?$)|box_predictor\.cls_score"
+    )
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from mmdefense.protocol import (
     GeneratingAdapter,
     HeadAdapter,
     InputAdapter,
+    OutputAdapter,
     ReadingAdapter,
     TaskAdapter,
     TriggerAdapter,
@@ -420,6 +421,14 @@ def test_an_input_of_the_output_layer_is_silenced_as_a_unit(adapter, batch):
 
 def ends_in_a_linear_layer(adapter):
     return isinstance(adapter.model.get_submodule(adapter.head), nn.Linear)
+
+
+@offering(OutputAdapter)
+def test_the_classifier_is_where_no_unit_is(adapter):
+    found = [adapter.model.get_submodule(name) for name in adapter.class_layers()]
+    assert found
+    assert all(isinstance(layer.weight, nn.Parameter) for layer in found)
+    assert not set(adapter.class_layers()) & set(layers(adapter))
 
 
 @offering(InputAdapter)

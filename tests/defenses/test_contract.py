@@ -62,7 +62,9 @@ ROWS = {
     "fine-tuning": Row(SHORT, {"steps": 0}),
     "fip": Row(SHORT, {"steps": 0}),
     "ft-sam": Row(SHORT, {"steps": 0}),
+    "fst": Row(SHORT, {"steps": 0}),
     "nad": Row(SHORT | {"teacher_steps": 3}, {"steps": 0}),
+    "nft": Row(SHORT, {"steps": 0}),
     "pruning": Row({"max_pruning_drop": 0.25, "holdout": 0.8}, {"max_share": 0.0}, {}),
     "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
 }

@@ -1,0 +1,109 @@
+"""FST: feature shift tuning from a classifier drawn anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.errors import UnsupportedError
+from mmdefense.kernels.loop import mean_loss_gradient, optimise
+from mmdefense.protocol import OutputAdapter
+from mmdefense.settings import NotNegative, Whole
+
+__all__ = ["FST", "classifier_weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FST(TrainingDefense):
+    """Draw the classifier anew, and tune all layers while it is kept away from the given one.
+
+    Minimises ``CE + alpha <w, w_0>`` over all weights; w are the classifier's, w_0 the given ones.
+    They start from U(-1/sqrt(d), 1/sqrt(d)), d the inputs of a row, and are scaled to the Frobenius
+    norm of w_0 after each update, so that the penalty cannot be had by growing. A classifier that
+    points elsewhere makes the features move, and those of the backdoor have no clean loss to hold
+    them.
+
+    Ours: biases stay as they are, since a detector's hold how rare objects are; in a detector all
+    layers that score classes are drawn anew, each with its own norm. A language model whose output
+    layer is its token embedding is refused. Steps, rate and batch are those of plain fine-tuning
+    here (the released code: 10 epochs of 128 at 0.01).
+
+    Attributes:
+        alpha: Weight of the inner product; 0.2 is the released code's default, its example has 0.1.
+        redraw: Whether the classifier is drawn anew; without, and with ``alpha=0``, this is plain
+            fine-tuning at a constant norm of the classifier.
+
+    References:
+        Min, Qin, Shen, Cheng. *Towards Stable Backdoor Purification through Feature Shift Tuning*.
+        NeurIPS 2023. arXiv:2310.01875
+    """
+
+    requires: ClassVar[type] = OutputAdapter
+
+    alpha: NotNegative = 0.2
+    redraw: bool = True
+    lr: NotNegative = 0.02
+    steps: Whole = 150
+
+    def _run(self, work: Purifying[Any]) -> None:
+        adapter = cast("OutputAdapter[Any]", work.adapter)
+        weights = classifier_weights(adapter)
+        if not self.steps:
+            return
+        given = [weight.detach().clone() for weight in weights]
+        if self.redraw:
+            generator = work.run.generator("classifier")
+            for weight in weights:
+                drawn = 2 * torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 1
+                weight.data.copy_(drawn / math.sqrt(weight[0].numel()))
+        trained = [p for p in adapter.model.parameters() if p.requires_grad]
+
+        def gradients(batch: Any, _: int) -> Tensor:
+            loss, found = mean_loss_gradient(adapter, batch, trained)
+            for parameter, gradient in zip(trained, found, strict=True):
+                parameter.grad = gradient
+            for weight, start in zip(weights, given, strict=True):
+                assert weight.grad is not None
+                weight.grad = weight.grad + self.alpha * start
+            return loss
+
+        @torch.no_grad()
+        def keep_norms(_: int) -> None:
+            for weight, start in zip(weights, given, strict=True):
+                weight.mul_(start.norm() / weight.norm().clamp(min=1e-12))
+
+        optimise(
+            adapter.model,
+            work.fit,
+            self.training(adapter),
+            work.run,
+            gradients=gradients,
+            stage="shift",
+            after_step=keep_norms,
+        )
+
+
+def classifier_weights(adapter: OutputAdapter[Any]) -> list[Tensor]:
+    """Return the weights of the classifier, which nothing else may use.
+
+    Raises:
+        UnsupportedError: If they do not require grad, or are those of another layer too.
+    """
+    layers = set(adapter.class_layers())
+    named = list(adapter.model.named_parameters(remove_duplicate=False))
+    chosen = dict.fromkeys(p for name, p in named if name in {f"{n}.weight" for n in layers})
+    for weight in chosen:
+        names = [name for name, parameter in named if parameter is weight]
+        shared = [name for name in names if name.rpartition(".")[0] not in layers]
+        if shared or not weight.requires_grad:
+            why = f"is that of {shared[0]} too" if shared else "is frozen"
+            raise UnsupportedError(
+                f"fst draws the classifier anew, and its weight {names[-1]} {why}; use a defense "
+                "that leaves the classifier where it is, such as ft-sam"
+            )
+    return list(chosen)
