@@ -424,7 +424,7 @@ def ends_in_a_linear_layer(adapter):
 
 
 @offering(OutputAdapter)
-def test_the_classifier_is_where_no_unit_is(adapter):
+def test_the_classifier_is_where_no_unit_is(adapter, samples):
     found = [adapter.model.get_submodule(name) for name in adapter.class_layers()]
     assert found
     assert all(isinstance(layer.weight, nn.Parameter) for layer in found)
