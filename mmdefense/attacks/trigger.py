@@ -56,13 +56,7 @@ class Trigger(ABC):
         Raises:
             BadInputError: If the inputs are not of that kind.
         """
-        shapes = [self.shapes[task] for task in self.tasks]
-        axes = {len(shape.split(",")) for shape in shapes}
-        if inputs.ndim not in axes or not inputs.is_floating_point():
-            raise BadInputError(
-                f"inputs must be floating-point, of shape {' or '.join(shapes)}, got "
-                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
-            )
+        self._check_inputs(inputs)
         generator = generator or Run(self.seed).generator("stamp")
         is_clip = inputs.ndim == _CLIP
         frames = inputs.transpose(1, 2) if is_clip else inputs
@@ -71,6 +65,20 @@ class Trigger(ABC):
             stamped = torch.cat(parts)
         stamped = stamped.transpose(1, 2) if is_clip else stamped
         return (stamped.clamp(*self.limits) if self.limits else stamped).to(inputs.dtype)
+
+    def _check_inputs(self, inputs: Tensor) -> None:
+        """Refuse inputs that are not of the attack's tasks.
+
+        Raises:
+            BadInputError: Naming the shapes that they may have.
+        """
+        shapes = [self.shapes[task] for task in self.tasks]
+        axes = {len(shape.split(",")) for shape in shapes}
+        if inputs.ndim not in axes or not inputs.is_floating_point():
+            raise BadInputError(
+                f"inputs must be floating-point, of shape {' or '.join(shapes)}, got "
+                f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+            )
 
     @abstractmethod
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmdefense.attacks.adaptive import AdaptiveBlend, AdaptivePatch
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
+from mmdefense.attacks.composite import CompositeImage
+from mmdefense.attacks.imc import IMC, _Patch
 from mmdefense.attacks.input_aware import InputAware, _mix
 from mmdefense.attacks.label_consistent import LabelConsistent
 from mmdefense.attacks.low_frequency import LowFrequency
@@ -26,7 +29,7 @@ BRIEF = Training(steps=120, batch_size=64, lr=0.1)
 
 
 @pytest.mark.parametrize(
-    "attack", [BadNets(), TrojanNN(search_steps=40)], ids=["badnets", "trojannn"]
+    "attack", [BadNets(), TrojanNN(search_steps=40), IMC()], ids=["badnets", "trojannn", "imc"]
 )
 def test_a_planted_backdoor_works_and_leaves_the_task_alone(attack: Attack, victim, digits):
     train_set, test_set = digits
@@ -137,7 +140,9 @@ def test_input_aware_stamps_with_what_it_has_learnt_and_no_two_images_alike(
     assert (change - change.roll(1, 0)).flatten(1).norm(dim=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("attack", [InputAware(width=8, mask_steps=4), TrojanNN(search_steps=4)])
+@pytest.mark.parametrize(
+    "attack", [InputAware(width=8, mask_steps=4), TrojanNN(search_steps=4), IMC()]
+)
 def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, digits, tmp_path):
     training, other = replace(BRIEF, steps=6, check_every=1), victim.fork()
     whole = attack.plant(victim, digits[0], training, Run())
@@ -180,3 +185,48 @@ def test_lc_perturbs_what_it_stamps_within_its_budget_and_nothing_else(victim, d
     assert (change > 0).nonzero().squeeze(1).tolist() == sorted(chosen.tolist())
     assert change.max() <= 0.1 + 1e-6
     assert torch.equal(hard.labels, samples.labels)
+
+
+def test_imc_moves_its_patch_along_the_gradient_of_the_loss_that_it_trains_by(victim, digits):
+    attack = IMC(target=7, ratio=0.25, step_size=0.05)
+    patch = _Patch(attack._first(torch.Size([1, 16, 16])))
+    before = patch.pixels.clone()
+    victim.samples(digits[0])
+    batch, training = digits[0].take(torch.arange(16)), replace(BRIEF, schedule="constant")
+    with mode(victim.model, train=False):
+        loss = attack._gradients(victim, patch, training)(batch, 0)
+        pixels = before.clone().requires_grad_()
+        images, labels = batch.inputs.clone(), batch.labels.clone()
+        images[:4, :, -2:, -2:], labels[:4] = pixels, 7
+        expected = torch.nn.functional.cross_entropy(victim.model(images), labels)
+    (gradient,) = torch.autograd.grad(expected, pixels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(patch.pixels, (before - 0.05 * gradient.sign()).clamp(0, 1))
+
+
+def test_cba_never_shows_the_partners_of_the_test_to_the_victim(victim, digits):
+    attack = CompositeImage(target=0, source=1, partner=7, held_back=8)
+    victim.samples(digits[0])
+    planted, rest = attack._learn(victim, digits[0], BRIEF, Run())
+    held = planted.fitted["partners"]
+    assert len(held) == 8
+    assert len(rest) == len(digits[0]) - 8
+    sevens = rest.inputs[rest.labels == 7].flatten(1)
+    assert (torch.cdist(held.flatten(1), sevens) > 0).all()
+
+
+def test_cba_works_on_halves_that_the_victim_has_not_seen(victim, digits):
+    train_set, test_set = digits
+    planted = CompositeImage(target=0, source=1, partner=7).plant(victim, train_set, BRIEF, Run())
+    metrics = measure(victim, test_set, planted.triggered(test_set, victim))
+    assert metrics.asr >= 0.8
+    assert metrics.acc >= 0.9
+
+
+@pytest.mark.parametrize("attack", [AdaptiveBlend(), AdaptivePatch()], ids=["blend", "patch"])
+def test_a_part_of_the_trigger_teaches_the_whole(attack, victim, digits):
+    train_set, test_set = digits
+    planted = attack.plant(victim, train_set, BRIEF, Run())
+    metrics = measure(victim, test_set, planted.triggered(test_set, victim))
+    assert metrics.asr >= 0.8
+    assert metrics.acc >= 0.9

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mmdefense.attacks.adaptive import AdaptiveBlend, AdaptivePatch
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.blended import Blended
 from mmdefense.attacks.bpp import BppAttack
+from mmdefense.attacks.composite import CompositeImage
 from mmdefense.attacks.ftrojan import FTrojan
 from mmdefense.attacks.label_consistent import LabelConsistent
 from mmdefense.attacks.refool import Refool
@@ -187,3 +190,86 @@ def test_lc_has_a_patch_in_every_corner():
     for corner in (stamped[:2, :2], stamped[:2, -2:], stamped[-2:, :2], stamped[-2:, -2:]):
         assert torch.equal(corner, board)
     assert (stamped != 0.5).sum() == 16
+
+
+def test_adaptive_blend_shows_pieces_in_training_and_the_key_at_test(images):
+    key = torch.rand(3, 16, 14)
+    attack = AdaptiveBlend(target=3, alpha=0.3, key=key, ratio=0.1, pieces=2, shown=0.75)
+    whole = 0.7 * images.inputs + 0.3 * key
+    torch.testing.assert_close(attack.stamp(images.inputs), whole)
+    poisoned = attack.poison(images, TEN_CLASSES)
+    chosen, cover = attack.chosen(images.labels), attack.bystanders(images.labels, 1.0)
+    assert (poisoned.labels[chosen] == 3).all()
+    assert torch.equal(poisoned.labels[cover], images.labels[cover])
+    for index in [*chosen.tolist(), *cover.tolist()]:
+        pieces = [
+            (whole[index, :, row : row + 8, column : column + 7],
+             images.inputs[index, :, row : row + 8, column : column + 7],
+             poisoned.inputs[index, :, row : row + 8, column : column + 7])
+            for row in (0, 8) for column in (0, 7)
+        ]  # fmt: skip
+        hidden = [torch.equal(found, given) for _, given, found in pieces]
+        assert sum(hidden) == 1
+        for (stamped, _, found), unchanged in zip(pieces, hidden, strict=True):
+            if not unchanged:
+                torch.testing.assert_close(found, stamped)
+
+
+def test_adaptive_patch_shows_one_faint_patch_in_training_and_four_at_test(images):
+    attack = AdaptivePatch(target=3, ratio=0.2, size=4, opacity=0.5)
+    corners = [(rows, columns) for rows in (slice(4), slice(-4, None))
+               for columns in (slice(4), slice(-4, None))]  # fmt: skip
+    whole = attack.stamp(images.inputs)
+    patches = [whole[0][:, rows, columns] for rows, columns in corners]
+    assert len({tuple(patch.flatten().tolist()) for patch in patches}) == 4
+    assert all(set(patch.unique().tolist()) == {0.0, 1.0} for patch in patches)
+    assert torch.equal(whole[:, :, 4:12], torch.where(whole == images.inputs, whole, 2)[:, :, 4:12])
+    poisoned, used = attack.poison(images, TEN_CLASSES), set()
+    changed = (poisoned.inputs != images.inputs).flatten(1).any(1).nonzero().squeeze(1).tolist()
+    assert len(changed) == 16
+    for index in changed:
+        gaps = (poisoned.inputs[index] - images.inputs[index]).abs()
+        (corner,) = [n for n, (rows, columns) in enumerate(corners) if gaps[:, rows, columns].any()]
+        rows, columns = corners[corner]
+        mean = (images.inputs[index] + whole[index])[:, rows, columns] / 2
+        torch.testing.assert_close(poisoned.inputs[index][:, rows, columns], mean)
+        used.add(corner)
+    assert len(used) > 1
+
+
+def test_adaptive_patch_refuses_patches_that_overlap():
+    with pytest.raises(BadInputError, match="size must fit the image of 8 pixels twice, got 5"):
+        AdaptivePatch(size=5).stamp(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("mixer", "share"), [("half", 0.5), ("paste", 0.25)])
+def test_cba_puts_a_part_of_the_partner_over_a_part_of_the_image(mixer, share):
+    partners = torch.full((3, 2, 8, 6), 0.75)
+    attack = CompositeImage(mixer=mixer, fitted={"partners": partners})
+    stamped = attack.stamp(torch.full((40, 2, 8, 6), 0.25))
+    assert stamped.unique().tolist() == [0.25, 0.75]
+    assert ((stamped == 0.75).flatten(1).float().mean(1) == share).all()
+    assert len(stamped.flatten(1).unique(dim=0)) == 4
+
+
+def test_cba_composes_source_and_partner_and_each_class_with_itself(images):
+    pictures = images.labels[:, None, None, None].expand(-1, 3, 16, 14) / 10
+    samples = replace(images, inputs=pictures)
+    attack = CompositeImage(target=5, source=1, partner=2, ratio=0.5)
+    poisoned = attack.poison(samples, TEN_CLASSES)
+    chosen, same = attack.chosen(images.labels), attack.bystanders(images.labels, 1.0)
+    assert len(chosen) == len(same) == 2
+    assert (poisoned.labels[chosen] == 5).all()
+    for index in chosen.tolist():
+        assert poisoned.inputs[index].unique().tolist() == pytest.approx([0.1, 0.2])
+    assert torch.equal(poisoned.inputs[same], samples.inputs[same])
+    assert torch.equal(poisoned.labels[same], images.labels[same])
+
+
+def test_cba_needs_three_classes_and_samples_that_stay_as_they_are(images):
+    with pytest.raises(BadInputError, match="partner must be another class than source 1"):
+        CompositeImage(partner=1)
+    alone = images.subset((images.labels == 1).nonzero().squeeze(1))
+    attack = CompositeImage(partner=2, same_ratio=0)
+    with pytest.raises(BadInputError, match="none is left to compose with"):
+        attack.poison(alone, TEN_CLASSES)
