@@ -261,7 +261,7 @@ def test_a_fault_of_ours_is_one_line_too(place, mmdefense, monkeypatch):
     def fault(*_, **__):
         raise KeyError("oops")
 
-    monkeypatch.setattr("mmdefense.pipeline.jobs.purify", fault)
+    monkeypatch.setattr("mmdefense.pipeline.jobs.purify_prepared", fault)
     refused(mmdefense(*place.purify()), "internal error: KeyError", code=70)
     assert place.files() == []  # nothing that could be gone on with
 
