@@ -44,11 +44,13 @@ def family(name):
     return FAMILIES[name]
 
 
-@cache
-def shared(name):
-    """Return an adapter and its samples, for tests that leave the model as it is."""
+def built(name):
+    """Return an adapter, and its samples, which it has seen."""
     adapter = FAMILIES[name].wrap()
     return adapter, adapter.samples(FAMILIES[name].data(adapter))
+
+
+shared = cache(built)  # for tests that leave the model as it is
 
 
 @pytest.fixture
@@ -57,9 +59,9 @@ def adapter(name):
 
 
 @pytest.fixture
-def own(family):
+def own(name):
     """An adapter around a model that the test may change."""
-    return family.wrap()
+    return built(name)[0]
 
 
 @pytest.fixture
