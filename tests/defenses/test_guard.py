@@ -13,7 +13,6 @@ from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.labelled import LabelledSamples
-from mmdefense.defenses import base
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
@@ -27,13 +26,14 @@ HELD = 100
 class Dial(nn.Module):
     """Its one weight is the share of the samples that it is right about."""
 
-    def __init__(self, level=1.0):
+    def __init__(self, level=1.0, classes=HELD):
         super().__init__()
+        self.classes = classes
         self.level = nn.Parameter(torch.tensor(level))
         self.register_buffer("count", torch.tensor(7))
 
     def forward(self, images):
-        return images.flatten(1)[:, :1] * torch.ones(2)
+        return images.flatten(1)[:, :1] * torch.ones(self.classes)
 
 
 class DialAdapter(TorchClassifier):
@@ -63,22 +63,12 @@ def adapter():
 
 @pytest.fixture
 def clean():
-    """Pairs of equal samples, so that both parts of a split hold the same hundred."""
-    values = (torch.arange(HELD) + 0.5) / HELD
-    return LabelledSamples(
-        values.repeat_interleave(2).view(-1, 1, 1, 1), torch.zeros(2 * HELD, dtype=torch.int64)
-    )
+    """A hundred classes of two equal samples: each part of a split in half has one of each.
 
-
-@pytest.fixture(autouse=True)
-def halves(monkeypatch):
-    """Split by even and odd, so that every drop is a whole number of hundredths."""
-
-    def split(samples, *_):
-        order = torch.arange(2 * HELD).view(-1, 2)
-        return samples.subset(order[:, 0]), samples.subset(order[:, 1])
-
-    monkeypatch.setattr("mmdefense.defenses.base.split", split)
+    So every drop is a whole number of hundredths.
+    """
+    labels = torch.arange(HELD).repeat_interleave(2)
+    return LabelledSamples(((labels + 0.5) / HELD).view(-1, 1, 1, 1), labels)
 
 
 def levels(*given):
@@ -124,15 +114,15 @@ def test_a_state_of_when_the_time_was_up_is_judged_and_named(adapter, clean):
     assert (in_time.stopped, in_time.guard.state) == ("", "final")
 
 
-def test_training_ends_early_enough_for_the_guard(adapter, clean, monkeypatch):
+def test_training_ends_early_enough_for_the_guard(clean):
     clock = Clock()
 
-    def slow(work, state):
-        clock.now += 5
-        return scores(work, state)
+    class Slow(DialAdapter):
+        def score(self, batch):
+            clock.now += 5 * len(batch) / HELD
+            return super().score(batch)
 
-    scores = base.scores
-    monkeypatch.setattr(base, "scores", slow)
+    adapter = Slow(Dial())
 
     def script(work):
         for step in range(1, 1000):
@@ -289,14 +279,14 @@ def test_the_measures_are_those_of_the_model_that_is_returned(adapter, clean):
     assert float(found) == pytest.approx(result.guard.after)
 
 
-def test_fit_and_holdout_are_apart_and_together_all(adapter, monkeypatch):
-    monkeypatch.undo()
+def test_fit_and_holdout_are_apart_and_together_all():
     parts = {}
 
     def script(work):
         parts["fit"], parts["holdout"] = work.fit.everything(), work.holdout.everything()
 
     inputs, labels = torch.arange(40.0).view(-1, 1, 1, 1) / 40, torch.arange(40) % 2
+    adapter = DialAdapter(Dial(classes=2))
     Scripted(script=script, holdout=0.25).purify(adapter, LabelledSamples(inputs, labels))
     seen = {name: set(part.inputs.flatten().tolist()) for name, part in parts.items()}
     assert len(seen["holdout"]) == 10
@@ -305,8 +295,7 @@ def test_fit_and_holdout_are_apart_and_together_all(adapter, monkeypatch):
     assert parts["holdout"].labels.sum() == 5
 
 
-def test_a_single_sample_cannot_be_split(adapter, monkeypatch):
-    monkeypatch.undo()
+def test_a_single_sample_cannot_be_split(adapter):
     one = LabelledSamples(torch.rand(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(BadInputError, match="at least"):
         Scripted(script=levels(1.0)).purify(adapter, one)
@@ -369,12 +358,16 @@ def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, cl
     assert [plot.change for plot in result.plots] == [[0.8]]
 
 
-def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(
-    adapter, clean, monkeypatch
-):
-    monkeypatch.setattr("mmdefense.defenses.guard.torch.lerp", lambda given, final, share: final)
+def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(clean):
+    class Rough(DialAdapter):
+        """Right about nothing at a level between the given one and the final ones."""
+
+        def score(self, batch):
+            known = min(abs(float(self.model.level) - level) for level in (1, 0.6, 0.2)) < 1e-3
+            return super().score(batch) * known
+
     defense = Rated(lr=0.8, max_utility_drop=0.0, restarts=1)
-    result = defense.purify(adapter, clean)
+    result = defense.purify(Rough(Dial()), clean)
     assert (result.guard.state, result.guard.rate) == ("final", 0.5)
     assert result.guard.violated
     assert "VIOLATED by every state" in result.guard.message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 import reference
 import torch
@@ -23,17 +25,10 @@ UNLEARNING = {"unlearn_lr": 0.5, "unlearn_batch_size": 8, "unlearn_epochs": 60}
 QUICK = UNLEARNING | {"max_utility_drop": 1.0}
 
 
-@pytest.fixture
-def changes(monkeypatch):
-    """Collect what TSBD takes for the change of the weights."""
-    found = []
-
-    def watch(*arguments, **settings):
-        found.append(unlearning_change(*arguments, **settings))
-        return found[-1]
-
-    monkeypatch.setattr(tsbd, "unlearning_change", watch)
-    return found
+def change_of(adapter, samples, holdout=0.2, seed=0):
+    """Return what TSBD takes for the change of the weights."""
+    settings = {"lr": 0.5, "batch_size": 8, "max_epochs": 60}
+    return unlearning_change(adapter, split(samples, holdout, seed)[0], Run(seed), **settings)
 
 
 def zeroed(given, purified):
@@ -54,14 +49,12 @@ def expected_zeros(change, groups, ratio, share):
 
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.3, 0.7), (0.6, 0.25), (1.0, 1.0), (0.1, 0.7)])
-def test_the_zeroed_weights_are_those_of_the_list_of_floats_version(
-    learnt, corners, changes, ratio, share
-):
+def test_the_zeroed_weights_are_those_of_the_list_of_floats_version(learnt, corners, ratio, share):
     defense = TSBD(ratio=ratio, sub_ratio=share, fine_tuning="none", **QUICK)
     result = defense.purify(learnt, corners)
     groups = learnt.unit_groups()
     assert sum(group.size for group in groups) == 7  # filters and hidden units, not the classes
-    expected = expected_zeros(changes[0], groups, ratio, share)
+    expected = expected_zeros(change_of(learnt, corners), groups, ratio, share)
     found = zeroed(copy_state(learnt.model), copy_state(result.model))
     assert found == expected
     assert (len(found) == 0) is (ratio == 0.1)  # a tenth of seven units is none
@@ -127,13 +120,14 @@ def chosen_by(scores, before):
     return next((r for r, s in zip(CANDIDATES, scores, strict=True) if s <= enough), CANDIDATES[-1])
 
 
-def test_the_ratio_is_chosen_on_the_holdout_part(learnt, corners, changes):
+def test_the_ratio_is_chosen_on_the_holdout_part(learnt, corners):
     seed = 1  # of those whose fit part would choose otherwise
     fit, held = split(corners, 0.5, seed)
     defense = TSBD(candidates=CANDIDATES, fine_tuning="none", holdout=0.5, seed=seed, **QUICK)
     result = defense.purify(learnt, corners)
+    change = change_of(learnt, corners, 0.5, seed)
     choices = [
-        chosen_by(scores_of_candidates(learnt, changes[0], part), mean_score(learnt, part))
+        chosen_by(scores_of_candidates(learnt, change, part), mean_score(learnt, part))
         for part in (held, fit)
     ]
     chosen = next(e["ratio"] for e in result.history if e["stage"] == "reinitialise")
@@ -155,24 +149,14 @@ def test_a_chosen_ratio_leaves_what_a_given_one_does(learnt, corners, monkeypatc
         assert torch.equal(value, chosen.model.state_dict()[name]), name
 
 
-def test_milder_runs_unlearn_no_more(learnt, corners, monkeypatch):
-    unlearnt, chosen = [], []
-
-    def counted(*arguments, **settings):
-        unlearnt.append(1)
-        return unlearn(*arguments, **settings)
-
-    def choose(*arguments):
-        chosen.append(1)
-        return ratio(*arguments)
-
-    ratio = TSBD._ratio
-    monkeypatch.setattr(tsbd, "unlearn", counted)
-    monkeypatch.setattr(TSBD, "_ratio", choose)
+def test_milder_runs_neither_unlearn_nor_choose_again(learnt, corners):
+    events = []
     harmful = TSBD(candidates=(1.0,), lr=0.0, steps=1, restarts=2, max_utility_drop=0, **UNLEARNING)
-    with pytest.warns(RuntimeWarning, match="beginning again at 0.25 times"):
-        harmful.purify(learnt, corners)
-    assert (len(unlearnt), len(chosen)) == (1, 1)
+    harmful.purify(learnt, corners, progress=events.append)
+    assert any("beginning again at 0.25 times" in event.note for event in events)
+    stages = [stage for stage, _ in groupby(event.stage for event in events)]
+    assert [stage for stage in stages if "unlearn" in stage] == ["unlearn"]
+    assert [stage for stage in stages if "choose" in stage] == ["choose a ratio"]
 
 
 def test_a_given_ratio_is_not_chosen(learnt, corners):
@@ -206,11 +190,20 @@ def test_the_defaults_reach_below_a_hundredth_of_the_units(corners, monkeypatch)
     assert mean_score(result.adapter, corners) > 1 / 3
 
 
-def test_no_share_is_scored_twice(learnt, corners, monkeypatch):
+def test_no_share_is_scored_twice(learnt, corners):
+    """A share of less than one unit of seven is the given model, and both others are one unit."""
     scored = []
-    monkeypatch.setattr(tsbd, "mean_score", lambda *given: scored.append(1) or mean_score(*given))
-    TSBD(candidates=(0.01, 0.02, 0.15, 0.2), fine_tuning="none", **QUICK).purify(learnt, corners)
-    assert len(scored) == 2  # the given model, and one unit of seven
+
+    class Watched(type(learnt)):
+        def score(self, batch):
+            scored[-1] += 1
+            return super().score(batch)
+
+    learnt.__class__ = Watched
+    for candidates in ((0.15,), (0.01, 0.02, 0.15, 0.2)):
+        scored.append(0)
+        TSBD(candidates=candidates, fine_tuning="none", **QUICK).purify(learnt, corners)
+    assert scored[0] == scored[1]
 
 
 ONE_STEP = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "batch_size": 24}
@@ -261,10 +254,11 @@ def test_no_fine_tuning_trains_nothing(learnt, corners):
     assert "fine-tune" in stages
 
 
-def test_the_plots_hold_a_value_per_unit(learnt, corners, changes):
+def test_the_plots_hold_a_value_per_unit(learnt, corners):
     change, active = purified(learnt, corners, steps=2).plots
     groups = learnt.unit_groups()
-    scores = [reference.unit_sum(changes[0], g, u) for g in groups for u in range(g.size)]
+    moved = change_of(learnt, corners)
+    scores = [reference.unit_sum(moved, g, u) for g in groups for u in range(g.size)]
     expected = torch.tensor(sorted(scores, reverse=True), dtype=torch.float64)
     torch.testing.assert_close(change.change.sort(descending=True)[0], expected)
     assert change.reset == 3
