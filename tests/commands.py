@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from torch import nn
 
 from mmdefense import registry
 from mmdefense.cli import main
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.fine_tuning import FineTuning
 
 CLASSES = 3
 
@@ -82,11 +86,12 @@ class Workplace:
     out: Path
 
     def purify(self, *more: str, **changed: object) -> list[str]:
-        """Return the arguments of a short purification; ``changed`` replaces paths."""
+        """Return the arguments of a short purification; ``changed`` replaces paths or defense."""
         paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
+        defense = str(paths.get("defense", "fine-tuning"))
         return [
             *("purify", str(paths["model"]), "--data", str(paths["data"]), "-o", str(paths["out"])),
-            *("--arch", "commands:Net", "--defense", "fine-tuning"),
+            *("--arch", "commands:Net", "--defense", defense),
             *("--set", "steps=4", "--set", "batch_size=8", *more),
         ]
 
@@ -108,6 +113,35 @@ def plug(monkeypatch):
         )
 
     return add
+
+
+def nothing(work: Purifying[Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbed(FineTuning):
+    """Fine-tuning, and what a test does before and after it."""
+
+    before: ClassVar[Callable[[Purifying[Any]], None]] = staticmethod(nothing)
+    after: ClassVar[Callable[[Purifying[Any]], None]] = staticmethod(nothing)
+
+    def _run(self, work: Purifying[Any]) -> None:
+        self.before(work)
+        super()._run(work)
+        self.after(work)
+
+
+@pytest.fixture
+def disturb(plug, monkeypatch):
+    """Register the defense "disturbed"; return a function that says what comes around it."""
+    plug("defenses", disturbed="commands:Disturbed")
+
+    def disturb(before=nothing, after=nothing):
+        monkeypatch.setattr(Disturbed, "before", staticmethod(before))
+        monkeypatch.setattr(Disturbed, "after", staticmethod(after))
+
+    return disturb
 
 
 @pytest.fixture

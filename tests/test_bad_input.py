@@ -159,15 +159,14 @@ def test_options_that_cannot_be_parsed(place, mmdefense, arguments):
     assert place.files() == []
 
 
-def test_what_a_defense_cannot_serve_is_exit_3(place, mmdefense, monkeypatch):
-    from mmdefense.defenses.fine_tuning import FineTuning
+def test_what_a_defense_cannot_serve_is_exit_3(place, mmdefense, disturb):
     from mmdefense.errors import UnsupportedError
 
-    def unfit(self, work):
+    def unfit(work):
         raise UnsupportedError("FineTuning needs a moon; there is none")
 
-    monkeypatch.setattr(FineTuning, "_run", unfit)
-    refused(mmdefense(*place.purify()), "needs a moon", code=3)
+    disturb(before=unfit)
+    refused(mmdefense(*place.purify(defense="disturbed")), "needs a moon", code=3)
     assert place.files() == []
 
 
@@ -179,11 +178,13 @@ def test_a_loss_that_turns_nan_at_once_leaves_nothing(place, mmdefense):
     assert place.files() == []
 
 
-def test_a_loss_that_turns_nan_keeps_the_last_good_state(place, mmdefense, monkeypatch):
-    monkeypatch.setattr(
-        "mmdefense.pipeline.jobs._same", lambda *_: False
-    )  # as after some good steps
-    outcome = mmdefense(*place.purify(*DIVERGES))
+def test_a_loss_that_turns_nan_keeps_the_last_good_state(place, mmdefense, disturb):
+    def good_step(work):
+        with torch.no_grad():
+            work.adapter.model.head.bias += 0.01
+
+    disturb(before=good_step)
+    outcome = mmdefense(*place.purify(*DIVERGES, defense="disturbed"))
     kept = place.folder / "out.partial" / "last_good.safetensors"
     refused(outcome, "stopped being finite", str(kept), "smaller learning rate")
     assert place.files() == ["out.partial"]
@@ -219,13 +220,14 @@ def test_a_full_disk_at_the_start_leaves_nothing(place, mmdefense, monkeypatch):
     assert place.files() == []
 
 
-def test_a_full_disk_at_the_end_loses_nothing(place, mmdefense, monkeypatch):
+def test_a_full_disk_at_the_end_loses_nothing(place, mmdefense, disturb, monkeypatch):
     with monkeypatch.context() as disk:
-        disk.setattr("mmdefense.pipeline.purification.write_statement", no_space)
-        outcome = mmdefense(*place.purify())
+        disturb(after=lambda work: disk.setattr(os, "fsync", no_space))
+        outcome = mmdefense(*place.purify(defense="disturbed"))
     refused(outcome, "No space left on device", "out.partial", "--resume")
     assert place.files() == ["out.partial"]
-    assert mmdefense(*place.purify("--resume")).code == 0
+    disturb()
+    assert mmdefense(*place.purify("--resume", defense="disturbed")).code == 0
     assert place.files() == ["out"]
 
 
@@ -257,24 +259,24 @@ def test_debug_shows_the_traceback(place, mmdefense, monkeypatch):
         main()
 
 
-def test_a_fault_of_ours_is_one_line_too(place, mmdefense, monkeypatch):
-    def fault(*_, **__):
-        raise KeyError("oops")
+def fault(work):
+    raise KeyError("oops")
 
-    monkeypatch.setattr("mmdefense.pipeline.jobs.purify_prepared", fault)
-    refused(mmdefense(*place.purify()), "internal error: KeyError", code=70)
+
+def test_a_fault_of_ours_is_one_line_too(place, mmdefense, disturb):
+    disturb(before=fault)
+    outcome = mmdefense(*place.purify(defense="disturbed"))
+    refused(outcome, "internal error: KeyError", code=70)
     assert place.files() == []  # nothing that could be gone on with
 
 
-def test_a_fault_after_states_were_kept_says_where_they_are(place, mmdefense, monkeypatch):
-    def fault(*_, **__):
-        raise KeyError("oops")
-
-    with monkeypatch.context() as broken:
-        broken.setattr("mmdefense.pipeline.purification.gather", fault)
-        refused(mmdefense(*place.purify()), "KeyError", "out.partial", "--resume", code=70)
+def test_a_fault_after_states_were_kept_says_where_they_are(place, mmdefense, disturb):
+    disturb(after=fault)
+    outcome = mmdefense(*place.purify(defense="disturbed"))
+    refused(outcome, "KeyError", "out.partial", "--resume", code=70)
     assert place.files() == ["out.partial"]
-    assert mmdefense(*place.purify("--resume")).code == 0
+    disturb()
+    assert mmdefense(*place.purify("--resume", defense="disturbed")).code == 0
 
 
 def test_after_a_loss_that_turned_nan_another_try_begins_afresh(place, mmdefense):

@@ -92,20 +92,19 @@ def test_what_is_written_can_be_read_by_others(place, mmdefense):
     assert modes == {reference.stat().st_mode & 0o777}
 
 
-def test_a_violated_guard_is_exit_1_and_says_so(place, mmdefense, monkeypatch):
+def test_a_violated_guard_is_exit_1_and_says_so(place, mmdefense, disturb):
     import torch
-
-    from mmdefense.defenses.fine_tuning import FineTuning
 
     assert mmdefense(*place.purify("--set", "steps=60")).code == 0  # a model that can be spoilt
     learnt = place.out / "model.safetensors"
 
-    def spoil(self, work):  # so far that no state on the way is any good
+    def spoil(work):  # so far that no state on the way is any good
         with torch.no_grad():
             work.adapter.model.head.weight *= -1000
 
-    monkeypatch.setattr(FineTuning, "_run", spoil)
-    outcome = mmdefense(*place.purify(model=learnt, out=place.folder / "spoilt"))
+    disturb(after=spoil)
+    spoilt = {"model": learnt, "out": place.folder / "spoilt", "defense": "disturbed"}
+    outcome = mmdefense(*place.purify(**spoilt))
     assert outcome.code == 1
     assert "VIOLATED" in outcome.out
     assert read_record(place.folder / "spoilt" / "purification.json").guard.violated
@@ -161,22 +160,19 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_result(place, mmdefense, und
     ("more", "words"),
     [(("--set", "lr=0.01"), "another setting lr"), (("--seed", "9"), "another setting seed")],
 )
-def test_resume_refuses_another_job(place, mmdefense, monkeypatch, more, words):
-    from mmdefense.kernels.loop import train
-
-    def cut(adapter, samples, training, run, **options):
-        train(adapter, samples, training, run, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mmdefense.defenses.fine_tuning.train", cut)
-        assert mmdefense(*place.purify()).code == 130
-    outcome = mmdefense(*place.purify(*more, "--resume"))
+def test_resume_refuses_another_job(place, mmdefense, disturb, more, words):
+    disturb(after=interrupt)
+    assert mmdefense(*place.purify(defense="disturbed")).code == 130
+    outcome = mmdefense(*place.purify(*more, "--resume", defense="disturbed"))
     assert outcome.code == 2
     assert words in outcome.err
     assert (place.folder / "out.partial").exists()
     (place.data / "0" / "0.png").unlink()
-    assert "another data" in mmdefense(*place.purify("--resume")).err
+    assert "another data" in mmdefense(*place.purify("--resume", defense="disturbed")).err
+
+
+def interrupt(work):
+    raise KeyboardInterrupt
 
 
 def test_a_run_whose_time_is_up_is_handed_back_and_goes_on(place, mmdefense, undisturbed):
@@ -200,12 +196,9 @@ def test_a_time_that_is_none_is_refused(place, mmdefense, time):
     assert "90s, 30m or 2h" in outcome.err
 
 
-def test_an_interrupt_before_anything_is_kept_leaves_nothing(place, mmdefense, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mmdefense.defenses.fine_tuning.train", interrupt)
-    outcome = mmdefense(*place.purify())
+def test_an_interrupt_before_anything_is_kept_leaves_nothing(place, mmdefense, disturb):
+    disturb(before=interrupt)
+    outcome = mmdefense(*place.purify(defense="disturbed"))
     assert outcome.code == 130
     assert "there is no progress to keep" in outcome.err
     assert place.files() == []

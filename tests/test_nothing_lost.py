@@ -401,18 +401,10 @@ def test_a_change_while_a_model_is_read(place, mmdefense, vit, monkeypatch, chan
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_before_the_output_is_written(place, mmdefense, vit, monkeypatch, change):
-    from mmdefense.defenses.fine_tuning import FineTuning
-
+def test_a_change_before_the_output_is_written(place, mmdefense, vit, disturb, change):
     (vit / "notes.txt").write_text("a note")
-    genuine = FineTuning._run
-
-    def changed(self, work):
-        change(vit)
-        return genuine(self, work)
-
-    monkeypatch.setattr(FineTuning, "_run", changed)
-    refused(mmdefense(*purify(place, model=vit)), str(vit), "was changed")
+    disturb(before=lambda work: change(vit))
+    refused(mmdefense(*purify(place, model=vit, defense="disturbed")), str(vit), "was changed")
     assert not place.out.exists()
 
 
@@ -492,22 +484,21 @@ def test_a_flipped_bit_anywhere_in_a_kept_state_is_seen(tmp_path):
     assert store.load("a")["step"] == 3
 
 
-@pytest.mark.parametrize("name", ["job.pt", "*.progress.pt"])
-def test_a_run_does_not_go_on_from_a_damaged_state(place, mmdefense, monkeypatch, name):
-    from mmdefense.kernels.loop import train
-
-    def cut(*arguments, **options):
-        train(*arguments, **options)
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("job.pt", "remove"), ("*.progress.pt", "delete it to restart")]
+)
+def test_a_run_does_not_go_on_from_a_damaged_state(place, mmdefense, disturb, name, remedy):
+    def interrupt(work):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("mmdefense.defenses.fine_tuning.train", cut)
-        assert mmdefense(*place.purify()).code == 130
+    disturb(after=interrupt)
+    assert mmdefense(*place.purify(defense="disturbed")).code == 130
     (path,) = (place.folder / "out.partial").rglob(name)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    refused(mmdefense(*place.purify("--resume")), path.name, "damaged", "remove")
+    resumed = mmdefense(*place.purify("--resume", defense="disturbed"))
+    refused(resumed, path.name, "damaged", remedy)
     assert not place.out.exists()
 
 

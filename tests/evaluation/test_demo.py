@@ -39,11 +39,12 @@ def test_the_page_holds_what_the_demo_promises(quick, tmp_path):
     assert {event.stage for event in events} >= {"victim: victim", "quick: fine-tune"}
 
 
-def test_a_folder_that_exists_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "train_victim", lambda *_: pytest.fail("it went to work"))
+def test_a_folder_that_exists_is_refused_before_any_work(tmp_path):
+    events = []
     (tmp_path / "note").touch()
     with pytest.raises(BadInputError, match="already exists"):
-        demo.run_demo(tmp_path)
+        demo.run_demo(tmp_path, progress=events.append)
+    assert events == []
 
 
 def test_the_demo_takes_the_case_that_is_marked_for_it_or_the_first(tmp_path, monkeypatch):
