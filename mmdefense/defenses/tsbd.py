@@ -25,7 +25,7 @@ from mmdefense.kernels.units import (
     weight_change,
     zero,
 )
-from mmdefense.kernels.unlearning import mean_gradient, unlearn
+from mmdefense.kernels.unlearning import chance_level, mean_gradient, unlearn
 from mmdefense.plots.activeness import Activeness
 from mmdefense.plots.weight_change import WeightChange
 from mmdefense.protocol import TaskAdapter, UnitGroup
@@ -57,7 +57,7 @@ def unlearning_change(
             fork,
             samples,
             run,
-            stop=_chance(adapter, samples) if stop is None else stop,
+            stop=chance_level(adapter, samples) if stop is None else stop,
             lr=lr,
             batch_size=batch_size,
             max_epochs=max_epochs,
@@ -68,13 +68,6 @@ def unlearning_change(
     device = next(adapter.model.parameters()).device
     change = run.once("change", compute, at_any_rate=True)
     return {name: value.to(device) for name, value in change.items()}
-
-
-def _chance(adapter: TaskAdapter[Any], samples: Any) -> float:
-    """Return the score of always giving the most frequent answer; at least ``adapter.chance``."""
-    strata = samples.strata()
-    most = 0 if strata is None else int(strata.unique(return_counts=True)[1].max())
-    return max(adapter.chance, most / len(samples))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,7 +164,7 @@ def worst_change(
     radius: float,
     steps: int,
     step_size: float,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Literal["linf", "l2", "l1"] = "linf",
     universal: bool = False,
     loss: Callable[[B], Tensor] | None = None,
     start: Tensor | None = None,
@@ -180,7 +180,8 @@ def worst_change(
         radius: Largest norm of the change of a sample.
         steps: Number of steps.
         step_size: Length of a step, in the norm.
-        norm: ``"linf"`` steps along the sign of the gradient, ``"l2"`` along the gradient.
+        norm: ``"linf"`` steps along the sign of the gradient, the others along the gradient. What
+            is too long is cut off in ``"linf"``, and scaled down in the others.
         universal: Whether all samples share one change, ``(1, ...)``, that raises the mean loss.
         loss: Loss of each sample of a perturbed batch, ``(N,)``; the training loss by default.
         start: Where to begin; zero by default.
@@ -223,21 +224,21 @@ def worst_change(
 
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
-    """Return the steepest direction of length one for each sample."""
+    """Return the sign of the gradient, or the gradient scaled to length one, for each sample."""
     if norm == "linf":
         return gradient.sign()
-    return gradient / _lengths(gradient).clamp(min=1e-12)
+    return gradient / _lengths(gradient, norm).clamp(min=1e-12)
 
 
 def _in_ball(change: Tensor, radius: float, norm: str) -> Tensor:
     if norm == "linf":
         return change.clamp(-radius, radius)
-    return change * (radius / _lengths(change).clamp(min=1e-12)).clamp(max=1)
+    return change * (radius / _lengths(change, norm).clamp(min=1e-12)).clamp(max=1)
 
 
-def _lengths(values: Tensor) -> Tensor:
-    """Return the Euclidean norm of each sample, to be broadcast."""
+def _lengths(values: Tensor, norm: str) -> Tensor:
+    """Return the norm of each sample, to be broadcast."""
     lengths: Tensor = torch.linalg.vector_norm(
-        values, dim=tuple(range(1, values.ndim)), keepdim=True
+        values, 1 if norm == "l1" else 2, dim=tuple(range(1, values.ndim)), keepdim=True
     )
     return lengths

@@ -17,6 +17,7 @@ from mmdefense.runtime.memory import in_parts
 __all__ = [
     "gradient_norms",
     "kth_smallest",
+    "mask_out",
     "mean_activations",
     "parameters_by_name",
     "rank",
@@ -134,6 +135,22 @@ def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit
             for name, axis in group.axes.items():
                 where = _indices(group, units, parameters[name].device)
                 parameters[name].index_fill_(axis, where, 0)
+
+
+def mask_out(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
+    """Zero what the mask of the chosen units multiplies, in place, and leave their biases.
+
+    As ANP and RNP prune: of a filter with BatchNorm the norm's weight alone. It is what
+    :class:`~mmdefense.kernels.coordinates.UnitMasks` without biases writes for masks of zero.
+    """
+    parameters = _parameters(model)
+    with torch.no_grad():
+        for index, units in _by_group(chosen).items():
+            group = groups[index]
+            for name, axis in group.outer.items():
+                if name.rpartition(".")[2] != "bias":
+                    where = _indices(group, units, parameters[name].device)
+                    parameters[name].index_fill_(axis, where, 0)
 
 
 def silence_mask(

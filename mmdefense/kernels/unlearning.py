@@ -14,7 +14,7 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.run import Run
 from mmdefense.training import Training
 
-__all__ = ["unlearn"]
+__all__ = ["chance_level", "mean_gradient", "unlearn"]
 
 B = TypeVar("B", bound=Batch)
 
@@ -91,6 +91,13 @@ def unlearn(
     # From the history, so that a run that was resumed after this stage knows it too.
     looks = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
     return looks[-1] // per_epoch if looks else 0
+
+
+def chance_level(adapter: TaskAdapter[B], samples: Samples[B]) -> float:
+    """Return the score of always giving the most frequent answer; at least ``adapter.chance``."""
+    strata = samples.strata()
+    most = 0 if strata is None else int(strata.unique(return_counts=True)[1].max())
+    return max(adapter.chance, most / len(samples))
 
 
 def mean_gradient(adapter: TaskAdapter[Any], batch: Any) -> dict[str, Tensor]:

@@ -39,24 +39,31 @@ class Row:
         idle: Settings, beside those, with which it must do nothing.
         long: Settings, beside the quick ones, with which it is worth interrupting.
         idle_on: The models, of random weights, on which it rightly does nothing.
+        draws: Whether it draws anything but the split, which may leave the result as it is.
     """
 
     quick: Mapping[str, Any]
     idle: Mapping[str, Any]
     long: Mapping[str, Any] = field(default_factory=lambda: {"steps": 25})
     idle_on: tuple[str, ...] = ()
+    draws: bool = True
 
 
 UNLEARNING = {"unlearn_epochs": 3, "unlearn_lr": 0.01, "unlearn_batch_size": 16}
 SEARCH = {"screening": 0, "search_steps": 3, "levels": (0.5,), "rounds": 1, "tau": 0.01}
+PRUNED = {"lr": 1.0, "threshold": 1.0, "max_share": 0.1}
+RECOVERY = {"unlearn_epochs": 3, "epochs": 3, "batch_size": 8}
 ROWS = {
+    "anp": Row(SHORT | PRUNED, {"threshold": 0.0}),
     "auto": Row(
         SHORT | {"candidates": ("fine-tuning",), "fallback": "fine-tuning", "search_steps": 3},
         {"steps": 0},
     ),
+    "awm": Row(SHORT, {"steps": 0}),
     "baeraser": Row(
         SHORT | SEARCH, {"steps": 0}, {"steps": 25, "stop": 0.0, "rounds": 2}, ("fcos", "llama")
     ),
+    "clp": Row({"spread": 0.7, "holdout": 0.5}, {"spread": 1e6}, {}, draws=False),
     "fast-fip": Row(SHORT, {"steps": 0}),
     "fine-pruning": Row(
         SHORT | {"max_pruning_drop": 0.5, "points": 8}, {"max_share": 0.0, "steps": 0}
@@ -68,6 +75,7 @@ ROWS = {
     "nad": Row(SHORT | {"teacher_steps": 3}, {"steps": 0}),
     "nft": Row(SHORT, {"steps": 0}),
     "pruning": Row({"max_pruning_drop": 0.25, "holdout": 0.8, "points": 8}, {"max_share": 0.0}, {}),
+    "rnp": Row(PRUNED | RECOVERY, {"threshold": 0.0}, {"epochs": 12}),
     "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
 }
 
@@ -164,7 +172,7 @@ def test_another_seed_gives_another_result(trial, name, model):
     first = trial(name, model).result
     # Where the seed makes the split alone, the same units may be chosen on another part.
     others = (trial(name, model, seed).result for seed in (1, 2, 3))
-    assert any(
+    assert not ROWS[name].draws or any(
         other.guard != first.guard or differ(copy_state(first.model), copy_state(other.model))
         for other in others
     )
@@ -326,7 +334,8 @@ def test_too_little_memory_changes_nothing_but_rounding_and_is_said_once(in_floa
     limited(adapter, 30, asked)  # the search tries up to 30 generators on each sample
     found = make(name, **wide).purify(adapter, samples, progress=events.append)
     assert max(count for _, count in asked) > 30
-    assert len([event for event in events if event.note]) == 1
+    told = [event for event in events if event.note and event.stage == "memory"]
+    assert len(told) == 1
     for key, value in expected.model.state_dict().items():
         torch.testing.assert_close(found.model.state_dict()[key], value, rtol=1e-9, atol=1e-11)
 

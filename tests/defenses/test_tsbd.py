@@ -17,7 +17,7 @@ from mmdefense.defenses.tsbd import TSBD, unlearning_change
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.units import parameters_by_name
-from mmdefense.kernels.unlearning import unlearn
+from mmdefense.kernels.unlearning import chance_level, unlearn
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run, copy_state
 
@@ -279,4 +279,4 @@ def test_samples_without_strata_leave_chance_to_the_adapter(learnt):
             return None
 
     samples = Unlabelled(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
-    assert tsbd._chance(learnt, samples) == pytest.approx(1 / 3)
+    assert chance_level(learnt, samples) == pytest.approx(1 / 3)

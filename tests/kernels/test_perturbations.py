@@ -159,6 +159,7 @@ def test_noise_from_a_random_start_stays_within_its_radius(adapter, batch):
 def slow_pgd(adapter, batch, radius, steps, step_size, norm, universal=False):
     """One sample at a time, by autograd of the plain loss."""
     change = torch.zeros_like(batch.inputs[:1] if universal else batch.inputs)
+    order = {"l1": 1, "l2": 2, "linf": 2}[norm]
     for _ in range(steps):
         leaf = change.clone().requires_grad_()
         total = 0
@@ -168,12 +169,12 @@ def slow_pgd(adapter, batch, radius, steps, step_size, norm, universal=False):
             total = total + adapter.per_sample_loss(LabelledBatch(inputs, batch.labels[n : n + 1]))
         (gradient,) = torch.autograd.grad(total.sum(), leaf)
         for row, g in enumerate(gradient):
-            direction = g.sign() if norm == "linf" else g / g.norm()
+            direction = g.sign() if norm == "linf" else g / g.flatten().norm(order)
             new = change[row] + step_size * direction
             if norm == "linf":
                 new = new.clamp(-radius, radius)
-            elif new.norm() > radius:
-                new = new * radius / new.norm()
+            elif new.flatten().norm(order) > radius:
+                new = new * radius / new.flatten().norm(order)
             if not universal:
                 new = (batch.inputs[row] + new).clamp(0, 1) - batch.inputs[row]
             change[row] = new
@@ -181,7 +182,7 @@ def slow_pgd(adapter, batch, radius, steps, step_size, norm, universal=False):
 
 
 @pytest.mark.parametrize("universal", [False, True])
-@pytest.mark.parametrize(("norm", "radius"), [("linf", 0.3), ("l2", 0.8)])
+@pytest.mark.parametrize(("norm", "radius"), [("linf", 0.3), ("l2", 0.8), ("l1", 4.0)])
 def test_input_changes_are_those_of_the_plain_version(adapter, batch, norm, radius, universal):
     before = copy_state(adapter.model)
     options = {"radius": radius, "steps": 4, "step_size": radius / 2, "norm": norm}
@@ -190,7 +191,8 @@ def test_input_changes_are_those_of_the_plain_version(adapter, batch, norm, radi
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert same(before, copy_state(adapter.model))
     assert all(p.requires_grad and p.grad is None for p in adapter.model.parameters())
-    size = found.abs().amax() if norm == "linf" else found.flatten(1).norm(dim=1).max()
+    order = {"l1": 1, "l2": 2, "linf": torch.inf}[norm]
+    size = found.flatten(1).norm(order, dim=1).max()
     assert size <= radius + 1e-12
     attacked = perturbed(adapter, batch, found)
     assert attacked.inputs.min() >= 0

@@ -1,0 +1,109 @@
+"""Prunes the most suspect units, as many as the utility guard lets pass: CLP, ANP, RNP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.guard import judge
+from mmdefense.kernels.loop import scores
+from mmdefense.kernels.units import Unit, mask_out, parameters_by_name, rank, restore
+from mmdefense.plots.pruning_curve import PruningCurve
+from mmdefense.protocol import UnitGroup
+from mmdefense.runtime.run import Event
+
+__all__ = ["prune_by_mask", "prune_within", "tell_of_units_without_batch_norm"]
+
+_POINTS = 18  # thresholds from 0 to 0.9 in steps of 0.05, as BackdoorBench sweeps them
+
+
+def prune_within(
+    work: Purifying[Any],
+    groups: Sequence[UnitGroup],
+    order: Sequence[Unit],
+    counts: Iterable[int],
+    bound: float,
+    prune: Callable[[nn.Module, Sequence[UnitGroup], Sequence[Unit]], None],
+) -> None:
+    """Prune the first units of an order: the last count before one that the guard would refuse.
+
+    Args:
+        work: Its model is pruned in place, and its hold-out part decides.
+        groups: The unit groups.
+        order: Suspect units, the most suspect first.
+        counts: Numbers of units to try; those of 0 are left out.
+        bound: The largest drop of the task metric, in ``[0, 1]``.
+        prune: Prunes units in place.
+    """
+    model = work.adapter.model
+    tried = sorted({count for count in counts if count})
+    total = sum(group.size for group in groups)
+    given = parameters_by_name(model)
+    before = scores(work.adapter, work.holdout)
+    curve, pruned, chosen = [float(before.mean())], 0, 0
+    most = tried[-1] if tried else 0
+    work.run.report("choose units", 0, most)
+    for count in tried:
+        prune(model, groups, order[pruned:count])
+        after, pruned = scores(work.adapter, work.holdout), count
+        curve.append(float(after.mean()))
+        if judge(before, after, bound, "").violated:
+            break
+        chosen = count
+        work.run.report("choose units", count, most)
+    restore(model, given)
+    prune(model, groups, order[:chosen])
+    work.run.record("prune", 1, 1, pruned=chosen / total)
+    fractions = [count / total for count in [0, *tried][: len(curve)]]
+    work.plots.append(PruningCurve(fractions, curve, chosen / total))
+    if not chosen:
+        work.why_unchanged = "no unit was pruned"
+
+
+def prune_by_mask(
+    work: Purifying[Any],
+    groups: Sequence[UnitGroup],
+    masks: Sequence[Tensor],
+    threshold: float,
+    max_share: float,
+    bound: float,
+) -> None:
+    """Prune the units with the smallest masks; their biases stay, for these were not masked.
+
+    Tried are the units below each of 18 thresholds, evenly up to the largest one.
+
+    Args:
+        work: See :func:`prune_within`; so are ``groups`` and ``bound``.
+        groups: The unit groups.
+        masks: The factor of each unit, G tensors of shape ``(U,)``.
+        threshold: Largest threshold.
+        max_share: Largest share of the units, in ``[0, 1]``.
+        bound: The largest drop of the task metric.
+    """
+    values = torch.cat([mask.detach().cpu() for mask in masks])
+    most = int(max_share * len(values))
+    limits = [threshold * point / _POINTS for point in range(1, _POINTS + 1)]
+    counts = [min(most, int((values < limit).count_nonzero())) for limit in limits]
+    prune_within(work, groups, rank(masks, descending=False), counts, bound, mask_out)
+
+
+def tell_of_units_without_batch_norm(work: Purifying[Any], groups: Sequence[UnitGroup]) -> None:
+    """Say where units have no BatchNorm, whose weight the papers mask, and what is masked there."""
+    modules = dict(work.adapter.model.named_modules())
+    owners = [modules[next(iter(group.outer)).rpartition(".")[0]] for group in groups]
+    without = sum(
+        group.size
+        for group, owner in zip(groups, owners, strict=True)
+        if not isinstance(owner, nn.modules.batchnorm._BatchNorm)
+    )
+    if without:
+        total = sum(group.size for group in groups)
+        note = (
+            f"{without} of {total} units have no BatchNorm, whose weight the paper masks: their "
+            "own weights are masked instead"
+        )
+        work.run.progress(Event("units", 0, 1, note=note))
