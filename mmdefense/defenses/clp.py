@@ -58,21 +58,30 @@ class CLP(Defense):
 
 @torch.no_grad()
 def lipschitz_bounds(model: nn.Module, group: UnitGroup) -> Tensor:
-    """Return the largest singular value of each unit's weights, with its norm, shape ``(U,)``."""
+    """Return the largest singular value of each unit's weights, with its norm, shape ``(U,)``.
+
+    Of a unit with weights in two layers, as the rank of a low-rank update, it is their product.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    name = f"{group.layer}.weight" if group.layer else "weight"
-    weight = parameters[name].double().movedim(group.axes[name], 0)
+    factors = []
+    for name, axis in group.axes.items():
+        owner, _, kind = name.rpartition(".")
+        weight = parameters[name].double().movedim(axis, 0)
+        if weight.ndim > 1:
+            factors.append(_largest_singular_values(weight, group))
+        elif kind != "bias":
+            norm: Any = model.get_submodule(owner)
+            variance = getattr(norm, "running_var", None)
+            scale = 1 if variance is None else (variance.double() + norm.eps).sqrt()
+            factors.append(weight.abs() / scale)
+    return torch.stack(factors).prod(0)
+
+
+def _largest_singular_values(weight: Tensor, group: UnitGroup) -> Tensor:
     # A filter: its input channels by the positions of its kernel; a unit of several rows: these.
     shape = weight.shape[:2] if weight.ndim > 2 else (group.size, group.width)
     matrices = weight.reshape(*shape, -1)
     if matrices.shape[1] > matrices.shape[2]:
         matrices = matrices.mT
-    bounds = torch.linalg.eigvalsh(matrices @ matrices.mT)[:, -1].clamp(min=0).sqrt()
-    last = list(group.outer)[-1].rpartition(".")[0]
-    if last == group.layer:
-        return bounds
-    norm: Any = model.get_submodule(last)
-    factor = norm.weight.double().abs()
-    if getattr(norm, "running_var", None) is not None:
-        factor = factor / (norm.running_var.double() + norm.eps).sqrt()
-    return bounds * factor
+    found: Tensor = torch.linalg.eigvalsh(matrices @ matrices.mT)[:, -1].clamp(min=0).sqrt()
+    return found

@@ -36,6 +36,7 @@ class Net(nn.Module):
         self.grouped = nn.Conv1d(6, 4, 3, groups=2)
         self.group_norm = nn.GroupNorm(2, 4)
         self.linear = nn.Linear(7, 5)
+        self.back = nn.Linear(5, 3)
         self.heads = nn.Linear(6, 4)
 
 
@@ -76,6 +77,10 @@ def test_other_units_have_the_bound_of_their_own_weights(net):
     for unit, bound in enumerate(lipschitz_bounds(net, heads).tolist()):
         columns = net.heads.weight[:, 3 * unit : 3 * unit + 3]
         assert bound == pytest.approx(singular(columns), rel=1e-12)
+    ranks = lipschitz_bounds(net, UnitGroup("linear", 5, {"linear.weight": 0, "back.weight": 1}))
+    for unit, bound in enumerate(ranks.tolist()):
+        update = torch.outer(net.back.weight[:, unit], net.linear.weight[unit])
+        assert bound == pytest.approx(singular(update), rel=1e-12)
 
 
 def test_clp_silences_what_stands_out_in_its_layer(learnt, corners):
