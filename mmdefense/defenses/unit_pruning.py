@@ -74,7 +74,8 @@ def prune_by_mask(
 ) -> None:
     """Prune the units with the smallest masks; their biases stay, for these were not masked.
 
-    Tried are the units below each of 18 thresholds, evenly up to the largest one.
+    Tried are the units below each of 18 thresholds, evenly up to the largest one, and as many
+    numbers of units, evenly up to those below it.
 
     Args:
         work: See :func:`prune_within`; so are ``groups`` and ``bound``.
@@ -86,8 +87,10 @@ def prune_by_mask(
     """
     values = torch.cat([mask.detach().cpu() for mask in masks])
     most = int(max_share * len(values))
-    limits = [threshold * point / _POINTS for point in range(1, _POINTS + 1)]
-    counts = [min(most, int((values < limit).count_nonzero())) for limit in limits]
+    points = range(1, _POINTS + 1)
+    below = [int((values < threshold * n / _POINTS).count_nonzero()) for n in points]
+    by_number = [round(min(most, below[-1]) * n / _POINTS) for n in points]
+    counts = [min(most, count) for count in below] + by_number
     prune_within(work, groups, rank(masks, descending=False), counts, bound, mask_out)
 
 
