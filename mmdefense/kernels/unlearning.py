@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -96,7 +97,7 @@ def unlearn(
 def chance_level(adapter: TaskAdapter[B], samples: Samples[B]) -> float:
     """Return the score of always giving the most frequent answer; at least ``adapter.chance``."""
     strata = samples.strata()
-    most = 0 if strata is None else int(strata.unique(return_counts=True)[1].max())
+    most = 0 if strata is None else max(Counter(strata.tolist()).values())
     return max(adapter.chance, most / len(samples))
 
 
