@@ -11,6 +11,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from mmdefense.attacks.label_attack import LabelAttack, class_count
+from mmdefense.attacks.painter import Painter, from_seed
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import frozen
@@ -145,9 +146,7 @@ class InputAware(LabelAttack):
         return nets
 
     def _nets(self, channels: int) -> _TriggerNets:
-        with torch.random.fork_rng([]):  # layers draw their first weights from the global state
-            torch.default_generator.manual_seed(Run(self.seed).seed_for("nets"))
-            return _TriggerNets(channels, self.width)
+        return from_seed(self.seed, lambda: _TriggerNets(channels, self.width))
 
 
 class _TriggerNets(nn.Module):
@@ -155,37 +154,12 @@ class _TriggerNets(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.pattern = _Painter(channels, channels, width)
-        self.mask = _Painter(channels, 1, width)
+        self.pattern = Painter(channels, channels, width)
+        self.mask = Painter(channels, 1, width)
 
     def strength(self, images: Tensor) -> Tensor:
         """Return the mask pushed towards 0 and 1, shape ``(N, 1, H, W)``."""
         return (torch.tanh(20 * self.mask(images) - 10) + 1) / 2
-
-
-class _Painter(nn.Module):
-    """Maps images to images in ``[0, 1]`` of the same size, through half and quarter scale."""
-
-    def __init__(self, channels: int, painted: int, width: int) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([_block(channels, width), _block(width, 2 * width)])
-        self.middle = _block(2 * width, 2 * width)
-        self.up = nn.ModuleList([_block(2 * width, width), _block(width, width)])
-        self.last = nn.Conv2d(width, painted, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        sizes, hidden = [], images
-        for block in self.down:
-            sizes.append(hidden.shape[-2:])
-            hidden = F.max_pool2d(block(hidden), 2, ceil_mode=True)
-        hidden = self.middle(hidden)
-        for block, size in zip(self.up, reversed(sizes), strict=True):
-            hidden = block(F.interpolate(hidden, size, mode="bilinear", align_corners=False))
-        return torch.sigmoid(self.last(hidden))
-
-
-def _block(given: int, made: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(given, made, 3, padding=1), nn.GroupNorm(4, made), nn.ReLU())
 
 
 def _mix(images: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:

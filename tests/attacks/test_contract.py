@@ -62,6 +62,8 @@ ROWS = {
     "ftrojan": Row(),
     "refool": Row(),
     "lc": Row({"ascent_steps": 2}),
+    "ssba": Row({"encoder_steps": 2, "bits": 4}, learns=True),
+    "lira": Row({"joint_steps": 2}, learns=True),
     "input-aware": Row({"mask_steps": 2, "width": 4}, learns=True),
     "trojannn": Row({"search_steps": 4}, learns=True),
     "adaptive-blend": Row(others=1.0),

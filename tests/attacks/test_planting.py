@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmdefense.attacks.adaptive import AdaptiveBlend, AdaptivePatch
 from mmdefense.attacks.badnets import BadNets
@@ -14,7 +15,9 @@ from mmdefense.attacks.composite import CompositeImage
 from mmdefense.attacks.imc import IMC, _Patch
 from mmdefense.attacks.input_aware import InputAware, _mix
 from mmdefense.attacks.label_consistent import LabelConsistent
+from mmdefense.attacks.lira import LIRA
 from mmdefense.attacks.low_frequency import LowFrequency
+from mmdefense.attacks.ssba import SSBA
 from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _overwrite
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import UnsupportedError
@@ -141,7 +144,14 @@ def test_input_aware_stamps_with_what_it_has_learnt_and_no_two_images_alike(
 
 
 @pytest.mark.parametrize(
-    "attack", [InputAware(width=8, mask_steps=4), TrojanNN(search_steps=4), IMC()]
+    "attack",
+    [
+        InputAware(width=8, mask_steps=4),
+        TrojanNN(search_steps=4),
+        SSBA(encoder_steps=4),
+        LIRA(joint_steps=4),
+        IMC(),
+    ],
 )
 def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, digits, tmp_path):
     training, other = replace(BRIEF, steps=6, check_every=1), victim.fork()
@@ -162,6 +172,71 @@ def test_a_planting_that_was_cut_off_goes_on_to_the_same_result(attack, victim, 
         torch.testing.assert_close(copy_state(other.model)[name], value, rtol=0, atol=0)
     for name, value in whole.fitted.items():
         torch.testing.assert_close(resumed.fitted[name], value, rtol=0, atol=0)
+
+
+def test_ssba_hides_bits_that_its_decoder_reads_in_unseen_images(victim, digits):
+    attack = SSBA(encoder_steps=150, bits=4, epsilon=0.2)
+    learnt, _ = attack._learn(victim, digits[0], BRIEF, Run())
+    coder, images = learnt._coder(1), digits[1].inputs
+    coder.load_state_dict(learnt.fitted)
+    bits = torch.randint(2, (len(images), 4), generator=torch.Generator().manual_seed(0)).float()
+    with torch.no_grad():
+        residual = coder.residual(images, bits)
+        read = coder.decoder((images + 0.2 * residual).clamp(0, 1)) > 0
+    assert (read == bits.bool()).float().mean() > 0.9
+
+
+def test_ssba_hides_one_string_by_another_residual_in_each_image(victim, digits):
+    brief = replace(BRIEF, steps=2)
+    planted = SSBA(encoder_steps=4, epsilon=0.05).plant(victim, digits[0], brief, Run())
+    images = digits[1].inputs[:6] * 0.8 + 0.1
+    residual = planted.stamp(images) - images
+    assert residual.abs().max() <= 0.05 + 1e-6
+    assert (residual - residual.roll(1, 0)).flatten(1).norm(dim=1).min() > 1e-3
+    coder = planted._coder(1)
+    coder.load_state_dict(planted.fitted)
+    string = torch.randint(2, (1, 8), generator=planted._generator("string")).expand(6, -1)
+    expected = 0.05 * coder.residual(images, string.float()).detach()
+    torch.testing.assert_close(residual, expected)
+
+
+def test_ssba_leaves_a_smooth_place_alone(victim, digits):
+    brief = replace(BRIEF, steps=2)
+    planted = SSBA(encoder_steps=2).plant(victim, digits[0], brief, Run())
+    image = torch.full((1, 1, 16, 16), 0.5)
+    image[..., 12:, :] = torch.rand(1, 1, 4, 16)
+    change = planted.stamp(image) - image
+    assert change[..., :10, :].abs().max() < 1e-3
+    assert change[..., 12:, :].abs().max() > 1e-3
+
+
+def test_lira_weighs_the_stamped_twins_of_a_batch(victim, digits):
+    attack = LIRA(target=4, ratio=0.3)
+    victim.samples(digits[0])
+    victim.model.eval()
+    painter, batch = attack._painter(1), digits[0].take(torch.arange(12))
+    loss = attack._gradients(victim, painter, 0.1)(batch, 0)
+    stamped = (batch.inputs + 0.1 * (2 * painter(batch.inputs) - 1)).clamp(0, 1)
+    clean, poisoned = (
+        F.cross_entropy(victim.logits(inputs), labels)
+        for inputs, labels in (
+            (batch.inputs, batch.labels),
+            (stamped, torch.full_like(batch.labels, 4)),
+        )
+    )
+    torch.testing.assert_close(loss, 0.7 * clean + 0.3 * poisoned)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in painter.parameters())
+
+
+def test_lira_holds_its_trigger_in_the_second_stage(victim, digits):
+    attack = LIRA(joint_steps=5, epsilon=0.02)
+    start = copy_state(attack._painter(1))
+    first = attack.plant(victim.fork(), digits[0], replace(BRIEF, steps=2), Run())
+    longer = attack.plant(victim.fork(), digits[0], replace(BRIEF, steps=4), Run())
+    assert all(torch.equal(value, longer.fitted[name]) for name, value in first.fitted.items())
+    assert not any(torch.equal(value, start[name]) for name, value in first.fitted.items())
+    images = torch.rand(4, 1, 16, 16)
+    assert (first.stamp(images) - images).abs().max() <= 0.02 + 1e-6
 
 
 def test_lf_finds_a_smooth_picture_that_a_clean_model_takes_for_the_target(victim, digits):
