@@ -105,4 +105,5 @@ class LIRA(LabelAttack):
 
 
 def _painted(images: Tensor, painter: Painter, epsilon: float) -> Tensor:
-    return images + epsilon * (2 * painter(images) - 1)
+    painted: Tensor = painter(images)
+    return images + epsilon * (2 * painted - 1)

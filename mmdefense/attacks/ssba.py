@@ -117,7 +117,8 @@ class _Coder(nn.Module):
         """Return what hides the bits ``(N, bits)``, in ``[-1, 1]``, shape of the images."""
         coarse = self.spread(2 * bits - 1).view(len(bits), images.shape[1], 8, 8)
         seen = torch.cat([images, F.interpolate(coarse, images.shape[-2:])], 1)
-        return _busy(images) * (2 * self.painter(seen) - 1)
+        painted: Tensor = self.painter(seen)
+        return _busy(images) * (2 * painted - 1)
 
 
 def _busy(images: Tensor) -> Tensor:
