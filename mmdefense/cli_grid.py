@@ -63,6 +63,15 @@ Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]
 Baselines = Annotated[
     bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
 ]
+Retune = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Also retune each purified model on N poisoned samples, beside a clean twin of its "
+        "victim, to see whether the backdoor comes back.",
+    ),
+]
 Views = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,6 +90,7 @@ def _grid(
     baselines: bool,
     views: list[str] | None,
     clean: list[str] | None,
+    retune: int,
 ) -> Grid:
     """Return the grid of a file, or of the options."""
     from mmdefense.evaluation.cases import described_case, named_cases
@@ -90,9 +100,10 @@ def _grid(
     from mmdefense.evaluation.spec import read_spec
 
     if spec is not None:
-        if cases or defenses or views or clean:
+        if cases or defenses or views or clean or retune:
             raise BadInputError(
-                f"{spec} says what is measured; leave --case, --defense, --views, --clean out"
+                f"{spec} says what is measured; leave --case, --defense, --views, --clean and "
+                "--retune out"
             )
         return read_spec(spec)
     chosen = [known for known in VIEWS if known in (views or VIEWS[:1])]
@@ -108,6 +119,7 @@ def _grid(
         baselines=baselines,
         views=chosen,
         clean=[_clean_data(text) for text in clean or [""]],
+        retune=retune,
     )
 
 
@@ -143,6 +155,7 @@ def run(
     baselines: Baselines = True,
     views: Views = None,
     clean: Clean = None,
+    retune: Retune = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     threads: Annotated[
         int, typer.Option(min=1, help="Of each process; results depend on it in their last bits.")
@@ -174,7 +187,9 @@ def run(
     from mmdefense.store import Store
 
     devices = device.split(",")
-    grid = replace(_grid(spec, cases, defenses, seeds, baselines, views, clean), device=devices[0])
+    grid = replace(
+        _grid(spec, cases, defenses, seeds, baselines, views, clean, retune), device=devices[0]
+    )
     cells, store = grid.planned(), Store(out)
     if retry_failed:
         forget_failures(store, cells)

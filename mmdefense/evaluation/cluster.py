@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.grid import Grid, Planned, measure
+from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import restored, train_and_describe
 from mmdefense.libraries import needed
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
 from mmdefense.runtime.run import Event, Progress
-from mmdefense.store import Store
+from mmdefense.store import Identity, Store
 
 __all__ = ["run_on_ray"]
 
@@ -71,20 +73,25 @@ def _collect(
     train, try_out = (ray.remote(**options)(call) for call in (_train, _try_out))
     victims: dict[str, Any] = {}
     waiting: dict[Any, Any] = {}
-    for cell in left:
-        identity = cell.victim
+
+    def victim(identity: Identity, case: Case, seed: int, device: str) -> Any:
         if identity.digest not in victims:
             entry = store.find(identity)
             if entry is not None and entry.status == "done":
                 kept: Kept = store.content(entry), store.tensors(entry)
                 victims[identity.digest] = ray.put(kept)
             else:
-                given = (cell.case, cell.defense.seed, cell.device, identity.digest, threads)
-                reference = train.remote(*given)
+                reference = train.remote(case, seed, device, identity.digest, threads)
                 victims[identity.digest] = reference
                 waiting[reference] = identity
-        reference = try_out.remote(victims[identity.digest], cell, cell.identity.digest, threads)
-        waiting[reference] = cell.identity
+        return victims[identity.digest]
+
+    for cell in left:
+        where = cell.defense.seed, cell.device
+        model, twin = victim(cell.victim, cell.case, *where), None
+        if cell.twin is not None:
+            twin = victim(victim_identity(cell.twin, *where), cell.twin, *where)
+        waiting[try_out.remote(model, twin, cell, cell.identity.digest, threads)] = cell.identity
     while waiting:
         (reference,), _ = ray.wait(list(waiting), num_returns=1)
         identity = waiting.pop(reference)
@@ -99,21 +106,24 @@ def _collect(
 
 def _train(case: Case, seed: int, device: str, digest: str, threads: int) -> Kept:
     """Train a victim on a node."""
-    from mmdefense.evaluation.identity import victim_identity
-
     _alike(victim_identity(case, seed, device).digest, digest, threads)
     with tempfile.TemporaryDirectory() as folder:
         return train_and_describe(case, seed, lambda _: None, device, Path(folder))
 
 
-def _try_out(victim: Kept, cell: Planned, digest: str, threads: int) -> tuple[dict[str, Any], None]:
+def _try_out(
+    victim: Kept, twin: Kept | None, cell: Planned, digest: str, threads: int
+) -> tuple[dict[str, Any], None]:
     """Measure a cell on a node."""
-    from mmdefense.evaluation.identity import cell_identity, victim_identity
-
     mine = victim_identity(cell.case, cell.defense.seed, cell.device)
-    found = cell_identity(mine, cell.case, cell.label, cell.defense, cell.views, cell.shift)
+    found = cell_identity(
+        mine, cell.case, cell.label, cell.defense, cell.views, cell.shift, cell.retune
+    )
     _alike(found.digest, digest, threads)
     model = restored(cell.case, cell.defense.seed, *victim, cell.device)
+    if cell.twin is not None and twin is not None:
+        beside = restored(cell.twin, cell.defense.seed, *twin, cell.device)
+        model = replace(model, retune=cell.retune, twin=beside.adapter)
     return plain(measure(cell, model, lambda _: None)), None
 
 

@@ -45,6 +45,8 @@ def rows_of(store: Store) -> list[dict[str, Any]]:
                 "seed": cell.seed,
                 **rates,
                 "der": row.after.der,
+                "asr_retuned": row.after.retuned,
+                "asr_retuned_twin": row.retuned_twin,
                 "seconds": row.seconds,
                 "guard_violated": row.violated,
                 "note": row.note,
@@ -82,7 +84,17 @@ def _json(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _latex(rows: Sequence[Mapping[str, Any]]) -> bytes:
     with needed("LaTeX tables"):
         import pandas as pd
-    shown = ["case", "defense", "views", "seed", "acc_after", "asr_after", "ra_after", "der"]
+    shown = [
+        "case",
+        "defense",
+        "views",
+        "seed",
+        "acc_after",
+        "asr_after",
+        "ra_after",
+        "der",
+        "asr_retuned",
+    ]
     frame = pd.DataFrame(rows, columns=shown)
     text: str = frame.to_latex(index=False, escape=True, float_format="%.3f")
     return text.encode()

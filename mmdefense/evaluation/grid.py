@@ -84,6 +84,7 @@ class Planned:
         device: What computes, for example ``"cuda:1"``.
         victim: All that its victim depends on.
         identity: All that the cell depends on.
+        retune: Poisoned samples that the purified model is retuned on; 0 does not try.
     """
 
     case: Case
@@ -95,6 +96,14 @@ class Planned:
     device: str
     victim: Identity
     identity: Identity
+    retune: int = 0
+
+    @property
+    def twin(self) -> Case | None:
+        """The clean twin of the victim, where purified models are retuned beside it."""
+        if not self.retune:
+            return None
+        return replace(self.case, name=f"{self.case.name}, clean twin", attack=None, settings={})
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -120,6 +129,8 @@ class Grid:
         views: How the clean samples are augmented.
         clean: What the defenses are given: shares of the training set and kinds; by default as
             each case says.
+        retune: Number of poisoned samples on which each purified model is retuned, beside a clean
+            twin of its victim, to see whether the backdoor comes back; 0 does not try.
         device: What computes.
     """
 
@@ -129,6 +140,7 @@ class Grid:
     baselines: bool = True
     views: Sequence[Views] = ("insertions",)
     clean: Sequence[CleanData] = (CleanData(),)
+    retune: int = 0
     device: str = "cpu"
 
     def planned(self) -> list[Planned]:
@@ -156,9 +168,19 @@ class Grid:
         rows = starmap(Contender, defenses.items())
         for row in with_baselines(defenses) if self.baselines else rows:
             label, defense = row.label, row.defense
-            identity = cell_identity(victim, case, label, defense, views, shift)
+            retune = 0 if case.attack is None else self.retune
+            identity = cell_identity(victim, case, label, defense, views, shift, retune)
             yield Planned(
-                case, label, defense, row.baseline, views, shift, self.device, victim, identity
+                case=case,
+                label=label,
+                defense=defense,
+                baseline=row.baseline,
+                views=views,
+                shift=shift,
+                device=self.device,
+                victim=victim,
+                identity=identity,
+                retune=retune,
             )
 
     def run(
@@ -237,6 +259,9 @@ def work(store: Store, cells: Sequence[Planned], progress: Progress | None = Non
     for cell in {cell.victim.digest: cell for cell in left}.values():
         show = named(cell.victim.name, progress, ", ")
         trained(store, cell.victim, cell.case, cell.defense.seed, show, cell.device)
+        if cell.twin is not None:
+            twin = victim_identity(cell.twin, cell.defense.seed, cell.device)
+            trained(store, twin, cell.twin, cell.defense.seed, show, cell.device)
     while left := _left(store, cells, seconds):
         if not any(_measured(store, cell, victims, progress) for cell in left):
             time.sleep(_POLL)  # others are at work on all of them
@@ -322,12 +347,19 @@ class _Victims:
         Raises:
             DivergenceError: If its training has failed, now or earlier.
         """
-        key = (cell.victim.digest, cell.case.clean)  # no part of a victim that saw all samples
+        # the share of clean samples is no part of a victim that saw all samples
+        key = (cell.victim.digest, cell.case.clean, cell.retune)
         if key != self._key:
             seed, device = cell.defense.seed, cell.device
             victim = kept_victim(self.store, cell.victim, cell.case, seed, progress, device)
             if victim is None:
                 return None
+            if cell.twin is not None:
+                identity = victim_identity(cell.twin, seed, device)
+                twin = kept_victim(self.store, identity, cell.twin, seed, progress, device)
+                if twin is None:
+                    return None
+                victim = replace(victim, retune=cell.retune, twin=twin.adapter)
             self._key, self._last = key, victim
         victim = self._last
         assert victim is not None

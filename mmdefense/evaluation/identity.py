@@ -53,7 +53,13 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
 
 
 def cell_identity(
-    victim: Identity, case: Case, label: str, defense: Defense, views: str, shift: Shift | None
+    victim: Identity,
+    case: Case,
+    label: str,
+    defense: Defense,
+    views: str,
+    shift: Shift | None,
+    retune: int = 0,
 ) -> Identity:
     """Return what the measurement of a defense on a victim depends on.
 
@@ -64,6 +70,7 @@ def cell_identity(
         defense: With its settings and the seed, which is the victim's as well.
         views: How the clean samples are augmented.
         shift: How they are altered, if at all.
+        retune: Poisoned samples that the purified model is retuned on.
     """
     return Identity(
         "cell",
@@ -76,6 +83,7 @@ def cell_identity(
             "views": views,
             "clean": case.clean,
             "shift": shift,
+            "retune": retune,
             "code": code_version(*_TALKING),
         },
     )

@@ -16,7 +16,7 @@ from mmdefense.settings import checked_settings
 
 __all__ = ["read_spec"]
 
-_KEYS = {"cases", "seeds", "baselines", "views", "clean", "device", "defenses"}
+_KEYS = {"cases", "seeds", "baselines", "views", "clean", "device", "defenses", "retune"}
 _OF_DEFENSE = {"name", "label", "settings"}
 
 
@@ -30,6 +30,7 @@ def read_spec(path: Path) -> Grid:
             seeds = 3                     # a number, or a list of seeds
             views = ["standard"]
             clean = [0.05, { share = 0.05, kind = "unseen" }]
+            retune = 5                    # poisoned samples; leave it out, and it is not tried
             defenses = ["tsbd", { name = "fip", settings = { strength = 0.5 } }]
 
     Raises:
@@ -54,6 +55,11 @@ def read_spec(path: Path) -> Grid:
         clean = [_clean(entry) for entry in _entries(held, "clean", path)] or [CleanData()]
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
+    retune = held.get("retune", 0)
+    if not isinstance(retune, int) or isinstance(retune, bool) or retune < 0:
+        raise BadInputError(
+            f"retune of {path} must be a number of poisoned samples, such as 5, got {retune!r}"
+        )
     return Grid(
         cases=cases,
         defenses=[_lineup(entry, path) for entry in held["defenses"]],
@@ -61,6 +67,7 @@ def read_spec(path: Path) -> Grid:
         baselines=bool(held.get("baselines", True)),
         views=views,
         clean=clean,
+        retune=retune,
         device=str(held.get("device", "cpu")),
     )
 

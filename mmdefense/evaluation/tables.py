@@ -33,14 +33,19 @@ def markdown(cells: Iterable[Cell]) -> str:
         metrics[victim] = _metric(cell)
     mixed = len(set(metrics.values())) > 1
     metric = "task metric" if mixed else heading(next(iter(metrics.values()), "accuracy"))
-    head = ["victim", "defense", metric, "ASR", "RA", "DER", "seconds", "beats its baseline"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * 5 + "---|"]
+    retuned = any(cell.row.after.retuned is not None for cell in cells)
+    columns = (*_COLUMNS, "retuned") if retuned else _COLUMNS
+    rates = [metric, "ASR", "RA", "DER", *(["ASR after retuning"] if retuned else [])]
+    head = ["victim", "defense", *rates, "seconds", "beats its baseline"]
+    lines = ["| " + " | ".join(head) + " |", f"|---|---|{'---:|' * (len(rates) + 1)}---|"]
     shown = ""
     for (victim, defense), rows in groups.items():
         if victim != shown:
             shown = victim
             before = f"*before*, {metrics[victim]}" if mixed else "*before*"
-            lines.append(_line([victim, before, *_rates([r.before for r in rows]), "", ""]))
+            lines.append(
+                _line([victim, before, *_rates([r.before for r in rows], columns), "", ""])
+            )
         beats = _beats(rows, groups.get((victim, rows[0].baseline)))
         guard = "; ".join(
             f"{what} in {count} of {len(rows)}"
@@ -52,9 +57,11 @@ def markdown(cells: Iterable[Cell]) -> str:
             if count
         )
         seconds = f"{fmean(row.seconds for row in rows):.1f}"
-        rates = _rates([row.after for row in rows])
-        note = "; ".join(part for part in (rows[0].note, beats, guard) if part)
-        lines.append(_line([victim, defense, *rates, seconds, note]))
+        after = _rates([row.after for row in rows], columns)
+        twins = [row.retuned_twin for row in rows]
+        twin = "" if set(twins) == {None} else f"clean twin after retuning: {_mean(twins)}"
+        note = "; ".join(part for part in (rows[0].note, beats, guard, twin) if part)
+        lines.append(_line([victim, defense, *after, seconds, note]))
     return "\n".join(lines) + "\n"
 
 
@@ -79,8 +86,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _rates(rates: Sequence[Rates]) -> list[str]:
-    return [_mean([getattr(rate, field) for rate in rates]) for field in _COLUMNS]
+def _rates(rates: Sequence[Rates], columns: Sequence[str]) -> list[str]:
+    return [_mean([getattr(rate, field) for rate in rates]) for field in columns]
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -22,6 +22,8 @@ from mmdefense.evaluation.identity import loaded
 from mmdefense.evaluation.lineup import with_baselines
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
+from mmdefense.metrics.permanence import Retuning, retune
+from mmdefense.pipeline.evaluating import retuning_of
 from mmdefense.pipeline.purification import Purification, purify
 from mmdefense.protocol import Case, Task, TaskAdapter
 from mmdefense.report.record import Row
@@ -49,6 +51,9 @@ class Victim:
         clean: What a defense is given.
         test: What a judge measures on; no defense sees it.
         known: The rates of the victim, where they were measured before.
+        retune: Poisoned samples that purified models are retuned on; 0 does not try. See
+            :mod:`mmdefense.metrics.permanence`.
+        twin: A model of the same data, net and seed that never had the backdoor.
     """
 
     task: Task
@@ -57,6 +62,8 @@ class Victim:
     clean: Samples[Any]
     test: Samples[Any]
     known: Rates | None = None
+    retune: int = 0
+    twin: TaskAdapter[Any] | None = None
 
     @cached_property
     def before(self) -> Rates:
@@ -67,6 +74,27 @@ class Victim:
         """Return task metric, ASR, RA and DER of a purified model."""
         rates = _rates(self.task, adapter, self.attack, self.test)
         return replace(rates, der=defense_effectiveness_rating(self.before, rates))
+
+    def retuned(self, adapter: TaskAdapter[Any]) -> Retuning | None:
+        """Return what a few poisoned samples bring back; none where that is not asked for.
+
+        The samples are those that the defense was given, some of them poisoned.
+
+        Raises:
+            BadInputError: If too few of them can be poisoned.
+        """
+        if self.attack is None or not self.retune:
+            return None
+        return retune(
+            adapter,
+            self.clean,
+            self.test,
+            self.attack,
+            self.retune,
+            twin=self.twin,
+            training=retuning_of(adapter),
+            run=Run(self.attack.seed),
+        )
 
 
 def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
@@ -181,9 +209,12 @@ def purified_row(
     except UnsupportedError as error:
         settings = dataclasses.asdict(defense)
         return Row(**kept, after=Rates(), seconds=0.0, settings=settings, note=str(error)), None
+    adapter = purified.result.adapter
+    retuned = victim.retuned(adapter)
     row = Row(
         **kept,
-        after=victim.after(purified.result.adapter),
+        after=replace(victim.after(adapter), retuned=None if retuned is None else retuned.asr),
+        retuned_twin=retuned.twin[-1].asr if retuned and retuned.twin else None,
         seconds=purified.result.seconds,
         baseline=baseline,
         violated=purified.guard.violated,

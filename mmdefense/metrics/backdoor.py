@@ -47,15 +47,17 @@ class Rates:
         asr: Attack success rate: share of triggered samples that get the attacker's target.
         ra: Robust accuracy: share of triggered samples that get their true label.
         der: Defense effectiveness rating (FT-SAM, arXiv:2304.11823, Eq. 7); of a purified model.
+        retuned: ASR after a retuning attack; see :func:`mmdefense.metrics.permanence.retune`.
     """
 
     acc: float | None = None
     asr: float | None = None
     ra: float | None = None
     der: float | None = None
+    retuned: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("acc", "asr", "ra", "der"):
+        for name in ("acc", "asr", "ra", "der", "retuned"):
             rate = getattr(self, name)
             if rate is None or math.isnan(rate):
                 object.__setattr__(self, name, None)

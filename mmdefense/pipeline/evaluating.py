@@ -32,8 +32,9 @@ from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluatio
 from mmdefense.report.recorded import add_evaluation, recordable
 from mmdefense.runtime.run import Run
 from mmdefense.settings import checked_settings
+from mmdefense.training import Training
 
-__all__ = ["AttackChoice", "Retune", "evaluate", "evaluate_files"]
+__all__ = ["AttackChoice", "Retune", "evaluate", "evaluate_files", "retuning_of"]
 
 _TUNING = 1000
 """Samples that a retuning attack trains on, at most, as in the paper."""
@@ -345,12 +346,15 @@ def _retuned(
             f"retune must be at most {len(tuning)}, the samples that are trained on (the other "
             f"{len(test)} judge), got {count}; give more data"
         )
-    training = FineTuning(lr=TUNING.lr, steps=TUNING.steps, batch_size=TUNING.batch_size)
-    settings = dataclasses.replace(
-        training.training(adapter), schedule="constant", augment=False, max_norm=TUNING.max_norm
-    )
-    return retuned(
-        adapter, tuning, test, attack, count, twin=twin, training=settings, run=Run(seed)
+    training, run = retuning_of(adapter), Run(seed)
+    return retuned(adapter, tuning, test, attack, count, twin=twin, training=training, run=run)
+
+
+def retuning_of(adapter: TaskAdapter[Any]) -> Training:
+    """Return how a model is retuned: as in the paper, with the optimizer that suits it."""
+    tuning = FineTuning(lr=TUNING.lr, steps=TUNING.steps, batch_size=TUNING.batch_size)
+    return dataclasses.replace(
+        tuning.training(adapter), schedule="constant", augment=False, max_norm=TUNING.max_norm
     )
 
 

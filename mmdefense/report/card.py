@@ -90,6 +90,16 @@ def _rows(record: PurificationRecord) -> list[str]:
         before, after = record.attack.before.asr, record.attack.after.asr
         name = _plain(record.attack.attack)
         rows.append(f"| success rate of {name} | {percent(before)} | {percent(after)} |")
+    for one in record.evaluations:
+        if one.retuning is not None:
+            name = f"success rate after retuning on {one.retuning.poisoned} poisoned samples"
+            twin = one.retuning.twin
+            beside = f"a clean twin: {percent(twin[-1].asr)}" if twin else "no clean twin"
+            rate = percent(one.retuning.asr)
+            cells = [
+                rate if f"{of} model" in one.recorded_as else "" for of in ("given", "purified")
+            ]
+            rows.append(f"| {name} ({beside}) | {' | '.join(cells)} |")
     choice = record.choice
     if choice is not None and choice.success_before is not None:
         rates = f"{percent(choice.success_before)} | {percent(choice.success_after)}"

@@ -28,6 +28,8 @@ _COLUMNS = (
     ("asr_after", "ASR %", "rate"),
     ("ra_after", "RA %", "rate"),
     ("der", "DER %", "rate"),
+    ("asr_retuned", "ASR after retuning %", "rate"),
+    ("asr_retuned_twin", "Clean twin after retuning %", "rate"),
     ("seconds", "Seconds", "seconds"),
     ("views", "Views", "text"),
     ("clean", "Clean %", "rate"),
@@ -36,6 +38,8 @@ _COLUMNS = (
 """Key, heading and kind of each column; one that is the same in all rows is named once above."""
 
 _RATES = ("acc_after", "asr_after", "ra_after", "der", "acc_before", "asr_before", "seconds")
+_RETUNED = ("asr_retuned", "asr_retuned_twin")
+"""Rates that have a column where they were measured for some cell."""
 
 
 def write_leaderboard(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
@@ -56,12 +60,14 @@ def leaderboard(rows: Iterable[Mapping[str, Any]]) -> str:
     groups = list(_groups(rows))
     varied = {axis for axis in _AXES if len({group[axis] for group in groups}) > 1}
     varied |= {"case", "defense"}
+    hidden = {axis for axis in _AXES if axis not in varied}
+    hidden |= {name for name in _RETUNED if all(group[name] is None for group in groups)}
     # '<' would end the element that holds the data
     data = json.dumps(groups).replace("<", "\\u003c")
     return template("leaderboard.html.j2").render(
         groups=groups,
         filters=[axis for axis in _FILTERS if axis in varied],
-        columns=[column for column in _COLUMNS if column[0] not in _AXES or column[0] in varied],
+        columns=[column for column in _COLUMNS if column[0] not in hidden],
         same=[f"{name}: {shown}" for name, shown in _same(groups, varied)],
         data=Markup(data),
         script=Markup(script),
@@ -87,7 +93,7 @@ def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         seeds = sorted(seeds, key=lambda row: int(row["seed"]))
         yield {
             **dict(zip(_AXES, key, strict=True)),
-            **{name: _mean(seeds, name) for name in _RATES},
+            **{name: _mean(seeds, name) for name in (*_RATES, *_RETUNED)},
             "records": [[str(row["seed"]), row["record"]] for row in seeds],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def page(record: Record, plots: Sequence[Plot] = (), scan: ScanRecord | None = N
         scans=list(_scans(record, scan)),
         verdict=verdict(record),
         guard=_guard_drawing(record.guard) if isinstance(record, PurificationRecord) else "",
-        columns=columns(record.metric),
+        columns=columns(record.metric, record.rows),
         metric=DEFINITIONS.get(record.metric, f"The task's metric, {record.metric}."),
         lines=list(lines(record.rows)),
         plots=shown_plots([*plots, *_own_plots(record)]),
@@ -183,7 +184,13 @@ def _own_plots(record: Record) -> list[Plot]:
         silenced=[layer.silenced for layer in record.layers],
         units=[layer.units for layer in record.layers],
     )
-    return [plot for plot in (layers, TrainingCurves(record.history)) if plot.panels()]
+    retunings = [
+        dataclasses.replace(one.retuning.plot(), of=" and ".join(one.recorded_as))
+        for one in record.evaluations
+        if one.retuning is not None
+    ]
+    plots = (layers, TrainingCurves(record.history), *retunings)
+    return [plot for plot in plots if plot.panels()]
 
 
 def _guard_drawing(guard: GuardInfo) -> Markup:

@@ -251,6 +251,8 @@ class Row:
             empty where that was returned.
         settings: The defense's settings.
         note: What a reader must know besides, such as why nothing was measured.
+        retuned_twin: ASR of a clean model after the retuning attack of ``after.retuned``; none
+            where there is none.
     """
 
     defense: str
@@ -264,6 +266,7 @@ class Row:
     instead: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    retuned_twin: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", plain(self.settings))

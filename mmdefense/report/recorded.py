@@ -135,7 +135,12 @@ def _attack(record: PurificationRecord, added: Evaluation) -> AttackInfo:
         if (one.data.fingerprint, one.attack) == (added.data.fingerprint, added.attack)
     ]
     rates = {
-        role: Rates(acc=one.value, asr=_value(one.asr), ra=_value(one.ra))
+        role: Rates(
+            acc=one.value,
+            asr=_value(one.asr),
+            ra=_value(one.ra),
+            retuned=None if one.retuning is None else one.retuning.asr,
+        )
         for one in like
         for role in one.recorded_as
     }

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.metrics.definitions import heading
-from mmdefense.report.formats import number, points
+from mmdefense.report.formats import number, percent, points
 from mmdefense.report.record import Row
 from mmdefense.report.verdict import ASR_GOAL, beats_baseline
 
@@ -22,8 +22,12 @@ COLUMNS = (
     ("asr", "ASR", "↓", "lower is better"),
     ("ra", "RA", "↑", "higher is better"),
     ("der", "DER", "↑", "higher is better"),
+    ("retuned", "ASR after retuning", "↓", "lower is better"),
 )
-"""Field of :class:`Rates`, heading, arrow and its meaning, in the order of the columns."""
+"""Field of :class:`Rates`, heading, arrow and its meaning, in the order of the columns.
+
+The last stands where it was measured for some row.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class TableLine:
 
     Attributes:
         name: The defense, or the victim.
-        cells: One per column of ``COLUMNS``.
+        cells: One per column.
         seconds: Wall-clock time of the defense; empty for a victim.
         is_before: Whether this is a victim before purification.
         notes: What a reader must not overlook.
@@ -62,19 +66,21 @@ class TableLine:
 
 def lines(rows: Sequence[Row]) -> Iterator[TableLine]:
     """Yield the table line by line: each victim, then the defenses that were tried on it."""
-    rows = tuple(rows)
+    rows, fields = tuple(rows), [field for field, *_ in columns("accuracy", rows)]
     for (victim, before), group in groupby(rows, key=lambda row: (row.victim, row.before)):
         name = f"before: {victim}" if victim else "before"
         # The DER of no change is 0.5 by definition; as a measurement it would mislead.
-        yield TableLine(name, _cells(replace(before, der=None)), is_before=True)
+        yield TableLine(name, _cells(fields, replace(before, der=None)), is_before=True)
         for row in group:
-            cells, seconds = _cells(row.after, before), f"{row.seconds:.1f}"
+            cells, seconds = _cells(fields, row.after, before), f"{row.seconds:.1f}"
             yield TableLine(row.defense, cells, seconds, notes=_notes(row, rows))
 
 
-def columns(metric: str) -> tuple[tuple[str, str, str, str], ...]:
-    """Return the columns where another metric stands in place of the accuracy."""
+def columns(metric: str, rows: Sequence[Row]) -> tuple[tuple[str, str, str, str], ...]:
+    """Return the columns of a table, where another metric may stand in place of the accuracy."""
     (field, _, *rest), *others = COLUMNS
+    if all(rates.retuned is None for row in rows for rates in (row.before, row.after)):
+        others.pop()
     return ((field, heading(metric), rest[0], rest[1]), *others)
 
 
@@ -88,7 +94,7 @@ def results_table(rows: Sequence[Row], title: str = "", metric: str = "accuracy"
     """
     table = Table(title=escape(title) or None, title_justify="left")
     table.add_column("defense")
-    for _, name, arrow, _ in columns(metric):
+    for _, name, arrow, _ in columns(metric, rows):
         table.add_column(f"{name} % {arrow}", justify="right", no_wrap=True)
     table.add_column("seconds ↓", justify="right", no_wrap=True)
     if any(line.notes for line in lines(rows)):
@@ -103,9 +109,11 @@ def results_table(rows: Sequence[Row], title: str = "", metric: str = "accuracy"
     return table
 
 
-def _cells(rates: Rates, before: Rates | None = None) -> tuple[TableCell, ...]:
+def _cells(
+    fields: Sequence[str], rates: Rates, before: Rates | None = None
+) -> tuple[TableCell, ...]:
     cells = []
-    for field, *_ in COLUMNS:
+    for field in fields:
         value = getattr(rates, field)
         old = getattr(before, field) if before is not None else None
         change: str | None = points(value - old, signed=True) if None not in {value, old} else ""
@@ -130,6 +138,8 @@ def _notes(row: Row, rows: tuple[Row, ...]) -> tuple[str, ...]:
         notes.append(f"guard: {row.undecided}")
     if row.instead:
         notes.append(f"the guard took: {row.instead}")
+    if row.retuned_twin is not None:
+        notes.append(f"clean twin after retuning: {percent(row.retuned_twin)}")
     if beats_baseline(row, rows) is False:
         notes.append(f"does not beat {row.baseline}")
     if any(r.baseline == row.defense and r.victim == row.victim for r in rows):
