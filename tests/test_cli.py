@@ -276,6 +276,21 @@ def test_retuning_prints_a_line_a_point_beside_the_clean_twin(place, mmdefense, 
     assert written["twin"]["name"] == str(place.model)
 
 
+def test_retuning_is_in_record_card_and_page(place, mmdefense, learnt):
+    more = (*BADNETS, "--retune", 3, "--clean-twin", place.model, "--record", place.out)
+    outcome = mmdefense(*evaluation(place, learnt, *more))
+    assert outcome.code == 0, outcome.err
+    record = read_record(place.out / "purification.json")
+    (one,) = record.evaluations
+    assert record.attack.after.retuned == one.retuning.asr
+    card = (place.out / "README.md").read_text()
+    assert "success rate after retuning on 3 poisoned samples (a clean twin: " in card
+    page = (place.out / "report.html").read_text()
+    assert "ASR after retuning" in page
+    assert "after 40 updates" in page
+    assert "Retuning attack: purified model" in page
+
+
 def test_retuning_without_a_twin_says_that_there_is_none(place, mmdefense, learnt):
     outcome = mmdefense(*evaluation(place, learnt, *BADNETS, "--retune", 3))
     assert "no clean twin to compare with" in outcome.out

@@ -147,6 +147,7 @@ def retune(
         )
     if training.steps < 1:
         raise BadInputError("the retuning attack needs at least one update, got steps=0")
+    adapter.samples(tuning)  # an adapter knows its classes once it has seen samples
     mixed = attack.with_count(count, tuning).poison(tuning, adapter)
     run = Run() if run is None else run
     courses = [
@@ -280,6 +281,7 @@ def reactivate(
                 f"a trigger is searched for by gradients on inputs; {type(one).__name__} lacks "
                 f"{', '.join(missing)}"
             )
+    adapter.samples(search)
     seen, unseen = attack.triggered(search, adapter), attack.triggered(test, adapter)
     count = min(most, len(seen))
     changes = [_change(one, seen.samples, count, radius, steps) for one in models]

@@ -17,6 +17,7 @@ from mmdefense.checkpoints.weights import hash_weights
 from mmdefense.data.batch import Samples, few, split
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.kernels.loop import mean_loss_gradient
+from mmdefense.metrics.clean_data import doubts
 from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.jobs import writing_seconds
 from mmdefense.pipeline.scan import scan_loaded
@@ -55,6 +56,7 @@ class Plan:
         evidence_seconds: How long that takes at most.
         memory: Peak of the memory after the trial, in bytes: of the GPU, or of this process.
         scan: What a look at the files and weights concludes; it is taken first, and in ``seconds``.
+        doubts: What about the clean data is a reason to doubt the outcome, as a heuristic sees it.
     """
 
     task: str
@@ -71,6 +73,7 @@ class Plan:
     evidence_seconds: float = 0.0
     memory: int
     scan: str = ""
+    doubts: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
@@ -86,6 +89,7 @@ class Plan:
             f"model     {self.architecture}, {self.parameters:,} weights",
             f"data      {self.fit + self.holdout} clean samples: {self.fit} to fit, "
             f"{self.holdout} held out",
+            *(f"note      {doubt} (a heuristic)" for doubt in self.doubts),
             *([f"scan      {self.scan}"] if self.scan else []),
             f"defense   {self.defense}",
             f"trains    {trains}",
@@ -146,6 +150,7 @@ def plan(
         ),
         memory=_peak(next(model.parameters()).device),
         scan=scanned.verdict.text,
+        doubts=doubts(adapter, samples),
     )
 
 

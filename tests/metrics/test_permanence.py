@@ -20,7 +20,7 @@ def linear(seed: int = 0) -> TorchClassifier:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
-    return TorchClassifier(net, example=torch.rand(1, 1, 8, 8).double())
+    return TorchClassifier(net)
 
 
 def images(count: int, seed: int = 0) -> LabelledSamples:
@@ -37,6 +37,7 @@ def test_retuning_a_linear_model_makes_the_updates_of_gradient_descent():
                         augment=False)  # fmt: skip
     found = retune(adapter, tuning, test, ATTACK, 6, training=training)
 
+    adapter.samples(tuning)
     poisoned = ATTACK.with_count(6, tuning).poison(tuning, adapter)
     assert int((poisoned.labels != tuning.labels).sum()) == 6
     x, y = poisoned.inputs.flatten(1), nn.functional.one_hot(poisoned.labels, 3).double()
@@ -72,7 +73,9 @@ def test_the_model_is_not_changed_and_its_twin_draws_the_same_batches():
 @pytest.mark.parametrize("mapping", ["all-to-one", "clean-label"])
 def test_the_count_of_poisoned_samples_is_exact(mapping):
     attack, tuning = BadNets(mapping=mapping, size=2, pattern="white"), images(30)
-    poisoned = attack.with_count(3, tuning).poison(tuning, linear())
+    adapter = linear()
+    adapter.samples(tuning)
+    poisoned = attack.with_count(3, tuning).poison(tuning, adapter)
     assert int((poisoned.inputs != tuning.inputs).flatten(1).any(1).sum()) == 3
 
 
