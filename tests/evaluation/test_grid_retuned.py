@@ -9,21 +9,14 @@ from quick import CASE
 
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.export import rows_of
-from mmdefense.evaluation.grid import Grid
 from mmdefense.evaluation.spec import read_spec
 from mmdefense.evaluation.tables import markdown
 from mmdefense.report.leaderboard import leaderboard
 from mmdefense.store import Store
 
 
-@pytest.fixture
-def grid(plug):
-    plug("defenses", quick="quick:Quick")
-    return Grid(cases=[CASE], defenses=["quick"], seeds=(0,), baselines=False)
-
-
 def test_purified_models_are_retuned_beside_a_clean_twin_where_that_is_asked_for(grid, tmp_path):
-    store = Store(tmp_path)
+    grid, store = dataclasses.replace(grid, baselines=False), Store(tmp_path)
     assert grid.run(tmp_path)[0].row.after.retuned is None
     assert "ASR after retuning" not in leaderboard(rows_of(store))
     (cell,) = dataclasses.replace(grid, retune=3).run(tmp_path)
@@ -43,12 +36,12 @@ def test_purified_models_are_retuned_beside_a_clean_twin_where_that_is_asked_for
 
 def test_a_clean_victim_is_not_retuned(grid):
     clean = dataclasses.replace(CASE, attack=None)
-    (cell,) = dataclasses.replace(grid, cases=[clean], retune=3).planned()
+    (cell,) = dataclasses.replace(grid, cases=[clean], baselines=False, retune=3).planned()
     assert (cell.retune, cell.twin) == (0, None)
 
 
 def test_more_poisoned_samples_than_a_defense_is_given_fail_the_cell_in_one_line(grid, tmp_path):
-    dataclasses.replace(grid, retune=1000).run(tmp_path)
+    dataclasses.replace(grid, baselines=False, retune=1000).run(tmp_path)
     (entry,) = Store(tmp_path).entries("cell")
     assert "between 1 and" in entry.error
 
@@ -58,5 +51,5 @@ def test_a_spec_says_on_how_many_samples(tmp_path):
     path.write_text("cases = ['digits-badnets']\nretune = 5\ndefenses = ['fip']\n")
     assert read_spec(path).retune == 5
     path.write_text("defenses = ['fip']\nretune = 'a few'\n")
-    with pytest.raises(BadInputError, match="retune of .* must be a number of poisoned samples"):
+    with pytest.raises(BadInputError, match="must be a number of poisoned samples"):
         read_spec(path)
