@@ -236,14 +236,10 @@ def test_the_door_runs_the_model_once(counts):
     assert counts.times("read") == 1
 
 
-def test_what_was_prepared_is_checked_no_more(counts, monkeypatch):
+def test_what_was_prepared_is_checked_no_more(counts):
     prepared = prepare(TorchClassifier(fitted_net()), small_images())
-
-    def fail(*_):
-        raise AssertionError("checked again")
-
-    monkeypatch.setattr("mmdefense.prepared.check_finite", fail)
-    monkeypatch.setattr("mmdefense.prepared.in_float32", fail)
-    result = FineTuning(steps=2, batch_size=8).purify(prepared)
+    with torch.no_grad():
+        prepared.model.head.bias[0] = torch.nan  # which a check would refuse
+    result = FineTuning(steps=0).purify(prepared)
     assert result.data["fingerprint"] == prepared.fingerprint
     assert (counts.times("read"), counts.times("fingerprint")) == (1, 1)

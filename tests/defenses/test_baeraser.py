@@ -269,22 +269,22 @@ def test_the_drift_penalty_follows_the_importance_of_each_weight(
     torch.testing.assert_close(after[1] - after[2], expected, rtol=1e-6, atol=1e-12)
 
 
-def test_the_importance_is_measured_anew_on_the_moving_model(learnt, corners, finds, monkeypatch):
+def test_the_importance_is_measured_anew_on_the_moving_model(learnt, corners, finds):
     seen = []
-    genuine = baeraser.fisher_diagonal
 
-    def watch(adapter, *arguments, **settings):
-        seen.append(copy_state(adapter.model)["0.weight"])
-        return genuine(adapter, *arguments, **settings)
+    class Watched(type(learnt)):
+        def sampled_loss(self, batch, generator):
+            weight = copy_state(self.model)["0.weight"]
+            if not seen or not torch.equal(seen[-1], weight):
+                seen.append(weight)
+            return super().sampled_loss(batch, generator)
 
-    monkeypatch.setattr(baeraser, "fisher_diagonal", watch)
+    learnt.__class__ = Watched
     finds([record(learnt, TRIGGER)])
     # Without ascent the triggers go on to succeed, and no step is left out.
     BaEraser(steps=45, rounds=1, ascent_weight=0.0, **SETTINGS).purify(learnt, corners)
     assert len(seen) == 3  # at steps 0, 20 and 40
     assert torch.equal(seen[0], learnt.model[0].weight)
-    assert not torch.equal(seen[1], seen[0])
-    assert not torch.equal(seen[2], seen[1])
 
 
 def test_several_finds_are_unlearnt_in_turn(learnt, corners, finds, monkeypatch):

@@ -350,7 +350,7 @@ def test_want_of_memory_outside_of_batches_is_one_line(taught, monkeypatch):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("out of memory\nmore")
 
-    monkeypatch.setattr("mmdefense.kernels.spectral.torch.linalg.svd", exhausted)
+    monkeypatch.setattr(torch.linalg, "svd", exhausted)
     adapter, samples = taught("small-resnet")
     with pytest.raises(UnsupportedError, match="not for the size of a batch") as caught:
         make("fast-fip").purify(adapter, samples)
