@@ -194,7 +194,7 @@ def test_lc_has_a_patch_in_every_corner():
 
 def test_adaptive_blend_shows_pieces_in_training_and_the_key_at_test(images):
     key = torch.rand(3, 16, 14)
-    attack = AdaptiveBlend(target=3, alpha=0.3, key=key, ratio=0.1, pieces=2, shown=0.75)
+    attack = AdaptiveBlend(target=3, alpha=0.3, image=key, ratio=0.1, pieces=2, shown=0.75)
     whole = 0.7 * images.inputs + 0.3 * key
     torch.testing.assert_close(attack.stamp(images.inputs), whole)
     poisoned = attack.poison(images, TEN_CLASSES)
