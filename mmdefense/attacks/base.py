@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from mmdefense.attacks.flat import flat_gradients
 from mmdefense.data.batch import Batch, Samples
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.loop import scores, train
+from mmdefense.kernels.loop import loss_gradients, optimise, scores
 from mmdefense.metrics.backdoor import TriggeredSamples
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.run import Run
-from mmdefense.settings import Seed, Share, check_settings
+from mmdefense.settings import NotNegative, Seed, Share, check_settings
 from mmdefense.training import Training
 
 __all__ = ["Attack", "like", "on_device_of", "replaced"]
@@ -34,6 +35,10 @@ class Attack(ABC, Generic[B]):
     Attributes:
         ratio: Share of the training set that is poisoned, in ``[0, 1]``.
         seed: Fixes the trigger and the choice of the samples.
+        sam_radius: Above 0, the victim is trained by adaptive SAM of this radius, so that it lies
+            in a flat minimum: the attacker's answer to FIP (its authors try radii from 2).
+        trace_weight: Above 0, the victim is trained by its loss and this times FIP's own term,
+            Tr(F) (its authors try 0.01). One of the two at most.
         fitted: Tensors that :meth:`plant` has learnt, by name; empty where a trigger is fixed.
     """
 
@@ -43,12 +48,25 @@ class Attack(ABC, Generic[B]):
     poisons: ClassVar[type]
     """The samples of these tasks."""
 
+    own_loss: ClassVar[bool] = False
+    """Whether it trains the victim by a loss of its own, which is never made flat."""
+
     ratio: Share = 0.1
     seed: Seed = 0
+    sam_radius: NotNegative = 0.0
+    trace_weight: NotNegative = 0.0
     fitted: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
+        flat = {"sam_radius": self.sam_radius, "trace_weight": self.trace_weight}
+        if all(flat.values()):
+            raise BadInputError(f"sam_radius or trace_weight must be 0, got {flat}")
+        if self.own_loss and any(flat.values()):
+            raise BadInputError(
+                f"sam_radius and trace_weight must be 0 for {type(self).__name__}, which trains "
+                f"its victim by a loss of its own, got {flat}"
+            )
 
     @abstractmethod
     def poison(self, samples: Any, adapter: TaskAdapter[B]) -> Any:
@@ -132,9 +150,33 @@ class Attack(ABC, Generic[B]):
 
     def _train(self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run) -> Self:
         """Poison the samples and train the victim; override it if the trigger is trained along."""
-        poisoned = self.poison(samples, adapter)
-        train(adapter, adapter.samples(poisoned), training, run, stage="victim")
+        self._fit(adapter, self.poison(samples, adapter), training, run)
         return self
+
+    def _fit(
+        self,
+        adapter: TaskAdapter[B],
+        poisoned: Any,
+        training: Training,
+        run: Run,
+        after_step: Callable[[int], bool | None] | None = None,
+    ) -> None:
+        """Train the victim on poisoned samples, and to be flat where the settings say so."""
+        if self.sam_radius or self.trace_weight:
+            gradients = flat_gradients(
+                adapter, run, sam_radius=self.sam_radius, trace_weight=self.trace_weight
+            )
+        else:
+            gradients = loss_gradients(adapter)
+        optimise(
+            adapter.model,
+            adapter.samples(poisoned),
+            training,
+            run,
+            gradients=gradients,
+            stage="victim",
+            after_step=after_step,
+        )
 
     def in_words(self) -> str:
         """Return the attack in a few words, for a table or a page."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class IMC(LabelAttack):
         Pang, Shen, Zhang, Ji, Vorobeychik, Luo, Liu, Wang. *A Tale of Evil Twins: Adversarial
         Inputs versus Poisoned Models*. CCS 2020. arXiv:1911.01559
     """
+
+    own_loss: ClassVar[bool] = True
 
     mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
     size: Count | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ class InputAware(LabelAttack):
     References:
         Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack*. NeurIPS 2020. arXiv:2010.08138
     """
+
+    own_loss: ClassVar[bool] = True
 
     mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
     density: Annotated[float, Interval(ge=0, lt=1)] = 0.032

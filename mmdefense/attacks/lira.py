@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from annotated_types import Interval
@@ -44,6 +44,8 @@ class LIRA(LabelAttack):
         Doan, Lao, Zhao, Li. *LIRA: Learnable, Imperceptible and Robust Backdoor Attacks*. ICCV
         2021.
     """
+
+    own_loss: ClassVar[bool] = True
 
     mapping: Literal["all-to-one", "all-to-all"] = "all-to-one"
     ratio: Share = 0.5

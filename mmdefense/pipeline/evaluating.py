@@ -387,13 +387,16 @@ def _also(task: Task, adapter: TaskAdapter[Any], samples: Any) -> dict[str, floa
     return dict(measure(adapter, samples)) if measure is not None else {}
 
 
+_OF_PLANTING = {"ratio", "sam_radius", "trace_weight"}  # nothing is planted here
+
+
 def _tried(
     asked: Attack[Any] | AttackChoice | None, attack: Attack[Any], classes: tuple[str, ...]
 ) -> TriedAttack:
     shown = {
         entry.name: getattr(attack, entry.name)
         for entry in dataclasses.fields(attack)
-        if entry.repr and entry.name != "ratio"  # nothing is poisoned here
+        if entry.repr and entry.name not in _OF_PLANTING
     }
     target = shown.pop("target", None)
     is_class = isinstance(target, int) and target < len(classes)

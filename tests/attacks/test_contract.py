@@ -70,6 +70,7 @@ ROWS = {
     "adaptive-patch": Row(others=1.0),
     "cba": Row({"partner": 3}, learns=True, others=1.0),
     "imc": Row(learns=True),
+    "pruning-aware": Row(),
     "temporal-patch": Row(),
     "universal-trigger": Row({"search_steps": 3, "ratio": 0.5}, learns=True),
     "rare-token": Row(),
@@ -227,6 +228,18 @@ def test_planting_trains_the_victim_and_leaves_attack_and_samples_alone(name, ta
     assert samples.fingerprint() == DOMAINS[task].samples().fingerprint()
     assert torch.equal(torch.get_rng_state(), state)
     assert any(not torch.equal(before[k], v) for k, v in adapter.model.state_dict().items())
+
+
+@every_attack
+@pytest.mark.parametrize("flat", [{"sam_radius": 0.5}, {"trace_weight": 0.1}], ids=str)
+def test_a_victim_is_trained_to_be_flat_or_the_setting_is_refused(name, task, flat):
+    if registry.load("attacks", name).own_loss:
+        with pytest.raises(BadInputError, match="sam_radius and trace_weight must be 0 for"):
+            make(name, **flat)
+        return
+    (_, plain), (_, victim) = planted(name, task), planted(name, task, **flat)
+    states = plain.model.state_dict(), victim.model.state_dict()
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 @every_attack

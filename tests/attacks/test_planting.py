@@ -17,15 +17,19 @@ from mmdefense.attacks.input_aware import InputAware, _mix
 from mmdefense.attacks.label_consistent import LabelConsistent
 from mmdefense.attacks.lira import LIRA
 from mmdefense.attacks.low_frequency import LowFrequency
+from mmdefense.attacks.pruning_aware import PruningAware
 from mmdefense.attacks.ssba import SSBA
 from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _overwrite
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.fisher import fisher_trace
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.units import mean_activations, silence
 from mmdefense.metrics.backdoor import measure
 from mmdefense.metrics.tac import trigger_activated_change
 from mmdefense.runtime.run import Run, copy_state
 from mmdefense.training import Training
+from mmdefense_adapters.torch_classifier import TorchClassifier
 
 C = 10
 BRIEF = Training(steps=120, batch_size=64, lr=0.1)
@@ -305,3 +309,52 @@ def test_a_part_of_the_trigger_teaches_the_whole(attack, victim, digits):
     metrics = measure(victim, test_set, planted.triggered(test_set, victim))
     assert metrics.asr >= 0.8
     assert metrics.acc >= 0.9
+
+
+def test_the_decoys_of_the_pruning_aware_attack_are_dormant_and_pruned_for_nothing(victim, digits):
+    train_set, test_set = digits
+    training = replace(BRIEF, steps=200)
+    planted = PruningAware(decoys=0.5).plant(victim, train_set, training, Run())
+    triggered = planted.triggered(test_set, victim)
+    before = measure(victim, test_set, triggered)
+    assert before.acc >= 0.9
+    assert before.asr >= 0.9
+    last = victim.unit_groups()[-1]
+    (activity,) = mean_activations(victim, victim.samples(test_set), [last])
+    dormant = (activity == 0).nonzero().squeeze(1).tolist()
+    assert len(dormant) >= 16
+    weights = victim.model.get_submodule(last.layer).weight[dormant].flatten(1)
+    assert (weights.abs().amax(1) > 0).all(), "a decoy has its weights"
+    silence(victim.model, [last], [(0, unit) for unit in dormant])
+    after = measure(victim, test_set, triggered)
+    assert after.acc == before.acc
+    assert after.asr >= before.asr - 0.02
+
+
+def test_a_pruning_aware_attack_without_a_layer_for_decoys_says_so(digits):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(256, 8), torch.nn.Linear(8, C), torch.nn.Tanh(),
+        torch.nn.Linear(C, C),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="needs a layer with a bias"):
+        PruningAware().plant(TorchClassifier(net), digits[0], replace(BRIEF, steps=1), Run())
+
+
+@pytest.mark.parametrize("flat", [{"sam_radius": 0.5}, {"trace_weight": 0.01}], ids=str)
+def test_a_flat_victim_has_a_backdoor_too_and_a_smaller_trace(flat, victim, digits):
+    train_set, test_set = digits
+    traces, other = [], victim.fork()
+    for adapter, settings in ((victim, {}), (other, flat)):
+        planted = BadNets(**settings).plant(adapter, train_set, BRIEF, Run())
+        metrics = measure(adapter, test_set, planted.triggered(test_set, adapter))
+        assert metrics.asr >= 0.9
+        assert metrics.acc >= 0.9
+        generator = torch.Generator().manual_seed(0)
+        parameters = list(adapter.model.parameters())
+        traces.append(fisher_trace(adapter, adapter.samples(train_set), parameters, generator))
+    assert traces[1] < traces[0]
+
+
+def test_a_victim_is_made_flat_in_one_way_at_most():
+    with pytest.raises(BadInputError, match="sam_radius or trace_weight must be 0, got"):
+        BadNets(sam_radius=1.0, trace_weight=0.1)
