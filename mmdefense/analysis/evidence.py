@@ -68,6 +68,7 @@ def measured_sharpness(
     probes: int = 1,
     *,
     steps: int | None = None,
+    trace_error: float | None = None,
     watch: Callable[[int], object] | None = None,
 ) -> Smoothness:
     """Return the curvature of the clean loss at a model's weights.
@@ -82,6 +83,8 @@ def measured_sharpness(
         seed: Of the probes.
         probes: Number of random vectors.
         steps: Products with the Hessian a probe; by default as many as are allowed.
+        trace_error: Standard error of the trace to reach, as a share of it, by more products; see
+            :func:`~mmdefense.kernels.curvature.smoothness`.
         watch: Called before each pass with the number of products that are done; may raise.
 
     Raises:
@@ -98,6 +101,7 @@ def measured_sharpness(
         generator,
         probes=probes,
         steps=most if steps is None else min(steps, most),
+        trace_error=trace_error,
         batch_size=curvature_batch(adapter, part),
         watch=watch,
     )
@@ -240,4 +244,5 @@ def smoothness_plot(before: Smoothness, after: Smoothness, parts: Sequence[str])
         {name: (held.nodes, held.weights) for name, held in spectra.items()}
         if "spectrum" in parts
         else None,
+        [before.spread, after.spread],
     )

@@ -26,7 +26,7 @@ from mmdefense.analysis.evidence import (
 )
 from mmdefense.data.batch import Samples, few
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.curvature import Smoothness, hessian_product
+from mmdefense.kernels.curvature import MOST_TRACE_PROBES, Smoothness, hessian_product
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_loss_gradient
@@ -49,8 +49,14 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 SHARE = 0.15
 """Largest part of the purification's time that fast evidence takes."""
 
+TRACE_ERROR = 0.05
+"""Ours: standard error of Tr(H), as a share of it, that full evidence measures to."""
+
 _PRODUCT = 4.0
 """Ours: a product with the Hessian takes about as long as four gradients."""
+
+_TRACE_PROBES = 16
+"""Ours: products that the stated error of the trace usually takes at most."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,8 @@ def gather(
     if limit.at < deadline.at:
         why = f"of {SHARE:.0%} of the purification's time; --evidence full measures it"
     tell = progress or (lambda _: None)
-    work = _Gathering(before, after, samples, seed, limit, why, tell, slowness)
+    error = TRACE_ERROR if level == "full" else None
+    work = _Gathering(before, after, samples, seed, limit, why, tell, slowness, error)
     work.run()
     return Evidence(
         level=level,
@@ -162,7 +169,7 @@ def gather(
 
 def most_seconds(samples: int, gradient: float) -> float:
     """Return about how long full evidence takes, as the gradient of one sample tells."""
-    products = 2 * 16 * min(CURVED[0], samples)
+    products = 2 * (16 + _TRACE_PROBES) * min(CURVED[0], samples)
     return products * _PRODUCT * gradient + map_seconds(2 * min(EMBEDDED, samples))
 
 
@@ -178,6 +185,7 @@ class _Gathering:
     why: str
     tell: Progress
     slowness: float
+    trace_error: float | None
     skipped: list[str] = field(default_factory=list)
     layers: tuple[LayerChange, ...] = ()
     curvature: Curvature | None = None
@@ -295,7 +303,9 @@ class _Gathering:
             part = few(self.samples, count)
             both = 2 * _SLACK * len(part) * one  # of a product with either model
             if most * both < self.limit.left:
-                return self._sharpness(part, most, ("trace", "lambda_max", "spectrum"))
+                enough = (most + MOST_TRACE_PROBES) * both < self.limit.left
+                error = self.trace_error if enough else None
+                return self._sharpness(part, most, ("trace", "lambda_max", "spectrum"), error)
         what = "the spectrum of the Hessian"
         self._fits(what, most * both)
         if _SOME * both < self.limit.left:
@@ -303,19 +313,35 @@ class _Gathering:
         self.skipped[-1] = self.skipped[-1].replace(what, "the largest eigenvalue and " + what)
         return self._sharpness(part, 1, ("trace",)) if self._fits("the trace", both) else None
 
-    def _sharpness(self, part: Samples[Any], steps: int, parts: tuple[str, ...]) -> None:
-        total = 2 * steps
+    def _sharpness(
+        self,
+        part: Samples[Any],
+        steps: int,
+        parts: tuple[str, ...],
+        trace_error: float | None = None,
+    ) -> None:
+        most = steps + (0 if trace_error is None else MOST_TRACE_PROBES)
+        total = 2 * most
         found: list[Smoothness] = []
 
         def watch(products: int) -> None:
-            done = steps * len(found) + products
+            done = most * len(found) + products
             self.tell(Event("evidence: curvature", done, total))
             if self.limit.passed:
                 raise OutOfTime(f"product {done} of {total}")
 
         try:
             for adapter in (self.before, self.after):
-                found.append(measured_sharpness(adapter, part, self.seed, steps=steps, watch=watch))
+                found.append(
+                    measured_sharpness(
+                        adapter,
+                        part,
+                        self.seed,
+                        steps=steps,
+                        trace_error=trace_error,
+                        watch=watch,
+                    )
+                )
         except OutOfTime as over:
             self._leave_out("the curvature", f"the time was up in {over}")
             return

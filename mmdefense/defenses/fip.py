@@ -24,7 +24,7 @@ from mmdefense.kernels.hooks import second_derivatives
 from mmdefense.kernels.loop import Gradients, mean_loss_gradient, optimise
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts
-from mmdefense.settings import Count, NotNegative, Positive, Share, Whole
+from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole
 from mmdefense.training import Training
 
 __all__ = ["FIP", "FastFIP"]
@@ -54,6 +54,8 @@ class _FisherPurification(TrainingDefense):
         average: Share of the updates, the last ones, whose mean state is returned; 0 returns the
             last state, as the paper does.
         batch_norm: ``"train"`` normalises by batch, as the released code does.
+        importance_batch: Samples that share one random draw of the anchor's diagonal F: 1 draws
+            for each sample, which is less noisy, and slower (ours).
     """
 
     strength: NotNegative = 0.05
@@ -66,6 +68,7 @@ class _FisherPurification(TrainingDefense):
     steps: Whole = 150
     average: Share = 0.0
     batch_norm: Literal["train", "eval"] = "train"
+    importance_batch: BatchSize = 32
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
@@ -122,6 +125,7 @@ class _FisherPurification(TrainingDefense):
             work.fit,
             space.weights,
             generator,
+            batch_size=self.importance_batch,
             pull_back=space.pull_back,
             each=partial(work.run.report, "fisher pass"),
         )

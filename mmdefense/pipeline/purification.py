@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -408,7 +409,12 @@ class Purification:
             for part, name in names
             if part in curved.parts
         }
-        return {**measured, "curvature_samples": float(curved.samples)}
+        errors = {
+            f"hessian_trace_error_{when}": value.spread
+            for when, value in (("before", curved.before), ("after", curved.after))
+            if math.isfinite(value.spread)
+        }
+        return {**measured, **errors, "curvature_samples": float(curved.samples)}
 
     @property
     def _spectra(self) -> dict[str, records.SpectrumInfo]:

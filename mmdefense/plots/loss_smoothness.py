@@ -30,12 +30,14 @@ class LossSmoothness(Plot):
         lambda_max: Largest eigenvalue of the Hessian of each; none where it was not measured.
         spectra: How all eigenvalues are spread, by model: nodes and weights, each ``(Q,)``, as
             :class:`~mmdefense.kernels.curvature.Spectrum` has them.
+        trace_error: Standard error of each trace; NaN, or none, where it is not known.
     """
 
     models: Sequence[str]
     trace: Numbers
     lambda_max: Numbers | None = None
     spectra: Mapping[str, tuple[Numbers, Numbers]] | None = None
+    trace_error: Numbers | None = None
 
     title = "Loss smoothness"
 
@@ -45,7 +47,8 @@ class LossSmoothness(Plot):
         return (
             "Curvature of the clean loss at the model's weights; smaller is smoother. Backdoored "
             "models were found to sit in sharper minima than clean ones (FIP, arXiv:2409.00863). "
-            "Compare before with after only: the scale depends on the model."
+            "Compare before with after only: the scale depends on the model. A standard error "
+            "stands behind the ± where the trace was measured with several probes."
             f"{_SPECTRUM if self.spectra else ''}"
         )
 
@@ -56,7 +59,8 @@ class LossSmoothness(Plot):
 
     def panels(self) -> list[Panel]:
         """Return bars of the largest eigenvalue and the trace, and the spectrum."""
-        found: list[Panel] = [Bars(self.models, self.trace, "Tr(H): trace of the Hessian")]
+        name = "Tr(H): trace of the Hessian"
+        found: list[Panel] = [Bars(self.models, self.trace, name, self.trace_error)]
         if self.lambda_max is not None:
             name = "λmax: largest eigenvalue of the Hessian"
             found.insert(0, Bars(self.models, self.lambda_max, name))

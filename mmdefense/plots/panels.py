@@ -228,28 +228,35 @@ class Bars(Panel):
         labels: What the bars stand for, top first.
         values: Shape ``(N,)``; not finite is shown as "not measured".
         xlabel: Name and unit of the values.
+        errors: Standard error of each value, shape ``(N,)``; what is not finite is not shown.
     """
 
     labels: Sequence[str]
     values: Any
     xlabel: str
+    errors: Any = None
 
     def __post_init__(self) -> None:
         values = as_array(self.values).ravel()
+        errors = np.full(len(values), np.nan) if self.errors is None else as_array(self.errors)
         if len(values) != len(self.labels) or not len(values):
             raise BadInputError(
                 f"bars must have a value per label and at least one, got {len(self.labels)} labels "
                 f"and {len(values)} values"
             )
+        if errors.shape != values.shape:
+            raise BadInputError(f"bars of {len(values)} values got {errors.size} errors")
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "errors", errors)
 
     def describe(self) -> str:
         """Return all values."""
-        pairs = zip(self.labels, self.values, strict=True)
+        bars = zip(self.labels, self.values, self.errors, strict=True)
         return say(
             self.title,
             f"Bar chart of {self.xlabel}.",
-            "; ".join(f"{label}: {_show(value)}" for label, value in pairs) + ".",
+            "; ".join(f"{label}: {_with_error(value, error)}" for label, value, error in bars)
+            + ".",
         )
 
     @property
@@ -265,10 +272,10 @@ class Bars(Panel):
         places = np.arange(len(names))
         colors = [BEFORE if name == "before" else AFTER for name in names]
         axes.barh(places, np.nan_to_num(self.values, posinf=0, neginf=0), 0.62, color=colors)
-        for place, value in zip(places, self.values, strict=True):
+        for place, value, error in zip(places, self.values, self.errors, strict=True):
             start = value if np.isfinite(value) else 0.0
             axes.annotate(
-                _show(value),
+                _with_error(value, error),
                 (start, place),
                 xytext=(3 if start >= 0 else -3, 0),
                 textcoords="offset points",
@@ -464,6 +471,10 @@ def _show(value: float, percent: bool = False) -> str:
     if percent:
         return f"{100 * value:.1f}%"
     return (f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}").replace("-", _MINUS)
+
+
+def _with_error(value: float, error: float) -> str:
+    return _show(value) + (f" ± {error:.2g}" if np.isfinite(error) else "")
 
 
 def _range_in_words(values: Array, percent: bool = False) -> str:

@@ -137,8 +137,9 @@ SEARCH = Search(levels=(0.9,), steps=80)
 """One generator per target, at the success rate of [NC]."""
 SCREEN = replace(SEARCH, steps=16, batch_size=2, judged=16)
 """The screening: 48 inputs per target instead of 900 in the full search. Our choice."""
-PROBES = 3
-"""Start vectors of the Lanczos quadrature: 48 Hessian-vector products."""
+PROBES, TRACE_ERROR = 3, 0.05
+"""Start vectors of the Lanczos quadrature, 48 Hessian-vector products; and the standard error of
+Tr(H) as a share of it, which takes 8 to 64 more. Our choice."""
 SAMPLES, SIDE_BY_SIDE, UNLEARNT, EPOCHS = 512, 512, 256, 20
 """Samples used, inputs per search step, samples and epochs of unlearning. Our choice."""
 
@@ -390,7 +391,7 @@ def _activeness(adapter: TaskAdapter[Any], samples: Samples[Any], run: Run) -> I
 
 def _smoothness(adapter: TaskAdapter[Any], samples: Samples[Any], seed: int) -> Iterator[Finding]:
     """Yield lambda_max, the trace and the spectrum; see :func:`measured_sharpness` for the cost."""
-    found = measured_sharpness(adapter, samples, seed, probes=PROBES)
+    found = measured_sharpness(adapter, samples, seed, probes=PROBES, trace_error=TRACE_ERROR)
     spectrum = found.spectrum
     size = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
     spread = size * spectrum.moment(1) ** 2 / max(spectrum.moment(2), 1e-30)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mmdefense.kernels.curvature import (
+    MOST_TRACE_PROBES,
     Spectrum,
     gradient_norm_penalty,
     hessian_product,
@@ -130,6 +131,44 @@ def test_smoothness_trace_is_the_mean_over_rademacher_probes(adapter, parameters
     found = smoothness(adapter, samples, generator, probes=3, steps=3, batch_size=4)
     assert found.trace == pytest.approx(float(expected.mean()), rel=1e-9)
     assert found.spread == pytest.approx(float(expected.std()) / 3**0.5, rel=1e-9)
+
+
+def traced(adapter, samples, seeds, error):
+    return [
+        smoothness(
+            adapter,
+            samples,
+            torch.Generator().manual_seed(seed),
+            probes=1,
+            steps=6,
+            trace_error=error,
+        )
+        for seed in range(seeds)
+    ]
+
+
+def test_probes_are_drawn_until_the_stated_error_is_reached(adapter, samples):
+    for each in traced(adapter, samples, 5, 0.4):
+        assert each.spread <= 0.4 * abs(each.trace)
+        assert 8 <= each.trace_probes < MOST_TRACE_PROBES
+
+
+def test_the_standard_error_is_that_of_the_distance_to_the_exact_trace(
+    adapter, parameters, samples
+):
+    exact = float(dense(adapter, samples, parameters).trace())
+    found = traced(adapter, samples, 20, 0.0)
+    off = torch.tensor([(each.trace - exact) / each.spread for each in found])
+    assert 0.7 < float(off.square().mean().sqrt()) < 1.5
+    assert sum(each.trace for each in found) / 20 == pytest.approx(exact, rel=0.1)
+
+
+def test_the_trace_is_exact_where_the_krylov_space_is_all_of_it(adapter, parameters, samples):
+    exact = float(dense(adapter, samples, parameters).trace())
+    generator = torch.Generator().manual_seed(0)
+    found = smoothness(adapter, samples, generator, probes=1, steps=133, trace_error=0.05)
+    assert found.trace == pytest.approx(exact, rel=1e-6)
+    assert found.trace_probes == 8
 
 
 def test_as_many_steps_as_weights_give_the_eigenvalues_from_one_start(adapter, parameters, samples):

@@ -154,6 +154,25 @@ def test_gradient_of_one_draw_is_twice_a_hessian_product(adapter, parameters, sa
     torch.testing.assert_close(reference.gradient_of(trace, parameters), expected)
 
 
+def test_a_draw_for_each_sample_is_nearer_to_the_exact_diagonal(adapter, parameters, draw):
+    samples = draw(58)
+    exact = reference.fisher(adapter, samples, parameters, "true").diag()
+
+    def cosine(batch_size):
+        """Return the mean over ten seeds."""
+        found = []
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            diagonal = fisher_diagonal(
+                adapter, samples, parameters, generator, batch_size=batch_size
+            )
+            found.append(torch.cosine_similarity(reference.flat(diagonal), exact, dim=0))
+        return float(torch.stack(found).mean())
+
+    assert cosine(1) > 0.97
+    assert cosine(1) > cosine(32) + 0.05
+
+
 def test_other_coordinates_come_in_by_pull_back(adapter, parameters, samples):
     """Coordinates z with theta = M z have the Fisher information M^T F M."""
     size = sum(p.numel() for p in parameters)
