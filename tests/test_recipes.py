@@ -13,6 +13,7 @@ EVIDENCE = {"cross_domain_evaluation": "index.sqlite"}  # a page is what the oth
 # In test_bench.py, evaluation/test_peak.py, scanning/test_calibration.py and test_results.py.
 ELSEWHERE = {"bench.py", "memory.py", "scan_calibration.py", "scan_corpora.py", "results.py"}
 RECIPES = sorted(path for path in FOLDER.glob("*.py") if path.name not in ELSEWHERE)
+ANALYSES = sorted((FOLDER / "analyses").glob("*.py"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -26,5 +27,14 @@ def test_recipe_runs_and_shows_its_table(recipe, monkeypatch, capsys, tmp_path):
     assert list((tmp_path / "out").glob(EVIDENCE.get(recipe.stem, "*/report.html")))
 
 
+@pytest.mark.parametrize("recipe", ANALYSES, ids=lambda path: path.stem)
+def test_analysis_runs_and_writes_its_page(recipe, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--smoke", "--out", str(tmp_path)])
+    runpy.run_path(str(recipe), run_name="__main__")
+    assert "page: " in capsys.readouterr().out
+    assert "<svg" in (tmp_path / f"{recipe.stem}.html").read_text()
+
+
 def test_there_is_a_recipe():
     assert RECIPES
+    assert ANALYSES

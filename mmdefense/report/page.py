@@ -39,6 +39,7 @@ __all__ = [
     "render_page",
     "scan_page",
     "template",
+    "write_analysis",
 ]
 
 _LARGEST = 1e30  # ours: an eigenvalue that a chart can still show
@@ -84,6 +85,12 @@ def scan_page(scan: ScanRecord) -> str:
     entry = ScanEntry("", scan, scan.findings, drawing=_drawn(scan.findings, "scan"))
     level = "fail" if scan.verdict.level == "high" else "open"  # a scan never passes a model
     return template("scan.html.j2").render(scan=scan, scans=[entry], level=level)
+
+
+def write_analysis(title: str, lines: Sequence[str], plots: Sequence[Plot], path: Path) -> None:
+    """Write the page of an analysis to ``path``, atomically: a title, sentences, and plots."""
+    html = template("analysis.html.j2").render(title=title, lines=lines, plots=shown_plots(plots))
+    write_atomically(path, lambda file: file.write(html.encode()))
 
 
 _STEERING = re.compile(

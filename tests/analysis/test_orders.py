@@ -1,0 +1,45 @@
+"""Orders of units: their coverage of TAC, and ACC and ASR along one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmdefense.analysis.pruning_phases import Phases, pruning_phases
+from mmdefense.analysis.unit_coverage import unit_coverage, unit_scores
+from mmdefense.kernels.loop import mean_score
+from mmdefense.metrics.tac import trigger_activated_change
+from mmdefense.runtime.run import Run
+
+
+def test_the_order_by_tac_covers_all_and_its_reverse_nothing(victims, triggered):
+    adapter = victims[0]
+    change = torch.cat(list(trigger_activated_change(adapter, triggered).values()))
+    scores = {"tac": change, "reverse": -change}
+    found = unit_coverage(adapter, triggered, scores, (0.25, 0.5, 1.0))
+    assert found.ratios == {"tac": (1, 1, 1), "reverse": (0, 0, 1)}
+    assert [curve.name for curve in found.plot().panels()[0].curves] == ["tac", "reverse"]
+
+
+def test_every_order_ranks_all_units(victims, data):
+    adapter = victims[0]
+    units = sum(group.size for group in adapter.unit_groups())
+    scores = unit_scores(adapter, data[0], Run(0))
+    assert {"fine-pruning", "NWC", "random"} <= scores.keys()
+    assert all(values.shape == (units,) for values in scores.values())
+
+
+def test_phases_begin_with_the_rates_of_the_given_model(victims, data, triggered):
+    adapter = victims[0]
+    found = pruning_phases(adapter, *data, triggered)
+    assert found.fractions[0] == 0
+    assert found.fractions[-1] == 1
+    assert found.acc[0] == pytest.approx(mean_score(adapter, data[1]))
+    assert found.asr[0] == pytest.approx(mean_score(adapter, triggered.samples))
+
+
+def test_a_phase_ends_where_its_rate_has_fallen():
+    phases = Phases((0.0, 0.25, 0.5, 0.75, 1.0), (0.9, 0.9, 0.88, 0.6, 0.1), (1.0, 0.98, 0.2, 0, 0))
+    assert (phases.backdoor_falls, phases.task_falls) == (0.5, 0.75)
+    assert phases.asr_before_the_task_falls() == 0.2
+    assert Phases((0.0, 1.0), (0.9, 0.9), (1.0, 1.0)).backdoor_falls == 1
