@@ -63,7 +63,7 @@ ROWS = {
     "baeraser": Row(
         SHORT | SEARCH, {"steps": 0}, {"steps": 25, "stop": 0.0, "rounds": 2}, ("fcos", "llama")
     ),
-    "clp": Row({"spread": 0.7, "holdout": 0.5}, {"spread": 1e6}, {}, draws=False),
+    "clp": Row({"spread": 0.7, "holdout": 0.8}, {"spread": 1e6}, {}, draws=False),
     "fast-fip": Row(SHORT, {"steps": 0}),
     "fine-pruning": Row(
         SHORT | {"max_pruning_drop": 0.5, "points": 8}, {"max_share": 0.0, "steps": 0}
