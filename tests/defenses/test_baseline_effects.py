@@ -2,15 +2,15 @@
 
 What was seen on the seeds 0 and 1:
 
-======  ============  ============  =====================
+======  ============  ============  ===================
 model   ASR           ACC           ASR of the ablation
-======  ============  ============  =====================
+======  ============  ============  ===================
 victim  1.000, 1.000  0.978, 0.975
-CLP     0.415, 0.046  0.955, 0.944  at least 0.8, not run
+CLP     0.415, 0.046  0.955, 0.944  1.000, 1.000
 RNP     0.000, 0.000  0.894, 0.844  0.932, 1.000
 ANP     0.003, 0.269  0.933, 0.944  1.000, not run
 AWM     0.130, 0.022  0.975, 0.961  1.000, 1.000
-======  ============  ============  =====================
+======  ============  ============  ===================
 
 The ablations have the same draws: CLP's silences as many units, drawn at random; ANP's perturbs
 nothing; RNP's has unlearnt nothing; AWM's has no change of the inputs in its loss. RNP pays with
