@@ -25,6 +25,7 @@ __all__ = [
     "GeneratingAdapter",
     "HeadAdapter",
     "InputAdapter",
+    "LogitsAdapter",
     "OutputAdapter",
     "ReadAt",
     "ReadingAdapter",
@@ -234,6 +235,15 @@ class InputAdapter(TaskAdapter[B], Protocol[B]):
 
     def input_bounds(self, batch: B) -> tuple[float, float] | None:
         """Return the least and the largest value of an input, ``(0, 1)`` for images, or none."""
+        ...
+
+
+@runtime_checkable
+class LogitsAdapter(InputAdapter[B], Protocol[B]):
+    """An adapter whose model scores each of K classes for a sample."""
+
+    def class_logits(self, batch: B) -> Tensor:
+        """Return the logits of a batch, shape ``(N, K)``, with grad."""
         ...
 
 

@@ -176,6 +176,10 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         """Return the logits of a batch, shape ``(N, K)``."""
         return self.logits(batch.inputs)
 
+    def class_logits(self, batch: LabelledBatch) -> Tensor:
+        """Return the logits of a batch, shape ``(N, K)``."""
+        return self.logits(batch.inputs)
+
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the logits of inputs as they come in the data, shape ``(N, K)``."""
         form = self._forms.get(self.model.training)

@@ -16,7 +16,7 @@ from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.kernels.fisher import fisher_diagonal
 from mmdefense.kernels.hooks import mode
-from mmdefense.kernels.inversion import Recovered, Search, recover, some_of, success_of
+from mmdefense.kernels.inversion import Recovered, Search, recover_once, some_of, success_of
 from mmdefense.kernels.loop import Gradients, optimise
 from mmdefense.plots.inverted_samples import InvertedSamples
 from mmdefense.plots.recovered_triggers import RecoveredTriggers
@@ -28,7 +28,6 @@ from mmdefense.protocol import (
     lacking,
 )
 from mmdefense.runtime.memory import gradient_in_parts
-from mmdefense.runtime.processes import present
 from mmdefense.settings import NotNegative, OpenShare, Whole
 from mmdefense.training import Training
 
@@ -109,7 +108,14 @@ class BaEraser(TrainingDefense):
             screening=self.screening,
         )
         for turn in range(self.rounds):
-            found = self._recover(work, search, turn)
+            found = recover_once(
+                _triggered(work),
+                work.fit,
+                search,
+                work.run,
+                stage=f"recover {turn}",
+                at_any_rate=turn == 0,  # a later one searches what the unlearning has left
+            )
             pools = [
                 (record.family, target, record.pool[index])
                 for record in found
@@ -135,28 +141,6 @@ class BaEraser(TrainingDefense):
                 return
             work.run.snapshot(f"before round {turn}", work.adapter.model) if turn else None
             self._unlearn(work, pools, turn)
-
-    def _recover(self, work: Purifying[Any], search: Search, turn: int) -> list[Recovered]:
-        stage = f"recover {turn}"
-        kept = work.run.once(
-            stage,
-            lambda: {
-                # Each process searches; what the main one has found is unlearnt by all.
-                "found": present().from_main(
-                    [
-                        dataclasses.asdict(found)
-                        for found in recover(
-                            _triggered(work), work.fit, search, work.run, stage=stage
-                        )
-                    ]
-                )
-            },
-            at_any_rate=turn == 0,  # a later one searches what the unlearning has left
-        )
-        return [
-            Recovered(**{**record, "family": TriggerFamily(**record["family"])})
-            for record in kept["found"]
-        ]
 
     def _unlearn(self, work: Purifying[Any], pools: Sequence[_Pool], turn: int) -> None:
         """Push the model off the recovered triggers."""

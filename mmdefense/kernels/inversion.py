@@ -31,9 +31,10 @@ from mmdefense.data.batch import Batch, Samples, batches
 from mmdefense.kernels.hooks import frozen, mode
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
 from mmdefense.runtime.memory import each_fitted, fitted
+from mmdefense.runtime.processes import present
 from mmdefense.runtime.run import Run
 
-__all__ = ["Recovered", "Search", "recover", "some_of", "success_of"]
+__all__ = ["Recovered", "Search", "recover", "recover_once", "some_of", "success_of"]
 
 B = TypeVar("B", bound=Batch)
 
@@ -229,6 +230,39 @@ def recover(
             full = searched(suspects, search, name) if len(suspects) else None
             found.append(_joined(screened, full))
     return found
+
+
+def recover_once(
+    adapter: TriggerAdapter[B],
+    samples: Samples[B],
+    search: Search,
+    run: Run,
+    *,
+    stage: str,
+    at_any_rate: bool = True,
+) -> list[Recovered]:
+    """Return what :func:`recover` finds, which a resumed run reads from its store.
+
+    Args:
+        adapter: The model.
+        samples: Clean samples.
+        search: How to search.
+        run: Seed, progress and store.
+        stage: Name of the stage.
+        at_any_rate: Whether milder runs take it from the first one: it is the given model that is
+            searched.
+    """
+
+    def compute() -> dict[str, Any]:
+        found = recover(adapter, samples, search, run, stage=stage)
+        # Each process searches; what the main one has found is used by all.
+        return {"found": present().from_main([dataclasses.asdict(record) for record in found])}
+
+    kept = run.once(stage, compute, at_any_rate=at_any_rate)
+    return [
+        Recovered(**{**record, "family": TriggerFamily(**record["family"])})
+        for record in kept["found"]
+    ]
 
 
 def _device(adapter: TriggerAdapter[Any]) -> torch.device:

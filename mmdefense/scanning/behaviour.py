@@ -11,14 +11,9 @@ Three parts, and each says what it cannot see:
 A part that the model's adapter does not support is reported as not run.
 
 References:
-    [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
-    Backdoor Attacks in Neural Networks*. IEEE S&P 2019. Implemented: a search for every answer, and
-    the anomaly index over the answers, of which those below the median by more than 2 are suspects.
-    Here the search is :mod:`mmdefense.kernels.inversion`, and the index is one of cost: the share
-    of samples that a trigger misses and the share of an input that it alters. Where all triggers
-    work, that is the size; where all are of one size, the success. The index is that of its
-    logarithm, since costs differ by factors, and a third of the median cost is the most that a
-    suspect may have (both ours): among ten answers an index beyond 2 is common.
+    [NC] Wang et al. *Neural Cleanse*. IEEE S&P 2019. Implemented: a search for every answer
+    (:mod:`mmdefense.kernels.inversion`), and the anomaly index over the answers
+    (:mod:`mmdefense.kernels.outliers`).
     [TSBD] Lin et al. NeurIPS 2024. arXiv:2405.20291, for the activeness, a unit's gradient norm
     during unlearning. The paper compares with a clean model; here there is none.
     [FIP] Karim et al. CCS 2024. arXiv:2409.00863, for lambda_max and Tr(H) of backdoored models.
@@ -28,8 +23,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from statistics import NormalDist
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -41,15 +35,16 @@ from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 from mmdefense.findings import Finding, Level, Rule
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover
+from mmdefense.kernels.outliers import CROWD, MANY, Answer, anomaly_index, answers, index_bound
 from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
 from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacking
 from mmdefense.report.images import data_address
 from mmdefense.runtime.memory import each_fitted
 from mmdefense.runtime.run import Progress, Run
-from mmdefense.scanning.weights import ANOMALY, anomaly_index
+from mmdefense.scanning.weights import ANOMALY
 
-__all__ = ["NOT_LOOKED", "Answer", "answers", "scan_behaviour"]
+__all__ = ["NOT_LOOKED", "scan_behaviour"]
 
 APART = Rule(
     id="behaviour-trigger-apart",
@@ -121,18 +116,13 @@ NOT_LOOKED = Rule(
     blind_spot="everything it would have shown.",
 )
 
-INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
-"""The anomaly index of a suspect [NC], its cost relative to the median, and the number of targets
-needed for an index; the last two are our choice."""
 UNASKED, UNTRIGGERED = 0.5, 64
 """Share of samples that are predicted as the target without a trigger, above which a trigger is not
 to blame (a collapsed model predicts one class for everything), and the number of samples used. Our
 choice."""
-MANY, SUSPECTS, OTHERS = 64, 8, 24
-"""With more targets than this they are screened first; the number of cheapest targets per kind of
-trigger that are then searched in full, and of random others to compare with. Our choice."""
-CHEAPEST, FLOOR = 1e-3, 0.25
-"""Lower bounds of a cost, and of the spread of the log costs: below it is noise. Our choice."""
+SUSPECTS, OTHERS = 8, 24
+"""Where targets are screened: the number of cheapest ones per kind of trigger that are then
+searched in full, and of random others to compare with. Our choice."""
 SEARCH = Search(levels=(0.9,), steps=80)
 """One generator per target, at the success rate of [NC]."""
 SCREEN = replace(SEARCH, steps=16, batch_size=2, judged=16)
@@ -179,73 +169,6 @@ def scan_behaviour(
             level: Level = "low" if name == "triggers" else "info"
             found.append(NOT_LOOKED.found(name, one_line(error), level=level))
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """The cheapest trigger of one family for one target.
-
-    Attributes:
-        target: The target.
-        row: Its row among the recovered triggers.
-        success: Share of samples that it sends to the target.
-        size: Share of an input that it changes.
-        index: How far its log cost is below the median over all targets, in scaled median absolute
-            deviations; zero if there are too few targets.
-        works: Whether its success reaches the threshold within the family's budget.
-        apart: Whether it works and no other target is nearly as cheap.
-    """
-
-    target: int
-    row: int
-    success: float
-    size: float
-    index: float
-    works: bool
-    apart: bool
-
-
-def answers(found: Recovered, total: int = 0) -> list[Answer]:
-    """Return the cheapest trigger of a family for each target, in ascending order of targets.
-
-    The cost is the share of samples missed plus the share of an input changed. A target is an
-    outlier by its anomaly index and by its cost relative to the median.
-
-    Args:
-        found: What a search recovered.
-        total: Number of targets that were screened, if they were.
-    """
-    cost = (1 - found.success + found.size).clamp(min=CHEAPEST)
-    rows = []
-    for target in sorted(set(found.targets.tolist())):
-        mine = (found.targets == target).nonzero().flatten()
-        rows.append(int(mine[cost[mine].argmin()]))
-    costs = cost[rows]
-    crowd = len(rows) >= CROWD
-    index = -anomaly_index(costs.log(), floor=FLOOR) if crowd else torch.zeros_like(costs)
-    far, cheap = index > index_bound(total), costs <= SHARE * costs.median()
-    return [
-        Answer(
-            target=int(found.targets[row]),
-            row=row,
-            success=float(found.success[row]),
-            size=float(found.size[row]),
-            index=float(index[place]),
-            works=bool(found.accepted[row]),
-            apart=bool(found.accepted[row] & far[place] & cheap[place]),
-        )
-        for place, row in enumerate(rows)
-    ]
-
-
-def index_bound(total: int) -> float:
-    """Return the threshold on the anomaly index when the cheapest of ``total`` targets were chosen.
-
-    The cheapest of a thousand is further out by chance than the cheapest of ten. The threshold is
-    exceeded by as many of ``total`` normal values as exceed 2 among ten. Our choice.
-    """
-    normal = NormalDist()
-    return normal.inv_cdf(1 - (1 - normal.cdf(INDEX)) * 10 / total) if total > MANY else INDEX
 
 
 def _parts(total: int) -> list[Tensor]:

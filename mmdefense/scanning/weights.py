@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.findings import Finding, Rule
+from mmdefense.kernels.outliers import anomaly_index
 
 __all__ = [
-    "anomaly_index",
     "channel_lipschitz",
     "largest_singular_value",
     "scan_weights",
@@ -232,20 +232,6 @@ def spectral_excess(weight: Tensor) -> float:
     matrix = weight.flatten(1)
     typical = float(matrix.norm()) / min(matrix.shape) ** 0.5
     return largest_singular_value(matrix) / typical if typical > 0 else 0.0
-
-
-def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
-    """Return ``(x - median) / (1.4826 MAD)`` of each value; zero if the MAD is zero.
-
-    1.4826 makes the median absolute deviation that of a normal distribution. [NC]
-
-    Args:
-        values: Shape ``(N,)``.
-        floor: Lower bound of ``1.4826 MAD``: differences below it are noise.
-    """
-    centred = values - values.median()
-    scale = (1.4826 * centred.abs().median()).clamp(min=floor)
-    return centred / scale if scale > 0 else torch.zeros_like(centred)
 
 
 def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:

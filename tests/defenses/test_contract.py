@@ -40,6 +40,7 @@ class Row:
         long: Settings, beside the quick ones, with which it is worth interrupting.
         idle_on: The models, of random weights, on which it rightly does nothing.
         draws: Whether it draws anything but the split, which may leave the result as it is.
+        refused_on: The models whose adapters lack what it needs.
     """
 
     quick: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Row:
     long: Mapping[str, Any] = field(default_factory=lambda: {"steps": 25})
     idle_on: tuple[str, ...] = ()
     draws: bool = True
+    refused_on: tuple[str, ...] = ()
 
 
 UNLEARNING = {"unlearn_epochs": 3, "unlearn_lr": 0.01, "unlearn_batch_size": 16}
@@ -72,10 +74,17 @@ ROWS = {
     "fip": Row(SHORT, {"steps": 0}),
     "ft-sam": Row(SHORT, {"steps": 0}),
     "fst": Row(SHORT, {"steps": 0}),
+    "i-bau": Row(SHORT | {"ascents": 2, "iterations": 2}, {"steps": 0}),
     "nad": Row(SHORT | {"teacher_steps": 3}, {"steps": 0}),
+    "neural-cleanse": Row(
+        SHORT | {"search_steps": 3, "tau": 0.01, "anomaly": -100.0},
+        {"steps": 0},
+        idle_on=("fcos", "llama"),
+    ),
     "nft": Row(SHORT, {"steps": 0}),
     "pruning": Row({"max_pruning_drop": 0.25, "holdout": 0.8, "points": 8}, {"max_share": 0.0}, {}),
     "rnp": Row(PRUNED | RECOVERY, {"threshold": 0.0}, {"epochs": 12}),
+    "sau": Row(SHORT | {"ascents": 2}, {"steps": 0}, refused_on=("fcos", "llama")),
     "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
 }
 
@@ -133,13 +142,10 @@ def differ(first, second):
 
 
 def over(models):
-    """Try every defense on each of the models, all tests of a pair one after the other."""
-
-    def mark(test):
-        test = pytest.mark.parametrize("model", models, scope="module")(test)
-        return pytest.mark.parametrize("name", ROWS, scope="module")(test)
-
-    return mark
+    """Try every defense on each model that it serves, all tests of a pair one after the other."""
+    pairs = [(name, model) for name in ROWS for model in models]
+    served = [(name, model) for name, model in pairs if model not in ROWS[name].refused_on]
+    return pytest.mark.parametrize(("name", "model"), served, scope="module")
 
 
 every_image, every_domain = over(IMAGES), over(IMAGES + OTHER_DOMAINS)

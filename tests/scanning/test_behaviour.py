@@ -16,11 +16,12 @@ from mmdefense.data.batch import split
 from mmdefense.findings import ScanRecord
 from mmdefense.kernels.inversion import Recovered
 from mmdefense.kernels.loop import train
+from mmdefense.kernels.outliers import MANY, answers, index_bound
 from mmdefense.protocol import TriggerFamily
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run
 from mmdefense.scanning import behaviour
-from mmdefense.scanning.behaviour import answers, scan_behaviour
+from mmdefense.scanning.behaviour import scan_behaviour
 from mmdefense.scanning.formats import to_html, to_json, to_sarif
 from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_digits
@@ -222,7 +223,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
     *screened, (search, full) = searched
     assert torch.equal(torch.cat([part for _, part in screened]), torch.arange(total))
-    assert all(len(part) <= behaviour.MANY for _, part in screened)
+    assert all(len(part) <= MANY for _, part in screened)
     assert all(how.steps * how.batch_size <= 32 and how.judged <= 16 for how, _ in screened)
     assert (search.steps, 77 in full.tolist()) == (80, True)
     assert len(full) <= behaviour.SUSPECTS + behaviour.OTHERS
@@ -231,8 +232,8 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
 
 
 def test_the_bound_of_the_index_grows_with_the_answers_that_were_screened():
-    assert behaviour.index_bound(10) == behaviour.index_bound(64) == 2
-    assert 3 < behaviour.index_bound(200) < behaviour.index_bound(1000) < 4
+    assert index_bound(10) == index_bound(64) == 2
+    assert 3 < index_bound(200) < index_bound(1000) < 4
 
 
 def test_a_model_of_more_classes_than_samples_looked_at_has_numbers():

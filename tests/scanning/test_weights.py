@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from mmdefense.kernels.outliers import anomaly_index
 from mmdefense.scanning.weights import (
-    anomaly_index,
     channel_lipschitz,
     largest_singular_value,
     scan_weights,

@@ -1,0 +1,131 @@
+"""SAU: unlearning of adversarial examples that the given and the purified model share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.kernels.coordinates import Weights, trainable
+from mmdefense.kernels.hooks import frozen, mode
+from mmdefense.kernels.loop import optimise
+from mmdefense.kernels.perturbations import perturbed, worst_change
+from mmdefense.protocol import LogitsAdapter
+from mmdefense.runtime.memory import gradient_in_parts
+from mmdefense.settings import Count, NotNegative, Positive, Whole
+
+__all__ = ["SAU", "divergence", "unshared_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAU(TrainingDefense):
+    """Find inputs that mislead the given model and the purified one alike, and unlearn them.
+
+    For each sample of a batch, steps of gradient ascent look for a change within ``radius`` that
+    raises ``adversarial * (CE(g) + CE(f)) / 2 - agreement * JS(g, f)``, g the given model and f the
+    one that is trained. Then f descends ``CE(x) + sharing * L``: L is ``-log(1 - p_f(c))`` for the
+    class c that g takes the changed input for, and zero where c is the right one. Both models are
+    in eval mode, statistics included.
+
+    Ours: all terms of the ascent are taken for every sample (the released code leaves out those
+    that have reached their aim); L is a mean over the batch, right answers included; SGD as
+    everywhere here, not Adam at 1e-4. The code's weights of clean, adversarial and shared loss are
+    1, 0 and 1.
+
+    Attributes:
+        radius: Largest absolute change of an input value.
+        ascents: Steps of the ascent.
+        step_size: Length of a step.
+        adversarial: Weight of both losses in the ascent.
+        agreement: Weight of the Jensen-Shannon divergence there.
+        sharing: Weight of L in the descent; 0 is plain fine-tuning in eval mode.
+
+    References:
+        Wei, Zhang, Zha, Wu. *Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning
+        Shared Adversarial Examples*. NeurIPS 2023. arXiv:2307.10562
+    """
+
+    requires: ClassVar[type] = LogitsAdapter
+
+    radius: Positive = 0.2
+    ascents: Count = 5
+    step_size: Positive = 0.2
+    adversarial: NotNegative = 0.01
+    agreement: NotNegative = 1.0
+    sharing: NotNegative = 1.0
+    lr: NotNegative = 0.01
+    steps: Whole = 100
+
+    def _run(self, work: Purifying[Any]) -> None:
+        adapter = cast("LogitsAdapter[Any]", work.adapter)
+        given = adapter.fork()
+        given.model.eval()
+        space = Weights(trainable(adapter.model))
+
+        def gradients(batch: Any, step: int) -> Tensor:
+            noise = work.run.generator(f"start {step}", space.weights[0].device)
+            with mode(adapter.model, train=False), frozen(given.model):
+                change = worst_change(
+                    adapter,
+                    batch,
+                    radius=self.radius,
+                    steps=self.ascents,
+                    step_size=self.step_size,
+                    loss=self._shared_risk(adapter, given),
+                    generator=noise,
+                )
+
+                def value(rows: slice) -> tuple[Tensor, Tensor]:
+                    part = batch.rows(rows)
+                    loss = adapter.per_sample_loss(part).mean()
+                    changed = perturbed(adapter, part, change[rows])
+                    with torch.no_grad():
+                        taken_for = given.class_logits(changed).argmax(1)
+                        misled = given.score(changed) < 1
+                    shared = unshared_loss(adapter.class_logits(changed), taken_for)
+                    return loss, loss + self.sharing * (shared * misled).mean()
+
+                loss, found = gradient_in_parts(
+                    value, len(batch), space.weights, "unlearning", adapter.model
+                )
+            space.assign(found)
+            return loss
+
+        optimise(
+            adapter.model,
+            work.fit,
+            replace(self.training(adapter), batch_norm="eval"),
+            work.run,
+            gradients=gradients,
+            stage="unlearn",
+        )
+
+    def _shared_risk(
+        self, adapter: LogitsAdapter[Any], given: LogitsAdapter[Any]
+    ) -> Callable[[Any], Tensor]:
+        """Return what the ascent raises, a value for each sample."""
+
+        def risk(batch: Any) -> Tensor:
+            losses = (adapter.per_sample_loss(batch) + given.per_sample_loss(batch)) / 2
+            apart = divergence(adapter.class_logits(batch), given.class_logits(batch))
+            return self.adversarial * losses - self.agreement * apart
+
+        return risk
+
+
+def unshared_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return ``-log(1 - p(c))`` of each row of logits ``(N, K)`` and its class c, ``(N,)``."""
+    log_p = logits.log_softmax(1)
+    return -log_p.scatter(1, classes[:, None], -math.inf).logsumexp(1)
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Return the Jensen-Shannon divergence of the softmax of two rows of logits, ``(N,)``."""
+    logs = [first.log_softmax(1), second.log_softmax(1)]
+    mean = torch.logaddexp(*logs) - math.log(2)
+    return torch.stack([(log.exp() * (log - mean)).sum(1) for log in logs]).mean(0)

@@ -1,0 +1,111 @@
+"""Which of several values stand out, and which targets are far too easy to reach.
+
+References:
+    [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
+    Backdoor Attacks in Neural Networks*. IEEE S&P 2019. Here the index is one of cost: the share of
+    samples that a trigger misses and the share of an input that it alters. Where all triggers work,
+    that is the size; where all are of one size, the success. The index is that of its logarithm,
+    since costs differ by factors, and a third of the median cost is the most that an outlier may
+    have (both ours): among ten answers an index beyond 2 is common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from mmdefense.kernels.inversion import Recovered
+
+__all__ = ["CROWD", "MANY", "Answer", "anomaly_index", "answers", "index_bound"]
+
+INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
+"""The anomaly index of an outlier [NC], its cost relative to the median, and the number of targets
+needed for an index; the last two are our choice."""
+MANY = 64
+"""With more targets than this they are screened first. Our choice."""
+CHEAPEST, FLOOR = 1e-3, 0.25
+"""Lower bounds of a cost, and of the spread of the log costs: below it is noise. Our choice."""
+
+
+def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
+    """Return ``(x - median) / (1.4826 MAD)`` of each value; zero if the MAD is zero.
+
+    1.4826 makes the median absolute deviation that of a normal distribution. [NC]
+
+    Args:
+        values: Shape ``(N,)``.
+        floor: Lower bound of ``1.4826 MAD``: differences below it are noise.
+    """
+    centred = values - values.median()
+    scale = (1.4826 * centred.abs().median()).clamp(min=floor)
+    return centred / scale if scale > 0 else torch.zeros_like(centred)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The cheapest trigger of one family for one target.
+
+    Attributes:
+        target: The target.
+        row: Its row among the recovered triggers.
+        success: Share of samples that it sends to the target.
+        size: Share of an input that it changes.
+        index: How far its log cost is below the median over all targets, in scaled median absolute
+            deviations; zero if there are too few targets.
+        works: Whether its success reaches the threshold within the family's budget.
+        apart: Whether it works and no other target is nearly as cheap.
+    """
+
+    target: int
+    row: int
+    success: float
+    size: float
+    index: float
+    works: bool
+    apart: bool
+
+
+def answers(found: Recovered, total: int = 0) -> list[Answer]:
+    """Return the cheapest trigger of a family for each target, in ascending order of targets.
+
+    The cost is the share of samples missed plus the share of an input changed. A target is an
+    outlier by its anomaly index and by its cost relative to the median.
+
+    Args:
+        found: What a search recovered.
+        total: Number of targets that were screened, if they were.
+    """
+    cost = (1 - found.success + found.size).clamp(min=CHEAPEST)
+    rows = []
+    for target in sorted(set(found.targets.tolist())):
+        mine = (found.targets == target).nonzero().flatten()
+        rows.append(int(mine[cost[mine].argmin()]))
+    costs = cost[rows]
+    crowd = len(rows) >= CROWD
+    index = -anomaly_index(costs.log(), floor=FLOOR) if crowd else torch.zeros_like(costs)
+    far, cheap = index > index_bound(total), costs <= SHARE * costs.median()
+    return [
+        Answer(
+            target=int(found.targets[row]),
+            row=row,
+            success=float(found.success[row]),
+            size=float(found.size[row]),
+            index=float(index[place]),
+            works=bool(found.accepted[row]),
+            apart=bool(found.accepted[row] & far[place] & cheap[place]),
+        )
+        for place, row in enumerate(rows)
+    ]
+
+
+def index_bound(total: int) -> float:
+    """Return the threshold on the anomaly index when the cheapest of ``total`` targets were chosen.
+
+    The cheapest of a thousand is further out by chance than the cheapest of ten. The threshold is
+    exceeded by as many of ``total`` normal values as exceed 2 among ten. Our choice.
+    """
+    normal = NormalDist()
+    return normal.inv_cdf(1 - (1 - normal.cdf(INDEX)) * 10 / total) if total > MANY else INDEX
