@@ -72,6 +72,7 @@ NOT_RUN = {
     "mmdefense store verify out/bench": "follows many minutes",
     "mmdefense store gc out/bench": "follows many minutes",
     'make test-slow ARGS="-n 0 -s tests/test_end_to_end.py"': "many minutes",
+    'make test-slow ARGS="-n 0 -s tests/attacks/test_real_effects.py"': "many minutes",
     "make test-slow": "as long as its name says",
     "python recipes/scan_corpora.py picklescan=FOLDER@COMMIT modelscan=FOLDER@COMMIT "
     "--harmless 'benign*' --harmless 'safe_*' --harmless 'int_array*' --harmless 'object_array*' "
