@@ -55,8 +55,9 @@ Clean = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SHARE[:KIND]",
-        help="Of the training set, for the defenses: seen or unseen by the victim, noisy or "
-        "blurred; by default as each case says. May be given twice.",
+        help="Of the training set, for the defenses: seen or unseen by the victim, noisy, "
+        "blurred, or other (images of unknown classes); by default as each case says. "
+        "May be given twice.",
     ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]

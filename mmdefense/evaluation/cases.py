@@ -14,16 +14,20 @@ from mmdefense.protocol import Case
 from mmdefense.settings import OpenShare, check_settings, checked_settings
 from mmdefense.training import Training
 
-__all__ = ["KINDS", "CleanData", "all_cases", "described_case", "named_cases"]
+__all__ = ["KINDS", "Change", "CleanData", "all_cases", "described_case", "named_cases"]
 
-Kind = Literal["seen", "unseen", "noisy", "blurred"]
+Change = Literal[Shift, "other"]
+"""How clean data differs from what the victim was trained on."""
+
+Kind = Literal["seen", "unseen", Change]
 """What clean data is like.
 
 ``"seen"`` and ``"unseen"``: the victim was trained on these samples too, or was not. ``"noisy"``
-and ``"blurred"``: as the case has it, but altered; see :mod:`mmdefense.data.shifts`.
+and ``"blurred"``: as the case has it, but altered; see :mod:`mmdefense.data.shifts`. ``"other"``:
+images of other classes, labelled by the victim; see :mod:`mmdefense.evaluation.others`.
 """
 
-KINDS: tuple[Kind, ...] = ("seen", "unseen", *SHIFTS)
+KINDS: tuple[Kind, ...] = ("seen", "unseen", *SHIFTS, "other")
 
 _PLAIN = ("name", "task", "data", "model", "seen")
 _NEEDED = ("name", "task", "data", "model", "training")
@@ -46,9 +50,9 @@ class CleanData:
         check_settings(self)
 
     @property
-    def shift(self) -> Shift | None:
-        """How the samples are altered, where they are."""
-        return next((shift for shift in SHIFTS if shift == self.kind), None)
+    def change(self) -> Change | None:
+        """How the samples differ from what the victim was trained on, where they do."""
+        return None if self.kind in {"seen", "unseen"} else self.kind  # type: ignore[return-value]
 
     def of(self, case: Case) -> Case:
         """Return a case whose defenses are given that share, seen by the victim or not."""

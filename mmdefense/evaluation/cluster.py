@@ -117,7 +117,7 @@ def _try_out(
     """Measure a cell on a node."""
     mine = victim_identity(cell.case, cell.defense.seed, cell.device)
     found = cell_identity(
-        mine, cell.case, cell.label, cell.defense, cell.views, cell.shift, cell.retune
+        mine, cell.case, cell.label, cell.defense, cell.views, cell.change, cell.retune
     )
     _alike(found.digest, digest, threads)
     model = restored(cell.case, cell.defense.seed, *victim, cell.device)

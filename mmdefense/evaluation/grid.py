@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from mmdefense.data.shifts import Shift
 from mmdefense.defenses.base import Defense, versions
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.evaluation.cases import CleanData, Kind
+from mmdefense.evaluation.cases import Change, CleanData, Kind
 from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import kept_victim, trained
 from mmdefense.evaluation.lineup import Contender, Lineup, with_baselines
@@ -80,7 +79,7 @@ class Planned:
         defense: With its settings and the seed, which is the victim's as well.
         baseline: The label of plain fine-tuning with its budget; empty where there is none.
         views: How the clean samples are augmented.
-        shift: How they are altered, if at all.
+        change: How they differ from what the victim was trained on, if they do.
         device: What computes, for example ``"cuda:1"``.
         victim: All that its victim depends on.
         identity: All that the cell depends on.
@@ -92,7 +91,7 @@ class Planned:
     defense: Defense
     baseline: str
     views: Views
-    shift: Shift | None
+    change: Change | None
     device: str
     victim: Identity
     identity: Identity
@@ -113,7 +112,7 @@ class Planned:
     @property
     def kind(self) -> Kind:
         """What the clean samples are like."""
-        return self.shift or ("seen" if self.case.seen else "unseen")
+        return self.change or ("seen" if self.case.seen else "unseen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +155,10 @@ class Grid:
             for seed in self.seeds
             for clean in self.clean
             for views in self.views
-            for cell in self._of(clean.of(case), seed, views, clean.shift)
+            for cell in self._of(clean.of(case), seed, views, clean.change)
         ]
 
-    def _of(self, case: Case, seed: int, views: Views, shift: Shift | None) -> Iterator[Planned]:
+    def _of(self, case: Case, seed: int, views: Views, change: Change | None) -> Iterator[Planned]:
         """Yield each defense, with the baselines of its budget right after it."""
         entries = [Lineup(defense=one) if isinstance(one, str) else one for one in self.defenses]
         defenses = {entry.name: entry.build(seed) for entry in entries}
@@ -169,14 +168,14 @@ class Grid:
         for row in with_baselines(defenses) if self.baselines else rows:
             label, defense = row.label, row.defense
             retune = 0 if case.attack is None else self.retune
-            identity = cell_identity(victim, case, label, defense, views, shift, retune)
+            identity = cell_identity(victim, case, label, defense, views, change, retune)
             yield Planned(
                 case=case,
                 label=label,
                 defense=defense,
                 baseline=row.baseline,
                 views=views,
-                shift=shift,
+                change=change,
                 device=self.device,
                 victim=victim,
                 identity=identity,
@@ -311,7 +310,7 @@ def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
     """Measure a cell on its victim; where its clean samples cannot be altered so, it says that."""
     seed = cell.defense.seed
     try:
-        given = for_defenses(victim, cell.views, cell.shift, seed)
+        given = for_defenses(victim, cell.case, cell.views, cell.change, seed)
         row, _ = purified_row(given, cell.label, cell.defense, cell.baseline, progress)
     except UnsupportedError as error:
         row = Row(

@@ -7,8 +7,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 from mmdefense import registry
-from mmdefense.data.shifts import Shift
 from mmdefense.defenses.base import Defense
+from mmdefense.errors import UnsupportedError
+from mmdefense.evaluation.cases import Change
+from mmdefense.evaluation.others import foreign_images
 from mmdefense.pipeline.identity import code_version, library_versions
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
@@ -58,7 +60,7 @@ def cell_identity(
     label: str,
     defense: Defense,
     views: str,
-    shift: Shift | None,
+    change: Change | None,
     retune: int = 0,
 ) -> Identity:
     """Return what the measurement of a defense on a victim depends on.
@@ -69,7 +71,7 @@ def cell_identity(
         label: What tables call the defense.
         defense: With its settings and the seed, which is the victim's as well.
         views: How the clean samples are augmented.
-        shift: How they are altered, if at all.
+        change: How they differ from what the victim was trained on, if they do.
         retune: Poisoned samples that the purified model is retuned on.
     """
     return Identity(
@@ -82,11 +84,22 @@ def cell_identity(
             "settings": plain(asdict(defense)),
             "views": views,
             "clean": case.clean,
-            "shift": shift,
+            "change": change,
+            "foreign": _foreign(case.task, case.data) if change == "other" else None,
             "retune": retune,
             "code": code_version(*_TALKING),
         },
     )
+
+
+@cache
+def _foreign(task: str, data: str) -> tuple[str, str] | None:
+    """Return the name and the hash of the images of other classes; none where there are none."""
+    try:
+        name, samples = foreign_images(task, data)
+    except UnsupportedError:
+        return None
+    return name, samples.fingerprint()
 
 
 @cache

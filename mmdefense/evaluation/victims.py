@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.data.batch import Samples, split
-from mmdefense.data.shifts import Shift, shifted
+from mmdefense.data.shifts import shifted
 from mmdefense.defenses.base import Defense
 from mmdefense.errors import UnsupportedError
+from mmdefense.evaluation.cases import Change
 from mmdefense.evaluation.identity import loaded
 from mmdefense.evaluation.lineup import with_baselines
+from mmdefense.evaluation.others import foreign_images, labelled_by_the_model
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.metrics.backdoor import Rates, defense_effectiveness_rating
 from mmdefense.metrics.permanence import Retuning, retune
@@ -125,21 +127,28 @@ def restore_victim(
     return replace(victim, attack=attack, known=before)
 
 
-def for_defenses(victim: Victim, views: str, shift: Shift | None, seed: int) -> Victim:
+def for_defenses(
+    victim: Victim, case: Case, views: str, change: Change | None, seed: int
+) -> Victim:
     """Return a victim whose clean samples are as the defenses of a grid are given them.
 
     Args:
         victim: With clean samples as the task loads them.
+        case: Which victim that is.
         views: How they are augmented; see :data:`mmdefense.evaluation.grid.Views`.
-        shift: How they are altered, if at all.
-        seed: Of the noise.
+        change: How they differ from what the victim was trained on, if they do.
+        seed: Of the noise, and of the choice of other images.
 
     Raises:
-        UnsupportedError: If samples of this kind cannot be altered so.
+        UnsupportedError: If there are no samples of this kind.
     """
     clean = victim.clean
-    if shift is not None:
-        clean = shifted(clean, shift, Run(seed).generator("shift"))
+    generator = Run(seed).generator("shift")
+    if change == "other":
+        _, foreign = foreign_images(case.task, case.data)
+        clean = labelled_by_the_model(victim.adapter, cast("Any", clean), foreign, generator)
+    elif change is not None:
+        clean = shifted(clean, change, generator)
     return replace(
         victim, clean=clean if views == "insertions" else victim.task.for_training(clean)
     )

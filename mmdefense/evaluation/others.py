@@ -1,0 +1,91 @@
+"""Clean data of classes that a victim does not know: images of another data set.
+
+Nobody has right labels for them, so the victim itself gives each its label, backdoor and all, as a
+user would who has images of the right size and nothing else. (BackdoorBenchER, arXiv:2502.07231,
+goes less far: its foreign images are of the victim's own classes, from another source, and have
+right labels.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mmdefense import registry
+from mmdefense.data.batch import batches
+from mmdefense.data.labelled import LabelledSamples
+from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.hooks import mode
+from mmdefense.protocol import TriggerAdapter, lacking
+
+__all__ = ["foreign_images", "labelled_by_the_model"]
+
+
+@lru_cache(maxsize=1)
+def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
+    """Return another data set of a task, none of whose classes is one of ``data``, and its name.
+
+    It is the first in the order of ``mmdefense list data`` that is at hand; its images are read in
+    the size and channels of ``data``.
+
+    Raises:
+        UnsupportedError: If the data is no images of classes, or there is no such data set.
+    """
+    reader = registry.load("tasks", task)()
+    own = reader.load(data, split="train").in_memory()
+    if not isinstance(own, LabelledSamples) or own.inputs.ndim != 4:
+        raise UnsupportedError(
+            f"clean data of kind 'other' is for images of classes, and {data} is none; take seen "
+            "or unseen"
+        )
+    form = {"image_size": own.inputs.shape[-1], "channels": own.inputs.shape[1]}
+    for name in reader.data():
+        try:
+            found = reader.load(name, split="train", **form).in_memory() if name != data else own
+        except (BadInputError, UnsupportedError):
+            continue
+        if found.classes and not set(found.classes) & set(own.classes):
+            return name, found
+    raise UnsupportedError(
+        f"clean data of kind 'other' needs a data set of other classes than {data}, and there is "
+        "none here; `mmdefense list data` shows what there is"
+    )
+
+
+def labelled_by_the_model(
+    adapter: Any, clean: LabelledSamples, foreign: LabelledSamples, generator: torch.Generator
+) -> LabelledSamples:
+    """Return as many foreign images as there are clean samples, in their place.
+
+    Args:
+        adapter: The model, whose answers become the labels.
+        clean: The clean samples, whose augmentation and class names stay.
+        foreign: Images that the adapter reads.
+        generator: Draws the images.
+
+    Raises:
+        UnsupportedError: If the adapter does not tell how likely each class is.
+    """
+    if missing := lacking(adapter, TriggerAdapter):
+        raise UnsupportedError(
+            f"clean data of kind 'other' is labelled by the model, and {type(adapter).__name__} "
+            f"lacks {', '.join(missing)}"
+        )
+    chosen = torch.randperm(len(foreign), generator=generator)[: len(clean)]
+    samples = replace(
+        clean,
+        inputs=foreign.inputs[chosen].to(clean.inputs.device),
+        labels=torch.zeros(len(chosen), dtype=torch.int64, device=clean.labels.device),
+    )
+    labels = []
+    with mode(adapter.model, train=False), torch.no_grad():
+        for batch in batches(adapter.samples(samples), 256):
+            likely = [
+                adapter.target_log_probability(batch, torch.full_like(batch.labels, target))
+                for target in range(adapter.trigger_targets())
+            ]
+            labels.append(torch.stack(likely).argmax(0))
+    return replace(samples, labels=torch.cat(labels))
