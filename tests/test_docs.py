@@ -166,6 +166,7 @@ def readers_folder(tmp_path, monkeypatch):
     Image.fromarray(trigger).save(tmp_path / "trigger.png")
     weights = trained_model().state_dict()
     save_file(weights, tmp_path / "model.safetensors")
+    save_file(trained_model(seed=1).state_dict(), tmp_path / "clean.safetensors")
     torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "last.ckpt")
 
 
@@ -181,9 +182,9 @@ def save_images(folder: Path) -> None:
                 Image.fromarray(pixels).save(place / f"{index}.png")
 
 
-def trained_model() -> torch.nn.Module:
+def trained_model(seed: int = 0) -> torch.nn.Module:
     model = importlib.import_module("my_models").SignNet()
-    run, settings = Run(seed=0), Training(steps=60, lr=0.1, augment=False)
+    run, settings = Run(seed=seed), Training(steps=60, lr=0.1, augment=False)
     train(registry.adapt(model), load_data("images"), settings, run, stage="model")
     return model
 
