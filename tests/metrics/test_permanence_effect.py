@@ -1,4 +1,4 @@
-"""A backdoor that fine-tuning has hidden comes back within few updates; a clean twin learns none."""
+"""A backdoor that fine-tuning has hidden comes back soon; a clean twin does not learn it."""
 
 from __future__ import annotations
 
