@@ -13,9 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmdefense import registry
-from mmdefense.data.batch import batches
+from mmdefense.data.batch import as_float, batches
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
@@ -28,8 +30,7 @@ __all__ = ["foreign_images", "labelled_by_the_model"]
 def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
     """Return another data set of a task, none of whose classes is one of ``data``, and its name.
 
-    It is the first in the order of ``mmdefense list data`` that is at hand; its images are read in
-    the size and channels of ``data``.
+    It is the first in the order of ``mmdefense list data`` that is at hand.
 
     Raises:
         UnsupportedError: If the data is no images of classes, or there is no such data set.
@@ -41,12 +42,11 @@ def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
             f"clean data of kind 'other' is for images of classes, and {data} is none; take seen "
             "or unseen"
         )
-    form = {"image_size": own.inputs.shape[-1], "channels": own.inputs.shape[1]}
     for name in reader.data():
         try:
-            found = reader.load(name, split="train", **form).in_memory() if name != data else own
+            found = reader.load(name, split="train").in_memory()
         except (BadInputError, UnsupportedError):
-            continue
+            continue  # not at hand
         if found.classes and not set(found.classes) & set(own.classes):
             return name, found
     raise UnsupportedError(
@@ -63,7 +63,7 @@ def labelled_by_the_model(
     Args:
         adapter: The model, whose answers become the labels.
         clean: The clean samples, whose augmentation and class names stay.
-        foreign: Images that the adapter reads.
+        foreign: Images, which are given the size and the number of channels of the clean ones.
         generator: Draws the images.
 
     Raises:
@@ -77,7 +77,7 @@ def labelled_by_the_model(
     chosen = torch.randperm(len(foreign), generator=generator)[: len(clean)]
     samples = replace(
         clean,
-        inputs=foreign.inputs[chosen].to(clean.inputs.device),
+        inputs=_formed_like(clean.inputs, as_float(foreign.inputs[chosen])),
         labels=torch.zeros(len(chosen), dtype=torch.int64, device=clean.labels.device),
     )
     labels = []
@@ -89,3 +89,12 @@ def labelled_by_the_model(
             ]
             labels.append(torch.stack(likely).argmax(0))
     return replace(samples, labels=torch.cat(labels))
+
+
+def _formed_like(clean: Tensor, images: Tensor) -> Tensor:
+    """Return images with the size and the channels of others, ``(N, C, H, W)``, on their device."""
+    if images.shape[1] != clean.shape[1]:  # grey, then as many channels as the others have
+        images = images.mean(1, keepdim=True).expand(-1, clean.shape[1], -1, -1)
+    if images.shape[-2:] != clean.shape[-2:]:
+        images = F.interpolate(images, size=clean.shape[-2:], mode="bilinear", antialias=True)
+    return images.clamp(0, 1).to(clean.device)

@@ -216,6 +216,8 @@ class Retune:
     twin: Any = None
 
     def __post_init__(self) -> None:
+        if self.twin == "":  # which as a path would be the current folder
+            raise BadInputError("the clean twin must be a folder, a file or an id, got ''")
         if self.count < 1 and self.twin is not None:
             raise BadInputError(
                 "a clean twin is compared in a retuning attack alone; say on how many poisoned "
