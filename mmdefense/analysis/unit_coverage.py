@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdefense.data.batch import Samples
+from mmdefense.defenses.anp import ANP
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.clp import lipschitz_bounds
+from mmdefense.defenses.rnp import RNP
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.kernels.units import mean_activations, weight_change
 from mmdefense.metrics.backdoor import TriggeredSamples
@@ -41,16 +46,23 @@ class Coverage:
         return UnitCoverage(self.fractions, self.ratios)
 
 
-def unit_scores(adapter: TaskAdapter[Any], clean: Samples[Any], run: Run) -> dict[str, Tensor]:
+def unit_scores(
+    adapter: TaskAdapter[Any],
+    clean: Samples[Any],
+    run: Run,
+    settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """Return what orders of the defenses here rank all units by, the largest pruned first.
 
     ``"fine-pruning"`` is the least mean activation on clean data, ``"NWC"`` TSBD's neuron weight
-    change, ``"random"`` a random order.
+    change, ``"CLP"`` the Lipschitz bound in standard deviations of its layer, ``"ANP"`` and
+    ``"RNP"`` the least mask, and ``"random"`` a random order.
 
     Args:
         adapter: The model; it is left as it is.
         clean: Clean samples.
         run: Seed and progress.
+        settings: Of ANP and RNP, such as a smaller number of updates, by their name.
 
     Returns:
         By name a tensor ``(U,)`` over all unit groups.
@@ -59,7 +71,14 @@ def unit_scores(adapter: TaskAdapter[Any], clean: Samples[Any], run: Run) -> dic
     activation = torch.cat(mean_activations(adapter, clean, groups)).cpu()
     change = torch.cat(weight_change(unlearning_change(adapter, clean, run), groups)).cpu()
     drawn = torch.rand(len(change), generator=run.generator("random order"))
-    return {"fine-pruning": -activation, "NWC": change, "random": drawn}
+    bounds = [lipschitz_bounds(adapter.model, group) for group in groups]
+    outlying = [((each - each.mean()) / each.std()).nan_to_num(0) for each in bounds]
+    found = {"fine-pruning": -activation, "NWC": change, "CLP": torch.cat(outlying).cpu()}
+    for name, kind in (("ANP", ANP), ("RNP", RNP)):
+        work = Purifying(adapter.fork(), clean, clean, run.part(name))
+        masks = kind(seed=run.seed, **settings.get(name, {})).masks(work, groups)
+        found[name] = -torch.cat([mask.detach() for mask in masks]).cpu()
+    return {**found, "random": drawn}
 
 
 def unit_coverage(

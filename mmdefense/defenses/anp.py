@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from mmdefense.kernels.coordinates import UnitMasks
 from mmdefense.kernels.hooks import frozen_statistics
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
 from mmdefense.kernels.perturbations import adversarial_noise, moved
-from mmdefense.protocol import TaskAdapter
+from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.settings import BatchSize, NotNegative, Share, Whole
 from mmdefense.training import Training
 
@@ -62,6 +63,11 @@ class ANP(Defense):
 
     def _run(self, work: Purifying[Any]) -> None:
         groups = list(work.adapter.unit_groups())
+        masks = self.masks(work, groups)
+        prune_by_mask(work, groups, masks, self.threshold, self.max_share, self.max_utility_drop)
+
+    def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
+        """Train and return the masks of all units, G tensors ``(U,)``; small ones go first."""
         tell_of_units_without_batch_norm(work, groups)
         fork = work.adapter.fork()  # its BatchNorm statistics move
         space = UnitMasks(fork.model, groups, biases="own")
@@ -90,9 +96,7 @@ class ANP(Defense):
             parameters=space.masks,  # biases are perturbed, and not masked
             after_step=space.settle,
         )
-        prune_by_mask(
-            work, groups, space.masks, self.threshold, self.max_share, self.max_utility_drop
-        )
+        return list(space.masks)
 
     def gradient(
         self, adapter: TaskAdapter[Any], batch: Any, space: UnitMasks, generator: torch.Generator

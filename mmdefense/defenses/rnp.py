@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmdefense.defenses.unit_pruning import prune_by_mask, tell_of_units_without
 from mmdefense.kernels.coordinates import UnitMasks
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
 from mmdefense.kernels.unlearning import chance_level, unlearn
+from mmdefense.protocol import UnitGroup
 from mmdefense.settings import BatchSize, NotNegative, Share, Whole
 from mmdefense.training import Training
 
@@ -62,6 +64,11 @@ class RNP(Defense):
 
     def _run(self, work: Purifying[Any]) -> None:
         groups = list(work.adapter.unit_groups())
+        masks = self.masks(work, groups)
+        prune_by_mask(work, groups, masks, self.threshold, self.max_share, self.max_utility_drop)
+
+    def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
+        """Train and return the masks of all units, G tensors ``(U,)``; small ones go first."""
         tell_of_units_without_batch_norm(work, groups)
         fork = work.adapter.fork()
         chance = chance_level(fork, work.fit)
@@ -100,6 +107,4 @@ class RNP(Defense):
             parameters=space.parameters,
             after_step=space.settle,
         )
-        prune_by_mask(
-            work, groups, space.masks, self.threshold, self.max_share, self.max_utility_drop
-        )
+        return list(space.masks)

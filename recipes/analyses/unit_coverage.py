@@ -41,7 +41,9 @@ triggered = victim.attack.triggered(victim.test, adapter)
 print(f"the victim: ACC {victim.before.acc:.1%}, ASR {victim.before.asr:.1%}")
 
 # %% The orders, from clean data alone, and their coverage.
-scores = unit_scores(adapter, adapter.samples(victim.clean), Run(options.seed))
+few_steps = {"ANP": {"steps": 3}, "RNP": {"epochs": 2, "unlearn_epochs": 2}}
+clean = adapter.samples(victim.clean)
+scores = unit_scores(adapter, clean, Run(options.seed), few_steps if options.smoke else {})
 coverage = unit_coverage(adapter, triggered, scores)
 table = Table("order", *[f"{fraction:.0%}" for fraction in coverage.fractions])
 for name, ratios in coverage.ratios.items():
