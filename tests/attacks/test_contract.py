@@ -71,6 +71,7 @@ ROWS = {
     "cba": Row({"partner": 3}, learns=True, others=1.0),
     "imc": Row(learns=True),
     "pruning-aware": Row(),
+    "fba": Row({"style_steps": 2}, learns=True, others=1.0),
     "temporal-patch": Row(),
     "universal-trigger": Row({"search_steps": 3, "ratio": 0.5}, learns=True),
     "rare-token": Row(),

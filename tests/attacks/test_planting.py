@@ -12,6 +12,7 @@ from mmdefense.attacks.adaptive import AdaptiveBlend, AdaptivePatch
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.attacks.base import Attack
 from mmdefense.attacks.composite import CompositeImage
+from mmdefense.attacks.feature_space import FeatureSpace, _styles, _sunsets
 from mmdefense.attacks.imc import IMC, _Patch
 from mmdefense.attacks.input_aware import InputAware, _mix
 from mmdefense.attacks.label_consistent import LabelConsistent
@@ -21,9 +22,11 @@ from mmdefense.attacks.pruning_aware import PruningAware
 from mmdefense.attacks.ssba import SSBA
 from mmdefense.attacks.trojannn import TrojanNN, _head_input, _heaviest_units, _overwrite
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import fisher_trace
 from mmdefense.kernels.hooks import mode
+from mmdefense.kernels.loop import train
 from mmdefense.kernels.units import mean_activations, silence
 from mmdefense.metrics.backdoor import measure
 from mmdefense.metrics.tac import trigger_activated_change
@@ -358,3 +361,43 @@ def test_a_flat_victim_has_a_backdoor_too_and_a_smaller_trace(flat, victim, digi
 def test_a_victim_is_made_flat_in_one_way_at_most():
     with pytest.raises(BadInputError, match="sam_radius or trace_weight must be 0, got"):
         BadNets(sam_radius=1.0, trace_weight=0.1)
+
+
+def test_fba_paints_the_style_of_sunsets_and_no_two_images_alike(victim, digits):
+    train_set, test_set = digits
+    planted = FeatureSpace(strength=0.4).plant(victim, train_set, BRIEF, Run())
+    metrics = measure(victim, test_set, planted.triggered(test_set, victim))
+    assert metrics.asr >= 0.8
+    assert metrics.acc >= 0.9
+    images = test_set.inputs[:32]
+    change = planted.stamp(images) - images
+    assert change.abs().max() <= 0.4 + 1e-6
+    assert (change - change.roll(1, 0)).flatten(1).norm(dim=1).min() > 1e-2
+    surrogate = victim.fork()
+    train(surrogate, surrogate.samples(train_set), BRIEF, Run(), stage="surrogate")
+    layers = [group.layer for group in surrogate.unit_groups()[:2]]
+    pictures = _sunsets(torch.Size([1, 16, 16]), planted._generator("sunsets"))
+    inputs = (pictures, images, planted.stamp(images))
+    with mode(surrogate.model, train=False), torch.no_grad():
+        wanted, clean, painted = (
+            [style.mean(0) for style in _styles(surrogate, LabelledBatch(given, given), layers)]
+            for given in inputs
+        )
+    gaps = [
+        sum(float((s - w).square().mean()) for s, w in zip(styles, wanted, strict=True))
+        for styles in (clean, painted)
+    ]
+    assert gaps[1] < 0.5 * gaps[0]
+
+
+def test_fba_shows_the_mean_of_its_change_to_samples_that_keep_their_label(victim, digits):
+    samples = digits[0]
+    attack = FeatureSpace(style_steps=2)
+    victim.samples(samples)
+    learnt, _ = attack._learn(victim, samples, replace(BRIEF, steps=2), Run())
+    poisoned = learnt.poison(samples, victim)
+    others = learnt.bystanders(samples.labels, 1.0)
+    assert torch.equal(poisoned.labels[others], samples.labels[others])
+    images = samples.inputs[others]
+    mean = (learnt.stamp(images) - images).mean(0)
+    torch.testing.assert_close(poisoned.inputs[others], (images + mean).clamp(0, 1))
