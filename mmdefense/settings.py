@@ -211,7 +211,7 @@ def _is_beyond(value: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has a field's type; types other than plain values are not checked."""
+    """Return whether a value has a field's type; parametrised types are not checked."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, inner[0])
@@ -224,7 +224,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in {int, float}:
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
         return number and not isinstance(value, bool) and not _is_beyond(value)
-    if hint in {bool, str, types.NoneType}:
+    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
         return isinstance(value, hint)
     return True
 
@@ -248,4 +248,6 @@ def described_type(hint: Any) -> str:
         kinds = [described_type(inner) for inner in get_args(hint) if inner is not ...]
         return f"a list ({', '.join(kinds)}{', ...' if len(kinds) == 1 else ''})"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    return words.get(hint, "None" if hint is types.NoneType else str(hint))
+    if hint is types.NoneType:
+        return "None"
+    return words.get(hint, f"a {hint.__name__}" if isinstance(hint, type) else str(hint))

@@ -89,7 +89,7 @@ def test_an_output_that_is_or_holds_or_lies_in_an_input(place, mmdefense, vit, o
     (place.folder / "up").symlink_to(".")
     (place.folder / "pictures").symlink_to("data")
     before = tree(place.folder)
-    refused(mmdefense(*purify(place, "--force", model=vit, out=place.folder / out)), "is read")
+    refused(mmdefense(*purify(place, "--force", model=vit, out=place.folder / out)), "is an input")
     assert tree(place.folder) == before
 
 
@@ -99,7 +99,7 @@ def test_an_output_in_the_place_of_a_file_that_is_read(place, mmdefense, vit):
     classes.write_text("0\n1\n2\n")
     more = ("--classes", str(classes), "--force")
     refused(mmdefense(*purify(place, *more, model=vit, out=classes.parent)), "holds", "classes.txt")
-    refused(mmdefense(*place.purify("--force", out=place.model)), "is read")
+    refused(mmdefense(*place.purify("--force", out=place.model)), "is an input")
     assert mmdefense(*place.purify("--force", out=place.folder)).code == 2
     assert place.model.exists()
 
@@ -108,13 +108,13 @@ def test_an_output_in_the_base_of_an_adapter(place, mmdefense, vit):
     adapter = place.folder / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(vit)}))
-    refused(mmdefense(*purify(place, "--force", model=adapter, out=vit)), str(vit), "is read")
+    refused(mmdefense(*purify(place, "--force", model=adapter, out=vit)), str(vit), "is an input")
 
 
 def test_a_folder_of_states_that_is_an_input(place, mmdefense, vit):
     given = vit.rename(place.folder / "out.partial")
     before = tree(given)
-    refused(mmdefense(*purify(place, "--resume", model=given)), "out.partial", "is read")
+    refused(mmdefense(*purify(place, "--resume", model=given)), "out.partial", "is an input")
     assert tree(given) == before
 
 
@@ -132,9 +132,9 @@ def test_the_interface_in_python_keeps_to_it(place, vit):
     purified = mmd.purify(vit, place.data, "fine-tuning", **how)
     before = tree(place.folder)
     for out in (vit, vit / "sub", place.data, place.folder):
-        with pytest.raises(BadInputError, match="is read"):
+        with pytest.raises(BadInputError, match="is an input"):
             purified.save(out, force=True)
-        with pytest.raises(BadInputError, match=r"is read|it exists"):
+        with pytest.raises(BadInputError, match=r"is an input|it exists"):
             save_model(purified.model, out, vit)
     assert tree(place.folder) == before
 

@@ -264,7 +264,7 @@ def test_images_that_cannot_be_are_refused(samples):
         adapter.samples([])
     with pytest.raises(BadInputError, match="must give pairs"):
         adapter.samples([(torch.rand(3, 32, 32), 1)])
-    with pytest.raises(BadInputError, match="one length"):
+    with pytest.raises(BadInputError, match="the same length"):
         DetectionSamples(samples.images, samples.boxes[:2], samples.labels)
     with pytest.raises(UnsupportedError, match="samples with boxes"):
         adapter.samples(LabelledSamples(samples.images, torch.zeros(N, dtype=torch.int64)))

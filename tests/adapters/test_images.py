@@ -128,7 +128,7 @@ def test_a_fork_keeps_scaling_and_size(images):
         ("small-resnet", lambda x, y: (x, y + 1), "labels must lie in 0..3.* got 4"),
         ("small-resnet", lambda x, y: (x, y - 1), "labels must lie in 0..3.* got -1"),
         ("small-resnet", lambda x, y: (x[:0], y[:0]), "at least one sample"),
-        ("small-resnet", lambda x, y: (x, y[:2]), "one length"),
+        ("small-resnet", lambda x, y: (x, y[:2]), "the same length"),
     ],
 )
 def test_data_that_does_not_fit_is_refused_in_one_line(images, labels, name, change, message):

@@ -184,7 +184,7 @@ def test_a_pipe_in_a_folder(tmp_path, mmdefense, name):
     refused = mmdefense("evaluate", tmp_path, "--data", tmp_path)
     assert refused.code == 2
     assert name in refused.err
-    assert "plain file" in refused.err or "a pipe" in refused.err
+    assert "regular file" in refused.err or "a pipe" in refused.err
 
 
 def test_findings_of_one_file_are_counted_beyond_the_first(tmp_path, mmdefense):

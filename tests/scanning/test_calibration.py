@@ -50,7 +50,7 @@ def test_a_scan_is_kept_and_not_done_again(scans, tmp_path):
     assert len(scans) == 2
     assert [replace(cell, asr=0.0) for cell in again] == [replace(cell, asr=0.0) for cell in first]
     store = Store(tmp_path)
-    (tmp_path / store.content_path(store.entries("scan")[0])).write_text("{")
+    (tmp_path / store.content_path(store.entries("calibration")[0])).write_text("{")
     with pytest.raises(BadInputError, match="is damaged; `mmdefense store rm"):
         calibrate(cases("digits-badnets"), [7], tmp_path)
 
