@@ -224,7 +224,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in {int, float}:
         number = isinstance(value, int) or (hint is float and isinstance(value, float))
         return number and not isinstance(value, bool) and not _is_beyond(value)
-    if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
+    if isinstance(hint, type) and hint is not Any and not getattr(hint, "_is_protocol", False):
         return isinstance(value, hint)
     return True
 

@@ -40,7 +40,7 @@ if options.smoke:
     defenses, options.seeds = ["pruning"], 1
 
 # %% One grid over all of them: nothing below knows a domain, and no setting differs between them.
-grid = Grid(cases=cases, defenses=defenses, seeds=range(options.seeds))
+grid = Grid(cases=cases, defenses=defenses, seeds=range(options.seeds), baselines=not options.smoke)
 with ProgressDisplay() as progress:
     cells = grid.run(options.out, progress)
 print(markdown(cells))

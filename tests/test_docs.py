@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmdefense import registry
+from mmdefense.evaluation.spec import read_spec
 from mmdefense.kernels.loop import train
 from mmdefense.runtime.run import Run
 from mmdefense.training import Training
@@ -63,6 +64,11 @@ NOT_RUN = {
     "mmdefense grid run -o out/grid --seeds 1 --no-baselines --defense fip "
     "--case multi30k-clean": "many minutes",
     "mmdefense grid run grid.toml -o out/bench --workers 2": "many minutes",
+    "mmdefense grid run -o out/grid --case digits-badnets --case digits-badnets,ratio=0.01 "
+    "--defense tsbd --defense fip,strength=0.5 --clean 0.05 --clean 0.05:unseen "
+    "--seeds 2": "many minutes",
+    "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-1 --workers 1": "many minutes",
+    "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-2 --workers 2": "many minutes",
     "mmdefense grid run grid.toml -o out/bench --workers 2 --device cuda:0,cuda:1": "two GPUs",
     "mmdefense grid run grid.toml -o out/bench --ray auto": "a Ray cluster",
     "mmdefense grid report -o out/bench": "follows many minutes",
@@ -223,7 +229,7 @@ def test_page_runs(page, readers_folder, monkeypatch):
                 if command not in NOT_RUN:
                     run(command)
         elif block.language == "toml":
-            check_plug_ins(block, vars(module))
+            check_toml(block, vars(module))
 
 
 def execute(block: Block, page: Path, module: ModuleType) -> None:
@@ -253,9 +259,14 @@ def call_cli(arguments: list[str]) -> int:
         sys.argv = before
 
 
-def check_plug_ins(block: Block, names: dict[str, object]) -> None:
-    """Each row must be in a group that the registry reads, and name a class of the page."""
-    for group, rows in tomllib.loads(block.text)["project"]["entry-points"].items():
+def check_toml(block: Block, names: dict[str, object]) -> None:
+    """Hold rows to groups that the registry reads and classes of the page; else it is a grid."""
+    content = tomllib.loads(block.text)
+    if "project" not in content:
+        Path("grid.toml").write_text(block.text)
+        read_spec(Path("grid.toml"))
+        return
+    for group, rows in content["project"]["entry-points"].items():
         assert registry.names(group.removeprefix("mmdefense."))
         for target in rows.values():
             assert target.rpartition(":")[2] in names

@@ -33,7 +33,13 @@ __all__ = ["Coordinates", "SingularValues", "UnitMasks", "WeightMasks", "Weights
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
-    """Return the parameters that require grad."""
+    """Return the parameters that require grad.
+
+    Example:
+        >>> from mmdefense.kernels.coordinates import trainable
+        >>> all(weight.requires_grad for weight in trainable(model))
+        True
+    """
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -111,6 +111,20 @@ def optimise(
         OutOfTime: If the run's deadline has passed after an update, of which there is at least
             one; the state of that moment is in the model, and what is needed to go on from it (or
             from the last multiple of ``resume_every`` that was looked at) in the store.
+
+    Example:
+        >>> from mmdefense.kernels.loop import mean_loss_gradient, optimise
+        >>> from mmdefense.runtime.run import Run
+        >>> from mmdefense.training import Training
+        >>> weights = list(model.parameters())
+        >>> def gradients(batch, step):
+        ...     loss, found = mean_loss_gradient(adapter, batch, weights)
+        ...     for weight, gradient in zip(weights, found):
+        ...         weight.grad = gradient
+        ...     return loss
+        >>> plan = Training(steps=2, batch_size=4)
+        >>> optimise(model, samples, plan, Run(), gradients=gradients) >= 0
+        True
     """
     chosen = _trainable(model) if parameters is None else list(parameters)
     if not chosen:

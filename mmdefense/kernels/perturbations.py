@@ -98,6 +98,14 @@ def sharpness_aware_gradient(
         space: What is trained.
         radius: Length of the step.
         eta: See :func:`sharpness_step`.
+
+    Example:
+        >>> from mmdefense.kernels.coordinates import Weights, trainable
+        >>> from mmdefense.kernels.perturbations import sharpness_aware_gradient
+        >>> space, batch = Weights(trainable(model)), samples.take(torch.arange(4))
+        >>> loss, found = sharpness_aware_gradient(adapter, batch, space, radius=0.1)
+        >>> len(found) == len(space.parameters)
+        True
     """
     loss, gradients = mean_loss_gradient(adapter, batch, space.weights)
     step = sharpness_step(space.parameters, space.pull_back(gradients), radius, eta=eta)

@@ -14,6 +14,7 @@ from mmdefense.defenses import baeraser
 from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.defenses.outcome import TriggerSearch
 from mmdefense.errors import BadInputError
+from mmdefense.kernels import inversion
 from mmdefense.kernels.inversion import Recovered, success_of
 from mmdefense.runtime.run import copy_state
 
@@ -49,7 +50,7 @@ def finds(monkeypatch):
             calls.append((copy_state(adapter.model), samples, search, stage))
             return next(left)
 
-        monkeypatch.setattr(baeraser, "recover", recover)
+        monkeypatch.setattr(inversion, "recover", recover)
         return calls
 
     return script

@@ -82,7 +82,9 @@ ROWS = {
         idle_on=("fcos", "llama"),
     ),
     "nft": Row(SHORT, {"steps": 0}),
-    "pruning": Row({"max_pruning_drop": 0.25, "holdout": 0.8, "points": 8}, {"max_share": 0.0}, {}),
+    "pruning": Row(
+        {"max_pruning_drop": 0.25, "holdout": 0.8, "points": 16}, {"max_share": 0.0}, {}
+    ),
     "rnp": Row(PRUNED | RECOVERY, {"threshold": 0.0}, {"epochs": 12}),
     "sau": Row(SHORT | {"ascents": 2}, {"steps": 0}, refused_on=("fcos", "llama")),
     "tsbd": Row(SHORT | UNLEARNING, {"ratio": 0.0, "fine_tuning": "none"}),
