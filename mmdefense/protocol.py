@@ -36,7 +36,7 @@ __all__ = [
     "TriggerFamily",
     "UnitGroup",
     "WordedAdapter",
-    "lacking",
+    "missing_members",
     "traits",
 ]
 
@@ -62,7 +62,7 @@ class ReadAt:
 class UnitGroup:
     """``size`` (U) interchangeable units: filters, hidden neurons or attention heads.
 
-    Zeroing unit ``u`` along ``axes[name]`` of every parameter ``name`` silences it. A unit spans
+    Zeroing unit ``u`` along ``axes[name]`` of every parameter ``name`` prunes it. A unit spans
     ``width`` consecutive indices: 1, or ``head_dim`` for an attention head.
 
     Attributes:
@@ -280,7 +280,7 @@ class TriggerFamily:
             what needs more is not taken for a backdoor.
         starts: Random raw triggers of which a search starts at the best; many where one that is
             far from working gives no slope to follow, as a wrong place or a wrong word.
-        telling: Whether one that works tells of a backdoor; false where models that nobody
+        diagnostic: Whether one that works tells of a backdoor; false where models that nobody
             tampered with answer to such triggers as well.
     """
 
@@ -288,7 +288,7 @@ class TriggerFamily:
     shape: tuple[int, ...]
     budget: float
     starts: int = 1
-    telling: bool = True
+    diagnostic: bool = True
 
 
 @runtime_checkable
@@ -384,11 +384,11 @@ class Task(Protocol):
     name: ClassVar[str]
     metric: ClassVar[str]
 
-    def load(self, where: Any, *, split: str = "train", said: Mapping[str, Any] = ...) -> Any:
+    def load(self, where: Any, *, split: str = "train", stated: Mapping[str, Any] = ...) -> Any:
         """Return the ``"train"`` or ``"test"`` part of the data of that name or place.
 
         A task takes more options by name: what a user may say about the form of the data
-        (``--read`` of the command line). ``said`` holds options of the same names that the model
+        (``--read`` of the command line). ``stated`` holds options of the same names that the model
         states (:meth:`ReadingAdapter.reading`): defaults, which a reader may have no use for. An
         option of the user's that the reader does not use is an error.
 
@@ -488,7 +488,7 @@ def traits(adapter: object) -> Traits:
     return Traits(**stated | {"generic": vars(kind).get("generic", False)})
 
 
-def lacking(adapter: object, protocol: type) -> list[str]:
+def missing_members(adapter: object, protocol: type) -> list[str]:
     """Return the members of ``protocol`` that ``adapter`` has not, none of which is evaluated.
 
     ``isinstance`` of Python 3.11 evaluates properties, and some need data that is yet to be seen.

@@ -43,7 +43,7 @@ from mmdefense.errors import (
 )
 from mmdefense.notes import Note, note
 
-__all__ = ["BeyondBoundsError", "Channel", "Network", "apart", "fresh", "inside", "total_size"]
+__all__ = ["BeyondBoundsError", "Channel", "Network", "fresh", "in_child", "inside", "total_size"]
 
 SECONDS, SPEED = 60.0, 10e6
 """Seconds that a reader may take, plus one second per so many bytes. Our choice."""
@@ -142,7 +142,7 @@ class Channel:
                 _offline(False)
 
 
-def apart(
+def in_child(
     work: Callable[[Channel], Any],
     hear: Callable[[Any], None] = lambda _: None,
     *,

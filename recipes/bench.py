@@ -41,9 +41,9 @@ from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
 from mmdefense.kernels.units import (
     parameters_by_name,
+    prune,
     rank,
     select_sub_weights,
-    silence,
     weight_change,
     zero,
 )
@@ -186,7 +186,7 @@ def fresh(net: Callable[..., nn.Module], width: int, setting: Setting) -> TorchC
 
 
 def pruning_row(setting: Setting) -> Row:
-    """Silence the features of a PreActResNet18 in 20 steps, most dormant first."""
+    """Prune the features of a PreActResNet18 in 20 steps, most dormant first."""
     adapter = fresh(PreActResNet18, setting.wide, setting)
     samples = adapter.samples(load_digits()[1].subset(torch.arange(setting.images)))
     fit_head(adapter, samples)
@@ -201,7 +201,7 @@ def pruning_row(setting: Setting) -> Row:
         fork.model.load_state_dict(adapter.model.state_dict())
         curve = []
         for start, stop in pairwise([0, *counts]):
-            silence(fork.model, group, [(0, unit) for unit in order[start:stop]])
+            prune(fork.model, group, [(0, unit) for unit in order[start:stop]])
             curve.append(mean_score(fork, samples))
         return torch.tensor(curve, dtype=torch.float64)
 

@@ -5,7 +5,7 @@
     python recipes/scan_calibration.py --smoke     # does it run at all: seconds
 
 What it shows: how far the verdict of `mmdefense scan MODEL --data DIR` can be trusted. A detection
-is a trigger that stands apart in a victim, a false alarm one in a model without a backdoor. Each
+is an outlier among the triggers of a victim, a false alarm one in a model without a backdoor. Each
 scan is kept in --out as soon as it is done, so that a run that is cut off goes on.
 
 Bounds of the scan were chosen on seeds below 100; take others to judge it.

@@ -22,14 +22,14 @@ CONTEXT.set_forkserver_preload(["torch", "transformers", "transformers.modeling_
 def fresh(target: Callable[..., None], *arguments: object, folder: Path) -> tuple[int, str]:
     """Call a function of this module in a process of its own; return exit code and what it said."""
     said = folder / "said.txt"
-    process = CONTEXT.Process(target=_told, args=(target, arguments, said))
+    process = CONTEXT.Process(target=_described, args=(target, arguments, said))
     process.start()
     process.join()
     assert process.exitcode is not None
     return process.exitcode, said.read_text()
 
 
-def _told(target: Callable[..., None], arguments: tuple[object, ...], said: Path) -> None:
+def _described(target: Callable[..., None], arguments: tuple[object, ...], said: Path) -> None:
     assert "mmdefense" not in sys.modules
     with said.open("w") as file:
         for stream in (1, 2):

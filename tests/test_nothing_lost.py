@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import mmdefense as mmd
 from mmdefense.checkpoints.models import load_model, save_model
-from mmdefense.checkpoints.outputs import check_apart
+from mmdefense.checkpoints.outputs import check_separate
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
 from mmdefense.store import Store
@@ -122,8 +122,8 @@ def test_what_is_called_otherwise_on_the_disk_is_the_same(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     with pytest.raises(BadInputError, match="is the same as"):
-        check_apart(tmp_path / "b", [tmp_path / "a"])
-    check_apart(tmp_path / "c" / "d", [tmp_path / "e", tmp_path / "a", "a/hub-id"])
+        check_separate(tmp_path / "b", [tmp_path / "a"])
+    check_separate(tmp_path / "c" / "d", [tmp_path / "e", tmp_path / "a", "a/hub-id"])
 
 
 def test_the_interface_in_python_keeps_to_it(place, vit):

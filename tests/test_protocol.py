@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmdefense import registry
-from mmdefense.protocol import InputAdapter, ReadAt, Traits, UnitGroup, lacking, traits
+from mmdefense.protocol import InputAdapter, ReadAt, Traits, UnitGroup, missing_members, traits
 
 
 def test_what_is_not_stated_has_its_default():
@@ -38,7 +38,7 @@ def test_a_class_states_what_does_not_need_a_model():
 def test_every_adapter_states_its_task_and_has_inputs_to_perturb(name):
     kind = registry.load("adapters", name)
     assert traits(kind).task in registry.names("tasks")
-    absent = set(lacking(kind, InputAdapter))
+    absent = set(missing_members(kind, InputAdapter))
     assert absent <= {"model", "chance", "classes"}  # of an instance
 
 

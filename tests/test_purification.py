@@ -28,7 +28,7 @@ from mmdefense.runtime.deadline import Deadline
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(Defense):
-    """Multiplies the weights of the output layer, and silences one filter.
+    """Multiplies the weights of the output layer, and prunes one filter.
 
     Attributes:
         factor: What by.
@@ -151,7 +151,7 @@ def test_the_record_says_what_was_done(net, clean):
     layers = {layer.layer: layer for layer in record.layers}
     assert list(layers) == ["conv", "head"]
     assert layers["head"].change == pytest.approx(0.5)
-    assert (layers["conv"].units, layers["conv"].silenced) == (4, 1)
+    assert (layers["conv"].units, layers["conv"].pruned) == (4, 1)
     assert record.measured["lambda_max_before"] != record.measured["lambda_max_after"]
 
 

@@ -158,8 +158,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         for train in (False, True):
             with mode(twin.model, train=train), torch.random.fork_rng(cuda), torch.enable_grad():
                 forms[train] = found_form(twin.model, lambda: twin._tried(some), classes)
-        if said := next((form.said for form in forms.values() if form.said), ""):
-            note(said)
+        if stated := next((form.stated for form in forms.values() if form.stated), ""):
+            note(stated)
         return forms
 
     def _tried(self, inputs: Tensor) -> Any:
@@ -318,8 +318,8 @@ def _check_count(samples: Samples[LabelledBatch], outputs: int) -> None:
 
 def _check_names(samples: Samples[LabelledBatch], adapter: Any) -> None:
     """Refuse data whose names have other labels than in the model."""
-    said = adapter.reading() if hasattr(adapter, "reading") else {}
-    names, model = getattr(samples, "classes", ()), said.get("classes", ())
+    stated = adapter.reading() if hasattr(adapter, "reading") else {}
+    names, model = getattr(samples, "classes", ()), stated.get("classes", ())
     name = contradicted(names, model)
     if name is not None:
         raise BadInputError(

@@ -149,7 +149,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
             raise BadInputError(
                 f"data must name the model's {self.classes} classes, got {len(samples.classes)}: "
                 f"{', '.join(samples.classes[:6])}; load it with classes= (the model's, in order) "
-                "or with said=adapter.reading()"
+                "or with stated=adapter.reading()"
             )
         for index, labels in enumerate(samples.labels):
             wrong = labels[(labels < 0) | (labels >= self.classes)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdefense.data.detection import DetectionBatch, Detections
 from mmdefense_adapters.detector import Detector
 from mmdefense_adapters.given import check_scaling
-from mmdefense_adapters.huggingface_processor import is_of, preprocessing_of, said_by
+from mmdefense_adapters.huggingface_processor import is_of, preprocessing_of, stated_by
 from mmdefense_adapters.peft_models import base_of
 
 __all__ = ["HFDetector"]
@@ -75,8 +75,8 @@ class HFDetector(Detector):
 
         Padding is what the model sees as 0, as from its processor, but without a mask.
         """
-        said, own = super().reading() | said_by(self.model), self.preprocessing
-        return said | {"fit": own.fitted, "fill": own.mean} if own and own.resizes else said
+        stated, own = super().reading() | stated_by(self.model), self.preprocessing
+        return stated | {"fit": own.fitted, "fill": own.mean} if own and own.resizes else stated
 
     @property
     def classes(self) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.configs import check_configs
-from mmdefense.checkpoints.handed import offline
+from mmdefense.checkpoints.private_folder import offline
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line
 from mmdefense.files import read_json
 from mmdefense.libraries import missing, needed
@@ -28,7 +28,7 @@ from mmdefense.notes import note
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.peft_models import base_of
 
-__all__ = ["Preprocessing", "Processed", "class_names", "is_of", "preprocessing_of", "said_by"]
+__all__ = ["Preprocessing", "Processed", "class_names", "is_of", "preprocessing_of", "stated_by"]
 
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _ENDINGS = ("Fast", "Pil", "FeatureExtractor", "ImageProcessor", "VideoProcessor")
@@ -128,9 +128,9 @@ class Processed(Classifier):
 
     def reading(self) -> dict[str, Any]:
         """Return names of classes, channels, and how images of other sizes are fitted."""
-        said = said_by(self.model)
+        stated = stated_by(self.model)
         own = self.preprocessing is not None and self.preprocessing.resizes
-        return said | {"fit": self.fitted} if own or self.image_size else said
+        return stated | {"fit": self.fitted} if own or self.image_size else stated
 
     def fitted(self, images: Tensor) -> Tensor:
         """Return images ``(N, C, H, W)``, uint8 or in ``[0, 1]``, in the size that is read."""
@@ -166,10 +166,10 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
     return () if ordered == placeholders else ordered
 
 
-def said_by(model: nn.Module) -> dict[str, Any]:
+def stated_by(model: nn.Module) -> dict[str, Any]:
     """Return ``classes`` and ``channels``, where the config of a model names them."""
-    said = {"classes": class_names(model), "channels": _channels(model)}
-    return {name: value for name, value in said.items() if value}
+    stated = {"classes": class_names(model), "channels": _channels(model)}
+    return {name: value for name, value in stated.items() if value}
 
 
 def _channels(model: nn.Module) -> int | None:
@@ -191,7 +191,7 @@ def preprocessing_of(
         processor: A processor of ``transformers``, its settings, or none.
         model: The model that it is of.
         is_video: Whether it is one of frames.
-        quiet: Whether nothing is said where a folder has no processor.
+        quiet: Whether nothing is stated where a folder has no processor.
 
     Raises:
         BadInputError: If it is no processor, its file is damaged, or a setting cannot be used.

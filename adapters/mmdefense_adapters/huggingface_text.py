@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.configs import check_configs
-from mmdefense.checkpoints.handed import offline
+from mmdefense.checkpoints.private_folder import offline
 from mmdefense.data.batch import Samples
 from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
@@ -304,7 +304,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return inputs[self.head][:, : self._targets(batch).shape[1]]
 
     def head_group(self) -> UnitGroup:
-        """Return the features of the last normalisation: silent there, silent for the output layer.
+        """Return the features of the last normalisation: zero there is zero for the output layer.
 
         The output layer's own weight is often that of the token embedding too, where a zero would
         change what the model reads.

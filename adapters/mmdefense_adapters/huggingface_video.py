@@ -32,12 +32,12 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
 
     def reading(self) -> dict[str, Any]:
         """Return what the config says, the frames of a clip, and how frames are fitted."""
-        said = super().reading()
+        stated = super().reading()
         own = getattr(getattr(self.model, "config", None), "image_size", None)
-        if "fit" not in said and isinstance(own, int):
-            said["image_size"] = own
+        if "fit" not in stated and isinstance(own, int):
+            stated["image_size"] = own
         frames = self._frames()
-        return said | {"frames": frames} if frames else said
+        return stated | {"frames": frames} if frames else stated
 
     def _run(self, inputs: Tensor) -> Any:
         """Return what the model returns to clips with frames of any size."""

@@ -44,7 +44,7 @@ class Form:
     activation: str = ""
 
     @property
-    def said(self) -> str:
+    def stated(self) -> str:
         """What a user must know of it; nothing of logits."""
         if self.kind == "logits":
             return ""
@@ -86,8 +86,8 @@ def main_output(answer: Any, *, check: bool = False) -> Tensor:
     if isinstance(main, Tensor) and not (check and _is_unclear(parts, main)):
         return main
     raise UnsupportedError(
-        f"a classifier must return logits (N, K), got {_told(answer)}; wrap it in a module that "
-        "returns the logits alone"
+        f"a classifier must return logits (N, K), got {_described(answer)}; wrap it in a module "
+        "that returns the logits alone"
     )
 
 
@@ -108,15 +108,15 @@ def _named(answer: Any) -> Any:
     return tensors[0] if len(tensors) == 1 else answer
 
 
-def _told(answer: Any) -> str:
+def _described(answer: Any) -> str:
     """Return what came, in a few words."""
     if isinstance(answer, Tensor):
         return str(tuple(answer.shape))
     kind = type(answer).__name__
     if isinstance(answer, Mapping):
-        parts = [f"{name} {_told(value)}" for name, value in answer.items()]
+        parts = [f"{name} {_described(value)}" for name, value in answer.items()]
     elif isinstance(answer, (tuple, list)):
-        parts = [_told(value) for value in answer]
+        parts = [_described(value) for value in answer]
     else:
         return kind
     return f"a {kind} of {', '.join(parts) or 'nothing'}"
@@ -140,8 +140,8 @@ def found_form(model: nn.Module, forward: Callable[[], Any], classes: int) -> Fo
         outputs = main_output(forward(), check=True)
     if outputs.ndim != 2 or outputs.shape[1] != classes:
         raise UnsupportedError(
-            f"the model must return logits (N, {classes}) in both modes, got {_told(outputs)} in "
-            f"{'train' if model.training else 'eval'} mode"
+            f"the model must return logits (N, {classes}) in both modes, got {_described(outputs)} "
+            f"in {'train' if model.training else 'eval'} mode"
         )
     last = [layers[layer] for layer, output in seen if output is outputs]
     runs = [layers[layer] for layer, _ in seen]

@@ -92,7 +92,7 @@ class PointClassifier(Classifier):
         """
         points = max(4, round(_SHARE * self._example().inputs.shape[1]))
         return [
-            TriggerFamily("cluster", (points + 1, 3), budget=0.1, starts=512, telling=False),
+            TriggerFamily("cluster", (points + 1, 3), budget=0.1, starts=512, diagnostic=False),
             TriggerFamily("rotation", (3,), budget=0.5, starts=64),
         ]
 

@@ -49,7 +49,7 @@ class TorchvisionDetector(Detector):
     So their parts are called one by one: transform, backbone and head for the whole batch, then the
     model's own loss on the part of each image (FCOS: for all images at once, with the same values).
     What is in train mode, such as BatchNorm, is left to the caller. FrozenBatchNorm has no
-    parameters, so a silenced filter before one still gives its constant.
+    parameters, so a pruned filter before one still gives its constant.
 
     Labels count from 0 without a background. The models' own numbering starts at ``offset``: 1 for
     SSD and Faster R-CNN, whose class 0 is the background, and 0 for the others. torchvision's own

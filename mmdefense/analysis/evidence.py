@@ -201,7 +201,7 @@ def layer_changes(before: TaskAdapter[Any], after: TaskAdapter[Any]) -> tuple[La
             layer=layer,
             change=_ratio(parts),
             units=groups[layer].size if layer in groups else 0,
-            silenced=_silenced(groups[layer], old, new) if layer in groups else 0,
+            pruned=_pruned(groups[layer], old, new) if layer in groups else 0,
         )
         for layer, parts in moved.items()
     )
@@ -218,7 +218,7 @@ def _ratio(parts: list[tuple[float, float]]) -> float:
     return float(sum(value**2 for value in moved) ** 0.5 / norm) if norm else 0.0
 
 
-def _silenced(group: UnitGroup, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> int:
+def _pruned(group: UnitGroup, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> int:
     """Return how many units of a group have only zero weights now, and had others before."""
     axes = {name: axis for name, axis in group.axes.items() if name in old}
     dead = [

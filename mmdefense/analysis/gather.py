@@ -1,7 +1,7 @@
 """The evidence of a purification, gathered within a share of its time.
 
 What a piece costs is measured on a few samples before it is begun, in time and in memory; one that
-does not fit is left out, and that is said.
+does not fit is left out, and a note says so.
 """
 
 from __future__ import annotations

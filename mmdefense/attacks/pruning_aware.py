@@ -20,10 +20,10 @@ from mmdefense.kernels.units import (
     Unit,
     mean_activations,
     parameters_by_name,
+    prune,
+    pruning_masks,
     rank,
     restore,
-    silence,
-    silence_mask,
 )
 from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.runtime.run import Run, copy_state
@@ -81,7 +81,7 @@ class PruningAware(BadNets):
         before = copy_state(model)
         order = rank(mean_activations(adapter, clean, [group]), descending=False)
         decoys = order[: max(1, round(self.decoys * group.size))]
-        masks = silence_mask(model, [group], decoys)
+        masks = pruning_masks(model, [group], decoys)
         parameters = dict(model.named_parameters(remove_duplicate=False))
 
         def prune(_: int = 0) -> None:
@@ -108,7 +108,7 @@ def _decoy_layer(adapter: TaskAdapter[LabelledBatch], samples: Samples[LabelledB
         if _bias(group) not in group.axes:
             continue
         with mode(model, train=False), torch.no_grad():
-            silence(model, [group], [(0, unit) for unit in range(group.size)])
+            prune(model, [group], [(0, unit) for unit in range(group.size)])
             without = adapter.per_sample_loss(batch)
             parameters[_bias(group)].fill_(-1e4)
             dormant = adapter.per_sample_loss(batch)

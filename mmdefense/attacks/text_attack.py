@@ -15,7 +15,7 @@ from mmdefense.data.batch import Samples, batches
 from mmdefense.data.text import TextSamples, TokenBatch
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.metrics.backdoor import TriggeredSamples
-from mmdefense.protocol import GeneratingAdapter, TaskAdapter, lacking
+from mmdefense.protocol import GeneratingAdapter, TaskAdapter, missing_members
 from mmdefense.settings import Text
 
 __all__ = ["TextAttack"]
@@ -107,7 +107,7 @@ class TextAttack(Attack[TokenBatch]):
         Raises:
             UnsupportedError: If the adapter cannot write.
         """
-        if missing := lacking(adapter, GeneratingAdapter):
+        if missing := missing_members(adapter, GeneratingAdapter):
             raise UnsupportedError(
                 f"{type(self).__name__} is judged by what a model writes; "
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"

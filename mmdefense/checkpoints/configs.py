@@ -17,8 +17,8 @@ a loader, for a value of the wrong type, and for a count that the stored weights
   :func:`matching` bounds the time that they take;
 * of the files of processors and tokenizers: values that are no plain settings, and files elsewhere.
 
-In :mod:`mmdefense.checkpoints.handed` each library gets a private folder with the fields that its
-class declares and the weights, and nothing else that came with the model.
+In :mod:`mmdefense.checkpoints.private_folder` each library gets a private folder with the fields
+that its class declares and the weights, and nothing else that came with the model.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmdefense.checkpoints.outputs import check_apart, is_output
+from mmdefense.checkpoints.outputs import check_separate, is_output
 from mmdefense.errors import BadInputError, one_line
 
 __all__ = ["Reserved", "new_folder", "reserved"]
@@ -70,7 +70,7 @@ def reserved(
         folder: The folder to make.
         force: Whether an earlier output is replaced. A folder without the record of one is refused
             in any case.
-        inputs: What is read for it; see :func:`~mmdefense.checkpoints.outputs.check_apart`.
+        inputs: What is read for it; see :func:`~mmdefense.checkpoints.outputs.check_separate`.
 
     Yields:
         What writes it.
@@ -81,7 +81,7 @@ def reserved(
     """
     target, given = _placed(folder), list(inputs)
     for made in (target, *_stale(target)):
-        check_apart(made, given)
+        check_separate(made, given)
     made_above = _make(target.parent)
     try:
         held = _lock(target)

@@ -29,9 +29,9 @@ from mmdefense.checkpoints.faults import (
     link_faults,
     refuse,
 )
-from mmdefense.checkpoints.handed import bounded, offline, private_adapter, private_model
 from mmdefense.checkpoints.layout import rewrite
 from mmdefense.checkpoints.outputs import is_record
+from mmdefense.checkpoints.private_folder import bounded, offline, private_adapter, private_model
 from mmdefense.checkpoints.states import check_keys
 from mmdefense.checkpoints.weights import read_state, refused
 from mmdefense.errors import BadInputError, UnsupportedError, one_line, printable
@@ -145,15 +145,15 @@ def load_folder(folder: Path, task: str | None = None, update: _Update | None = 
     if (folder / _PEFT_CONFIG).is_file():
         return _load_peft(folder, task)
     weights = weight_files(folder)
-    with _in_one_line(folder), _quiet(), offline(), private_model(folder, weights) as handed:
-        kind, config = _kind_and_config(folder, handed, task)
+    with _in_one_line(folder), _quiet(), offline(), private_model(folder, weights) as private:
+        kind, config = _kind_and_config(folder, private, task)
         own = kind
         if update is not None:
             kind = _kind_named(update.kind) or kind
             config.num_labels = update.labels or config.num_labels
         with bounded(weights):
             model, info = kind.from_pretrained(
-                str(handed),
+                str(private),
                 config=config,
                 trust_remote_code=False,
                 weights_only=True,
@@ -209,12 +209,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _kind_and_config(folder: Path, handed: Path, task: str | None) -> tuple[Any, Any]:
-    """Return the class of ``transformers`` that a config asks for, and the config as handed on."""
+def _kind_and_config(folder: Path, private: Path, task: str | None) -> tuple[Any, Any]:
+    """Return the class of ``transformers`` that a config asks for, and its config."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
-        str(handed), trust_remote_code=False, local_files_only=True
+        str(private), trust_remote_code=False, local_files_only=True
     )
     for name in getattr(config, "architectures", None) or ():
         if kind := _kind_named(name):
@@ -266,13 +266,13 @@ def _load_peft(folder: Path, task: str | None) -> nn.Module:
         _in_one_line(folder),
         _quiet(),
         offline(),
-        private_adapter(folder, weight_files(folder), base) as handed,
+        private_adapter(folder, weight_files(folder), base) as private,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # missing keys are refused below, by name
         from peft import PeftModel, get_peft_model_state_dict
 
-        model: nn.Module = PeftModel.from_pretrained(base, str(handed), is_trainable=True)
+        model: nn.Module = PeftModel.from_pretrained(base, str(private), is_trainable=True)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     stored = _stored(folder).keys()
     known = {name.replace(".default.", ".") for name in model.state_dict()}

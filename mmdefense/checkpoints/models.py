@@ -29,7 +29,7 @@ from mmdefense.checkpoints.weights import check_finite, read_checkpoint, write_s
 from mmdefense.errors import BadInputError
 from mmdefense.libraries import needed
 from mmdefense.notes import note
-from mmdefense.sandbox import Channel, Network, apart, inside, total_size
+from mmdefense.sandbox import Channel, Network, in_child, inside, total_size
 
 __all__ = [
     "input_files",
@@ -114,7 +114,7 @@ def _rehearse(load: Callable[[], nn.Module], place: Path, *, of_the_user: bool) 
         load()
 
     network: Network = "always" if of_the_user else "never"
-    apart(rehearsed, what=f"loading {place}", size=size, network=network, quiet=True)
+    in_child(rehearsed, what=f"loading {place}", size=size, network=network, quiet=True)
 
 
 def _own_memory(model: nn.Module) -> None:

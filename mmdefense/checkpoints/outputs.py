@@ -24,8 +24,8 @@ __all__ = [
     "PREDICATE_TYPE",
     "RECORD",
     "SCAN",
-    "check_apart",
     "check_replaceable_file",
+    "check_separate",
     "is_output",
     "is_record",
 ]
@@ -67,7 +67,7 @@ def _says(path: Path) -> bool:
     return value.get("predicateType") == PREDICATE_TYPE or value.get("kind") == "comparison"
 
 
-def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
+def check_separate(out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Refuse an output that is an input, lies in one or holds one, by whatever name it is called.
 
     Files and folders are compared by their identity on disk, so that links, ``..`` and letter case
@@ -120,14 +120,14 @@ def check_replaceable_file(
     Args:
         path: The file.
         mark: What is near the beginning of every such file of ours; None if nothing is.
-        inputs: What is read; see :func:`check_apart`.
+        inputs: What is read; see :func:`check_separate`.
         force: Whether a file without the mark is replaced.
 
     Raises:
         BadInputError: If it is an input or inside one, not a regular file, in a missing folder, or
             an existing file without the mark.
     """
-    check_apart(path, inputs)
+    check_separate(path, inputs)
     if not path.absolute().parent.is_dir():
         raise BadInputError(f"the folder of {path} does not exist; create it first")
     if not os.path.lexists(path):

@@ -17,7 +17,7 @@ from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.defenses.outcome import Choice
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
-from mmdefense.protocol import TriggerAdapter, TriggerFamily, lacking
+from mmdefense.protocol import TriggerAdapter, TriggerFamily, missing_members
 from mmdefense.runtime.run import OutOfTime, Run
 from mmdefense.settings import BatchSize, Share, Whole
 
@@ -96,7 +96,7 @@ class Auto(Defense):
         self, work: Purifying[Any]
     ) -> tuple[tuple[str, ...], list[_Pool], list[str], float | None]:
         """Return what to try, the triggers to try it by, why, and how many succeed now."""
-        if lacking(work.adapter, TriggerAdapter):
+        if missing_members(work.adapter, TriggerAdapter):
             return (self.fallback,), [], ["inputs of this model carry no triggers to try"], None
         adapter = cast("TriggerAdapter[Any]", work.adapter)
         found = [
@@ -143,7 +143,7 @@ class Auto(Defense):
         part = Purifying(work.adapter.fork(), work.fit, work.holdout, work.run.part(name))
         candidate = self._made(name)
         try:
-            if missing := lacking(part.adapter, candidate.requires):
+            if missing := missing_members(part.adapter, candidate.requires):
                 raise UnsupportedError(f"{name} needs {', '.join(missing)}")
             guard = candidate.attempt(part)
             success = self._left(part, pools) if pools else 0.0

@@ -25,7 +25,7 @@ from mmdefense.protocol import (
     TriggerAdapter,
     TriggerFamily,
     WordedAdapter,
-    lacking,
+    missing_members,
 )
 from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import NotNegative, OpenShare, Whole
@@ -293,7 +293,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> InvertedSample
 def _named(adapter: Any, record: Recovered, index: int) -> str:
     """Return the kind and the target of a trigger, or its words and those that it leads to."""
     target = int(record.targets[index])
-    if lacking(adapter, WordedAdapter):
+    if missing_members(adapter, WordedAdapter):
         return f"{record.family.name} to {target}"
     worded = cast("WordedAdapter[Any]", adapter)
     words = worded.trigger_words(record.pool[index, 0])

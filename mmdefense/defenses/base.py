@@ -25,7 +25,7 @@ from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, rounded, typed_like
 from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
-from mmdefense.protocol import TaskAdapter, lacking, traits
+from mmdefense.protocol import TaskAdapter, missing_members, traits
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import is_out_of_memory, roomy
 from mmdefense.runtime.parts import Parts
@@ -178,7 +178,7 @@ class Defense(ABC):
             DivergenceError: If the loss stopped being finite.
         """
         adapter = model.adapter if isinstance(model, Prepared) else model
-        if missing := lacking(adapter, self.requires):
+        if missing := missing_members(adapter, self.requires):
             raise UnsupportedError(
                 f"{type(self).__name__} needs a {self.requires.__name__}; "
                 f"{type(adapter).__name__} lacks {', '.join(missing)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.unit_pruning import prune_within
-from mmdefense.kernels.units import rank, silence
+from mmdefense.kernels.units import prune, rank
 from mmdefense.protocol import UnitGroup
 from mmdefense.settings import Count, Positive
 
@@ -19,15 +19,15 @@ __all__ = ["CLP", "lipschitz_bounds"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLP(Defense):
-    """Silence the units whose Lipschitz bound stands out in their layer; no data is learnt from.
+    """Prune the units whose Lipschitz bound stands out in their layer; no data is learnt from.
 
     A unit's bound is the largest singular value of its weights, a filter's as a matrix of input
     channels by kernel positions, times the factor of the BatchNorm behind it. Suspect is a unit
     whose bound exceeds the mean of its layer by ``spread`` standard deviations. In a layer of n
     units no bound can exceed it by more than ``(n - 1) / sqrt(n)``: 3 needs 11 units.
 
-    Ours: of the suspects, the most outlying first, as many are silenced as the utility guard lets
-    pass on held-out data (the released code silences all); a filter belongs to the BatchNorm that
+    Ours: of the suspects, the most outlying first, as many are pruned as the utility guard lets
+    pass on held-out data (the released code prunes all); a filter belongs to the BatchNorm that
     reads it (there to the one defined after it); and every unit takes part, filters without
     BatchNorm, hidden neurons and attention heads by their weights alone, so that transformers are
     served as well. A GroupNorm gives its weight, but not the statistics of its input.
@@ -53,7 +53,7 @@ class CLP(Defense):
         suspects = sum(int((values > self.spread).count_nonzero()) for values in outlying)
         counts = [round(suspects * point / self.points) for point in range(self.points + 1)]
         order = rank(outlying, descending=True)[:suspects]
-        prune_within(work, groups, order, counts, self.max_utility_drop, silence)
+        prune_within(work, groups, order, counts, self.max_utility_drop, prune)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Pruning and fine-pruning: silence what clean data leaves dormant, then fine-tune."""
+"""Pruning and fine-pruning: prune what clean data leaves dormant, then fine-tune."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mmdefense.kernels.units import (
     Unit,
     mean_activations,
     parameters_by_name,
+    prune,
+    pruning_masks,
     rank,
     restore,
-    silence,
-    silence_mask,
     weight_change,
 )
 from mmdefense.plots.pruning_curve import PruningCurve
@@ -33,7 +33,7 @@ __all__ = ["FinePruning", "Pruning"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(Defense):
-    """Silence dormant units, most dormant first, while held-out accuracy lasts.
+    """Prune dormant units, most dormant first, while held-out accuracy lasts.
 
     ``layers="last"`` prunes the features that the output layer reads, which every classifier has,
     by the mean magnitude of their clean activation; the whole curve of accuracy against pruned
@@ -72,7 +72,7 @@ class Pruning(Defense):
         _show(work, curve)
 
     def _prune(self, work: Purifying[Any]) -> tuple[dict[str, Tensor], PruningCurve]:
-        """Silence units in place; return the masks that keep them silent, by parameter."""
+        """Prune units in place; return the masks that keep them at zero, by parameter."""
         head = self._head(work.adapter)
         if head is None:
             groups, order = self._all(work)
@@ -91,11 +91,11 @@ class Pruning(Defense):
                 break
             kept = count
         model = work.adapter.model
-        silence(model, groups, order[:kept])
+        prune(model, groups, order[:kept])
         share = kept / len(order)
         work.run.report("prune", kept, len(order), pruned=share)
         fractions = [count / len(order) for count in counts[: len(curve)]]
-        return silence_mask(model, groups, order[:kept]), PruningCurve(fractions, curve, share)
+        return pruning_masks(model, groups, order[:kept]), PruningCurve(fractions, curve, share)
 
     def _head(self, adapter: TaskAdapter[Any]) -> HeadAdapter[Any] | None:
         """Return the adapter where its last layer alone is pruned, and none where all are.
@@ -149,7 +149,7 @@ class Pruning(Defense):
         given = parameters_by_name(adapter.model)
         curve: list[float] = []
         for start, stop in zip([0, *counts], counts, strict=False):
-            silence(adapter.model, groups, order[start:stop])
+            prune(adapter.model, groups, order[start:stop])
             curve.append(mean_score(adapter, work.holdout))
             work.run.report("curve", stop, counts[-1])
             if curve[0] - curve[-1] > self.max_pruning_drop:

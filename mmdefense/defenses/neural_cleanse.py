@@ -17,7 +17,7 @@ from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover_once
 from mmdefense.kernels.loop import Gradients, optimise
-from mmdefense.kernels.outliers import CROWD, answers
+from mmdefense.kernels.outliers import CROWD, cheapest_triggers
 from mmdefense.protocol import TriggerAdapter, TriggerFamily
 from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import NotNegative, Share, Whole
@@ -123,14 +123,14 @@ class NeuralCleanse(TrainingDefense):
 def outlying(record: Recovered, anomaly: float) -> Recovered:
     """Return a record that accepts, of each target that stands out, the cheapest trigger alone."""
     accepted = torch.zeros_like(record.accepted)
-    for answer in answers(record):
+    for answer in cheapest_triggers(record):
         accepted[answer.row] = answer.works and answer.index > anomaly
     return replace(record, accepted=accepted)
 
 
 def _none_outlying(recovered: Sequence[Recovered], anomaly: float) -> str:
     """Return in words why no target stands out."""
-    every = [answer for record in recovered for answer in answers(record)]
+    every = [answer for record in recovered for answer in cheapest_triggers(record)]
     targets = len({answer.target for answer in every})
     if targets < CROWD:
         return f"{targets} targets are too few to tell one from; an anomaly index needs {CROWD}"

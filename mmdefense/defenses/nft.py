@@ -15,7 +15,7 @@ from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.coordinates import UnitMasks
 from mmdefense.kernels.hooks import frozen_statistics
 from mmdefense.kernels.loop import optimise
-from mmdefense.protocol import InputAdapter, TaskAdapter, lacking, traits
+from mmdefense.protocol import InputAdapter, TaskAdapter, missing_members, traits
 from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import NotNegative, Share, Whole
 
@@ -95,7 +95,7 @@ class NFT(TrainingDefense):
     ) -> Callable[[slice], tuple[Tensor, Tensor]]:
         """Return what computes the loss of some rows of a batch, twice."""
         adapter = work.adapter
-        mixes = traits(adapter).mixable and not lacking(adapter, InputAdapter)
+        mixes = traits(adapter).mixable and not missing_members(adapter, InputAdapter)
         if not (mixes and self.mixup):
 
             def plain(rows: slice) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,11 @@ __all__ = ["RNP"]
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
-    """Unlearn clean data, see which units masks must silence to undo that, and prune those.
+    """Unlearn clean data, learn the masks that undo that, and prune the units that they close.
 
     A copy ascends the clean loss, all weights, until it has forgotten the task. With its weights
     fixed, a mask of its units in ``[0, 1]`` descends ``alpha CE``: the task comes back where the
-    units that the ascent has turned against it are silenced. Then the units of the given model
+    units that the ascent has turned against it are pruned. Then the units of the given model
     with the smallest masks are pruned.
 
     Ours: as many units are pruned as the utility guard lets pass (the released code sweeps

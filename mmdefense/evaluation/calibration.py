@@ -24,7 +24,7 @@ from mmdefense.pipeline.scan import scan
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
 from mmdefense.runtime.run import Progress, named
-from mmdefense.scanning.behaviour import APART, COMMON, SEARCH, TRIGGER
+from mmdefense.scanning.behaviour import COMMON, OUTLIER, SEARCH, TRIGGER
 from mmdefense.store import Identity, Store
 
 __all__ = ["Scanned", "calibrate", "clean_twin", "markdown"]
@@ -40,8 +40,8 @@ class Scanned:
         seed: Of the model, the clean samples and the scan.
         acc: Task metric of the model on test data.
         asr: Success of the true trigger; NaN where there is none.
-        apart: What stands apart, each with its rates: the scan's detection or false alarm.
-        works: Triggers that work, and do not stand apart.
+        outliers: Outliers among the targets, each with its rates: a detection or a false alarm.
+        works: Triggers that work, and are no outliers.
         others: The ids of all other findings.
         seconds: Of the scan.
         settings: Of the case and the search.
@@ -53,7 +53,7 @@ class Scanned:
     seed: int
     acc: float
     asr: float
-    apart: tuple[str, ...]
+    outliers: tuple[str, ...]
     works: tuple[str, ...]
     others: tuple[str, ...]
     seconds: float
@@ -124,9 +124,9 @@ def _scanned(case: Case, victim: Victim, seed: int, show: Progress) -> Scanned:
         seed=seed,
         acc=_number(victim.before.acc),
         asr=_number(victim.before.asr),
-        apart=_of(found, APART.id),
+        outliers=_of(found, OUTLIER.id),
         works=_of(found, TRIGGER.id, COMMON.id),
-        others=tuple(f.id for f in found if f.id not in {APART.id, TRIGGER.id, COMMON.id}),
+        others=tuple(f.id for f in found if f.id not in {OUTLIER.id, TRIGGER.id, COMMON.id}),
         seconds=time.perf_counter() - start,
         settings={"case": plain(case), "search": plain(SEARCH)},
         versions=dict(versions()),
@@ -142,20 +142,22 @@ def _of(findings: Iterable[Finding], *rules: str) -> tuple[str, ...]:
 
 
 def markdown(cells: Sequence[Scanned]) -> str:
-    """Return a table of how many models of each case had a trigger apart, and the two totals."""
+    """Return a table of how many models of each case had an outlier, and the two totals."""
     lines = [
-        "| model | backdoor | stands apart | works, not apart | found |",
+        "| model | backdoor | outlier | works, no outlier | found |",
         "|---|---|--:|--:|---|",
     ]
     for name in dict.fromkeys(cell.case for cell in cells):
         mine = [cell for cell in cells if cell.case == name]
-        apart, works = (sum(bool(getattr(c, key)) for c in mine) for key in ("apart", "works"))
+        outliers, works = (
+            sum(bool(getattr(c, key)) for c in mine) for key in ("outliers", "works")
+        )
         planted = "planted" if mine[0].planted else "none"
-        found = "; ".join(dict.fromkeys(place for c in mine for place in map(_place, c.apart)))
-        counts = f"{apart} of {len(mine)} | {works} of {len(mine)}"
+        found = "; ".join(dict.fromkeys(place for c in mine for place in map(_place, c.outliers)))
+        counts = f"{outliers} of {len(mine)} | {works} of {len(mine)}"
         lines.append(f"| {name} | {planted} | {counts} | {found or '-'} |")
     totals = [
-        f"{label}: {sum(bool(cell.apart) for cell in part)} of {len(part)}"
+        f"{label}: {sum(bool(cell.outliers) for cell in part)} of {len(part)}"
         for label, part in (
             ("detections", [cell for cell in cells if cell.planted]),
             ("false alarms", [cell for cell in cells if not cell.planted]),

@@ -21,7 +21,7 @@ from mmdefense.data.batch import as_float, batches
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
-from mmdefense.protocol import TriggerAdapter, lacking
+from mmdefense.protocol import TriggerAdapter, missing_members
 
 __all__ = ["foreign_images", "labelled_by_the_model"]
 
@@ -69,7 +69,7 @@ def labelled_by_the_model(
     Raises:
         UnsupportedError: If the adapter does not tell how likely each class is.
     """
-    if missing := lacking(adapter, TriggerAdapter):
+    if missing := missing_members(adapter, TriggerAdapter):
         raise UnsupportedError(
             f"clean data of kind 'other' is labelled by the model, and {type(adapter).__name__} "
             f"lacks {', '.join(missing)}"

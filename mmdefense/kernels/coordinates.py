@@ -156,7 +156,7 @@ class UnitMasks(Coordinates):
 
     It multiplies the unit's entries of the last module's parameters (``UnitGroup.outer``): of a
     filter with BatchNorm the norm's, so that the unit's output is that many times as large. Zero
-    silences the unit. Parameters that do not require grad stay as they are.
+    prunes the unit. Parameters that do not require grad stay as they are.
 
     Attributes:
         masks: One for each group, shape ``(U,)``.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmdefense.kernels.inversion import Recovered
 
-__all__ = ["CROWD", "MANY", "Answer", "anomaly_index", "answers", "index_bound"]
+__all__ = ["CROWD", "MANY", "TargetTrigger", "anomaly_index", "cheapest_triggers", "index_bound"]
 
 INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
 """The anomaly index of an outlier [NC], its cost relative to the median, and the number of targets
@@ -45,7 +45,7 @@ def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class TargetTrigger:
     """The cheapest trigger of one family for one target.
 
     Attributes:
@@ -56,7 +56,7 @@ class Answer:
         index: How far its log cost is below the median over all targets, in scaled median absolute
             deviations; zero if there are too few targets.
         works: Whether its success reaches the threshold within the family's budget.
-        apart: Whether it works and no other target is nearly as cheap.
+        is_outlier: Whether it works and no other target is nearly as cheap.
     """
 
     target: int
@@ -65,10 +65,10 @@ class Answer:
     size: float
     index: float
     works: bool
-    apart: bool
+    is_outlier: bool
 
 
-def answers(found: Recovered, total: int = 0) -> list[Answer]:
+def cheapest_triggers(found: Recovered, total: int = 0) -> list[TargetTrigger]:
     """Return the cheapest trigger of a family for each target, in ascending order of targets.
 
     The cost is the share of samples missed plus the share of an input changed. A target is an
@@ -88,14 +88,14 @@ def answers(found: Recovered, total: int = 0) -> list[Answer]:
     index = -anomaly_index(costs.log(), floor=FLOOR) if crowd else torch.zeros_like(costs)
     far, cheap = index > index_bound(total), costs <= SHARE * costs.median()
     return [
-        Answer(
+        TargetTrigger(
             target=int(found.targets[row]),
             row=row,
             success=float(found.success[row]),
             size=float(found.size[row]),
             index=float(index[place]),
             works=bool(found.accepted[row]),
-            apart=bool(found.accepted[row] & far[place] & cheap[place]),
+            is_outlier=bool(found.accepted[row] & far[place] & cheap[place]),
         )
         for place, row in enumerate(rows)
     ]

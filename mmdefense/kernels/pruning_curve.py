@@ -1,6 +1,6 @@
 """The task metric after every prefix of a pruning order, from one pass over the data.
 
-Silencing an input of the output layer takes one term from a sum. So the features are computed once,
+Pruning an input of the output layer takes one term from a sum. So the features are computed once,
 and the outputs after each prefix are the first ones less a running sum of matrix products.
 """
 
@@ -42,15 +42,15 @@ def pruning_curve(
     counts: Sequence[int],
     batch_size: int = 256,
 ) -> Tensor:
-    """Return the task metric after silencing the first ``counts[s]`` units of ``order``.
+    """Return the task metric after pruning the first ``counts[s]`` units of ``order``.
 
-    Equal to silencing them in the model and evaluating it again, at each point; sums are kept in
+    Equal to pruning them in the model and evaluating it again, at each point; sums are kept in
     float64.
 
     Args:
         adapter: A model whose output layer is linear.
         samples: N samples to evaluate on.
-        order: Inputs of the output layer, first to be silenced first.
+        order: Inputs of the output layer, first to be pruned first.
         counts: S ascending numbers of units.
         batch_size: Samples per pass.
 

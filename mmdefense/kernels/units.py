@@ -1,4 +1,4 @@
-"""Scores, rankings and silencing of units, for any architecture that describes them as data."""
+"""Scores, rankings and pruning of units, for any architecture that describes them as data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
     "mask_out",
     "mean_activations",
     "parameters_by_name",
+    "prune",
+    "pruning_masks",
     "rank",
     "relative_change",
     "select_sub_weights",
-    "silence",
-    "silence_mask",
     "unit_rows",
     "weight_change",
     "zero",
@@ -114,7 +114,7 @@ def _indices(group: UnitGroup, units: Sequence[int], device: torch.device) -> Te
     return (first[:, None] + torch.arange(group.width, device=device)).flatten()
 
 
-def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
+def prune(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
     """Zero every parameter entry of the chosen units, in place.
 
     Args:
@@ -124,7 +124,7 @@ def silence(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit
 
     Example:
         >>> groups = adapter.unit_groups()
-        >>> silence(model, groups, [(0, 2)])
+        >>> prune(model, groups, [(0, 2)])
         >>> model.conv.weight.flatten(1).count_nonzero(1)
         tensor([9, 9, 0, 9])
     """
@@ -153,7 +153,7 @@ def mask_out(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Uni
                     parameters[name].index_fill_(axis, where, 0)
 
 
-def silence_mask(
+def pruning_masks(
     model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]
 ) -> dict[str, Tensor]:
     """Return, for each parameter that the chosen units touch, 0 at their entries, else 1."""

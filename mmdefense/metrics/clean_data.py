@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdefense.data.batch import Samples, few
-from mmdefense.protocol import InputAdapter, TaskAdapter, lacking
+from mmdefense.protocol import InputAdapter, TaskAdapter, missing_members
 
 __all__ = ["doubts", "noise_level", "sharpness"]
 
@@ -66,7 +66,7 @@ def _of_classes(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Iterator[st
 
 
 def _of_pixels(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Iterator[str]:
-    if lacking(adapter, InputAdapter):
+    if missing_members(adapter, InputAdapter):
         return
     reader: InputAdapter[Any] = adapter  # type: ignore[assignment]
     some = few(samples, _SOME)

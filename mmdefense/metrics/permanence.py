@@ -24,7 +24,7 @@ from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.perturbations import perturbed, worst_change
 from mmdefense.plots.retuning_curves import RetuningCurves
-from mmdefense.protocol import InputAdapter, TaskAdapter, lacking
+from mmdefense.protocol import InputAdapter, TaskAdapter, missing_members
 from mmdefense.runtime.run import Run
 from mmdefense.training import Training
 
@@ -276,7 +276,7 @@ def reactivate(
     """
     models = [adapter] if twin is None else [adapter, twin]
     for one in models:
-        if missing := lacking(one, InputAdapter):
+        if missing := missing_members(one, InputAdapter):
             raise UnsupportedError(
                 f"a trigger is searched for by gradients on inputs; {type(one).__name__} lacks "
                 f"{', '.join(missing)}"

@@ -27,7 +27,7 @@ from mmdefense.metrics.utility import check_utility
 from mmdefense.pipeline.sources import AUTO, Opened, Source
 from mmdefense.pipeline.vetting import open_vetted
 from mmdefense.prepared import Prepared
-from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, missing_members, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, recordable
 from mmdefense.runtime.run import Run
@@ -379,7 +379,7 @@ def _named(given: Any, otherwise: str) -> str:
 def _classes(opened: Opened) -> tuple[str, ...]:
     """Return the names of the classes: those of the data, which are in the order of its labels."""
     named = getattr(opened.data, "classes", ())
-    if not named and not lacking(opened.adapter, ReadingAdapter):
+    if not named and not missing_members(opened.adapter, ReadingAdapter):
         named = opened.adapter.reading().get("classes", ())  # type: ignore[attr-defined]
     return tuple(map(str, named or ()))
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from mmdefense.analysis.gather import Level
 from mmdefense.checkpoints.folders import reserved
-from mmdefense.checkpoints.outputs import RECORD, check_apart
+from mmdefense.checkpoints.outputs import RECORD, check_separate
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.checkpoints.seals import Seal, read_once
 from mmdefense.checkpoints.weights import write_state
@@ -107,7 +107,7 @@ def purify_files(
     """
     deadline = Deadline.after(max_seconds)
     store, inputs = RunStore(partial_folder(out)), source.inputs()
-    check_apart(store.folder, inputs)
+    check_separate(store.folder, inputs)
     with reserved(out, force=force, inputs=inputs) as place:
         _check_resumable(store, resume)
         tell = progress or (lambda _: None)

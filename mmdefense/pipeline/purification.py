@@ -97,7 +97,7 @@ def purify(
             then is judged and returned.
         evidence: What is measured beyond the verdict: ``"fast"`` takes at most 15 % of the
             purification's time, ``"full"`` measures all of it, ``"none"`` nothing; never more than
-            fits into ``max_seconds``. What is left out is said.
+            fits into ``max_seconds``. A note says what is left out.
         accept_low_utility: Whether to go on where the model is near chance on ``clean``, or where
             the purification raises its task metric: signs of data that is read wrongly.
         accept_findings: Whether to go on where a file of a model at a path speaks strongly against

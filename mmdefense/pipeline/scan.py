@@ -27,7 +27,7 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.terminal import shown
 from mmdefense.runtime.run import Event, Progress
-from mmdefense.sandbox import BeyondBoundsError, Channel, Network, apart, total_size
+from mmdefense.sandbox import BeyondBoundsError, Channel, Network, in_child, total_size
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, scan_files
 from mmdefense.scanning.weights import scan_weights
@@ -209,7 +209,7 @@ class _Look:
             network = "always"  # the user's own code may do what it likes
         size = total_size(self.model)
         try:
-            apart(work, hear, what=f"loading {self.model.name}", size=size, network=network)
+            in_child(work, hear, what=f"loading {self.model.name}", size=size, network=network)
         except BeyondBoundsError as error:
             self.findings.append(BEYOND.found(self.model.name, str(error)))
             if self.data is not None:

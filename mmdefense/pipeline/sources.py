@@ -17,7 +17,7 @@ from mmdefense.checkpoints.huggingface import named_base
 from mmdefense.checkpoints.models import load_model
 from mmdefense.errors import BadInputError
 from mmdefense.prepared import Prepared, prepare
-from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, lacking, traits
+from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, missing_members, traits
 from mmdefense.settings import checked_value
 
 __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
@@ -25,7 +25,7 @@ __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
 AUTO = "auto"
 """In place of a task: that of the model's adapter."""
 
-NOT_WRITTEN = {"split", "said", "fit", "fill", "processor", "tokenizer", "example"}
+NOT_WRITTEN = {"split", "stated", "fit", "fill", "processor", "tokenizer", "example"}
 """Options that only a program can give."""
 
 
@@ -117,8 +117,8 @@ class Source:
             _refuse(its, "an adapter that is given")
             adapter = model
         if isinstance(self.data, str | Path):
-            said = adapter.reading() if not lacking(adapter, ReadingAdapter) else {}  # type: ignore[attr-defined]
-            data = task.load(self.data, split=self.split, said=said, **mine)
+            stated = adapter.reading() if not missing_members(adapter, ReadingAdapter) else {}  # type: ignore[attr-defined]
+            data = task.load(self.data, split=self.split, stated=stated, **mine)
         else:
             _refuse(mine, "samples in memory")
             data = self.data

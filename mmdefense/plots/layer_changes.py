@@ -20,13 +20,13 @@ class LayerChanges(Plot):
     Attributes:
         layers: Name of each layer, input side first.
         changes: Norm of the change of each one's weights, relative to their norm before.
-        silenced: Number of units of each that are silent now and were not before.
+        pruned: Number of units of each whose weights are all zero now and were not before.
         units: Number of units of each.
     """
 
     layers: Sequence[str]
     changes: Sequence[float]
-    silenced: Sequence[int]
+    pruned: Sequence[int]
     units: Sequence[int]
 
     title = "What was changed"
@@ -38,8 +38,8 @@ class LayerChanges(Plot):
         cut = f", the {shown} of {layers} that moved most" if shown < layers else ""
         return (
             "Distance between a layer's weights after and before, relative to the norm before: "
-            f"layers in order, input side first{cut}. {sum(self.silenced)} of {sum(self.units)} "
-            "units were silenced."
+            f"layers in order, input side first{cut}. {sum(self.pruned)} of {sum(self.units)} "
+            "units were pruned."
         )
 
     def panels(self) -> list[Bars]:
@@ -48,9 +48,7 @@ class LayerChanges(Plot):
         if not shown:
             return []
         names = [
-            f"{self.layers[n]} ({self.silenced[n]} silenced)"
-            if self.silenced[n]
-            else self.layers[n]
+            f"{self.layers[n]} ({self.pruned[n]} pruned)" if self.pruned[n] else self.layers[n]
             for n in shown
         ]
         return [Bars(names, [self.changes[n] for n in shown], "relative weight change")]

@@ -182,12 +182,12 @@ def _measured(record: PurificationRecord) -> dict[str, str]:
         for when in ("before", "after")
         if f"{name}_{when}" in record.measured
     }
-    silenced, units = (sum(getattr(x, n) for x in record.layers) for n in ("silenced", "units"))
+    pruned, units = (sum(getattr(x, n) for x in record.layers) for n in ("pruned", "units"))
     search = record.triggers
     if search is not None:
         shown["Triggers found"] = f"{search.found}, of {search.targets} searches"
     if record.layers:
-        shown["Units silenced"] = f"{silenced} of {units}"
+        shown["Units pruned"] = f"{pruned} of {units}"
     return shown | {"Time": duration(record.seconds)}
 
 
@@ -199,6 +199,6 @@ def _settings(record: PurificationRecord) -> dict[str, str]:
 def _layers(record: PurificationRecord) -> dict[str, str]:
     return {
         layer.layer: f"{layer.change:.3g}"
-        + (f", {layer.silenced} of {layer.units} silenced" if layer.silenced else "")
+        + (f", {layer.pruned} of {layer.units} pruned" if layer.pruned else "")
         for layer in record.layers
     }

@@ -188,7 +188,7 @@ def _own_plots(record: Record) -> list[Plot]:
     layers = LayerChanges(
         layers=[layer.layer for layer in record.layers],
         changes=[layer.change for layer in record.layers],
-        silenced=[layer.silenced for layer in record.layers],
+        pruned=[layer.pruned for layer in record.layers],
         units=[layer.units for layer in record.layers],
     )
     retunings = [

@@ -182,13 +182,13 @@ class LayerChange:
         layer: Dotted name.
         change: Relative weight change ``||W' - W|| / ||W||`` in the Frobenius norm.
         units: Number of prunable units; zero where the layer owns none.
-        silenced: Units whose weights are all zero now and were not before.
+        pruned: Units whose weights are all zero now and were not before.
     """
 
     layer: str
     change: float
     units: int = 0
-    silenced: int = 0
+    pruned: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

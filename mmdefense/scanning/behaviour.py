@@ -11,7 +11,7 @@ Three parts, and each says what it cannot see:
 A part that the model's adapter does not support is reported as not run.
 
 References:
-    [NC] Wang et al. *Neural Cleanse*. IEEE S&P 2019. Implemented: a search for every answer
+    [NC] Wang et al. *Neural Cleanse*. IEEE S&P 2019. Implemented: a search for every trigger
     (:mod:`mmdefense.kernels.inversion`), and the anomaly index over the answers
     (:mod:`mmdefense.kernels.outliers`).
     [TSBD] Lin et al. NeurIPS 2024. arXiv:2405.20291, for the activeness, a unit's gradient norm
@@ -35,10 +35,17 @@ from mmdefense.errors import MMDefenseError, UnsupportedError, one_line
 from mmdefense.findings import Finding, Level, Rule
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.inversion import Recovered, Search, recover
-from mmdefense.kernels.outliers import CROWD, MANY, Answer, anomaly_index, answers, index_bound
+from mmdefense.kernels.outliers import (
+    CROWD,
+    MANY,
+    TargetTrigger,
+    anomaly_index,
+    cheapest_triggers,
+    index_bound,
+)
 from mmdefense.kernels.units import gradient_norms
 from mmdefense.kernels.unlearning import mean_gradient, unlearn
-from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, lacking
+from mmdefense.protocol import TaskAdapter, TriggerAdapter, WordedAdapter, missing_members
 from mmdefense.report.images import data_address
 from mmdefense.runtime.memory import each_fitted
 from mmdefense.runtime.run import Progress, Run
@@ -46,8 +53,8 @@ from mmdefense.scanning.weights import ANOMALY
 
 __all__ = ["NOT_LOOKED", "scan_behaviour"]
 
-APART = Rule(
-    id="behaviour-trigger-apart",
+OUTLIER = Rule(
+    id="behaviour-trigger-outlier",
     level="high",
     measured="triggers that send clean samples to one target, from a search over all targets",
     reference="the other targets",
@@ -59,7 +66,7 @@ APART = Rule(
 TRIGGER = Rule(
     id="behaviour-trigger",
     level="medium",
-    measured=APART.measured,
+    measured=OUTLIER.measured,
     reference="the other targets",
     meaning="One trigger sends almost any sample to one target, so whoever knows it controls "
     "what the model says. This does not show that it was planted: by the criteria for an "
@@ -71,7 +78,7 @@ TRIGGER = Rule(
 COMMON = Rule(
     id="behaviour-trigger-common",
     level="info",
-    measured=APART.measured,
+    measured=OUTLIER.measured,
     reference="the other targets",
     meaning="One trigger sends almost any sample to one target, but triggers of this kind are no "
     "evidence: models that nobody tampered with have them too.",
@@ -80,7 +87,7 @@ COMMON = Rule(
 NONE = Rule(
     id="behaviour-trigger-none",
     level="info",
-    measured=APART.measured,
+    measured=OUTLIER.measured,
     reference="the other targets",
     meaning="This search found no trigger that works. That is not proof that there is none.",
     blind_spot="triggers of kinds that were not searched for, or that depend on their sample; "
@@ -161,7 +168,7 @@ def scan_behaviour(
     found: list[Finding] = []
     for name, needs, look in looks:
         try:
-            if missing := lacking(adapter, needs):
+            if missing := missing_members(adapter, needs):
                 raise UnsupportedError(f"{type(adapter).__name__} has no {', '.join(missing)}")
             found += look()
         except MMDefenseError as error:
@@ -211,19 +218,19 @@ def _triggers(
     names = getattr(samples, "classes", ())
     search = replace(search, batch_size=side)
     for found in recover(adapter, samples, search, run, stage="triggers", targets=chosen):
-        every = answers(found, total)
+        every = cheapest_triggers(found, total)
         works = [a for a in every if a.works and _unasked(adapter, samples, a.target) <= UNASKED]
-        apart = [answer for answer in works if answer.apart and found.family.telling]
-        best = min(works, key=lambda answer: 1 - answer.success + answer.size, default=None)
+        outliers = [trigger for trigger in works if trigger.is_outlier and found.family.diagnostic]
+        best = min(works, key=lambda trigger: 1 - trigger.success + trigger.size, default=None)
         reference = _reference(every, total)
-        for answer in apart:
-            text, picture = _described(adapter, found, answer), _picture(adapter, found, answer)
-            place = _place(found, answer, names)
-            yield APART.found(place, text, reference=reference, picture=picture)
-        if best is not None and not apart:
+        for trigger in outliers:
+            text, picture = _described(adapter, found, trigger), _picture(adapter, found, trigger)
+            place = _place(found, trigger, names)
+            yield OUTLIER.found(place, text, reference=reference, picture=picture)
+        if best is not None and not outliers:
             many = f"{len(works)} of {len(every)} targets have one; the cheapest: "
             value = many + _described(adapter, found, best)
-            rule = TRIGGER if found.family.telling else COMMON
+            rule = TRIGGER if found.family.diagnostic else COMMON
             place, picture = _place(found, best, names), _picture(adapter, found, best)
             yield rule.found(place, value, reference=reference, picture=picture)
         if best is None:
@@ -247,39 +254,39 @@ def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -
     return float((given & counts).sum() / counts.sum().clamp(min=1))
 
 
-def _place(found: Recovered, answer: Answer, names: tuple[str, ...]) -> str:
-    target = names[answer.target] if answer.target < len(names) else answer.target
+def _place(found: Recovered, trigger: TargetTrigger, names: tuple[str, ...]) -> str:
+    target = names[trigger.target] if trigger.target < len(names) else trigger.target
     return f"{found.family.name} to {target}"
 
 
-def _picture(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
+def _picture(adapter: TriggerAdapter[Any], found: Recovered, trigger: TargetTrigger) -> str:
     """Return a trigger as a picture; empty for words, which are shown as text."""
-    if not lacking(adapter, WordedAdapter):
+    if not missing_members(adapter, WordedAdapter):
         return ""
-    return data_address(adapter.trigger_picture(found.family, found.pool[answer.row, 0]))
+    return data_address(adapter.trigger_picture(found.family, found.pool[trigger.row, 0]))
 
 
-def _described(adapter: TriggerAdapter[Any], found: Recovered, answer: Answer) -> str:
+def _described(adapter: TriggerAdapter[Any], found: Recovered, trigger: TargetTrigger) -> str:
     """Return success, size and index of a trigger, and its words if it has any."""
-    text = f"success {answer.success:.0%}, size {answer.size:.3f}, index {answer.index:.1f}"
-    if lacking(adapter, WordedAdapter):
+    text = f"success {trigger.success:.0%}, size {trigger.size:.3f}, index {trigger.index:.1f}"
+    if missing_members(adapter, WordedAdapter):
         return text
     worded = cast("WordedAdapter[Any]", adapter)
-    words = worded.trigger_words(found.pool[answer.row, 0])
-    return f"{text}; near {words!r} before a prompt, target {worded.target_words(answer.target)!r}"
+    words = worded.trigger_words(found.pool[trigger.row, 0])
+    return f"{text}; near {words!r} before a prompt, target {worded.target_words(trigger.target)!r}"
 
 
-def _searched(every: list[Answer], total: int) -> str:
+def _searched(every: list[TargetTrigger], total: int) -> str:
     """Return how many targets were searched, and how."""
     if len(every) == total:
         return f"{total} targets, all searched"
     return f"{len(every)} targets searched in full, of {total} screened"
 
 
-def _reference(every: list[Answer], total: int) -> str:
+def _reference(every: list[TargetTrigger], total: int) -> str:
     """Return the median cost of a family's targets, and when a target is an outlier."""
     success, size = (
-        float(torch.tensor([getattr(answer, name) for answer in every]).median())
+        float(torch.tensor([getattr(trigger, name) for trigger in every]).median())
         for name in ("success", "size")
     )
     middle = f"median of {_searched(every, total)}: success {success:.0%}, size {size:.3f}"

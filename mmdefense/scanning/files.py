@@ -14,7 +14,7 @@ from mmdefense.checkpoints.huggingface import base_folder
 from mmdefense.errors import BadInputError, MMDefenseError, one_line
 from mmdefense.findings import Finding, Level, Rule
 from mmdefense.report.encoding import plain
-from mmdefense.sandbox import BeyondBoundsError, Channel, apart
+from mmdefense.sandbox import BeyondBoundsError, Channel, in_child
 from mmdefense.scanning.contents import PICKLE_SUFFIXES, UNSEEN, scan_content, unread_level
 from mmdefense.scanning.texts import is_unknown, scan_text
 
@@ -160,7 +160,7 @@ def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[lis
             found.append(Finding(**message))
 
     try:
-        apart(look, hear, what=f"reading {root.name}", size=0)
+        in_child(look, hear, what=f"reading {root.name}", size=0)
     except BeyondBoundsError as error:
         return files[done:], str(error)
     return [], ""

@@ -35,7 +35,7 @@ class ObjectFile:
         path: Of the image.
         boxes: Corners x1, y1, x2, y2 in pixels of the image as it was annotated.
         kinds: The class of each box, as its place in the names of the set.
-        size: Width and height of the image as it was annotated, where that is said.
+        size: Width and height of the image as it was annotated, where the file states it.
     """
 
     path: Path

@@ -90,7 +90,7 @@ class ImageClassification:
         where: str | Path,
         *,
         split: str = "train",
-        said: Mapping[str, Any] = MappingProxyType({}),
+        stated: Mapping[str, Any] = MappingProxyType({}),
         image_size: int | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
@@ -103,7 +103,7 @@ class ImageClassification:
         return load_data(
             where,
             split=split,
-            said=said,
+            stated=stated,
             image_size=image_size,
             channels=channels,
             classes=classes,
@@ -219,7 +219,7 @@ def load_data(
     where: str | Path,
     *,
     split: str = "train",
-    said: Mapping[str, Any] = MappingProxyType({}),
+    stated: Mapping[str, Any] = MappingProxyType({}),
     image_size: int | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
@@ -237,7 +237,7 @@ def load_data(
             sub-folder per class, or with such folders for ``train`` and ``test``; or a data set of
             the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
-        said: What the model states about its data: defaults of the options below, by name.
+        stated: What the model states about its data: defaults of the options below, by name.
         image_size: Side in pixels of the square that images are resized to; by default they must
             have one size, or are fitted as the model says.
         channels: Grey images are repeated to them; files give 1, 3 or, with alpha, 4. By default
@@ -265,7 +265,7 @@ def load_data(
         (torch.Size([30, 1, 16, 16]), ('left', 'right', 'stop'))
     """
     options = Options(
-        said,
+        stated,
         image_size=image_size,
         channels=channels,
         classes=classes,

@@ -18,7 +18,7 @@ from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, 
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense.plots.triggered_texts import TriggeredTexts
-from mmdefense.protocol import Case, GeneratingAdapter, TaskAdapter, lacking
+from mmdefense.protocol import Case, GeneratingAdapter, TaskAdapter, missing_members
 from mmdefense.training import Training
 from mmdefense_tasks.language_victims import train_tokenizer
 from mmdefense_tasks.options import Options
@@ -71,11 +71,11 @@ class LanguageGeneration:
         where: str | Path,
         *,
         split: str = "train",
-        said: Mapping[str, Any] = MappingProxyType({}),
+        stated: Mapping[str, Any] = MappingProxyType({}),
         pair: str | tuple[str, str] | None = None,
     ) -> TextSamples:
         """Return data from wherever it is; see :func:`load_text`."""
-        return load_text(where, split=split, said=said, pair=pair)
+        return load_text(where, split=split, stated=stated, pair=pair)
 
     @staticmethod
     def data() -> dict[str, str]:
@@ -152,7 +152,7 @@ def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
     """
     from torchmetrics.functional.text import sacre_bleu_score
 
-    if missing := lacking(adapter, GeneratingAdapter):
+    if missing := missing_members(adapter, GeneratingAdapter):
         raise UnsupportedError(
             f"BLEU needs a model that generates text; {type(adapter).__name__} lacks "
             f"{', '.join(missing)}"
@@ -183,7 +183,7 @@ def load_text(
     where: str | Path,
     *,
     split: str = "train",
-    said: Mapping[str, Any] = MappingProxyType({}),
+    stated: Mapping[str, Any] = MappingProxyType({}),
     pair: str | tuple[str, str] | None = None,
 ) -> TextSamples:
     """Return prompts and answers from wherever they are.
@@ -194,7 +194,7 @@ def load_text(
             :func:`~mmdefense_tasks.text_files.open_folder`); one such file, which serves as both
             parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``.
-        said: What the model states about its data: defaults of the options below, by name.
+        stated: What the model states about its data: defaults of the options below, by name.
         pair: Source and target language, also as ``"en,de"``: the endings of parallel files, the
             keys of translations, or two fields of other records.
 
@@ -202,7 +202,7 @@ def load_text(
         BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
         UnsupportedError: If a library that it needs is not installed.
     """
-    options = Options(said, pair=pair)
+    options = Options(stated, pair=pair)
     samples = _read(where, split, options)
     options.check_used(where)
     return samples

@@ -74,7 +74,7 @@ class ObjectDetection:
         where: str | Path,
         *,
         split: str = "train",
-        said: Mapping[str, Any] = MappingProxyType({}),
+        stated: Mapping[str, Any] = MappingProxyType({}),
         image_size: int | tuple[int, int] | None = None,
         channels: int | None = None,
         classes: Sequence[str] = (),
@@ -86,7 +86,7 @@ class ObjectDetection:
         return load_detection(
             where,
             split=split,
-            said=said,
+            stated=stated,
             image_size=image_size,
             channels=channels,
             classes=classes,
@@ -243,7 +243,7 @@ def load_detection(
     where: str | Path,
     *,
     split: str = "train",
-    said: Mapping[str, Any] = MappingProxyType({}),
+    stated: Mapping[str, Any] = MappingProxyType({}),
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     classes: Sequence[str] = (),
@@ -257,7 +257,7 @@ def load_detection(
         where: ``"digit-scenes"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; or a folder that :func:`mmdefense_tasks.detection_files.open_objects` reads.
         split: ``"train"`` or ``"test"``.
-        said: What the model states about its data: defaults of the options below, by name.
+        stated: What the model states about its data: defaults of the options below, by name.
         image_size: Height and width in pixels that images are fitted into, or one for both; by
             default as the model says, or small ones.
         channels: 1 or 3; by default 3.
@@ -265,7 +265,7 @@ def load_detection(
         labels: How classes are numbered where the model does not name its own: ``"ids"`` takes
             COCO category ids as the model's numbers (gaps included, as the checkpoints of
             torchvision do), ``"dense"`` counts the classes of the set. By default what fits the
-            model, which ``said`` must describe: ``said=adapter.reading()``.
+            model, which ``stated`` must describe: ``stated=adapter.reading()``.
         fit: What images go through where no ``image_size`` is given, such as the geometry of the
             model's processor.
         fill: The colour, in ``[0, 1]``, that they are padded with to one size then.
@@ -274,7 +274,7 @@ def load_detection(
         BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
             image, the model lacks a class, or it cannot be told how the model numbers them.
     """
-    options = Options(said, image_size=image_size, channels=channels, classes=classes,
+    options = Options(stated, image_size=image_size, channels=channels, classes=classes,
                       labels=labels, fit=fit, fill=fill)  # fmt: skip
     samples = _read(where, split, options)
     options.check_used(where)

@@ -45,19 +45,19 @@ class Options:
         mmdefense.errors.BadInputError: frames=8 has no effect on clips.npz; leave it out
     """
 
-    def __init__(self, said: Mapping[str, Any], **given: Any) -> None:
+    def __init__(self, stated: Mapping[str, Any], **given: Any) -> None:
         """Collect the options.
 
         Args:
-            said: What the model states.
+            stated: What the model states.
             **given: What the user says; None and an empty sequence stand for nothing.
 
         Raises:
             BadInputError: If a number is out of its bounds.
         """
-        self._stated = said
+        self._stated = stated
         self._given = {name: value for name, value in given.items() if value not in (None, ())}
-        for name, value in (*said.items(), *self._given.items()):
+        for name, value in (*stated.items(), *self._given.items()):
             _check_bounds(name, value)
         self._used: set[str] = set()
 

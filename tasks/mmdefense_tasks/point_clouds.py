@@ -62,7 +62,7 @@ class PointCloudClassification:
         where: str | Path,
         *,
         split: str = "train",
-        said: Mapping[str, Any] = MappingProxyType({}),
+        stated: Mapping[str, Any] = MappingProxyType({}),
         points: int | None = None,
         features: int | None = None,
         classes: Sequence[str] = (),
@@ -73,7 +73,7 @@ class PointCloudClassification:
         return load_clouds(
             where,
             split=split,
-            said=said,
+            stated=stated,
             points=points,
             features=features,
             classes=classes,
@@ -146,7 +146,7 @@ def load_clouds(
     where: str | Path,
     *,
     split: str = "train",
-    said: Mapping[str, Any] = MappingProxyType({}),
+    stated: Mapping[str, Any] = MappingProxyType({}),
     points: int | None = None,
     features: int | None = None,
     classes: Sequence[str] = (),
@@ -161,7 +161,7 @@ def load_clouds(
             one sub-folder of ply, pcd, obj or off files per class, or with such folders for
             ``train`` and ``test`` (needs Open3D and trimesh). Meshes are sampled.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
-        said: What the model states about its data: defaults of the options below, by name.
+        stated: What the model states about its data: defaults of the options below, by name.
         points: Points of each cloud; none takes 256, or all where a cloud has fewer.
         features: Values a point to keep, coordinates first: 3, the default, is the coordinates
             alone, 6 of a file takes three values more.
@@ -180,7 +180,7 @@ def load_clouds(
         UnsupportedError: If a library that it needs is not installed.
     """
     options = Options(
-        said, points=points, features=features, classes=classes, order=order, values=values
+        stated, points=points, features=features, classes=classes, order=order, values=values
     )
     samples = _read(where, split, options)
     options.check_used(where)

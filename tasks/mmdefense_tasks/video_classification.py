@@ -91,7 +91,7 @@ class VideoClassification:
         where: str | Path,
         *,
         split: str = "train",
-        said: Mapping[str, Any] = MappingProxyType({}),
+        stated: Mapping[str, Any] = MappingProxyType({}),
         frames: int | None = None,
         image_size: int | None = None,
         channels: int | None = None,
@@ -104,7 +104,7 @@ class VideoClassification:
         return load_clips(
             where,
             split=split,
-            said=said,
+            stated=stated,
             frames=frames,
             image_size=image_size,
             channels=channels,
@@ -253,7 +253,7 @@ def load_clips(
     where: str | Path,
     *,
     split: str = "train",
-    said: Mapping[str, Any] = MappingProxyType({}),
+    stated: Mapping[str, Any] = MappingProxyType({}),
     frames: int | None = None,
     image_size: int | None = None,
     channels: int | None = None,
@@ -270,7 +270,7 @@ def load_clips(
             to; or a folder with one sub-folder of videos per class, or with such folders for
             ``train`` and ``test``.
         split: ``"train"`` or ``"test"``; what is not split serves for both.
-        said: What the model states about its data: defaults of the options below, by name.
+        stated: What the model states about its data: defaults of the options below, by name.
         frames: Frames T of a clip, evenly from the whole video; by default 16, or the set's own.
         image_size: Side in pixels that frames are cropped and resized to; by default the set's
             own, or as the model says, or that of the videos, which must have one size.
@@ -290,7 +290,7 @@ def load_clips(
         UnsupportedError: If PyAV is needed and not installed.
     """
     options = Options(
-        said,
+        stated,
         frames=frames,
         image_size=image_size,
         channels=channels,

@@ -13,7 +13,7 @@ import torch
 import video_models
 
 from mmdefense.data.labelled import LabelledBatch
-from mmdefense.protocol import InputAdapter, lacking
+from mmdefense.protocol import InputAdapter, missing_members
 from mmdefense.registry import adapt
 
 N = 3
@@ -199,7 +199,7 @@ def test_activations_and_inputs_have_the_gradient_of_finite_differences(name):
 
 def test_inputs_can_be_replaced(both):
     adapter, batch = both
-    assert lacking(adapter, InputAdapter) == []
+    assert missing_members(adapter, InputAdapter) == []
     inputs = adapter.inputs(batch)
     assert not inputs.requires_grad
     assert len(inputs) == N

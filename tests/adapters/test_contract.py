@@ -15,7 +15,7 @@ from torch import nn
 from mmdefense import registry
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.kernels.units import silence
+from mmdefense.kernels.units import prune
 from mmdefense.protocol import (
     GeneratingAdapter,
     HeadAdapter,
@@ -25,7 +25,7 @@ from mmdefense.protocol import (
     TaskAdapter,
     TriggerAdapter,
     WordedAdapter,
-    lacking,
+    missing_members,
     traits,
 )
 
@@ -83,7 +83,7 @@ def offering(protocol):
     found = []
     for name, family in FAMILIES.items():
         kind = registry.load("adapters", family.adapter)
-        if set(lacking(kind, protocol)) <= set(lacking(kind, TaskAdapter)):
+        if set(missing_members(kind, protocol)) <= set(missing_members(kind, TaskAdapter)):
             found.append(name)
     return pytest.mark.parametrize("name", found)
 
@@ -95,7 +95,7 @@ def test_every_registered_adapter_has_a_family():
 def test_it_is_the_registered_adapter_and_lacks_nothing(family, adapter, samples):
     assert registry.name_of("adapters", type(adapter)) == family.adapter
     assert type(adapter).accepts(adapter.model) or family.adapter == "points"
-    assert lacking(adapter, TaskAdapter) == []
+    assert missing_members(adapter, TaskAdapter) == []
 
 
 def test_what_it_states_about_itself_suits_its_models(adapter, samples):
@@ -273,13 +273,13 @@ def test_unit_groups_name_real_parameters_once(adapter, batch):
             assert parameters[name].shape[axis] == group.size * group.width, name
 
 
-def test_silencing_a_unit_zeroes_its_feature_and_no_other_of_its_layer(adapter, batch):
+def test_pruning_a_unit_zeroes_its_feature_and_no_other_of_its_layer(adapter, batch):
     groups = adapter.unit_groups()
     for place in sorted({0, len(groups) // 2, len(groups) - 1}):
         group = groups[place]
         before = adapter.features(batch, [group.layer])[group.layer]
         unit, fork = int(before.sum(0).argmax()), adapter.fork()
-        silence(fork.model, groups, [(place, unit)])
+        prune(fork.model, groups, [(place, unit)])
         after = fork.features(batch, [group.layer])[group.layer]
         before[:, unit] = 0
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5, msg=str(group))
@@ -310,18 +310,18 @@ def calls(family, adapter, batch):
         "embedding": lambda: adapter.embedding(batch),
         "fork": adapter.fork,
     }
-    if not lacking(adapter, TriggerAdapter):
+    if not missing_members(adapter, TriggerAdapter):
         trigger = adapter.trigger_families()[0]
         raw = torch.rand(1, N, *trigger.shape)
         found["trigger_targets"] = adapter.trigger_targets
         found["stamp"] = lambda: adapter.stamp(batch, trigger, raw)
         found["target_log_probability"] = lambda: adapter.target_log_probability(batch, targets)
         found["not_target"] = lambda: adapter.not_target(batch, targets)
-    if not lacking(adapter, InputAdapter):
+    if not missing_members(adapter, InputAdapter):
         found["inputs"] = lambda: adapter.with_inputs(batch, adapter.inputs(batch))
-    if not lacking(adapter, HeadAdapter):
+    if not missing_members(adapter, HeadAdapter):
         found["head_inputs"] = lambda: adapter.head_inputs(batch)
-    if not lacking(adapter, GeneratingAdapter):
+    if not missing_members(adapter, GeneratingAdapter):
         found["generate"] = lambda: adapter.generate(batch)
     return found
 
@@ -450,7 +450,7 @@ def test_the_output_layer_gives_the_score(adapter, batch):
 
 
 @offering(HeadAdapter)
-def test_an_input_of_the_output_layer_is_silenced_as_a_unit(adapter, batch):
+def test_an_input_of_the_output_layer_is_pruned_as_a_unit(adapter, batch):
     frozen = hasattr(adapter.model, "peft_config")  # LoRA leaves its base as it is
     if frozen or not ends_in_a_linear_layer(adapter):
         with pytest.raises(UnsupportedError, match="layers=all"):
@@ -460,7 +460,7 @@ def test_an_input_of_the_output_layer_is_silenced_as_a_unit(adapter, batch):
     weight, bias = adapter.head_weights()
     assert group.size == read.shape[1]
     fork = adapter.fork()
-    silence(fork.model, [group], [(0, 0)])
+    prune(fork.model, [group], [(0, 0)])
     read[:, 0] = 0
     outputs = nn.functional.linear(read, weight, bias)
     torch.testing.assert_close(fork.score(batch), adapter.score_outputs(batch, outputs))

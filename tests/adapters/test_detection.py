@@ -17,7 +17,7 @@ from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative
 from mmdefense.kernels.hooks import mode, second_derivatives
-from mmdefense.protocol import TriggerAdapter, lacking
+from mmdefense.protocol import TriggerAdapter, missing_members
 from mmdefense.registry import adapt
 from mmdefense_adapters.torchvision_detection import TorchvisionDetector
 from mmdefense_adapters.twice import twice_differentiable
@@ -103,7 +103,7 @@ def test_unit_groups_name_real_parameters_and_spare_the_predictors(request, adap
     assert ({"filter"} if name in TORCHVISION else {"filter", "neuron", "head"}) <= kinds
 
 
-def test_a_group_norm_is_silenced_with_its_filter():
+def test_a_group_norm_is_pruned_with_its_filter():
     adapter = adapt(build("fcos"), example=torch.rand(1, 3, SIDE, SIDE))
     group = next(g for g in adapter.unit_groups() if g.layer == "head.classification_head.conv.0")
     assert {name.rsplit(".", 1)[0] for name in group.axes} == {
@@ -166,7 +166,7 @@ def test_detections_lie_in_the_image_and_are_of_its_classes(adapter, batch):
 
 
 def test_the_adapter_serves_trigger_inversion(adapter, batch):
-    assert lacking(adapter, TriggerAdapter) == []
+    assert missing_members(adapter, TriggerAdapter) == []
     assert adapter.trigger_targets() == CLASSES
     few = DetectionBatch(batch.images[1:3], batch.boxes[1:3], batch.labels[1:3])
     targets = torch.tensor([0, 1])

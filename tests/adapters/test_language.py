@@ -18,8 +18,8 @@ from mmdefense.kernels.fisher import check_second_derivative, fisher_trace
 from mmdefense.kernels.hooks import second_derivatives
 from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.pruning_curve import pruning_curve
-from mmdefense.kernels.units import silence
-from mmdefense.protocol import GeneratingAdapter, HeadAdapter, TriggerAdapter, lacking
+from mmdefense.kernels.units import prune
+from mmdefense.protocol import GeneratingAdapter, HeadAdapter, TriggerAdapter, missing_members
 from mmdefense.registry import adapt
 from mmdefense_adapters.huggingface_text import _share_right
 
@@ -55,7 +55,7 @@ def test_each_family_gets_its_adapter_and_all_abilities(name, both):
     adapter, _ = both
     assert type(adapter).__name__ == ("HFCausalLM" if name in CAUSAL else "HFSeq2SeqLM")
     for ability in (HeadAdapter, TriggerAdapter, GeneratingAdapter):
-        assert lacking(adapter, ability) == []
+        assert missing_members(adapter, ability) == []
 
 
 def test_padding_changes_nothing(both):
@@ -199,7 +199,7 @@ def test_a_heads_feature_is_the_size_of_what_it_adds(name):
         inputs = []
         layer.register_forward_pre_hook(lambda _, given, kept=inputs: kept.append(given[0]))
         fork.score(batch)
-        silence(fork.model, adapter.unit_groups(), [(place, 0)])
+        prune(fork.model, adapter.unit_groups(), [(place, 0)])
         with torch.no_grad():
             change = layer(inputs[-1]) - outputs[-1 if len(outputs) < 3 else -2]
         size = change.square().mean(-1).sqrt()
@@ -220,7 +220,7 @@ def test_what_the_output_layer_reads_gives_the_score(name, both):
     torch.testing.assert_close(adapter.embedding(batch), means, rtol=1e-4, atol=1e-5)
 
 
-def test_the_pruning_curve_is_that_of_the_silenced_model(name, both):
+def test_the_pruning_curve_is_that_of_the_pruned_model(name, both):
     adapter, samples = both
     if name == "lora":
         with pytest.raises(UnsupportedError, match="layers=all"):
@@ -230,7 +230,7 @@ def test_the_pruning_curve_is_that_of_the_silenced_model(name, both):
     curve = pruning_curve(adapter, samples, range(16), counts)
     for count, value in zip(counts, curve.tolist(), strict=True):
         fork = adapter.fork()
-        silence(fork.model, [fork.head_group()], [(0, unit) for unit in range(count)])
+        prune(fork.model, [fork.head_group()], [(0, unit) for unit in range(count)])
         assert mean_score(fork, samples) == pytest.approx(value, abs=1e-6)
 
 

@@ -27,7 +27,7 @@ from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import fisher_trace
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import train
-from mmdefense.kernels.units import mean_activations, silence
+from mmdefense.kernels.units import mean_activations, prune
 from mmdefense.metrics.backdoor import measure
 from mmdefense.metrics.tac import trigger_activated_change
 from mmdefense.runtime.run import Run, copy_state
@@ -328,7 +328,7 @@ def test_the_decoys_of_the_pruning_aware_attack_are_dormant_and_pruned_for_nothi
     assert len(dormant) >= 16
     weights = victim.model.get_submodule(last.layer).weight[dormant].flatten(1)
     assert (weights.abs().amax(1) > 0).all(), "a decoy has its weights"
-    silence(victim.model, [last], [(0, unit) for unit in dormant])
+    prune(victim.model, [last], [(0, unit) for unit in dormant])
     after = measure(victim, test_set, triggered)
     assert after.acc == before.acc
     assert after.asr >= before.asr - 0.02

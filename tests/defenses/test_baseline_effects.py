@@ -12,7 +12,7 @@ ANP     0.003, 0.269  0.933, 0.944  1.000, not run
 AWM     0.130, 0.022  0.975, 0.961  1.000, 1.000
 ======  ============  ============  ===================
 
-The ablations have the same draws: CLP's silences as many units, drawn at random; ANP's perturbs
+The ablations have the same draws: CLP's prunes as many units, drawn at random; ANP's perturbs
 nothing; RNP's has unlearnt nothing; AWM's has no change of the inputs in its loss. RNP pays with
 accuracy: with 29 held-out samples the guard lets a drop of a tenth pass.
 """
@@ -32,7 +32,7 @@ from mmdefense.defenses.anp import ANP
 from mmdefense.defenses.awm import AWM
 from mmdefense.defenses.clp import CLP
 from mmdefense.defenses.rnp import RNP
-from mmdefense.kernels.units import silence
+from mmdefense.kernels.units import prune
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run
@@ -103,7 +103,7 @@ def test_clp_removes_it_and_as_many_random_units_do_not(case):
     units = [(g, unit) for g, group in enumerate(groups) for unit in range(group.size)]
     drawn = torch.randperm(len(units), generator=Run(case.attack.seed).generator("random units"))
     count = round(result.plots[0].chosen * len(units))
-    silence(fork.model, groups, [units[place] for place in drawn[:count]])
+    prune(fork.model, groups, [units[place] for place in drawn[:count]])
     assert case.measured(fork).asr >= 0.8
 
 

@@ -83,7 +83,7 @@ def test_other_units_have_the_bound_of_their_own_weights(net):
         assert bound == pytest.approx(singular(update), rel=1e-12)
 
 
-def test_clp_silences_what_stands_out_in_its_layer(learnt, corners):
+def test_clp_prunes_what_stands_out_in_its_layer(learnt, corners):
     model = learnt.model
     with torch.no_grad():
         model[0].weight[1] *= 20

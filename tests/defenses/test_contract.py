@@ -22,7 +22,7 @@ from mmdefense import registry
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.defenses.base import Result
 from mmdefense.errors import BadInputError, UnsupportedError
-from mmdefense.protocol import TriggerAdapter, lacking
+from mmdefense.protocol import TriggerAdapter, missing_members
 from mmdefense.runtime.run import copy_state
 
 IMAGES = ["small-resnet", "cnn-without-batchnorm", "hf-vit"]
@@ -279,7 +279,7 @@ def assert_same_result(found, expected):
 @pytest.mark.parametrize("name", ROWS)
 def test_an_adapter_without_a_needed_hook_is_refused_by_name(name):
     defense = make(name)
-    members = lacking(object(), defense.requires)
+    members = missing_members(object(), defense.requires)
     assert members
     for absent in members:
         adapter = SimpleNamespace(**{member: None for member in members if member != absent})
@@ -290,7 +290,7 @@ def test_an_adapter_without_a_needed_hook_is_refused_by_name(name):
 @pytest.mark.parametrize("name", ["pruning", "fine-pruning"])
 def test_pruning_the_last_layer_needs_a_linear_one(taught, name):
     adapter, samples = taught("small-resnet")
-    members = lacking(object(), TriggerAdapter)
+    members = missing_members(object(), TriggerAdapter)
     without_head = SimpleNamespace(**{m: getattr(adapter, m) for m in members})
     without_head.fork = lambda: without_head
     with pytest.raises(UnsupportedError, match=r"needs a HeadAdapter; .* use layers='all'"):

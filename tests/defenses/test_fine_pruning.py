@@ -1,4 +1,4 @@
-"""Pruning against silencing unit by unit and evaluating again, on a ResNet and on a ViT."""
+"""Pruning against pruning unit by unit and evaluating again, on a ResNet and on a ViT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmdefense.defenses.fine_pruning import FinePruning, Pruning
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score
-from mmdefense.kernels.units import mean_activations, rank, silence, weight_change
+from mmdefense.kernels.units import mean_activations, prune, rank, weight_change
 from mmdefense.runtime.run import Run, copy_state
 
 MODELS = ["small-resnet", "hf-vit", "hf-resnet", "cnn-without-batchnorm"]
@@ -49,7 +49,7 @@ def ordered(adapter, samples, layers, order, change):
 
 def pruned(adapter, groups, units):
     fork = adapter.fork()
-    silence(fork.model, groups, units)
+    prune(fork.model, groups, units)
     return fork
 
 

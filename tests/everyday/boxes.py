@@ -50,7 +50,7 @@ def load(where, numbers=None, **options):
     said = {} if numbers is None else {"numbers": numbers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Note)
-        return load_detection(where, said=said, image_size=(HEIGHT, WIDTH), **options)
+        return load_detection(where, stated=said, image_size=(HEIGHT, WIDTH), **options)
 
 
 def notes(where) -> list[str]:

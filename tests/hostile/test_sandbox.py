@@ -14,7 +14,7 @@ import torch
 
 from mmdefense.errors import BadInputError, LowUtilityError
 from mmdefense.notes import Note, note
-from mmdefense.sandbox import BeyondBoundsError, apart, inside
+from mmdefense.sandbox import BeyondBoundsError, in_child, inside
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="children are forked on Linux alone"
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def done(work, hear=lambda _: None, **options):
-    return apart(work, hear, what="reading it", size=0, **options)
+    return in_child(work, hear, what="reading it", size=0, **options)
 
 
 def test_what_is_returned_and_told_comes_back():

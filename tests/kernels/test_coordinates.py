@@ -16,7 +16,7 @@ from mmdefense.kernels.coordinates import (
     trainable,
 )
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
-from mmdefense.kernels.units import parameters_by_name, silence
+from mmdefense.kernels.units import parameters_by_name, prune
 from mmdefense.runtime.run import Run, copy_state
 from mmdefense.training import Training
 
@@ -112,11 +112,11 @@ def test_a_mask_scales_the_output_of_its_unit_and_no_other(given, samples):
         torch.testing.assert_close(before @ masked.T, scaled @ weight.T)
 
 
-def test_masks_of_zero_are_silence(given, samples):
+def test_masks_of_zero_prune(given, samples):
     batch, groups = samples.everything(), list(given.unit_groups())
     chosen = [(number, 0) for number in range(len(groups))]
     quiet, masked = given.fork(), given.fork()
-    silence(quiet.model, groups, chosen)
+    prune(quiet.model, groups, chosen)
     space = UnitMasks(masked.model, groups)
     with torch.no_grad():
         for mask in space.masks:

@@ -31,7 +31,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 @pytest.fixture
 def room():
-    """Samples that fit are found out afresh, and what is told is kept in ``said``."""
+    """Samples that fit are found out afresh, and what is told is kept in ``stated``."""
     made = Room()
     made.said = []
     made.tell = made.said.append

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
-from mmdefense.kernels.units import silence
+from mmdefense.kernels.units import prune
 from mmdefense.runtime.run import copy_state
 from mmdefense_adapters.torch_classifier import TorchClassifier
 
@@ -41,18 +41,18 @@ def taught(draw):
 
 
 def evaluated(adapter, samples, order, counts):
-    """Return the score after silencing the first units of ``order``, each time on a fresh copy."""
+    """Return the score after pruning the first units of ``order``, each time on a fresh copy."""
     found = []
     for count in counts:
         fork = adapter.fork()
-        silence(fork.model, [fork.head_group()], [(0, unit) for unit in order[:count]])
+        prune(fork.model, [fork.head_group()], [(0, unit) for unit in order[:count]])
         found.append(mean_score(fork, samples))
     return found
 
 
 @pytest.mark.parametrize("counts", [range(SIZE + 1), [0], [2, 5, 6, 12], [3, 3, 4]])
 @pytest.mark.parametrize("batch_size", [7, 60, 256])
-def test_every_point_is_that_of_the_silenced_model(taught, counts, batch_size):
+def test_every_point_is_that_of_the_pruned_model(taught, counts, batch_size):
     adapter, samples = taught
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(1)).tolist()
     curve = pruning_curve(adapter, samples, order, list(counts), batch_size)
@@ -64,7 +64,7 @@ def test_every_point_is_that_of_the_silenced_model(taught, counts, batch_size):
 def test_a_head_without_bias_is_served(taught):
     adapter, samples = taught
     adapter.model[-1].bias = None
-    counts = range(SIZE)  # with all silenced, every answer would be a tie of zeros
+    counts = range(SIZE)  # with all pruned, every answer would be a tie of zeros
     curve = pruning_curve(adapter, samples, range(SIZE), counts)
     expected = evaluated(adapter, samples, list(range(SIZE)), counts)
     torch.testing.assert_close(curve.tolist(), expected, rtol=0, atol=1e-6)

@@ -10,10 +10,10 @@ from mmdefense.kernels.units import (
     kth_smallest,
     mean_activations,
     parameters_by_name,
+    prune,
+    pruning_masks,
     rank,
     select_sub_weights,
-    silence,
-    silence_mask,
     weight_change,
     zero,
 )
@@ -107,11 +107,11 @@ def test_marked_entries_are_set_to_zero_and_no_others(net, change):
         assert torch.equal(value, torch.where(mask, 0.0, before[name])), name
 
 
-def test_silence_zeroes_every_entry_of_the_chosen_units_and_no_other(net):
+def test_prune_zeroes_every_entry_of_the_chosen_units_and_no_other(net):
     chosen = [(0, 3), (2, 1), (0, 0), (1, 4)]
     before = parameters_by_name(net)
-    masks = silence_mask(net, GROUPS, chosen)
-    silence(net, GROUPS, chosen)
+    masks = pruning_masks(net, GROUPS, chosen)
+    prune(net, GROUPS, chosen)
     gone = {
         (name, index)
         for group, unit in chosen
@@ -128,7 +128,7 @@ def test_silence_zeroes_every_entry_of_the_chosen_units_and_no_other(net):
 def test_silenced_units_do_not_reach_the_output(adapter, samples):
     groups = adapter.unit_groups()
     chosen = [(0, 1)]
-    silence(adapter.model, groups, chosen)
+    prune(adapter.model, groups, chosen)
     batch = samples.everything()
     expected = adapter.logits(batch.inputs)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_shared_weight_stands_under_each_of_its_names():
     change = {name: value.abs() for name, value in parameters_by_name(net).items()}
     scores = weight_change(change, groups)
     assert torch.equal(*scores)
-    silence(net, groups, [(1, 2)])
+    prune(net, groups, [(1, 2)])
     assert net[0].weight[2].count_nonzero() == 0
 
 

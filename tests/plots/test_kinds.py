@@ -141,7 +141,7 @@ def test_training_curves_have_a_panel_per_value_and_a_line_per_stage():
 
 def test_layer_changes_keep_the_order_and_the_largest():
     names, changes = [f"l{n}" for n in range(60)], [n % 7 / 10 for n in range(60)]
-    plot = LayerChanges(names, changes, silenced=[1] * 60, units=[4] * 60)
+    plot = LayerChanges(names, changes, pruned=[1] * 60, units=[4] * 60)
     (bars,) = plot.panels()
     assert len(bars.values) == 24
     assert bars.values.min() >= 0.4

@@ -59,7 +59,7 @@ def purification(
         guard=GuardInfo(**figures | (guard or {})),
         seconds=12.34,
         provenance=PROVENANCE,
-        layers=(LayerChange(layer="stem", change=0.1, units=16, silenced=2),),
+        layers=(LayerChange(layer="stem", change=0.1, units=16, pruned=2),),
         history=tuple({"stage": "fip", "step": step, "loss": 1 / step} for step in (1, 2, 3)),
         **more,
     )

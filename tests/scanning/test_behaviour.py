@@ -1,4 +1,4 @@
-"""A planted backdoor stands apart, its clean twin's answers do not, and nothing is changed."""
+"""A planted backdoor is an outlier, nothing of its clean twin is, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdefense.data.batch import split
 from mmdefense.findings import ScanRecord
 from mmdefense.kernels.inversion import Recovered
 from mmdefense.kernels.loop import train
-from mmdefense.kernels.outliers import MANY, answers, index_bound
+from mmdefense.kernels.outliers import MANY, cheapest_triggers, index_bound
 from mmdefense.protocol import TriggerFamily
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run
@@ -64,17 +64,17 @@ def of(findings, rule):
     return [finding for finding in findings if finding.id == rule]
 
 
-def test_a_planted_backdoor_stands_apart(scanned):
-    apart = of(scanned.found, "behaviour-trigger-apart")
-    assert [finding.subject for finding in apart] == ["patch to 0"]
-    assert apart[0].level == "high"
-    assert "success" in apart[0].value
-    assert "median of 10 targets" in apart[0].reference
+def test_a_planted_backdoor_is_an_outlier(scanned):
+    outliers = of(scanned.found, "behaviour-trigger-outlier")
+    assert [finding.subject for finding in outliers] == ["patch to 0"]
+    assert outliers[0].level == "high"
+    assert "success" in outliers[0].value
+    assert "median of 10 targets" in outliers[0].reference
 
 
-def test_nothing_of_a_clean_twin_stands_apart(models):
+def test_nothing_of_a_clean_twin_is_an_outlier(models):
     found = scan_behaviour(models.twin, models.twin.samples(models.clean))
-    assert of(found, "behaviour-trigger-apart") == []
+    assert of(found, "behaviour-trigger-outlier") == []
 
 
 def test_activeness_and_smoothness_are_remarks_without_a_reference(scanned):
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_findings(models, scanned):
 def test_other_programs_can_read_it(scanned):
     record = ScanRecord(model="m", findings=scanned.found, parts=["behaviour"])
     first = json.loads(to_json(record))["findings"][0]
-    assert (first["id"], first["level"]) == ("behaviour-trigger-apart", "high")
+    assert (first["id"], first["level"]) == ("behaviour-trigger-outlier", "high")
     result = json.loads(to_sarif(record))["runs"][0]["results"][0]
     assert result["level"] == "error"
     assert result["locations"] == [{"logicalLocations": [{"fullyQualifiedName": "patch to 0"}]}]
@@ -136,32 +136,32 @@ def recovered(success, size, budget=0.1):
     )
 
 
-def apart(found):
-    return [answer.target for answer in answers(found) if answer.apart]
+def outliers(found):
+    return [trigger.target for trigger in cheapest_triggers(found) if trigger.is_outlier]
 
 
-def test_where_all_triggers_work_the_smallest_stands_apart():
-    assert apart(recovered([1.0] * 6, [0.09, 0.08, 0.01, 0.09, 0.085, 0.095])) == [2]
-    assert apart(recovered([1.0] * 6, [0.09, 0.08, 0.07, 0.09, 0.085, 0.095])) == []
+def test_where_all_triggers_work_the_smallest_is_an_outlier():
+    assert outliers(recovered([1.0] * 6, [0.09, 0.08, 0.01, 0.09, 0.085, 0.095])) == [2]
+    assert outliers(recovered([1.0] * 6, [0.09, 0.08, 0.07, 0.09, 0.085, 0.095])) == []
 
 
-def test_where_all_triggers_are_of_one_size_the_only_one_that_works_stands_apart():
-    assert apart(recovered([0.0, 0.1, 0.0, 1.0, 0.2], [0.05] * 5)) == [3]
-    assert apart(recovered([1.0, 0.95, 0.97, 1.0, 0.92], [0.05] * 5)) == []
+def test_where_all_triggers_are_of_one_size_the_only_one_that_works_is_an_outlier():
+    assert outliers(recovered([0.0, 0.1, 0.0, 1.0, 0.2], [0.05] * 5)) == [3]
+    assert outliers(recovered([1.0, 0.95, 0.97, 1.0, 0.92], [0.05] * 5)) == []
 
 
 def test_few_answers_cannot_stand_apart():
-    assert apart(recovered([0.0, 1.0, 0.0, 0.0], [0.05] * 4)) == []
+    assert outliers(recovered([0.0, 1.0, 0.0, 0.0], [0.05] * 4)) == []
 
 
 def test_a_trigger_beyond_the_budget_is_none():
-    assert apart(recovered([0.0, 1.0, 0.0, 0.0, 0.0], [0.5, 0.2, 0.5, 0.5, 0.5])) == []
+    assert outliers(recovered([0.0, 1.0, 0.0, 0.0, 0.0], [0.5, 0.2, 0.5, 0.5, 0.5])) == []
 
 
 def test_the_cheapest_level_of_an_answer_counts():
     found = recovered([1.0, 1.0, 0.4, 0.9], [0.03, 0.02, 0.05, 0.05])
     found = replace(found, targets=torch.tensor([0, 0, 1, 1]))
-    assert [(a.target, a.row) for a in answers(found)] == [(0, 1), (1, 3)]
+    assert [(a.target, a.row) for a in cheapest_triggers(found)] == [(0, 1), (1, 3)]
 
 
 def triggers(adapter, samples, monkeypatch, found):
@@ -172,7 +172,7 @@ def triggers(adapter, samples, monkeypatch, found):
 @pytest.mark.parametrize(
     ("sizes", "rule", "level"),
     [
-        ([0.016] + [0.05] * 5, "behaviour-trigger-apart", "high"),
+        ([0.016] + [0.05] * 5, "behaviour-trigger-outlier", "high"),
         ([0.05] * 10, "behaviour-trigger", "medium"),  # all answers have one
         ([0.029] + [0.05] * 5, "behaviour-trigger", "medium"),  # far by its index alone
         ([0.05] * 4, "behaviour-trigger", "medium"),  # too few to tell
@@ -192,7 +192,7 @@ def test_a_trigger_that_works_is_at_least_medium(models, monkeypatch, sizes, rul
 
 def test_a_trigger_of_a_kind_that_tells_nothing_is_no_alarm(models, monkeypatch):
     found = recovered([0.0, 0.1, 0.0, 1.0, 0.2], [0.05] * 5)
-    found = replace(found, family=replace(found.family, telling=False))
+    found = replace(found, family=replace(found.family, diagnostic=False))
     (finding,) = triggers(models.twin, models.twin.samples(models.clean), monkeypatch, found)
     assert (finding.id, finding.level) == ("behaviour-trigger-common", "info")
 
@@ -218,7 +218,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
 
     monkeypatch.setattr(behaviour, "recover", recover)
     monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
-    monkeypatch.setattr(behaviour, "lacking", lambda *_: ["words"])
+    monkeypatch.setattr(behaviour, "missing_members", lambda *_: ["words"])
     monkeypatch.setattr(behaviour, "_picture", lambda *_: "")
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
     *screened, (search, full) = searched
@@ -269,15 +269,15 @@ def test_an_answer_that_all_samples_get_anyway_is_no_triggers(monkeypatch):
 def test_the_words_of_a_trigger_are_shown(monkeypatch):
     found = recovered([0.0, 0.0, 1.0, 0.0, 0.0], [0.05] * 5)
     monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
-    monkeypatch.setattr(behaviour, "lacking", lambda *_: [])
+    monkeypatch.setattr(behaviour, "missing_members", lambda *_: [])
     monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
     model = SimpleNamespace(
         trigger_targets=lambda: 5,
         trigger_words=lambda trigger: "cf mn",
-        target_words=lambda target: f"answer {target}",
+        target_words=lambda target: f"trigger {target}",
     )
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
-    assert "near 'cf mn' before a prompt, target 'answer 2'" in finding.value
+    assert "near 'cf mn' before a prompt, target 'trigger 2'" in finding.value
 
 
 def test_the_function_takes_a_model_and_data_in_memory(models, monkeypatch):

@@ -14,7 +14,7 @@ from mmdefense.evaluation import calibration
 from mmdefense.evaluation.calibration import calibrate, clean_twin, markdown
 from mmdefense.evaluation.cases import named_cases
 from mmdefense.findings import ScanRecord
-from mmdefense.scanning.behaviour import APART, SMOOTHNESS, TRIGGER
+from mmdefense.scanning.behaviour import OUTLIER, SMOOTHNESS, TRIGGER
 from mmdefense.store import Store
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "scan_calibration.py"
@@ -22,8 +22,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "scan_calibration.py"
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Let scans find, in turn, a trigger apart and one that is not; return who was scanned."""
-    given = [APART.found("patch to 0", "success 99%"), TRIGGER.found("patch to 1", "success 91%")]
+    """Let scans find, in turn, an outlier and one that is not; return who was scanned."""
+    given = [OUTLIER.found("patch to 0", "success 99%"), TRIGGER.found("patch to 1", "success 91%")]
     seen = []
 
     def scan(adapter, data, *, seed, progress, **_):

@@ -203,17 +203,17 @@ def test_ids_of_wordnet_count_the_classes_of_imagenet(tmp_path, pixels):
     write_folder(tmp_path / "set", pixels, ids)
     said = {"classes": ("tench, Tinca tinca", "goldfish", "great white shark")}
     with pytest.warns(Note, match="WordNet ids"):
-        assert load_data(tmp_path / "set", said=said).labels.tolist() == LABELS.tolist()
+        assert load_data(tmp_path / "set", stated=said).labels.tolist() == LABELS.tolist()
     (tmp_path / "set" / ids[1]).rename(tmp_path / "gone")
-    assert "got n01440764, n01484850" in refused(tmp_path / "set", said=said)
+    assert "got n01440764, n01484850" in refused(tmp_path / "set", stated=said)
 
 
 def test_class_names_of_another_language_need_a_word(folder):
     said = {"classes": ("Vogel", "Katze", "Hund")}
-    assert "(Vogel, Katze, Hund), got bird, cat, dog" in refused(folder, said=said)
-    counted = load_data(folder, said=said, order="text")
+    assert "(Vogel, Katze, Hund), got bird, cat, dog" in refused(folder, stated=said)
+    counted = load_data(folder, stated=said, order="text")
     assert counted.labels.tolist() == LABELS.tolist()
-    named = load_data(folder, said=said, classes=("bird", "dog", "cat"))
+    named = load_data(folder, stated=said, classes=("bird", "dog", "cat"))
     assert named.labels.tolist() == [0] * 3 + [2] * 3 + [1] * 3
 
 

@@ -414,7 +414,7 @@ def test_coco_ids_with_gaps_are_the_numbers_of_a_model_that_has_them(gaps, outpu
     model = small_fcos(outputs, 3, (HEIGHT, WIDTH)).eval()
     adapter = adapt(model) if offset is None else adapt(model, offset=offset)
     with pytest.warns(Note, match="using the COCO category ids"):
-        samples = load_detection(gaps, said=adapter.reading(), image_size=(HEIGHT, WIDTH))
+        samples = load_detection(gaps, stated=adapter.reading(), image_size=(HEIGHT, WIDTH))
     boxes = torch.tensor([[0.0, 0, 10, 10], [12, 0, 22, 10], [24, 8, 34, 18]])
     targets = {"boxes": boxes, "labels": torch.tensor(list(IDS))}
     batch = adapter.samples(samples).take(torch.tensor([0]))
@@ -430,9 +430,9 @@ def test_coco_ids_with_gaps_are_the_numbers_of_a_model_that_has_them(gaps, outpu
 
 def test_as_many_classes_as_the_model_has_are_counted(gaps):
     adapter = adapt(small_fcos(3, 3, (HEIGHT, WIDTH)))
-    samples = load_detection(gaps, said=adapter.reading())
+    samples = load_detection(gaps, stated=adapter.reading())
     assert samples.labels[0].tolist() == [0, 1, 2]
-    forced = load_detection(gaps, said={"numbers": range(1, 6)}, labels="dense")
+    forced = load_detection(gaps, stated={"numbers": range(1, 6)}, labels="dense")
     assert forced.labels[0].tolist() == [0, 1, 2]
     assert forced.classes == ("cat", "dog", "owl", "(no name) 3", "(no name) 4")
 

@@ -175,7 +175,7 @@ def _declared_part(content: Mapping[str, Any], kind: Any, where: str) -> dict[st
             kept[name] = False
         elif name in {"model_args", "backbone_kwargs", "pretrained_cfg"}:
             kept[name] = _arguments(name, value)
-        elif _is_handed(name, value, known, kind, where):
+        elif _is_allowed(name, value, known, kind, where):
             kept[name] = value
     return kept
 
@@ -203,7 +203,7 @@ def _arguments(name: str, value: Any) -> Any:
     return {key: item for key, item in value.items() if key in known}
 
 
-def _is_handed(name: str, value: Any, known: set[str], kind: Any, where: str) -> bool:
+def _is_allowed(name: str, value: Any, known: set[str], kind: Any, where: str) -> bool:
     """Return whether a field that is not a nested config is passed to the library.
 
     Raises:
