@@ -48,9 +48,9 @@ class Course:
     points: tuple[CoursePoint, ...]
 
     def plot(self) -> SmoothnessCourse:
-        """Return the plot, with the spectra of the first and the last point."""
-        first, last = self.points[0], self.points[-1]
-        spectra = {f"{p.step} updates": p.smoothness.spectrum for p in (first, last)}
+        """Return the plot, with the spectra of the first, the middle and the last point."""
+        shown = [self.points[0], self.points[len(self.points) // 2], self.points[-1]]
+        spectra = {f"{point.step} updates": point.smoothness.spectrum for point in shown}
         attacked = all(point.asr is not None for point in self.points)
         return SmoothnessCourse(
             [point.step for point in self.points],

@@ -86,6 +86,7 @@ def unit_coverage(
     triggered: TriggeredSamples[Any],
     scores: Mapping[str, Tensor],
     fractions: Sequence[float] = FRACTIONS,
+    layers: Sequence[str] | None = None,
 ) -> Coverage:
     """Measure the coverage by several orders (:func:`mmdefense.metrics.tac.neuron_coverage_ratio`).
 
@@ -93,16 +94,16 @@ def unit_coverage(
         adapter: The model; it is left as it is.
         triggered: Triggered test samples and their clean twins.
         scores: By name of the order, what it ranks all units by, ``(U,)``, the largest first.
-        fractions: Shares of all units to compare.
+        fractions: Shares of the units to compare.
+        layers: Whose units are compared; none takes all layers. The activations of layers differ in
+            scale, which TAC and the orders take over.
     """
     groups = adapter.unit_groups()
     by_layer = trigger_activated_change(adapter, triggered)
     change = torch.cat([by_layer[group.layer] for group in groups])
-    ratios = {
-        name: tuple(
-            neuron_coverage_ratio(values.argsort(descending=True, stable=True), change, fraction)
-            for fraction in fractions
-        )
-        for name, values in scores.items()
-    }
+    taken = torch.cat([torch.full((g.size,), layers is None or g.layer in layers) for g in groups])
+    ratios = {}
+    for name, values in scores.items():
+        order = values[taken].argsort(descending=True, stable=True)
+        ratios[name] = tuple(neuron_coverage_ratio(order, change[taken], f) for f in fractions)
     return Coverage(tuple(fractions), ratios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,12 @@ class Changes:
     Attributes:
         clean: When clean data is unlearnt, ``(U,)`` over all unit groups.
         poison: When poisoned data is unlearnt, ``(U,)``.
+        sizes: Number of units of each layer, in the order of the values.
     """
 
     clean: Tensor
     poison: Tensor
+    sizes: Mapping[str, int]
 
     @property
     def correlation(self) -> float:
@@ -51,6 +54,15 @@ class Changes:
             for values in (self.clean, self.poison)
         ]
         return len(tops[0] & tops[1]) / count
+
+    def within(self, layer: str) -> Changes:
+        """Return the changes of the units of one layer."""
+        place = list(self.sizes).index(layer)
+        clean, poison = (
+            torch.split(values, list(self.sizes.values()))[place]
+            for values in (self.clean, self.poison)
+        )
+        return Changes(clean, poison, {layer: self.sizes[layer]})
 
     def plot(self) -> UnlearningChanges:
         """Return the plot of one against the other."""
@@ -85,7 +97,7 @@ def unlearning_changes(
     clean_change, poison_change = (
         torch.cat(weight_change(change, groups)).cpu() for change in (of_clean, of_poison)
     )
-    return Changes(clean_change, poison_change)
+    return Changes(clean_change, poison_change, {group.layer: group.size for group in groups})
 
 
 def activeness(

@@ -20,7 +20,7 @@ from mmdefense.plots.colors import AFTER, ATTACK, BEFORE, INK, MUTED, PAPER, SER
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Bars", "Curve", "Curves", "Histogram", "Interval", "Scatter"]
+__all__ = ["Bars", "Curve", "Curves", "Histogram", "Interval", "Scatter", "tick"]
 
 _MINUS = "\N{MINUS SIGN}"
 _CURVE_POINTS, _SCATTER_POINTS = 400, 1200  # ours; keep a page small
@@ -148,7 +148,7 @@ class Curves(Panel):
         axes.set_yscale("log", nonpositive="mask")
         axes.set_ylim(max(seen.min(), seen.max() * 1e-6) / 2, seen.max() * 2)
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
-        axes.yaxis.set_major_formatter(_tick)
+        axes.yaxis.set_major_formatter(tick)
         axes.yaxis.set_minor_formatter(lambda *_: "")
 
 
@@ -212,7 +212,7 @@ class Histogram(Panel):
             axes.stairs(counts, edges, color=color, label=_short(name))
         if self.log:
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(_tick)
+            axes.xaxis.set_major_formatter(tick)
             axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(visible=False, axis="x")
@@ -289,7 +289,7 @@ class Bars(Panel):
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(_tick)
+        axes.xaxis.set_major_formatter(tick)
         axes.set_xlabel(self.xlabel)
 
 
@@ -351,7 +351,7 @@ class Interval(Panel):
         axes.set_ylim(-1, 1.6)
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(_tick)
+        axes.xaxis.set_major_formatter(tick)
         axes.set_xlabel(self.xlabel)
 
 
@@ -433,7 +433,8 @@ def _thin(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _tick(value: float, _: float = 0) -> str:
+def tick(value: float, _: float = 0) -> str:
+    """Return the label of a tick at ``value``."""
     return f"{value:g}".replace("-", _MINUS)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mmdefense.errors import BadInputError
 from mmdefense.plots.base import Numbers, Panel, Plot, as_array, say
 from mmdefense.plots.colors import AFTER
-from mmdefense.plots.panels import Histogram
+from mmdefense.plots.panels import Histogram, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +54,9 @@ class Points(Panel):
         axes.plot(self.x, self.y, "o", color=AFTER, markersize=3.4, markeredgewidth=0, alpha=0.6)
         axes.set_xscale("log", nonpositive="mask")
         axes.set_yscale("log", nonpositive="mask")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(tick)
+            axis.set_minor_formatter(lambda *_: "")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
 
 
@@ -99,7 +102,7 @@ class ActivenessCompared(Plot):
     title = "Neuron activeness of several models"
     caption = (
         "Mean gradient norm of each unit over the updates of one epoch of clean unlearning (TSBD, "
-        "arXiv:2405.20291, Fig. 3), on a logarithmic scale."
+        "arXiv:2405.20291, Fig. 1), on a logarithmic scale."
     )
 
     def panels(self) -> list[Histogram]:

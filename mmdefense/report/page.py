@@ -87,9 +87,26 @@ def scan_page(scan: ScanRecord) -> str:
     return template("scan.html.j2").render(scan=scan, scans=[entry], level=level)
 
 
-def write_analysis(title: str, lines: Sequence[str], plots: Sequence[Plot], path: Path) -> None:
-    """Write the page of an analysis to ``path``, atomically: a title, sentences, and plots."""
-    html = template("analysis.html.j2").render(title=title, lines=lines, plots=shown_plots(plots))
+def write_analysis(
+    title: str,
+    lines: Sequence[str],
+    plots: Sequence[Plot],
+    path: Path,
+    table: Sequence[Sequence[str]] = (),
+) -> None:
+    """Write the page of an analysis, atomically; missing folders are made.
+
+    Args:
+        title: Its heading.
+        lines: Sentences below it.
+        plots: Shown below the table.
+        path: Where it goes.
+        table: Its rows, the names of the columns first; none shows no table.
+    """
+    html = template("analysis.html.j2").render(
+        title=title, lines=lines, table=table, plots=shown_plots(plots)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(html.encode()))
 
 

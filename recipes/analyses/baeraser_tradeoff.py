@@ -19,23 +19,24 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdefense.analysis.settings_compared import settings_compared
+from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.victims import train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.plots.base import Plot
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
-from mmdefense_tasks.image_classification import ImageClassification
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()
-case = replace(ImageClassification().cases()[0], attack=options.attack)
+case = described_case({"base": f"{options.data}-clean", "attack": options.attack})
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
-table = Table("clean data", "beta / alpha", "ACC", "ASR", "RA")
+rows = [["clean data", "beta / alpha", "ACC", "ASR", "RA"]]
 plots: list[Plot] = []
 
 # %% The weight of the drift against that of the ascent, and the share of clean data.
@@ -62,12 +63,14 @@ for share in (0.05,) if options.smoke else (0.05, 0.01):
     found = settings_compared(victim.adapter, clean, victim.test, triggered, defenses, options.seed)
     for name, rates in {"the victim": found.before, **found.after}.items():
         shown = [f"{100 * (rate or 0):.1f}" for rate in (rates.acc, rates.asr, rates.ra)]
-        table.add_row(f"{share:.0%}", name, *shown)
+        rows.append([f"{share:.0%}", name, *shown])
     plots.append(replace(found.plot(), of=f"{share:.0%} clean data"))
     plots.append(victim.task.show(triggered.clean, triggered.samples))  # the true trigger
     plots += found.plots[next(iter(defenses))]  # the recovered ones
+table = Table(*rows[0])
+for row in rows[1:]:
+    table.add_row(*row)
 Console(width=110).print(table)
 path = options.out / "baeraser_tradeoff.html"
-path.parent.mkdir(parents=True, exist_ok=True)
-write_analysis("What BAERASER recovers and what it leaves", [], plots, path)
+write_analysis("What BAERASER recovers and what it leaves", [], plots, path, rows)
 print(f"page: {path}")

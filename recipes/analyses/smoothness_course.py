@@ -11,6 +11,7 @@ fall with it during the purification. Measured here: see docs/analyses.md.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +25,14 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.data.batch import split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.base import Purifying
+from mmdefense.evaluation.cases import described_case
 from mmdefense.kernels.loop import train as train_model
 from mmdefense.pipeline.purification import configured
 from mmdefense.report.page import write_analysis
-from mmdefense.training import Training
-from mmdefense_tasks.image_classification import ImageClassification, load_digits
-from mmdefense_tasks.victims import SmallResNet
+from mmdefense_tasks.image_classification import ImageClassification
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--views", choices=("insertions", "standard"), default="insertions")
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
@@ -39,22 +40,24 @@ parser.add_argument("--smoke", action="store_true", help="few steps: that it run
 options = parser.parse_args()
 
 # %% Data, a backdoored net and its clean twin from the same random weights.
-train, test = load_digits(options.seed)
-train = ImageClassification().for_training(train)
+case = described_case({"base": f"{options.data}-clean", "attack": "badnets"})
+task = ImageClassification()
+plain = task.load(options.data, split="train").in_memory()
+train, test = task.for_training(plain), task.load(options.data, split="test").in_memory()
+described = task.describe(plain)
 torch.manual_seed(options.seed)
-backdoored = mmd.adapt(SmallResNet(10, 1))
+backdoored = mmd.adapt(task.victim(described["classes"], described["channels"]))
 backdoored.samples(train)
 benign = backdoored.fork()
 attack = BadNets(target=0, ratio=0.1, seed=options.seed)
 triggered = attack.triggered(test, backdoored)
-steps = 20 if options.smoke else 300
-training = Training(steps=steps, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0)
-clean = split(load_digits(options.seed)[0], 0.01 if options.smoke else 0.05, options.seed)[1]
+training = replace(case.training, steps=20) if options.smoke else case.training
+clean = split(plain, 0.01 if options.smoke else case.clean, options.seed)[1]
 course = partial(
     smoothness_course,
     clean=clean,
     test=test,
-    every=steps if options.smoke else 60,
+    every=training.steps // (1 if options.smoke else 5),
     seed=options.seed,
     trace_error=None if options.smoke else 0.1,
 )
@@ -77,7 +80,7 @@ courses: list[Course] = [
     ),
 ]
 assert isinstance(clean, LabelledSamples)
-given = clean if options.views == "insertions" else ImageClassification().for_training(clean)
+given = clean if options.views == "insertions" else task.for_training(clean)
 fit, holdout = split(given, 0.2, options.seed)
 few_steps = {"steps": 5} if options.smoke else {}
 fip = configured("fip", {"seed": options.seed, "restarts": 0, **few_steps})
@@ -94,21 +97,26 @@ courses.append(
 )
 
 # %% The table and the page.
-table = Table("model", "updates", "ACC", "ASR", "λmax", "Tr(H) ± standard error", "probes")
+rows = [["model", "updates", "ACC", "ASR", "λmax", "Tr(H) ± standard error", "probes"]]
 for found in courses:
     for point in found.points:
         sharp = point.smoothness
-        table.add_row(
-            found.name,
-            str(point.step),
-            f"{point.acc:.1%}",
-            "" if point.asr is None else f"{point.asr:.1%}",
-            f"{sharp.lambda_max:.3g}",
-            f"{sharp.trace:.3g} ± {sharp.spread:.2g}",
-            str(sharp.trace_probes),
+        rows.append(
+            [
+                found.name,
+                str(point.step),
+                f"{point.acc:.1%}",
+                f"{point.asr or 0:.1%}",
+                f"{sharp.lambda_max:.3g}",
+                f"{sharp.trace:.3g} ± {sharp.spread:.2g}",
+                str(sharp.trace_probes),
+            ]
         )
+table = Table(*rows[0])
+for row in rows[1:]:
+    table.add_row(*row)
 Console(width=110).print(table)
 path = options.out / "smoothness_course.html"
-path.parent.mkdir(parents=True, exist_ok=True)
-write_analysis("Curvature of the clean loss", [], [each.plot() for each in courses], path)
+plots = [each.plot() for each in courses]
+write_analysis("Curvature of the clean loss", [], plots, path, rows)
 print(f"page: {path}")

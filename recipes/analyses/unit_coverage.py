@@ -17,40 +17,50 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmdefense.analysis.unit_coverage import unit_coverage, unit_scores
+from mmdefense.analysis.unit_coverage import FRACTIONS, unit_coverage, unit_scores
+from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.victims import train_victim
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
-from mmdefense_tasks.image_classification import ImageClassification
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()
 
-# %% The victim: SmallResNet on handwritten digits, 10 % of the training set poisoned.
-case = replace(ImageClassification().cases()[0], attack=options.attack)
+# %% The victim: SmallResNet, 10 % of its training set poisoned.
+case = described_case({"base": f"{options.data}-clean", "attack": options.attack})
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)
-print(f"the victim: ACC {victim.before.acc:.1%}, ASR {victim.before.asr:.1%}")
+victim_line = f"the victim: ACC {victim.before.acc:.1%}, ASR {victim.before.asr:.1%}"
+print(victim_line)
 
 # %% The orders, from clean data alone, and their coverage.
 few_steps = {"ANP": {"steps": 3}, "RNP": {"epochs": 2, "unlearn_epochs": 2}}
 clean = adapter.samples(victim.clean)
 scores = unit_scores(adapter, clean, Run(options.seed), few_steps if options.smoke else {})
-coverage = unit_coverage(adapter, triggered, scores)
-table = Table("order", *[f"{fraction:.0%}" for fraction in coverage.fractions])
-for name, ratios in coverage.ratios.items():
-    table.add_row(name, *[f"{ratio:.0%}" for ratio in ratios])
+last = [group.layer for group in adapter.unit_groups() if "shortcut" not in group.layer][-1]
+found = {
+    "all layers": unit_coverage(adapter, triggered, scores),
+    f"{last} alone": unit_coverage(adapter, triggered, scores, layers=[last]),
+}
+rows = [["units of", "order", *[f"{fraction:.0%}" for fraction in FRACTIONS]]]
+for where, coverage in found.items():
+    for name, ratios in coverage.ratios.items():
+        rows.append([where, name, *[f"{ratio:.0%}" for ratio in ratios]])
+table = Table(*rows[0])
+for row in rows[1:]:
+    table.add_row(*row)
 Console(width=110).print(table)
 
 path = options.out / "unit_coverage.html"
-path.parent.mkdir(parents=True, exist_ok=True)
-write_analysis("Coverage of TAC", [], [coverage.plot()], path)
+plots = [replace(coverage.plot(), of=where) for where, coverage in found.items()]
+write_analysis("Coverage of TAC", [victim_line], plots, path, rows)
 print(f"page: {path}")

@@ -21,6 +21,16 @@ def test_the_order_by_tac_covers_all_and_its_reverse_nothing(victims, triggered)
     assert [curve.name for curve in found.plot().panels()[0].curves] == ["tac", "reverse"]
 
 
+def test_the_coverage_of_one_layer_is_that_of_its_units(victims, triggered):
+    adapter = victims[0]
+    by_layer = trigger_activated_change(adapter, triggered)
+    first, second = by_layer  # 6 and 8 units
+    change = torch.cat([by_layer[first], -by_layer[second]])
+    for layer, expected in ((first, (1, 1)), (second, (0, 1))):
+        found = unit_coverage(adapter, triggered, {"order": change}, (0.5, 1.0), layers=[layer])
+        assert found.ratios == {"order": expected}
+
+
 def test_every_order_ranks_all_units(victims, data):
     adapter = victims[0]
     units = sum(group.size for group in adapter.unit_groups())

@@ -41,4 +41,4 @@ def test_a_training_is_measured_on_its_way_and_goes_as_without_it(fresh, data, t
     rates, curvature, spectra = course.plot().panels()
     assert [curve.name for curve in rates.curves] == ["ACC", "ASR"]
     assert len(curvature.curves[0].x) == 3
-    assert [curve.name for curve in spectra.curves] == ["0 updates", "50 updates"]
+    assert [curve.name for curve in spectra.curves] == ["0 updates", "40 updates", "50 updates"]

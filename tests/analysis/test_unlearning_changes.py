@@ -7,6 +7,8 @@ from condition import assert_same, condition
 from mmdefense.analysis.unlearning_changes import Changes, activeness, unlearning_changes
 from mmdefense.runtime.run import Run
 
+SIZES = {"first": 4, "second": 6}
+
 
 def test_both_unlearnings_leave_the_model_as_it_is(victims, data, triggered):
     adapter = victims[0]
@@ -22,12 +24,20 @@ def test_both_unlearnings_leave_the_model_as_it_is(victims, data, triggered):
 
 def test_correlations_and_overlap_are_those_of_known_orders():
     rising = torch.arange(1.0, 11)
-    changes = Changes(rising, rising.square())
+    changes = Changes(rising, rising.square(), SIZES)
     assert changes.rank_correlation == pytest.approx(1)
     assert 0.9 < changes.correlation < 1
     assert changes.overlap(0.3) == 1
-    assert Changes(rising, rising.flip(0)).overlap(0.3) == 0
-    assert Changes(rising, -rising).correlation == pytest.approx(-1)
+    assert Changes(rising, rising.flip(0), SIZES).overlap(0.3) == 0
+    assert Changes(rising, -rising, SIZES).correlation == pytest.approx(-1)
+
+
+def test_the_changes_of_one_layer_are_those_of_its_units():
+    rising = torch.arange(1.0, 11)
+    found = Changes(rising, rising.square(), SIZES).within("second")
+    assert found.clean.tolist() == [5, 6, 7, 8, 9, 10]
+    assert found.poison.tolist() == [25, 36, 49, 64, 81, 100]
+    assert found.sizes == {"second": 6}
 
 
 def test_activeness_is_the_gradient_norm_of_each_unit_and_changes_nothing(victims, data):
