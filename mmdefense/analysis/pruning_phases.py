@@ -9,7 +9,7 @@ from mmdefense.data.batch import Samples
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
 from mmdefense.kernels.units import rank
 from mmdefense.metrics.backdoor import TriggeredSamples
-from mmdefense.plots.pruning_curve import PruningCurve
+from mmdefense.plots.pruning_curve import PruningPhases
 from mmdefense.protocol import HeadAdapter
 
 __all__ = ["Phases", "pruning_phases"]
@@ -49,9 +49,9 @@ class Phases:
         ]
         return min(kept)
 
-    def plot(self) -> PruningCurve:
+    def plot(self) -> PruningPhases:
         """Return the plot, with a mark where the task begins to fall."""
-        return PruningCurve(self.fractions, self.acc, self.task_falls, self.asr)
+        return PruningPhases(self.fractions, self.acc, self.asr, self.task_falls)
 
     def _fallen(self, rates: tuple[float, ...]) -> float:
         low = [f for f, rate in zip(self.fractions, rates, strict=True) if rate < rates[0] - _STEP]

@@ -22,13 +22,17 @@ from mmdefense.plots.layer_changes import LayerChanges
 from mmdefense.plots.layers_compared import LayersCompared
 from mmdefense.plots.loss_smoothness import LossSmoothness
 from mmdefense.plots.panels import Curve, Curves
-from mmdefense.plots.pruning_curve import PruningCurve
+from mmdefense.plots.pruning_curve import PruningCurve, PruningPhases
 from mmdefense.plots.recovered_triggers import RecoveredTriggers
+from mmdefense.plots.settings_compared import SettingsCompared
+from mmdefense.plots.smoothness_course import SmoothnessCourse
 from mmdefense.plots.training_curves import TrainingCurves
 from mmdefense.plots.triggered_clips import TriggeredClips
 from mmdefense.plots.triggered_clouds import TriggeredClouds
 from mmdefense.plots.triggered_samples import TriggeredSamples
 from mmdefense.plots.triggered_texts import TriggeredTexts
+from mmdefense.plots.unit_coverage import UnitCoverage
+from mmdefense.plots.unlearning_changes import ActivenessCompared, UnlearningChanges
 from mmdefense.plots.weight_change import WeightChange
 from mmdefense.report.archive import read_plots, write_plots
 from mmdefense.report.panels import markup, shown_plots
@@ -63,13 +67,19 @@ PLOTS: list[Plot] = [
     LossSmoothness(["before", "after"], [9.0, 1.0], [3.0, 1.0], {"before": SPECTRUM}),
     LossSmoothness(["before", "after"], [9.0, 1.0]),
     Mine([1.0, 2.0]),
-    PruningCurve(SHARES, SHARES, 0.5, asr=torch.tensor(SHARES)),
+    ActivenessCompared({"benign": [1.0, 2.0], "backdoored": torch.tensor([2.0, 3.0])}),
+    PruningCurve(SHARES, SHARES, 0.5),
+    PruningPhases(SHARES, SHARES, torch.tensor(SHARES), 0.5),
     RecoveredTriggers(list(IMAGES), list("abcd"), [0.9] * 4, [True] * 3 + [False], [True] * 4),
+    SettingsCompared(["before", "none"], [99.0, 98.0], [100.0, 3.0]),
+    SmoothnessCourse([0, 9], SHARES[:2], SHARES[:2], [1.0, 9.0], [2.0, 99.0], {"9": SPECTRUM}),
     TrainingCurves(HISTORY),
     TriggeredClips(GREY, GREY.flip(4), ["walk", "run"], [0, 2, 4, 6]),
     TriggeredClouds(GREY[0, 0, :, :, :3], GREY[0, 0, :, :, 3:6], ["a", "b", "c", "d"]),
     TriggeredSamples(IMAGES, IMAGES.flip(3), ["a"], trigger=IMAGES[:1]),
     TriggeredTexts(["a b"], ["a x b"], ["right"], ["wrong"]),
+    UnitCoverage(SHARES, {"NWC": SHARES, "random": torch.tensor(SHARES)}),
+    UnlearningChanges([0.01, 1.0], torch.tensor([0.1, 2.0]), 0.9),
     WeightChange(torch.rand(3, 4), reset=2),
 ]
 each_plot = pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: type(plot).__name__)
@@ -102,6 +112,11 @@ def test_a_plot_comes_back_from_the_archive_as_it_is_shown(plot, tmp_path):
 def test_every_panel_says_in_words_what_it_shows(plot):
     for panel in plot.panels():
         assert panel.describe() in markup(panel, "p").unescape()
+
+
+@each_plot
+def test_no_label_shows_the_markup_of_formulas(plot):
+    assert not any("mathdefault" in markup(panel, "p") for panel in plot.panels())
 
 
 @pytest.mark.parametrize("given", [{"pruning_curve": 1}, torch.rand(3), Curves([], "x", "y")])

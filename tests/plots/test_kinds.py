@@ -10,7 +10,6 @@ from mmdefense.plots.activeness import Activeness
 from mmdefense.plots.embedding_map import EmbeddingMap
 from mmdefense.plots.layer_changes import LayerChanges
 from mmdefense.plots.loss_smoothness import LossSmoothness, density
-from mmdefense.plots.pruning_curve import PruningCurve
 from mmdefense.plots.recovered_triggers import RecoveredTriggers
 from mmdefense.plots.training_curves import TrainingCurves
 from mmdefense.plots.triggered_samples import TriggeredSamples
@@ -67,14 +66,6 @@ def test_no_recovered_trigger_makes_a_plot_of_words_alone():
 def test_columns_of_different_length_are_refused():
     with pytest.raises(BadInputError, match="one length, got 1, 2, 1, 1 and 0"):
         RecoveredTriggers([np.zeros((1, 2, 2))], ["a", "b"], [0.5], [True])
-
-
-def test_the_pruning_curve_says_that_the_defense_did_not_see_the_asr():
-    fractions = np.linspace(0, 1, 5)
-    known = PruningCurve(fractions, fractions, asr=fractions)
-    assert "ASR" in known.panels()[0].describe()
-    assert "by accuracy alone" in known.caption
-    assert "by accuracy alone" not in PruningCurve(fractions, fractions).caption
 
 
 def test_weight_changes_are_sorted_with_the_largest_first():

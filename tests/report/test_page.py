@@ -18,7 +18,7 @@ from mmdefense.plots.pruning_curve import PruningCurve
 from mmdefense.plots.recovered_triggers import RecoveredTriggers
 from mmdefense.plots.triggered_samples import TriggeredSamples
 from mmdefense.plots.weight_change import WeightChange
-from mmdefense.report.page import page, render_page
+from mmdefense.report.page import page, render_page, write_analysis
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{7*7}}'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -60,11 +60,22 @@ def all_plots():
     return [
         TriggeredSamples(images, images.flip(3)),
         RecoveredTriggers(images[:2], ["target 0", HOSTILE], [0.9, 0.8], [True, True]),
-        PruningCurve(numbers, 1 - numbers, chosen=0.5, asr=1 - numbers),
+        PruningCurve(numbers, 1 - numbers, chosen=0.5),
         WeightChange(numbers),
         Activeness(numbers, numbers / 2),
         LossSmoothness(["before", "after"], (90.0, 10.0), lambda_max=(9.0, 1.0)),
     ]
+
+
+def test_the_page_of_an_analysis_has_its_sentences_and_table_as_text(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    write_analysis("Title", ["one", HOSTILE], all_plots()[3:4], path, [["order", "1%"], ["a", "9"]])
+    text = path.read_text()
+    assert "<script" not in text
+    assert re.search(r"<th[^>]*><bdi>order</bdi></th>", text)
+    assert "<td><bdi>9</bdi></td>" in text
+    write_analysis("Title", [], all_plots()[3:4], path)
+    assert "<table" not in path.read_text()
 
 
 @pytest.fixture(scope="module")
