@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mmdefense.analysis.clusters import clusters
 from mmdefense.evaluation.cases import described_case
-from mmdefense.evaluation.victims import purified_row, train_victim
+from mmdefense.evaluation.grid import VIEWS
+from mmdefense.evaluation.victims import for_defenses, purified_row, train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
@@ -27,6 +28,7 @@ parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--defense", default="fip", help="a name of `mmdefense list defenses`")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--views", choices=VIEWS, default="standard", help="of the clean samples")
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()
@@ -36,6 +38,7 @@ case = described_case({"base": f"{options.data}-clean", "attack": options.attack
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
+victim = for_defenses(victim, case, options.views, None, options.seed)
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)

@@ -26,6 +26,7 @@ from mmdefense.data.batch import split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.base import Purifying
 from mmdefense.evaluation.cases import described_case
+from mmdefense.evaluation.grid import VIEWS
 from mmdefense.kernels.loop import train as train_model
 from mmdefense.pipeline.purification import configured
 from mmdefense.report.page import write_analysis
@@ -34,7 +35,7 @@ from mmdefense_tasks.image_classification import ImageClassification
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--views", choices=("insertions", "standard"), default="insertions")
+parser.add_argument("--views", choices=VIEWS, default="standard", help="of the clean samples")
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from mmdefense.analysis.settings_compared import settings_compared
 from mmdefense.evaluation.cases import described_case
-from mmdefense.evaluation.victims import train_victim
+from mmdefense.evaluation.grid import VIEWS
+from mmdefense.evaluation.victims import for_defenses, train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.plots.base import Plot
 from mmdefense.report.page import write_analysis
@@ -31,6 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--views", choices=VIEWS, default="standard", help="of the clean samples")
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()
@@ -57,7 +59,9 @@ defenses = {
 
 # %% One victim for each poison ratio.
 for ratio in (0.1,) if options.smoke else (0.1, 0.05, 0.01):
-    victim = train_victim(replace(case, settings={"ratio": ratio}), Run(options.seed))
+    poisoned = replace(case, settings={"ratio": ratio})
+    victim = train_victim(poisoned, Run(options.seed))
+    victim = for_defenses(victim, poisoned, options.views, None, options.seed)
     assert victim.attack is not None
     triggered = victim.attack.triggered(victim.test, victim.adapter)
     clean = victim.adapter.samples(victim.clean)

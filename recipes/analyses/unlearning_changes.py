@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mmdefense.analysis.unlearning_changes import activeness, unlearning_changes
 from mmdefense.evaluation.cases import described_case
-from mmdefense.evaluation.victims import train_victim
+from mmdefense.evaluation.grid import VIEWS
+from mmdefense.evaluation.victims import for_defenses, train_victim
 from mmdefense.plots.unlearning_changes import ActivenessCompared
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
@@ -25,6 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--views", choices=VIEWS, default="standard", help="of the clean samples")
 parser.add_argument("--out", type=Path, default=Path("out/analyses"), help="where the page goes")
 parser.add_argument("--smoke", action="store_true", help="few steps: that it runs, no more")
 options = parser.parse_args()
@@ -34,6 +36,7 @@ case = described_case({"base": f"{options.data}-clean", "attack": options.attack
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
+victim = for_defenses(victim, case, options.views, None, options.seed)
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)
