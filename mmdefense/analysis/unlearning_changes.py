@@ -102,8 +102,8 @@ def unlearning_changes(
 
 def activeness(
     adapter: TaskAdapter[Any], clean: Samples[Any], *, lr: float = 1e-3, batch_size: int = 64
-) -> Tensor:
-    """Return each unit's mean gradient norm over one epoch of clean unlearning, ``(U,)``.
+) -> dict[str, Tensor]:
+    """Return each unit's mean gradient norm over one epoch of clean unlearning, ``(U,)`` by layer.
 
     The epoch is gradient ascent by SGD with momentum 0.9 on a copy of the model, in train mode.
 
@@ -117,14 +117,15 @@ def activeness(
     groups = fork.unit_groups()
     parameters = dict(fork.model.named_parameters())
     optimizer = torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9)
-    total = torch.zeros(sum(group.size for group in groups), dtype=torch.float64)
+    total = {group.layer: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     count = 0
     with mode(fork.model, train=True):
         for batch in batches(clean, batch_size):
             gradient = mean_gradient(fork, batch)
-            total += torch.cat(gradient_norms(gradient, groups)).cpu()
+            for group, norms in zip(groups, gradient_norms(gradient, groups), strict=True):
+                total[group.layer] += norms.cpu()
             for name, parameter in parameters.items():
                 parameter.grad = -gradient[name]
             optimizer.step()
             count += 1
-    return total / count
+    return {layer: norms / count for layer, norms in total.items()}

@@ -16,7 +16,7 @@ __all__ = ["RecoveredTriggers"]
 _FATES = (
     "accepted",
     "works, not told apart from the triggers of clean models",
-    "does not work",
+    "does not work, or is too large for a trigger",
 )
 
 

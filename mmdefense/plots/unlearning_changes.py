@@ -51,10 +51,13 @@ class Points(Panel):
 
     def draw(self, axes: Axes) -> None:
         """Draw on a pair of axes; what is not positive is left out."""
+        from matplotlib.ticker import LogLocator
+
         axes.plot(self.x, self.y, "o", color=AFTER, markersize=3.4, markeredgewidth=0, alpha=0.6)
         axes.set_xscale("log", nonpositive="mask")
         axes.set_yscale("log", nonpositive="mask")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
             axis.set_major_formatter(tick)
             axis.set_minor_formatter(lambda *_: "")
         axes.set(xlabel=self.xlabel, ylabel=self.ylabel)

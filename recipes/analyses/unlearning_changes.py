@@ -14,6 +14,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mmdefense.analysis.unlearning_changes import activeness, unlearning_changes
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
@@ -65,18 +67,22 @@ norms = {
     "benign": activeness(benign.adapter, clean),
     "backdoored": activeness(adapter, clean),
 }
-for name, values in norms.items():
-    lines.append(
-        f"activeness, {name}: mean {values.mean():.3g}, median {values.median():.3g}, "
-        f"99th percentile {values.quantile(0.99):.3g}, largest {values.max():.3g}"
-    )
+for name, by_layer in norms.items():
+    for where, values in (
+        ("all layers", torch.cat(list(by_layer.values()))),
+        (last, by_layer[last]),
+    ):
+        lines.append(
+            f"activeness, {name}, {where}: mean {values.mean():.3g}, median {values.median():.3g}, "
+            f"largest {values.max():.3g}"
+        )
 print(*lines, sep="\n")
 
 path = options.out / "unlearning_changes.html"
 plots = [
     replace(changes.plot(), of="all layers"),
     replace(changes.within(last).plot(), of=f"{last} alone"),
-    ActivenessCompared(norms),
+    ActivenessCompared({name: torch.cat(list(held.values())) for name, held in norms.items()}),
 ]
 write_analysis("Units under unlearning", lines, plots, path)
 print(f"page: {path}")

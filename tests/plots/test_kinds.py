@@ -37,7 +37,7 @@ def test_a_trigger_that_works_but_was_not_accepted_is_not_called_rejected():
     plot = RecoveredTriggers(images, ["a", "b", "c"], [0.9, 0.9, 0.1], accepted, works)
     labels = {row.label: row.names for row in plot.panels()[0].rows}
     assert labels["works, not told apart from the triggers of clean models"] == ["b, 90%"]
-    assert labels["does not work"] == ["c, 10%"]
+    assert labels["does not work, or is too large for a trigger"] == ["c, 10%"]
 
 
 def test_recovered_triggers_stand_under_accepted_or_rejected_with_their_names():
