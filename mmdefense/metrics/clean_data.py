@@ -62,7 +62,8 @@ def _of_classes(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Iterator[st
         yield f"{len(absent)} of {classes} classes have no clean sample: {shown}"
     least = int(counts[counts > 0].min())
     if least < _FEW:
-        yield f"some classes have {least} clean samples; with fewer than {_FEW} defenses often fail"
+        have = f"{least} clean sample{'' if least == 1 else 's'}"
+        yield f"some classes have {have}; with fewer than {_FEW} defenses often fail"
 
 
 def _of_pixels(adapter: TaskAdapter[Any], samples: Samples[Any]) -> Iterator[str]:
