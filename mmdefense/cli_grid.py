@@ -77,8 +77,9 @@ Views = Annotated[
     list[str] | None,
     typer.Option(
         "--views",
-        help="How clean samples are augmented: standard, as the field does, or insertions (the "
-        "default), which imitate triggers. May be given twice.",
+        help="How clean samples are augmented: standard, as is usual in the domain; insertions, "
+        "which imitate local triggers (the default); or given, as the data has it. May be given "
+        "several times.",
     ),
 ]
 
@@ -107,7 +108,7 @@ def _grid(
                 "--retune out"
             )
         return read_spec(spec)
-    chosen = [known for known in VIEWS if known in (views or VIEWS[:1])]
+    chosen = [known for known in VIEWS if known in (views or ("insertions",))]
     if unknown := [name for name in views or () if name not in VIEWS]:
         raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {unknown[0]!r}")
     described = [_with_settings(text) for text in cases or ()]

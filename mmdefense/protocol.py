@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, runtime_chec
 import torch
 from torch import Tensor, nn
 
-from mmdefense.data.batch import Batch, Samples
+from mmdefense.data.batch import Batch, Samples, Views
 from mmdefense.plots.base import Plot
 from mmdefense.training import Training
 
@@ -35,6 +35,7 @@ __all__ = [
     "TriggerAdapter",
     "TriggerFamily",
     "UnitGroup",
+    "ViewingAdapter",
     "WordedAdapter",
     "missing_members",
     "traits",
@@ -257,6 +258,15 @@ class ReadingAdapter(TaskAdapter[B], Protocol[B]):
         For example ``classes`` (their names in order), ``channels``, ``frames``; what it does not
         say is left out.
         """
+        ...
+
+
+@runtime_checkable
+class ViewingAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter that knows how samples of its domain are augmented."""
+
+    def viewed(self, samples: Samples[B], views: Views) -> Samples[B]:
+        """Return samples that are augmented in that way; those of ``"given"`` as they are."""
         ...
 
 

@@ -32,8 +32,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from mmdefense import registry
+from mmdefense.data.batch import Views
 from mmdefense.evaluation.cases import named_cases
-from mmdefense.evaluation.grid import Cell, Grid, Views, cell_of
+from mmdefense.evaluation.grid import Cell, Grid, cell_of
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build

@@ -6,14 +6,20 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmdefense.data.batch import Samples
-from mmdefense.data.detection import DetectionBatch, Detections, DetectionSamples, random_boxed_view
+from mmdefense.data.batch import Samples, Views
+from mmdefense.data.detection import (
+    DetectionBatch,
+    Detections,
+    DetectionSamples,
+    mirrored,
+    random_boxed_view,
+)
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.metrics.detection import average_precisions
@@ -28,6 +34,7 @@ from mmdefense_adapters.given import (
 )
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.object_triggers import ObjectTriggers
+from mmdefense_adapters.views import may_mirror, with_augmentation
 
 __all__ = ["Detector"]
 
@@ -126,6 +133,18 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
             self._check_training(samples)
             self.example = _without_objects(first.images)
         return samples
+
+    def viewed(self, samples: Samples[DetectionBatch], views: Views) -> Samples[DetectionBatch]:
+        """Return images that are augmented in that way; the usual is scale, shift, maybe mirror."""
+        flip = views != "given" and may_mirror(self, samples, mirrored)
+        insertions = partial(random_boxed_view, flip=flip)
+        augmented: Samples[DetectionBatch] = with_augmentation(
+            samples,
+            views,
+            standard=partial(insertions, light=0.0, erase=0.0),
+            insertions=insertions,
+        )
+        return augmented
 
     def _check_training(self, samples: DetectionSamples) -> None:
         """Refuse a model whose loss cannot be computed in train mode, tried on a copy."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdefense.checkpoints.configs import check_configs
 from mmdefense.checkpoints.private_folder import offline
-from mmdefense.data.batch import Samples
+from mmdefense.data.batch import Samples, Views
 from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
@@ -23,6 +23,7 @@ from mmdefense_adapters.given import told
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.peft_models import base_of
 from mmdefense_adapters.text_triggers import EmbeddedBatch, TextTriggers, soft_tokens
+from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["HFText"]
 
@@ -134,6 +135,13 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             self._longest = int(known.sum(1).max())
         self._prompts = samples.take(torch.arange(min(_SEEN, len(samples))))
         return samples
+
+    def viewed(self, samples: Samples[TokenBatch], views: Views) -> Samples[TokenBatch]:
+        """Return texts that are augmented in that way; it is usual to leave them as they are."""
+        augmented: Samples[TokenBatch] = with_augmentation(
+            samples, views, standard=None, insertions=random_words
+        )
+        return augmented
 
     def _encoded(self, texts: TextSamples) -> TokenSamples:
         prompts, answers = self._ids(texts.prompts), self._ids(texts.answers, answers=True)

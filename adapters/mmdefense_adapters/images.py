@@ -7,17 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from mmdefense.data.batch import Samples
-from mmdefense.data.images import random_view
 from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.given import labelled_tensors
 
-__all__ = ["ImageTriggers", "as_image_samples", "as_labelled_samples"]
+__all__ = ["ImageTriggers", "as_labelled_samples", "mirrored"]
 
 
-def as_image_samples(data: Any) -> Samples[LabelledBatch]:
-    """Return labelled images from samples, a pair of tensors, batches, or a dataset of pairs."""
-    return as_labelled_samples(data, random_view)
+def mirrored(batch: LabelledBatch) -> LabelledBatch:
+    """Return images or clips mirrored left to right."""
+    return batch.with_inputs(batch.inputs.flip(-1))
 
 
 def as_labelled_samples(

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmdefense.data.batch import Samples
-from mmdefense.data.clouds import check_clouds, inserted, random_cloud_view, turned
+from mmdefense.data.batch import Samples, Views
+from mmdefense.data.clouds import check_clouds, inserted, random_cloud_view, random_turn, turned
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.plots.clouds import render_clouds
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.given import labelled_tensors
+from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["PointClassifier"]
 
@@ -72,6 +73,13 @@ class PointClassifier(Classifier):
             return samples
         clouds, labels = labelled_tensors(data, "clouds", 2)
         return LabelledSamples(clouds, labels, augmentation=random_cloud_view)
+
+    def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
+        """Return clouds that are augmented in that way; the usual is to turn, scale and jitter."""
+        augmented: Samples[LabelledBatch] = with_augmentation(
+            samples, views, standard=random_turn, insertions=random_cloud_view
+        )
+        return augmented
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         check_clouds(samples.inputs if isinstance(samples, LabelledSamples) else some)

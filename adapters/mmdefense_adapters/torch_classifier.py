@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
-from mmdefense.data.batch import Samples
+from mmdefense.data.batch import Samples, Views
+from mmdefense.data.images import random_shift, random_view
 from mmdefense.data.labelled import LabelledBatch
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.classifier import Classifier
-from mmdefense_adapters.images import ImageTriggers, as_image_samples
+from mmdefense_adapters.images import ImageTriggers, as_labelled_samples, mirrored
 from mmdefense_adapters.peft_models import base_of
+from mmdefense_adapters.views import may_mirror, with_augmentation
 
 __all__ = ["TorchClassifier"]
 
@@ -41,7 +44,16 @@ class TorchClassifier(ImageTriggers, Classifier):
         )
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
-        return as_image_samples(data)
+        return as_labelled_samples(data, random_view)
+
+    def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
+        """Return images that are augmented in that way; the usual is to crop, and maybe mirror."""
+        flip = views != "given" and may_mirror(self, samples, mirrored)
+        standard, insertions = (partial(view, flip=flip) for view in (random_shift, random_view))
+        augmented: Samples[LabelledBatch] = with_augmentation(
+            samples, views, standard=standard, insertions=insertions
+        )
+        return augmented
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return patches at any place and additive patterns, for images of this size."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mmdefense.data.batch import Samples
-from mmdefense.data.clips import random_clip_view
+from mmdefense.data.batch import Samples, Views
+from mmdefense.data.clips import random_clip_shift, random_clip_view
 from mmdefense.data.labelled import LabelledBatch
 from mmdefense.errors import BadInputError
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters import pytorchvideo_models
 from mmdefense_adapters.classifier import Classifier
-from mmdefense_adapters.images import ImageTriggers, as_labelled_samples
+from mmdefense_adapters.images import ImageTriggers, as_labelled_samples, mirrored
+from mmdefense_adapters.views import may_mirror, with_augmentation
 
 __all__ = ["TorchVideoClassifier"]
 
@@ -44,6 +46,16 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         return as_labelled_samples(data, random_clip_view, axes=4)
+
+    def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
+        """Return clips that are augmented in that way; the usual is to crop, and maybe mirror."""
+        flip = views != "given" and may_mirror(self, samples, mirrored)
+        kinds = (random_clip_shift, random_clip_view)
+        standard, insertions = (partial(view, flip=flip) for view in kinds)
+        augmented: Samples[LabelledBatch] = with_augmentation(
+            samples, views, standard=standard, insertions=insertions
+        )
+        return augmented
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         if some.ndim != 5:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,27 @@ from torch import Tensor
 from mmdefense.errors import BadInputError
 from mmdefense.shown import Shown
 
-__all__ = ["Batch", "HeldSamples", "Samples", "TensorBatch", "as_float", "batches", "few", "split"]
+__all__ = [
+    "Batch",
+    "HeldSamples",
+    "Samples",
+    "TensorBatch",
+    "Views",
+    "as_float",
+    "batches",
+    "few",
+    "split",
+]
+
+Views = Literal["standard", "insertions", "given"]
+"""How clean samples are augmented in training.
+
+``"standard"``: as is usual in the domain: crop (and mirror, where the model is as right about
+mirrored samples) for images and clips; scale, shift (and mirror) for detection; turn and jitter for
+point clouds; nothing for text. ``"insertions"``: ours; noise rectangles, gathered points or random
+words are inserted as well, which imitates local triggers. ``"given"``: by the samples' own
+``augmentation``, or not at all; data that is read here comes with insertions.
+"""
 
 
 class Batch(Protocol):

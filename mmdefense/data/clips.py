@@ -12,9 +12,9 @@ __all__ = ["random_clip_shift", "random_clip_view"]
 _STILL = 0.8  # our choice: share of the clips in which a rectangle of noise stands
 
 
-def random_clip_shift(clips: Tensor, generator: torch.Generator) -> Tensor:
+def random_clip_shift(clips: Tensor, generator: torch.Generator, *, flip: bool = False) -> Tensor:
     """Return each clip ``(N, C, T, H, W)`` shifted as by :func:`random_shift`, frames alike."""
-    return random_shift(clips.flatten(1, 2), generator).view_as(clips)
+    return random_shift(clips.flatten(1, 2), generator, flip=flip).view_as(clips)
 
 
 def random_clip_view(clips: Tensor, generator: torch.Generator, *, flip: bool = False) -> Tensor:

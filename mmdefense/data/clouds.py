@@ -157,6 +157,11 @@ def random_jitter(
     return torch.cat([points, clouds[..., 3:]], 2)
 
 
+def random_turn(clouds: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each cloud turned, rescaled and jittered as by :func:`random_cloud_view`, no more."""
+    return random_cloud_view(clouds, generator, thin=0.0, erase=0.0, keep=0.0)
+
+
 def random_cloud_view(
     clouds: Tensor,
     generator: torch.Generator,

@@ -136,6 +136,16 @@ def _check_boxes(boxes: Sequence[Tensor], size: Sequence[int]) -> None:
             )
 
 
+def mirrored(batch: DetectionBatch) -> DetectionBatch:
+    """Return images mirrored left to right, boxes included."""
+    width = batch.images.shape[-1]
+    boxes = tuple(
+        torch.stack([width - part[:, 2], part[:, 1], width - part[:, 0], part[:, 3]], 1)
+        for part in batch.boxes
+    )
+    return DetectionBatch(batch.images.flip(-1), boxes, batch.labels)
+
+
 def random_boxed_view(
     images: Tensor,
     boxes: Sequence[Tensor],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdefense.data.batch import Views
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.unit_pruning import prune_by_mask, tell_of_units_without_batch_norm
 from mmdefense.kernels.coordinates import UnitMasks
@@ -36,6 +37,7 @@ class ANP(Defense):
     take part by their own weights, which a note says before the start.
 
     Attributes:
+        views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         eps: Largest perturbation of a unit's weight and bias, relative to them.
         alpha: Weight of the loss without perturbation.
         inner_steps: Steps of the perturbation.
@@ -51,6 +53,7 @@ class ANP(Defense):
         arXiv:2110.14430
     """
 
+    views: Views = "given"
     eps: NotNegative = 0.4
     alpha: Share = 0.2
     inner_steps: Whole = 1

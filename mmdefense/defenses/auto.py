@@ -12,6 +12,7 @@ from annotated_types import MinLen
 from torch import Tensor
 
 from mmdefense import registry
+from mmdefense.data.batch import Views
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.defenses.outcome import Choice
@@ -46,6 +47,7 @@ class Auto(Defense):
         tolerated: Largest success of a known trigger, in ``[0, 1]``.
         search_steps: Updates of the search for triggers.
         bank: Random triggers of each family.
+        views: How each candidate augments the clean samples.
         steps: Updates of each candidate; none leaves it to the candidate.
         batch_size: Clean samples per update; none leaves it to the candidate.
         gradient_checkpointing: As a candidate has it: less memory, more time.
@@ -56,6 +58,7 @@ class Auto(Defense):
     tolerated: Share = 0.1
     search_steps: Whole = 40
     bank: Whole = 16
+    views: Views = "given"
     steps: Whole | None = None
     batch_size: BatchSize | None = None
     gradient_checkpointing: bool = False
@@ -130,7 +133,7 @@ class Auto(Defense):
     def _made(self, name: str) -> Defense:
         """Return a candidate with the seed, the guard and the budget of this defense."""
         kind = registry.load("defenses", name)
-        budget = ("steps", "batch_size", "gradient_checkpointing")
+        budget = ("views", "steps", "batch_size", "gradient_checkpointing")
         shared = ("seed", "max_utility_drop", "holdout", *budget)
         given = {field: getattr(self, field) for field in shared}
         known = {field.name for field in dataclasses.fields(kind)}

@@ -10,13 +10,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import chain
-from typing import Any, ClassVar, Generic, Literal, TypeVar, final
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.data.batch import Batch, Samples, split
+from mmdefense.data.batch import Batch, Samples, Views, split
 from mmdefense.defenses.guard import Guard, State, at_rate, between, judge
 from mmdefense.defenses.outcome import Choice, TriggerSearch
 from mmdefense.errors import DivergenceError, UnsupportedError, one_line
@@ -25,7 +25,7 @@ from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, rounded, typed_like
 from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
-from mmdefense.protocol import TaskAdapter, missing_members, traits
+from mmdefense.protocol import TaskAdapter, ViewingAdapter, missing_members, traits
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import is_out_of_memory, roomy
 from mmdefense.runtime.parts import Parts
@@ -245,6 +245,7 @@ class Defense(ABC):
         Raises:
             DivergenceError: If the loss stopped being finite at every rate.
         """
+        work.fit = viewed(work.adapter, work.fit, getattr(self, "views", "given"))
         again = getattr(self, "gradient_checkpointing", False)
         thrifty = recomputed(work.adapter.model) if again else nullcontext()
         with roomy(work.run.room), _told_of_memory(), thrifty:
@@ -324,6 +325,7 @@ class TrainingDefense(Defense):
     """A defense that trains on clean data, its rate falling to zero on a cosine.
 
     Attributes:
+        views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         lr: Peak learning rate of SGD.
         layer_norm_factor: What ``lr`` is multiplied by, and ``adamw_lr`` divided by, where the
             adapter says that LayerNorm normalises the model, as in transformers: at SGD's rate for
@@ -341,6 +343,7 @@ class TrainingDefense(Defense):
             one near to it keeps the utility bound, or the loss stops being finite (ours).
     """
 
+    views: Views = "given"
     lr: NotNegative = 0.01
     layer_norm_factor: Positive = 4.0
     adamw_lr: NotNegative = 0.005
@@ -384,6 +387,13 @@ class TrainingDefense(Defense):
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+
+
+def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
+    """Return samples that are augmented in that way; as given, if the adapter has no ``viewed``."""
+    if missing_members(adapter, ViewingAdapter):
+        return samples
+    return cast("ViewingAdapter[B]", adapter).viewed(samples, views)
 
 
 def _same(given: nn.Module, purified: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.loop import train
@@ -11,7 +11,7 @@ from mmdefense.kernels.sharding import train_split
 from mmdefense.runtime.processes import present
 from mmdefense.settings import NotNegative, Whole
 
-__all__ = ["FineTuning"]
+__all__ = ["FineTuning", "RandomInsertion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +35,17 @@ class FineTuning(TrainingDefense):
     def _run(self, work: Purifying[Any]) -> None:
         fit = train_split if present().splits else train
         fit(work.adapter, work.fit, self.training(work.adapter), work.run, stage="fine-tune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomInsertion(FineTuning):
+    """Fine-tune on clean data into which something random is inserted, under its true label.
+
+    The model learns that what overwrites a part of its input says nothing about the class. Ours,
+    after random erasing (Zhong et al. 2020, arXiv:1708.04896): rectangles of noise in images and
+    clips, noise on objects, gathered points in clouds, random words in text. It works against
+    triggers of that kind, such as patches, and against no others: not against warps, or patterns
+    over the whole input (docs/results.md).
+    """
+
+    views: Literal["insertions"] = "insertions"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmdefense.data.batch import Views
 from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.defenses.unit_pruning import prune_by_mask, tell_of_units_without_batch_norm
 from mmdefense.kernels.coordinates import UnitMasks
@@ -34,6 +35,7 @@ class RNP(Defense):
     their own weights, which a note says before the start.
 
     Attributes:
+        views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         unlearn_lr: Learning rate of the ascent.
         unlearn_stop: Score at which the ascent ends; none is twice that of chance, which is the
             released code's 0.2 for ten classes, or half of the way from it to 1 if that is less.
@@ -51,6 +53,7 @@ class RNP(Defense):
         ICML 2023. arXiv:2305.14876
     """
 
+    views: Views = "given"
     unlearn_lr: NotNegative = 0.01
     unlearn_stop: NotNegative | None = None
     unlearn_epochs: Whole = 20

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
+from mmdefense.data.batch import Views
 from mmdefense.defenses.base import Defense, versions
+from mmdefense.defenses.fine_tuning import RandomInsertion
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.evaluation.cases import Change, CleanData, Kind
 from mmdefense.evaluation.identity import cell_identity, victim_identity
@@ -30,17 +32,10 @@ from mmdefense.report.record import Row
 from mmdefense.runtime.run import Progress, named
 from mmdefense.store import Entry, Identity, Store
 
-__all__ = ["VIEWS", "Cell", "Grid", "Planned", "Views", "cell_of", "measure", "work"]
+__all__ = ["VIEWS", "Cell", "Grid", "Planned", "cell_of", "measure", "work"]
 
-Views = Literal["insertions", "standard"]
-"""How clean samples are augmented for a defense.
-
-``"standard"``: as those do who train such models, for images padding and cropping.
-``"insertions"``: by the project's own augmentation, which also inserts noise, points or words, and
-so imitates triggers of that kind.
-"""
-
-VIEWS: tuple[Views, ...] = ("insertions", "standard")
+VIEWS: tuple[Views, ...] = get_args(Views)
+"""How clean samples may be augmented."""
 
 _POLL = 0.5
 """Seconds between two looks at cells that other processes are at work on."""
@@ -64,7 +59,7 @@ class Cell:
     row: Row
     case: Mapping[str, Any]
     versions: Mapping[str, str]
-    views: Views = "insertions"
+    views: Views = "given"
     kind: Kind = "seen"
     threads: int = 1
 
@@ -166,7 +161,7 @@ class Grid:
         victim = victim_identity(case, seed, self.device)
         rows = starmap(Contender, defenses.items())
         for row in with_baselines(defenses) if self.baselines else rows:
-            label, defense = row.label, row.defense
+            label, defense = row.label, _viewing(row.defense, views)
             retune = 0 if case.attack is None else self.retune
             identity = cell_identity(victim, case, label, defense, views, change, retune)
             yield Planned(
@@ -306,11 +301,17 @@ def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress
         return True
 
 
+def _viewing(defense: Defense, views: Views) -> Defense:
+    """Return the defense with these views, where it has them as a setting to choose."""
+    fixed = isinstance(defense, RandomInsertion) or not hasattr(defense, "views")
+    return defense if fixed else replace(defense, views=views)  # type: ignore[call-arg]
+
+
 def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
     """Measure a cell on its victim; where its clean samples cannot be altered so, it says that."""
     seed = cell.defense.seed
     try:
-        given = for_defenses(victim, cell.case, cell.views, cell.change, seed)
+        given = for_defenses(victim, cell.case, cell.change, seed)
         row, _ = purified_row(given, cell.label, cell.defense, cell.baseline, progress)
     except UnsupportedError as error:
         row = Row(

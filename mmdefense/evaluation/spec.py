@@ -46,7 +46,7 @@ def read_spec(path: Path) -> Grid:
     seeds = held.get("seeds", 3)
     if isinstance(seeds, int):
         seeds = list(range(seeds))
-    views = _listed(held, "views", str, path) or [VIEWS[0]]
+    views = _listed(held, "views", str, path) or ["insertions"]
     for name in views:
         if name not in VIEWS:
             raise BadInputError(f"views of {path} must be of {', '.join(VIEWS)}, got {name!r}")

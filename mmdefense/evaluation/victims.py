@@ -127,15 +127,12 @@ def restore_victim(
     return replace(victim, attack=attack, known=before)
 
 
-def for_defenses(
-    victim: Victim, case: Case, views: str, change: Change | None, seed: int
-) -> Victim:
+def for_defenses(victim: Victim, case: Case, change: Change | None, seed: int) -> Victim:
     """Return a victim whose clean samples are as the defenses of a grid are given them.
 
     Args:
         victim: With clean samples as the task loads them.
         case: Which victim that is.
-        views: How they are augmented; see :data:`mmdefense.evaluation.grid.Views`.
         change: How they differ from what the victim was trained on, if they do.
         seed: Of the noise, and of the choice of other images.
 
@@ -149,9 +146,7 @@ def for_defenses(
         clean = labelled_by_the_model(victim.adapter, cast("Any", clean), foreign, generator)
     elif change is not None:
         clean = shifted(clean, change, generator)
-    return replace(
-        victim, clean=clean if views == "insertions" else victim.task.for_training(clean)
-    )
+    return replace(victim, clean=clean)
 
 
 def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

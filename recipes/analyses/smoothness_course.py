@@ -81,10 +81,9 @@ courses: list[Course] = [
     ),
 ]
 assert isinstance(clean, LabelledSamples)
-given = clean if options.views == "insertions" else task.for_training(clean)
-fit, holdout = split(given, 0.2, options.seed)
+fit, holdout = split(clean, 0.2, options.seed)
 few_steps = {"steps": 5} if options.smoke else {}
-fip = configured("fip", {"seed": options.seed, "restarts": 0, **few_steps})
+fip = configured("fip", {"seed": options.seed, "views": options.views, "restarts": 0, **few_steps})
 purified = backdoored.fork()
 courses.append(
     course(

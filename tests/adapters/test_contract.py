@@ -24,6 +24,7 @@ from mmdefense.protocol import (
     ReadingAdapter,
     TaskAdapter,
     TriggerAdapter,
+    ViewingAdapter,
     WordedAdapter,
     missing_members,
     traits,
@@ -321,6 +322,8 @@ def calls(family, adapter, batch):
         found["inputs"] = lambda: adapter.with_inputs(batch, adapter.inputs(batch))
     if not missing_members(adapter, HeadAdapter):
         found["head_inputs"] = lambda: adapter.head_inputs(batch)
+    if not missing_members(adapter, ViewingAdapter):
+        found["viewed"] = lambda: adapter.viewed(adapter.samples(data), "standard")
     if not missing_members(adapter, GeneratingAdapter):
         found["generate"] = lambda: adapter.generate(batch)
     return found
@@ -495,11 +498,26 @@ def test_inputs_can_be_perturbed_by_gradients(adapter, batch):
 
 @offering(ReadingAdapter)
 def test_what_it_reads_are_options_of_its_task(adapter, samples):
-    said = adapter.reading()
-    assert isinstance(said, Mapping)
+    stated = adapter.reading()
+    assert isinstance(stated, Mapping)
     task = registry.load("tasks", adapter.task)
-    assert "said" in inspect.signature(task.load).parameters
-    assert all(isinstance(option, str) for option in said)
+    assert "stated" in inspect.signature(task.load).parameters
+    assert all(isinstance(option, str) for option in stated)
+
+
+@offering(ViewingAdapter)
+def test_views_alter_a_batch_and_not_the_samples(adapter, samples, batch):
+    def altered(views):
+        viewed = adapter.viewed(samples, views)
+        assert viewed.fingerprint() == samples.fingerprint()
+        return viewed.augment(batch, torch.Generator().manual_seed(0))
+
+    words = adapter.task == "language-generation"  # which are left alone as a rule
+    for views, alters in (("given", False), ("standard", not words), ("insertions", True)):
+        found = altered(views)
+        assert len(found) == len(batch)
+        changed = not torch.equal(adapter.per_sample_loss(found), adapter.per_sample_loss(batch))
+        assert changed == alters, views
 
 
 @offering(GeneratingAdapter)

@@ -71,6 +71,7 @@ ROWS = {
         SHORT | {"max_pruning_drop": 0.5, "points": 8}, {"max_share": 0.0, "steps": 0}
     ),
     "fine-tuning": Row(SHORT, {"steps": 0}),
+    "random-insertion": Row(SHORT, {"steps": 0}),
     "fip": Row(SHORT, {"steps": 0}),
     "ft-sam": Row(SHORT, {"steps": 0}),
     "fst": Row(SHORT, {"steps": 0}),

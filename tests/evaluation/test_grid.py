@@ -15,7 +15,6 @@ from quick import CLOUDS as QUICK_CLOUDS
 
 from mmdefense import registry
 from mmdefense.checkpoints.weights import hash_weights
-from mmdefense.data.images import random_shift
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation import grid as grid_module
 from mmdefense.evaluation import identity, victims
@@ -93,7 +92,7 @@ def test_clean_samples_are_among_those_of_the_attacker_where_a_case_says_so(monk
     assert defenders.issubset(attackers) if seen else defenders.isdisjoint(attackers)
 
 
-def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own(
+def test_views_are_those_of_each_defense_and_cells_of_their_own(
     grid, measured, trained, tmp_path, monkeypatch
 ):
     grid.run(tmp_path)
@@ -101,12 +100,12 @@ def test_standard_views_are_those_of_the_victims_training_and_cells_of_their_own
     genuine = victims.purify
 
     def purify(adapter, clean, *rest, **more):
-        given.append(clean.augmentation)
+        given.append(more["defense"].views if "defense" in more else rest[0].views)
         return genuine(adapter, clean, *rest, **more)
 
     monkeypatch.setattr(victims, "purify", purify)
     standard = dataclasses.replace(grid, views=["standard"]).run(tmp_path)
-    assert given == [random_shift] * 3
+    assert given == ["standard"] * 3
     assert [cell.views for cell in standard] == ["standard"] * 3
     both = dataclasses.replace(grid, views=["insertions", "standard"]).run(tmp_path)
     assert [cell.views for cell in both] == ["insertions"] * 3 + ["standard"] * 3

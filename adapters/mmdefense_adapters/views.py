@@ -1,0 +1,59 @@
+"""How clean samples are augmented in training, and whether they may be mirrored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from mmdefense.data.batch import Batch, Samples, Views, few
+from mmdefense.kernels.hooks import mode
+from mmdefense.protocol import TaskAdapter
+from mmdefense.runtime.memory import in_parts
+
+__all__ = ["may_mirror", "with_augmentation"]
+
+B = TypeVar("B", bound=Batch)
+
+_SAMPLES = 256
+_LOST = 0.05
+"""Largest drop of the score on mirrored samples at which samples are mirrored. Both ours."""
+
+
+def with_augmentation(
+    samples: Any, views: Views, *, standard: Callable[..., Any] | None, insertions: Any
+) -> Any:
+    """Return samples that are augmented as ``views`` asks; ``"given"`` leaves them as they are.
+
+    Args:
+        samples: Of a class with the field ``augmentation``; others keep the one they have.
+        views: Which augmentation to take.
+        standard: What is usual in the domain.
+        insertions: The one that also inserts noise, points or words.
+    """
+    if views == "given" or not hasattr(samples, "augmentation"):
+        return samples
+    return replace(samples, augmentation=standard if views == "standard" else insertions)
+
+
+@torch.no_grad()
+def may_mirror(adapter: TaskAdapter[B], samples: Samples[B], mirrored: Callable[[B], B]) -> bool:
+    """Say whether the model is about as right about mirrored samples as about the samples.
+
+    So signs and digits, in which left and right matter, are not mirrored, and nobody has to say so.
+
+    Args:
+        adapter: The model.
+        samples: Clean; at most 256 are looked at.
+        mirrored: Returns a batch mirrored left to right.
+    """
+    part = few(samples, _SAMPLES)
+    batch = part.take(torch.arange(len(part)))
+    with mode(adapter.model, train=False):
+        as_given, turned = (
+            torch.cat(list(in_parts(adapter.score, each, "scoring", adapter.model))).mean()
+            for each in (batch, mirrored(batch))
+        )
+    return bool(turned >= as_given - _LOST)

@@ -1,0 +1,70 @@
+"""Samples are mirrored where the model is as right about mirrored ones, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmdefense.data.detection import DetectionBatch, mirrored
+from mmdefense.data.labelled import LabelledSamples
+from mmdefense.registry import adapt
+
+
+class Sides(nn.Module):
+    """Says which side is brighter, or whether the upper half is."""
+
+    def __init__(self, *, left_right: bool) -> None:
+        super().__init__()
+        self.left_right, self.scale = left_right, nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        first, second = images.mean(1).chunk(2, dim=2 if self.left_right else 1)
+        return self.scale * torch.stack([first.mean((1, 2)), second.mean((1, 2))], 1)
+
+
+def halves(*, left_right):
+    """Return images with a bright half, on either side, or above or below."""
+    images, labels = torch.zeros(64, 1, 8, 8), torch.arange(64) % 2
+    for image, label in zip(images, labels.tolist(), strict=True):
+        rows = slice(None) if left_right else slice(4 * label, 4 * label + 4)
+        columns = slice(4 * label, 4 * label + 4) if left_right else slice(None)
+        image[:, rows, columns] = 1
+    return LabelledSamples(images, labels)
+
+
+@pytest.mark.parametrize("left_right", [True, False])
+@pytest.mark.parametrize("views", ["standard", "insertions"])
+def test_images_are_mirrored_where_left_and_right_do_not_matter(left_right, views):
+    adapter = adapt(Sides(left_right=left_right))
+    samples = adapter.samples(halves(left_right=left_right))
+    viewed = adapter.viewed(samples, views)
+    assert viewed.augmentation.keywords["flip"] is (not left_right)
+
+
+def test_given_views_are_the_users_own():
+    def own(images, generator):
+        return images + 1
+
+    adapter = adapt(Sides(left_right=True))
+    samples = LabelledSamples(*_pair(), augmentation=own)
+    assert adapter.viewed(adapter.samples(samples), "given").augmentation is own
+    assert adapter.viewed(adapter.samples(samples), "standard").augmentation is not own
+
+
+def _pair():
+    whole = halves(left_right=True)
+    return whole.inputs, whole.labels
+
+
+def test_a_mirrored_box_follows_its_object():
+    image = torch.zeros(1, 1, 4, 10)
+    image[..., 1:3, 2:5] = 1
+    batch = DetectionBatch(image, (torch.tensor([[2.0, 1.0, 5.0, 3.0]]),), (torch.tensor([0]),))
+    turned = mirrored(batch)
+    x1, y1, x2, y2 = turned.boxes[0][0].int().tolist()
+    assert (x1, y1, x2, y2) == (5, 1, 8, 3)
+    assert turned.images[0, 0, y1:y2, x1:x2].min() == 1
+    assert turned.images.sum() == image.sum()
+    again = mirrored(turned)
+    assert torch.equal(again.boxes[0], batch.boxes[0])
