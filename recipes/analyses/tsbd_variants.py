@@ -29,7 +29,7 @@ from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("--data", default="digits", help="digits, mnist or gtsrb32")
+parser.add_argument("--data", default="digits", help="digits or mnist")
 parser.add_argument("--attack", default="badnets", help="a name of `mmdefense list attacks`")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--views", choices=VIEWS, default="standard", help="of the clean samples")
