@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdefense.analysis.settings_compared import settings_compared
+from mmdefense.defenses.base import viewed
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
-from mmdefense.evaluation.victims import for_defenses, train_victim
+from mmdefense.evaluation.victims import train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.plots.base import Plot
 from mmdefense.report.page import write_analysis
@@ -58,12 +59,10 @@ for share in (0.05,) if options.smoke else (0.05, 0.01):
         )
         for ratio in (ratios if share == 0.05 else (2e-3,))
     }
-    shared = replace(case, clean=share)
-    victim = train_victim(shared, Run(options.seed))
-    victim = for_defenses(victim, shared, options.views, None, options.seed)
+    victim = train_victim(replace(case, clean=share), Run(options.seed))
     assert victim.attack is not None
     triggered = victim.attack.triggered(victim.test, victim.adapter)
-    clean = victim.adapter.samples(victim.clean)
+    clean = viewed(victim.adapter, victim.adapter.samples(victim.clean), options.views)
     found = settings_compared(victim.adapter, clean, victim.test, triggered, defenses, options.seed)
     for name, rates in {"the victim": found.before, **found.after}.items():
         shown = [f"{100 * (rate or 0):.1f}" for rate in (rates.acc, rates.asr, rates.ra)]

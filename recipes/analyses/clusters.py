@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmdefense.analysis.clusters import clusters
+from mmdefense.defenses.base import viewed
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
-from mmdefense.evaluation.victims import for_defenses, purified_row, train_victim
+from mmdefense.evaluation.victims import purified_row, train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
@@ -38,7 +39,6 @@ case = described_case({"base": f"{options.data}-clean", "attack": options.attack
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
-victim = for_defenses(victim, case, options.views, None, options.seed)
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)
@@ -46,6 +46,7 @@ lines = [f"the victim: ACC {victim.before.acc:.1%}, ASR {victim.before.asr:.1%}"
 
 # %% The purification, and the nearest clean neighbours of the triggered samples.
 few_steps = {"steps": 5} if options.smoke else {}
+victim = replace(victim, clean=viewed(adapter, adapter.samples(victim.clean), options.views))
 defense = configured(options.defense, {"seed": options.seed, **few_steps})
 row, purified = purified_row(victim, options.defense, defense)
 assert purified is not None

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdefense.analysis.settings_compared import settings_compared
+from mmdefense.defenses.base import viewed
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
-from mmdefense.evaluation.victims import for_defenses, train_victim
+from mmdefense.evaluation.victims import train_victim
 from mmdefense.pipeline.purification import configured
 from mmdefense.plots.base import Plot
 from mmdefense.report.page import write_analysis
@@ -59,12 +60,10 @@ defenses = {
 
 # %% One victim for each poison ratio.
 for ratio in (0.1,) if options.smoke else (0.1, 0.05, 0.01):
-    poisoned = replace(case, settings={"ratio": ratio})
-    victim = train_victim(poisoned, Run(options.seed))
-    victim = for_defenses(victim, poisoned, options.views, None, options.seed)
+    victim = train_victim(replace(case, settings={"ratio": ratio}), Run(options.seed))
     assert victim.attack is not None
     triggered = victim.attack.triggered(victim.test, victim.adapter)
-    clean = victim.adapter.samples(victim.clean)
+    clean = viewed(victim.adapter, victim.adapter.samples(victim.clean), options.views)
     found = settings_compared(victim.adapter, clean, victim.test, triggered, defenses, options.seed)
     for name, rates in {"the victim": found.before, **found.after}.items():
         shown = [f"{100 * (rate or 0):.1f}" for rate in (rates.acc, rates.asr, rates.ra)]

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdefense.analysis.unit_coverage import FRACTIONS, unit_coverage, unit_scores
+from mmdefense.defenses.base import viewed
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
-from mmdefense.evaluation.victims import for_defenses, train_victim
+from mmdefense.evaluation.victims import train_victim
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
 
@@ -38,7 +39,6 @@ case = described_case({"base": f"{options.data}-clean", "attack": options.attack
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
-victim = for_defenses(victim, case, options.views, None, options.seed)
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)
@@ -47,7 +47,7 @@ print(victim_line)
 
 # %% The orders, from clean data alone, and their coverage.
 few_steps = {"ANP": {"steps": 3}, "RNP": {"epochs": 2, "unlearn_epochs": 2}}
-clean = adapter.samples(victim.clean)
+clean = viewed(adapter, adapter.samples(victim.clean), options.views)
 scores = unit_scores(adapter, clean, Run(options.seed), few_steps if options.smoke else {})
 last = [group.layer for group in adapter.unit_groups() if "shortcut" not in group.layer][-1]
 found = {

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from mmdefense.analysis.unlearning_changes import activeness, unlearning_changes
+from mmdefense.defenses.base import viewed
 from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.grid import VIEWS
-from mmdefense.evaluation.victims import for_defenses, train_victim
+from mmdefense.evaluation.victims import train_victim
 from mmdefense.plots.unlearning_changes import ActivenessCompared
 from mmdefense.report.page import write_analysis
 from mmdefense.runtime.run import Run
@@ -38,14 +39,13 @@ case = described_case({"base": f"{options.data}-clean", "attack": options.attack
 if options.smoke:
     case = replace(case, training=replace(case.training, steps=20))
 victim = train_victim(case, Run(options.seed))
-victim = for_defenses(victim, case, options.views, None, options.seed)
 assert victim.attack is not None
 adapter = victim.adapter
 triggered = victim.attack.triggered(victim.test, adapter)
 lines = [f"the victim: ACC {victim.before.acc:.1%}, ASR {victim.before.asr:.1%}"]
 
 # %% NWC under clean and under poison unlearning, each from a copy of the victim.
-clean = adapter.samples(victim.clean)
+clean = viewed(adapter, adapter.samples(victim.clean), options.views)
 few_epochs = {"max_epochs": 5} if options.smoke else {}
 run = Run(options.seed)
 changes = unlearning_changes(adapter, clean, triggered.samples, run, **few_epochs)
