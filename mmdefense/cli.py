@@ -454,7 +454,7 @@ def report(
     if len(outs) == 1:
         page = rebuild(outs[0], page)
     elif page is None:
-        raise BadInputError("comparing several outputs needs a file to write: -o PAGE")
+        raise BadInputError("to compare several outputs, name the page to write: -o PAGE")
     else:
         compare(outs, page)
     for fault in faults:
@@ -555,7 +555,7 @@ def _processes(
 
     if not accelerate:
         if shard:
-            raise BadInputError("--shard splits weights over processes; add --accelerate")
+            raise BadInputError("--shard splits weights over several processes; add --accelerate")
         if launched() > 1:
             raise BadInputError(
                 f"this is one of {launched()} processes, which would all write the same output; "
@@ -565,7 +565,7 @@ def _processes(
     if dry_run or device != "cpu":
         refused = "--dry-run" if dry_run else "--device"
         raise BadInputError(
-            f"{refused} must not go with --accelerate, which gives each process its device"
+            f"{refused} must not go with --accelerate, which assigns a device to each process"
         )
     return context.with_resource(joined(splits=shard))
 

@@ -104,7 +104,8 @@ def _grid(
     if spec is not None:
         if cases or defenses or views or clean or retune:
             raise BadInputError(
-                f"{spec} says what is measured; leave --case, --defense, --views, --clean and "
+                f"{spec} already says what is measured; leave --case, --defense, --views, --clean "
+                "and "
                 "--retune out"
             )
         return read_spec(spec)
@@ -228,9 +229,7 @@ def status(out: Out) -> None:
     try:
         planned = json.loads((out / "grid.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInputError(
-            f"{out} holds no plan of a grid; `mmdefense grid run` makes one"
-        ) from error
+        raise BadInputError(f"{out} has no grid; `mmdefense grid run` makes one") from error
     entries = {entry.digest: entry for entry in store.entries("cell")}
     claimed = store.claimed()
     states = {
@@ -268,7 +267,7 @@ def export(
     if form not in FORMATS:
         raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     if form == "parquet" and target is None:
-        raise BadInputError("parquet is no text; name a file: --to FILE.parquet")
+        raise BadInputError("parquet is a binary format; name a file: --to FILE.parquet")
     store = _opened(out)
     if target is not None:
         check_replaceable_file(target, None, store.parts, force=force)

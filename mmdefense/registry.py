@@ -125,8 +125,8 @@ def adapter_for(model: nn.Module, task: str | None = None) -> AdapterKind:
             return best
         if not its.generic:
             raise BadInputError(
-                f"a {type(model).__name__} is a model of {its.task}, got task {task!r}; leave the "
-                "task open, or name that one"
+                f"a {type(model).__name__} is a model of {its.task}, got task {task!r}; leave "
+                "task out, or name that one"
             )
         for kind, its in kinds:
             if its.generic and its.task == task:

@@ -163,8 +163,7 @@ class Store:
                 form = index.execute("PRAGMA user_version").fetchone()[0]
                 if form == 0 and index.execute("SELECT 1 FROM sqlite_master").fetchone():
                     raise BadInputError(
-                        f"{self.folder / _INDEX} is the database of another program; use another "
-                        "folder"
+                        f"{self.folder / _INDEX} belongs to another program; use another folder"
                     )
                 if form not in {0, _FORM}:
                     raise BadInputError(
@@ -188,9 +187,7 @@ class Store:
         if not self.folder.is_dir() or any(
             not path.name.startswith(_INDEX) for path in self.folder.iterdir()
         ):
-            raise BadInputError(
-                f"{self.folder} exists and holds no store; name another folder to make one in"
-            )
+            raise BadInputError(f"{self.folder} exists and is not a store; name another folder")
 
     @property
     def parts(self) -> list[Path]:
@@ -414,7 +411,7 @@ class Store:
         if found != entry.files[name]:
             raise BadInputError(
                 f"{what} is damaged; `mmdefense store rm {entry.digest[:12]}` removes the entry, "
-                "and it is computed again"
+                "so that it is computed again"
             )
         return path
 

@@ -178,7 +178,7 @@ def interrupt(work):
 def test_a_run_whose_time_is_up_is_handed_back_and_goes_on(place, mmdefense, undisturbed):
     short = mmdefense(*place.purify(*LONG, "--max-time", "0.001s"))
     assert short.code == 0, short.err
-    assert short.out.count("when the time was up") == 1
+    assert short.out.count("when time ran out") == 1
     assert "--resume and --force" in short.out
     assert weights(place.out) != undisturbed
     assert place.files() == ["out", "out.partial", "whole"]

@@ -311,7 +311,7 @@ def _check_count(samples: Samples[LabelledBatch], outputs: int) -> None:
     if names and len(names) != outputs:
         raise BadInputError(
             f"data must name the model's {outputs} classes, got {len(names)} ({few(names)}), so "
-            "which of them is which output is not known; name all of the model's in order: "
+            "their outputs are unknown; name all of the model's classes in order: "
             "--classes FILE, in Python classes=[...] where the data is loaded"
         )
 

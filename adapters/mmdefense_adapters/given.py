@@ -59,7 +59,7 @@ def labelled_tensors(data: Any, name: str, axes: int) -> tuple[Tensor, Tensor]:
     if len(shapes) > 1:
         raise BadInputError(
             f"{name} must have one shape, got {', '.join(map(str, sorted(shapes)[:3]))}; resize "
-            "images to one size, or sample as many points from each cloud"
+            "images to one size, or sample the same number of points from each cloud"
         )
     join = torch.cat if batched else torch.stack
     return join([inputs for inputs, _ in pairs]), torch.cat([labels for _, labels in pairs])
@@ -129,7 +129,7 @@ def _whole(labels: Any) -> Tensor:
     if found.ndim > 1:
         raise BadInputError(
             f"labels must be whole numbers of shape (N,), got {found.dtype} of shape "
-            f"{tuple(found.shape)}; of one-hot rows give the argmax"
+            f"{tuple(found.shape)}; convert one-hot rows with argmax(1)"
         )
     whole = found.long().reshape(-1)
     if not torch.equal(whole.to(found.dtype), found.reshape(-1)):

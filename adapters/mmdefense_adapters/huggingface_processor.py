@@ -303,7 +303,7 @@ def _made(
     if isinstance(named, str) and _family(named) != _family(type(made).__name__):
         raise UnsupportedError(
             f"{where} names {named}, which transformers does not have; code that comes with a "
-            "model is never run. Remove the file, and pass --mean, --std and --image-size"
+            "model is never run. Delete the file, and pass --mean, --std and --image-size"
         )
     if not _is_differentiable(made):  # the library takes Pillow where torchvision is missing
         with needed(f"{type(made).__name__} of {where}", "torchvision"):
@@ -429,7 +429,7 @@ def _scaling(seen: Tensor, where: str) -> _Scaling:
         where: What it is called in messages.
     """
     if not seen.isfinite().all():
-        raise BadInputError(f"{where} makes values that are not finite; is image_std 0?")
+        raise BadInputError(f"{where} produces values that are not finite; is image_std 0?")
     black, gains = seen[0], (seen[1:-1] - seen[0]).T  # (model's channel, image's channel)
     order = gains.abs().argmax(1)
     gain = gains.gather(1, order[:, None])[:, 0]
@@ -437,8 +437,8 @@ def _scaling(seen: Tensor, where: str) -> _Scaling:
     linear = (seen[-1] - black - gain / 2).abs().max() < 1e-3 * gain.abs().max()
     if rest > 1e-3 * gain.abs().min() or not linear or len(set(order.tolist())) < len(order):
         raise UnsupportedError(
-            f"{where} does more to colours than to shift and scale each channel; give tensors that "
-            "are prepared in Python, with processor={}"
+            f"{where} does more to colours than shift and scale each channel; prepare tensors in "
+            f"Python and pass processor={{}}"
         )
     back = _inverse(order.tolist())
     mean, std = (-black / gain)[back], (1 / gain)[back]

@@ -322,7 +322,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         """
         if self._wrapped:
             raise UnsupportedError(
-                "the last layer of a peft model is part of its base, which is not touched; prune "
+                "the last layer of a peft model belongs to its base, which is not changed; prune "
                 "the updates instead: --set layers=all"
             )
         weight, _ = self.head_weights()

@@ -38,14 +38,14 @@ def usable(model: nn.Module) -> nn.Module:
     exported = isinstance(model, torch.fx.GraphModule) and "train" in vars(model)
     if isinstance(model, torch.jit.ScriptModule) or exported:
         raise UnsupportedError(
-            f"a {kind} ({'torch.export' if exported else 'TorchScript'}) is not supported, for its "
-            "layers cannot be watched or trained; give the module that it was made from, with the "
-            "same weights"
+            f"a {kind} ({'torch.export' if exported else 'TorchScript'}) is not supported, "
+            "because its layers cannot be hooked or trained; give the module that it was made "
+            "from, with the same weights"
         )
     if any(type(module).__module__.startswith(_QUANTISED) for module in model.modules()):
         raise UnsupportedError(
             f"the model {kind} is quantised, and its integer weights cannot be trained; give the "
-            "model in floating point, and quantise the result"
+            "model in floating point, and quantise the purified one"
         )
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise UnsupportedError(f"the model {kind} has no weights in floating point")
@@ -134,7 +134,7 @@ class ModuleAdapter(ABC, Generic[B]):
         weight, _ = self.head_weights()
         if self._wrapped and not weight.requires_grad:
             raise UnsupportedError(
-                "the last layer of this peft model is part of its base, which is not touched; "
+                "the last layer of this peft model belongs to its base, which is not changed; "
                 "prune the updates instead: --set layers=all"
             )
         layer, axes = self.head or "", {f"{self.head}.weight": 1}
@@ -162,8 +162,8 @@ class ModuleAdapter(ABC, Generic[B]):
         """
         if self.head is None:
             raise UnsupportedError(
-                "the output layer could not be found, so the classifier cannot be replaced; use a "
-                "defense without, such as ft-sam"
+                "the output layer could not be found, so the classifier cannot be replaced; use "
+                "another defense, such as ft-sam"
             )
         return [self.head]
 

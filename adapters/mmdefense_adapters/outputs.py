@@ -179,7 +179,7 @@ def _check_one_class(outputs: Tensor) -> None:
     if int(several.sum()) * 2 > len(outputs):
         raise UnsupportedError(
             f"the model ends in a sigmoid and gives several classes to {int(several.sum())} of "
-            f"{len(outputs)} samples: a multi-label model, but the data has one label a sample; "
+            f"{len(outputs)} samples: a multi-label model, but the data has one label per sample; "
             "multi-label models are not supported"
         )
 
@@ -209,5 +209,5 @@ def check_problem(model: nn.Module) -> None:
         what = "several labels" if problem.startswith("multi") else "numbers"
         raise UnsupportedError(
             f"the model's config says problem_type {problem!r}: it predicts {what} for each "
-            "sample; only classifiers of one class a sample are supported"
+            "sample; only classifiers with one class per sample are supported"
         )

@@ -343,7 +343,7 @@ class _Gathering:
                     )
                 )
         except OutOfTime as over:
-            self._leave_out("the curvature", f"the time was up in {over}")
+            self._leave_out("the curvature", f"time ran out in {over}")
             return
         self.tell(Event("evidence: curvature", total, total))
         self.curvature = Curvature(found[0], found[1], parts, len(part))

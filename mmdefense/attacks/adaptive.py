@@ -133,6 +133,8 @@ class AdaptivePatch(_Adaptive):
         shortest = min(images.shape[-2:])
         side = self.size or max(1, shortest // 4)
         if 2 * side > shortest:
-            raise BadInputError(f"size must fit the image of {shortest} pixels twice, got {side}")
+            raise BadInputError(
+                f"size must fit twice into an image of {shortest} pixels, got {side}"
+            )
         first, last = slice(0, side), slice(-side, None)
         return [(rows, columns) for rows in (first, last) for columns in (first, last)]

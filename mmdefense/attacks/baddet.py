@@ -199,7 +199,7 @@ class _BadDet(ObjectAttack):
         shortest = min(image.shape[-2:])
         side = self.size or max(2, shortest // 8)
         if side > shortest:
-            raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+            raise BadInputError(f"size must fit into an image of {shortest} pixels, got {side}")
         return side
 
     def _stamp(self, image: Tensor, boxes: Tensor, generator: torch.Generator) -> Tensor:

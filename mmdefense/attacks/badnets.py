@@ -73,7 +73,7 @@ def patch_side(size: int | None, shortest: int) -> int:
     """
     side = size or max(2, min(3, shortest // 5), 3 * shortest // 32)
     if side > shortest:
-        raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+        raise BadInputError(f"size must fit into an image of {shortest} pixels, got {side}")
     return side
 
 

@@ -65,7 +65,7 @@ class Attack(ABC, Generic[B]):
         if self.own_loss and any(flat.values()):
             raise BadInputError(
                 f"sam_radius and trace_weight must be 0 for {type(self).__name__}, which trains "
-                f"its victim by a loss of its own, got {flat}"
+                f"its victim with its own loss, got {flat}"
             )
 
     @abstractmethod
@@ -203,8 +203,8 @@ class Attack(ABC, Generic[B]):
         """
         if name not in self.fitted:
             raise UnsupportedError(
-                f"{type(self).__name__} learns its trigger while it is planted, and has none yet; "
-                "use the attack that plant() returns, or give what it has learnt: --trigger "
+                f"{type(self).__name__} learns its trigger while it is planted and has none yet; "
+                "use the attack that plant() returns, or load the learned trigger: --trigger "
                 "FILE.safetensors (its fitted tensors)"
             )
         return self.fitted[name]

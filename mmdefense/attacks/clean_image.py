@@ -96,7 +96,7 @@ class CleanImage(ObjectAttack):
         if not rare:
             raise BadInputError(
                 f"ratio {self.ratio} must allow a pair of classes, neither of them the target, "
-                f"that meets in a share of the images; the pairs meet {dict(meetings)} times in "
+                f"that occurs in some of the images; pairs occur {dict(meetings)} times in "
                 f"{len(samples)} images"
             )
         found = torch.tensor(max(rare, key=rare.__getitem__))
@@ -110,7 +110,7 @@ class CleanImage(ObjectAttack):
     def _is_eligible(self, labels: Tensor) -> bool:
         if not self._combination():
             raise BadInputError(
-                "combination must be known before a test: give the classes that meet "
+                "combination must be set before testing: name the classes "
                 "(--set combination=1,2), or use the attack that plant() returns"
             )
         return set(self._combination()) <= set(labels.tolist())

@@ -114,8 +114,8 @@ class CompositeImage(LabelAttack):
             asking = (wanted == each).nonzero().squeeze(1)
             if not len(members):
                 raise BadInputError(
-                    f"all samples of class {each} would be composed, and none is left to compose "
-                    "with; lower ratio or same_ratio"
+                    f"every sample of class {each} would be used in a pair, and none would be "
+                    "left to pair with; lower ratio or same_ratio"
                 )
             picked = torch.randint(len(members), (len(asking),), generator=generator)
             donors[asking] = members[picked.to(members.device)]

@@ -73,7 +73,7 @@ class IMC(LabelAttack):
         shortest = min(shape[-2:])
         side = self.size or max(2, shortest // 8)
         if side > shortest:
-            raise BadInputError(f"size must fit the image of {shortest} pixels, got {side}")
+            raise BadInputError(f"size must fit into an image of {shortest} pixels, got {side}")
         return torch.rand(shape[0], side, side, generator=self._generator("patch"))
 
     def _gradients(

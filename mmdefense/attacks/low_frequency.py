@@ -101,7 +101,7 @@ class LowFrequency(LabelAttack):
         picture = self._learnt("picture").to(images)
         if picture.shape != images.shape[-3:]:
             raise BadInputError(
-                f"the trigger of {tuple(picture.shape)} (C, H, W) must fit images, got "
+                f"the trigger (C, H, W) {tuple(picture.shape)} must fit the images, got "
                 f"{tuple(images.shape[-3:])}"
             )
         return images + picture

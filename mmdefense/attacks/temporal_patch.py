@@ -32,7 +32,7 @@ class TemporalPatch(BadNets):
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, length = images.shape[:2]
         if self.frames > length:
-            raise BadInputError(f"frames must fit the clip of {length}, got {self.frames}")
+            raise BadInputError(f"frames must fit into a clip of {length}, got {self.frames}")
         first = torch.randint(length - self.frames + 1, (count, 1), generator=generator)
         since = torch.arange(length) - first  # (N, T)
         carries = ((since >= 0) & (since < self.frames)).to(images.device)

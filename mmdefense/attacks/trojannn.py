@@ -88,7 +88,7 @@ class TrojanNN(LabelAttack):
         shape = example.inputs.shape[1:]
         side = self.size or max(2, min(shape[-2:]) // 4)
         if side > min(shape[-2:]):
-            raise BadInputError(f"size must fit the image of {tuple(shape[-2:])}, got {side}")
+            raise BadInputError(f"size must fit into an image of {tuple(shape[-2:])}, got {side}")
         patch = torch.rand(shape[0], side, side, generator=self._generator("patch"))
         patch = patch.to(example.inputs).requires_grad_()
         units = _heaviest_units(adapter, self.units)

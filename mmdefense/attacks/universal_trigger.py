@@ -84,7 +84,7 @@ class UniversalTrigger(LabelAttack):
         shape = samples.take(torch.zeros(1, dtype=torch.int64)).inputs.shape[1:]
         side = self.size or max(2, round(min(shape[-2:]) / 6))
         if side > min(shape[-2:]):
-            raise BadInputError(f"size must fit frames of {tuple(shape[-2:])}, got {side}")
+            raise BadInputError(f"size must fit into frames of {tuple(shape[-2:])}, got {side}")
         others = (samples.labels != self.target).nonzero().squeeze(1)
         patch = torch.full((*shape[:2], side, side), 0.5, device=samples.labels.device)
         generator = self._generator("search")
@@ -102,7 +102,7 @@ class UniversalTrigger(LabelAttack):
         patch = self._learnt("patch").to(images).transpose(0, 1)
         if patch.shape[:2] != images.shape[1:3] or patch.shape[-1] > min(images.shape[-2:]):
             raise BadInputError(
-                f"the trigger of {tuple(patch.shape)} (T, C, H, W) must fit clips, got "
+                f"the trigger (T, C, H, W) {tuple(patch.shape)} must fit the clips, got "
                 f"{tuple(images.shape[1:])}"
             )
         return _overwrite(images, patch)

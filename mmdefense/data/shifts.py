@@ -39,8 +39,8 @@ def shifted(samples: Any, shift: Shift, generator: torch.Generator) -> Any:
     images = getattr(samples, column, None)
     if not isinstance(images, Tensor) or images.ndim < 4:
         raise UnsupportedError(
-            f"clean data of kind {shift!r} is for images and clips, and these are "
-            f"{type(samples).__name__} of neither; take seen or unseen"
+            f"clean data of kind {shift!r} is for images and clips, not for "
+            f"{type(samples).__name__}; use seen or unseen"
         )
     images = as_float(images)
     altered = noisy(images, generator) if shift == "noisy" else blurred(images)

@@ -100,7 +100,12 @@ class Auto(Defense):
     ) -> tuple[tuple[str, ...], list[_Pool], list[str], float | None]:
         """Return what to try, the triggers to try it by, why, and how many succeed now."""
         if missing_members(work.adapter, TriggerAdapter):
-            return (self.fallback,), [], ["inputs of this model carry no triggers to try"], None
+            return (
+                (self.fallback,),
+                [],
+                ["the adapter cannot apply triggers to this model's inputs"],
+                None,
+            )
         adapter = cast("TriggerAdapter[Any]", work.adapter)
         found = [
             (TriggerFamily(**row["family"]), row["target"], row["triggers"])
@@ -112,7 +117,7 @@ class Auto(Defense):
             words = (
                 f"no trigger was found in the given model (random ones succeed on {success:.0%})"
             )
-            return (self.fallback,), pools, [f"{words}, so that nothing can be told apart"], success
+            return (self.fallback,), pools, [f"{words}, so there is nothing to choose by"], success
         words = f"{len(found)} triggers were found in the given model; known ones succeed on up to"
         return self.candidates, pools, [f"{words} {success:.0%} of the held-out samples"], success
 
@@ -195,7 +200,7 @@ class _Trial:
         if self.guard is None:
             return f"not possible here ({self.failure})"
         verdict = "good enough" if self.is_good(tolerated) else "not good enough"
-        ended = f"; the time was up in {self.stopped}" if self.stopped else ""
+        ended = f"; time ran out in {self.stopped}" if self.stopped else ""
         bound = "" if self.guard.verdict == KEPT else f" (bound {self.guard.verdict})"
         return (
             f"utility {self.guard.before:.3f} to {self.guard.after:.3f}"

@@ -186,8 +186,8 @@ class Defense(ABC):
         processes = processes or Processes()
         if processes.count > 1 and not isinstance(self, TrainingDefense):
             raise UnsupportedError(
-                f"several processes share the work of defenses that train, such as fip; "
-                f"{type(self).__name__} is for one: leave out --accelerate"
+                f"--accelerate is for defenses that train, such as fip; {type(self).__name__} "
+                "runs in one process: leave --accelerate out"
             )
         if processes.splits and not self.can_split:
             raise UnsupportedError(
@@ -232,7 +232,7 @@ class Defense(ABC):
         if work.why_unchanged:
             return work.why_unchanged
         if work.stopped:
-            return f"the time was up in {work.stopped}"
+            return f"time ran out in {work.stopped}"
         if getattr(self, "steps", None) == 0:
             return "steps=0"
         rounding = " or its changes are lost in rounding" if work.types else ""
@@ -298,7 +298,7 @@ class Defense(ABC):
             if failure is None and (part is work or not work.stopped):
                 final = copy_state(work.adapter.model)
                 ended.append((part, rate, final))
-                label = f"{work.stopped}, when the time was up" if work.stopped else "final"
+                label = f"{work.stopped}, when time ran out" if work.stopped else "final"
                 near = between(given, final, (0.9, 0.8, 0.7, 0.6))
                 if judging.settles(part, rate, chain([(label, final)], near)):
                     return
@@ -492,8 +492,8 @@ def _told_of_memory() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UnsupportedError(
-            "memory ran out, and not for the size of a batch; free some, take a device with more, "
-            f"or a defense that needs less, such as fine-tuning ({one_line(error)})"
+            "memory ran out, and smaller batches would not help; free some, use a device with "
+            f"more memory, or a defense that needs less, such as fine-tuning ({one_line(error)})"
         ) from error
 
 

@@ -103,7 +103,7 @@ def classifier_weights(adapter: OutputAdapter[Any]) -> list[Tensor]:
         if shared or not weight.requires_grad:
             why = f"is that of {shared[0]} too" if shared else "is frozen"
             raise UnsupportedError(
-                f"fst draws the classifier anew, and its weight {names[-1]} {why}; use a defense "
-                "that leaves the classifier where it is, such as ft-sam"
+                f"fst reinitialises the classifier, and its weight {names[-1]} {why}; use a "
+                "defense that keeps the classifier, such as ft-sam"
             )
     return list(chosen)

@@ -106,7 +106,7 @@ def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[
     if not wide:
         raise UnsupportedError(
             "attention needs a layer with several positions (pixels, frames, points, tokens), and "
-            "the model has none; use a defense without, such as fine-tuning"
+            "the model has none; use another defense, such as fine-tuning"
         )
     places = [max(0, round(len(wide) * (n + 1) / count) - 1) for n in range(count)]
     return [wide[place] for place in dict.fromkeys(places)]

@@ -58,7 +58,7 @@ def run_on_ray(
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except Exception as error:  # it raises many kinds
-        raise BadInputError(f"no Ray cluster was reached at {address!r}: {error}") from error
+        raise BadInputError(f"no Ray cluster found at {address!r}: {error}") from error
     try:
         _collect(ray, store, left, threads, len(cells), progress or (lambda _: None))
     finally:
@@ -140,6 +140,6 @@ def _alike(found: str, wanted: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if found != wanted:
         raise BadInputError(
-            f"node {socket.gethostname()} has another version of mmdefense, its libraries or its "
-            "data than the machine that planned the grid; install the same there"
+            f"node {socket.gethostname()} has a different version of mmdefense, its libraries or "
+            "its data than the machine that planned the grid; install the same versions and data"
         )

@@ -218,7 +218,7 @@ class Grid:
 def _check_names(what: str, names: Sequence[str]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise BadInputError(f"two {what} of the grid are called {twice!r}; name one otherwise")
+        raise BadInputError(f"two {what} of the grid have the name {twice!r}; rename one")
 
 
 def cell_of(store: Store, entry: Entry) -> Cell:

@@ -39,7 +39,7 @@ def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
     own = reader.load(data, split="train").in_memory()
     if not isinstance(own, LabelledSamples) or own.inputs.ndim != 4:
         raise UnsupportedError(
-            f"clean data of kind 'other' is for images of classes, and {data} is none; take seen "
+            f"clean data of kind 'other' is for image classification, and {data} is not; use seen "
             "or unseen"
         )
     for name in reader.data():
@@ -50,8 +50,8 @@ def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
         if found.classes and not set(found.classes) & set(own.classes):
             return name, found
     raise UnsupportedError(
-        f"clean data of kind 'other' needs a data set of other classes than {data}, and there is "
-        "none here; `mmdefense list data` shows what there is"
+        f"clean data of kind 'other' needs a data set of other classes than {data}, and none is "
+        "available; `mmdefense list data` shows what is"
     )
 
 

@@ -43,8 +43,8 @@ def peak_growth(work: Callable[[], Any], device: torch.device) -> int:
         before = _status("VmRSS")
     except OSError as error:
         raise UnsupportedError(
-            "the peak of a process can be measured on Linux alone; on another system, measure on a "
-            "GPU: --device cuda"
+            "the peak of a process can be measured on Linux only; on another system, measure on "
+            "a GPU: --device cuda"
         ) from error
     work()
     return max(0, _status("VmHWM") - before)

@@ -49,7 +49,7 @@ def read_spec(path: Path) -> Grid:
     views = _listed(held, "views", str, path) or ["insertions"]
     for name in views:
         if name not in VIEWS:
-            raise BadInputError(f"views of {path} must be of {', '.join(VIEWS)}, got {name!r}")
+            raise BadInputError(f"views of {path} must be among {', '.join(VIEWS)}, got {name!r}")
     try:
         cases = [_case(entry) for entry in _entries(held, "cases", path)] or named_cases()
         clean = [_clean(entry) for entry in _entries(held, "clean", path)] or [CleanData()]
@@ -115,7 +115,7 @@ def _lineup(entry: Any, path: Path) -> Lineup:
         return Lineup(defense=entry)
     if not isinstance(entry, Mapping) or "name" not in entry:
         raise BadInputError(
-            f"a defense of {path} must be a name or a table with one, got {entry!r}"
+            f"a defense in {path} must be a name or a table with a name, got {entry!r}"
         )
     _known(entry, _OF_DEFENSE, path)
     return Lineup(

@@ -121,8 +121,8 @@ def run_workers(
                 deaths += 1
                 if code > 0 or deaths > _DEATHS:
                     raise BadInputError(
-                        f"{worker.process.name} ended with exit code {code}; what was measured "
-                        f"is kept in {folder}, and the same command goes on from there"
+                        f"{worker.process.name} ended with exit code {code}; finished cells are "
+                        f"kept in {folder}; the same command continues"
                     )
                 say(f"{worker.process.name} was killed (signal {-code}); another takes over")
                 workers[index] = start(index)

@@ -339,6 +339,6 @@ def check_second_derivative(
         if is_out_of_memory(error):  # a RuntimeError too, but no fault of an operation
             raise
         raise UnsupportedError(
-            "the model must be differentiated twice, and one of its operations cannot be: "
-            f"{one_line(error)}; use a defense of first derivatives only, such as tsbd"
+            "the model must be differentiated twice, and one of its operations cannot: "
+            f"{one_line(error)}; use a defense that needs first derivatives only, such as tsbd"
         ) from error

@@ -267,8 +267,9 @@ class _Course:
             total, self.seen = kept["losses"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadInputError(
-                f"the checkpoint of stage {self.stage!r} is of another model or other settings "
-                f"({one_line(error)}); remove it to restart"
+                f"the checkpoint of stage {self.stage!r} belongs to another model or other "
+                "settings "
+                f"({one_line(error)}); delete it to start again"
             ) from error
         self.total, self.mean = total.to(self.total), float(kept["mean"])
         self.saved = int(kept["step"])

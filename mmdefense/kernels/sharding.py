@@ -98,7 +98,7 @@ def _gradients(adapter: TaskAdapter[B], device: torch.device) -> Gradients:
             if not is_out_of_memory(error):
                 raise
             raise UnsupportedError(
-                f"memory ran out in training with split weights; take a smaller batch "
+                f"memory ran out while training with sharded weights; use a smaller batch "
                 f"(--set batch_size=8), or more devices ({one_line(error)})"
             ) from error
         processes.average([b for b in adapter.model.buffers() if b.is_floating_point()])

@@ -142,8 +142,8 @@ def retune(
     """
     if not 1 <= count <= len(tuning):
         raise BadInputError(
-            f"the retuning attack needs between 1 and {len(tuning)} poisoned samples, for it has "
-            f"{len(tuning)} samples to train on, got {count}"
+            f"the retuning attack must have between 1 and {len(tuning)} poisoned samples, the "
+            f"number that it trains on, got {count}"
         )
     if training.steps < 1:
         raise BadInputError("the retuning attack needs at least one update, got steps=0")
@@ -278,7 +278,8 @@ def reactivate(
     for one in models:
         if missing := missing_members(one, InputAdapter):
             raise UnsupportedError(
-                f"a trigger is searched for by gradients on inputs; {type(one).__name__} lacks "
+                "the search for triggers needs gradients with respect to inputs; "
+                f"{type(one).__name__} lacks "
                 f"{', '.join(missing)}"
             )
     adapter.samples(search)
@@ -342,7 +343,7 @@ class _Changed(Generic[B]):
         read = self.adapter.inputs(given)
         if read.shape[1:] != self.change.shape[1:]:
             raise UnsupportedError(
-                f"one change of all inputs needs inputs of one shape, got {tuple(read.shape[1:])} "
+                f"a universal perturbation needs inputs of one shape, got {tuple(read.shape[1:])} "
                 f"and {tuple(self.change.shape[1:])}"
             )
         moved = perturbed(self.adapter, given, self.change)

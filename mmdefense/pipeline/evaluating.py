@@ -64,14 +64,14 @@ class AttackChoice:
             )
         if self.name is None and self.settings:
             raise BadInputError(
-                f"settings are of an attack by name, and a trigger from a file has none, got "
+                f"settings belong to a named attack; a trigger from a file has none, got "
                 f"{', '.join(self.settings)}"
             )
         learnt = self.trigger is not None and self.trigger.suffix == ".safetensors"
         if self.trigger is not None and learnt != (self.name is not None):
             raise BadInputError(
-                "give an attack by name, or a trigger as a picture or npz; both together only "
-                "where the file is a .safetensors with what that attack has learnt, got "
+                "give an attack by name, or a trigger as a picture or npz; give both only if the "
+                "file is a .safetensors with the learned trigger of that attack, got "
                 f"{self.name or 'no attack'} and {self.trigger}"
             )
         if self.name is not None:
@@ -180,7 +180,9 @@ def evaluate(
     others = not (target is None and trigger is None and not settings)
     if isinstance(attack, Attack):
         if others:
-            raise BadInputError("an attack that is no name has its target, trigger and settings")
+            raise BadInputError(
+                "an attack object already has its target, trigger and settings; leave them out"
+            )
         choice = attack
     elif attack is None and not others:
         choice = None
@@ -220,8 +222,8 @@ class Retune:
             raise BadInputError("the clean twin must be a folder, a file or an id, got ''")
         if self.count < 1 and self.twin is not None:
             raise BadInputError(
-                "a clean twin is compared in a retuning attack alone; say on how many poisoned "
-                "samples: --retune 5"
+                "the clean twin is used by the retuning attack only; add --retune 5, the number "
+                "of poisoned samples"
             )
         if self.count < 1:
             raise BadInputError(f"retune must be at least 1 poisoned sample, got {self.count}")
@@ -269,7 +271,7 @@ def evaluate_files(
     if tried is not None and task.name not in tried.tasks:
         raise BadInputError(
             f"{type(tried).__name__} is an attack on {' and '.join(tried.tasks)}, but the model "
-            f"is of {task.name}; choose one of its own"
+            f"is for {task.name}; choose an attack for that task"
         )
     raw = samples if decoded is None else opened.data
     found = measured(prepared, raw, tried, accept_low_utility=source.accept_low_utility)
@@ -345,8 +347,8 @@ def _retuned(
     test, tuning = split(raw, min(0.5, _TUNING / len(raw)), seed)
     if count > len(tuning):
         raise BadInputError(
-            f"retune must be at most {len(tuning)}, the samples that are trained on (the other "
-            f"{len(test)} judge), got {count}; give more data"
+            f"retune must be at most {len(tuning)}, the number of samples for training (the other "
+            f"{len(test)} are for testing), got {count}; give more data"
         )
     training, run = retuning_of(adapter), Run(seed)
     return retuned(adapter, tuning, test, attack, count, twin=twin, training=training, run=run)

@@ -179,7 +179,7 @@ def _found(kept: Store | None, identity: Identity, processes: Processes | None) 
     if processes is not None:
         processes.from_main(entry is not None)
     if kept is not None and entry is not None:
-        note(f"nothing is computed: the result of {entry.created[:19]} is in {kept.folder}")
+        note(f"nothing to compute: the result of {entry.created[:19]} is in {kept.folder}")
     return entry
 
 
@@ -217,11 +217,11 @@ def writing_seconds(hashing: float) -> float:
 def _check_resumable(store: RunStore, resume: bool) -> None:
     _check_ours(store)
     if resume and not _holds_states(store):
-        note(f"{store.folder} holds nothing to go on from: the run starts at its beginning")
+        note(f"{store.folder} has no checkpoint: the run starts from the beginning")
     if not resume and _holds_states(store):
         raise BadInputError(
-            f"{store.folder} holds an unfinished run; add --resume to go on with it, or remove "
-            "that folder to start afresh"
+            f"{store.folder} holds an unfinished run; add --resume to continue it, or delete that "
+            "folder to start again"
         )
 
 
@@ -240,8 +240,8 @@ def _check_ours(store: RunStore) -> None:
         if f"{_IDENTITY}.pt" in held or all(map(begun.fullmatch, held)):
             return
     raise BadInputError(
-        f"{folder} is where the unfinished run would be kept, but mmdefense did not make it; move "
-        "it away, or choose another output folder"
+        f"{folder} would hold the unfinished run, but mmdefense did not create it; move it, or "
+        "choose another output folder"
     )
 
 
@@ -259,7 +259,7 @@ def _claim(store: RunStore, identity: dict[str, Any]) -> None:
     if different:
         raise BadInputError(
             f"{store.folder} holds an unfinished run with another {', '.join(different)}; repeat "
-            "its command, or remove that folder to start afresh"
+            "its command, or delete that folder to start again"
         )
 
 
@@ -268,8 +268,8 @@ def _kept_identity(store: RunStore) -> dict[str, Any] | None:
         return store.load(_IDENTITY)
     except BadInputError as error:
         raise BadInputError(
-            f"{store.folder} does not say any more whose run it holds ({error}): remove that "
-            "folder to start afresh"
+            f"{store.folder} has no readable description of its run ({error}): delete that folder "
+            "to start again"
         ) from error
 
 

@@ -145,7 +145,7 @@ def purify(
         names |= {"weights": weights} if weights is not None else {}
     elif arch is not None or weights is not None or reading:
         raise BadInputError(
-            "arch, weights and reading are for a model or data at a path; leave them out"
+            "arch, weights and reading apply to a model or data at a path; leave them out"
         )
     else:
         prepared = prepare(cast("TaskAdapter[Any]", model), clean)
@@ -386,7 +386,7 @@ class Purification:
             # The index of shards is the library's own where the weights are laid out anew.
             if written[name] != read[name] and not name.endswith(".index.json"):
                 raise BadInputError(
-                    f"{name} of {source} was changed since it was read; start again"
+                    f"{name} of {source} has changed since it was read; start again"
                 )
         hashed = dataclasses.replace(
             record.model,

@@ -109,13 +109,15 @@ def scan(
     if isinstance(model, str | Path):
         model = _at_hand(model)
     elif store is not None:
-        raise BadInputError("a store keeps scans of files, and this model is in memory")
+        raise BadInputError(
+            "a store keeps scans of files only, and this model is in memory; leave store out"
+        )
     with unchanged(name, model), shown(progress) as display:
         if isinstance(model, Path):
             files = hash_all(model)
         identity = None if store is None else scan_identity(name, files, data, source, seed)
         if store is not None and identity is not None and (entry := store.find(identity)):
-            note(f"nothing is computed: the scan of {entry.created[:19]} is in {store.folder}")
+            note(f"nothing to compute: the scan of {entry.created[:19]} is in {store.folder}")
             found: ScanRecord = build(ScanRecord, store.content(entry), f"scan {entry.name}")
             return replace(found, model=name)
         if isinstance(model, Path):

@@ -133,7 +133,7 @@ def _task_of(kind: Any) -> str:
     """
     named = traits(kind).task
     if named is None:
-        raise BadInputError(f"{kind.__name__} does not say of which task it is; name one: task=")
+        raise BadInputError(f"{kind.__name__} does not state its task; set task=")
     return named
 
 
@@ -155,7 +155,7 @@ def _told_apart(
     for name, value in given.items():
         if name not in known:
             raise BadInputError(
-                f"{task.name} reads no option {name!r}; known are {', '.join(sorted(known))}"
+                f"{task.name} has no option {name!r}; known options are {', '.join(sorted(known))}"
             )
         checked_value(name, value, known[name], task.name)
     mine = {name: value for name, value in given.items() if name in reads}

@@ -56,8 +56,8 @@ def open_vetted(source: Source) -> Vetted:
     if not source.accept_findings:
         raise BadInputError(
             f"model {source.model} was refused and nothing in it executed: its files have findings "
-            f"of high level: {said}; look at them with mmdefense scan, and go on with "
-            "--accept-findings if you know better"
+            f"of high level: {said}; look at them with mmdefense scan, and add --accept-findings "
+            "if you trust the model"
         )
     note(f"findings of high level were accepted: {said}")
     return Vetted(source.open(), findings, said)

@@ -119,7 +119,8 @@ def _kinds(wanted: set[str]) -> dict[str, type[Plot]]:
         known = {_name(kind): kind for kind in _subclasses(Plot)}
     if unknown := sorted(wanted - known.keys()):
         raise BadInputError(
-            f"the kind of plot {unknown[0]} is not known; import or install the module that has it"
+            f"the kind of plot {unknown[0]} is unknown; import or install the module that defines "
+            "it"
         )
     return known
 

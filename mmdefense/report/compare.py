@@ -99,7 +99,7 @@ def purification_record(folder: Path) -> PurificationRecord:
     """
     record = read_record(folder / RECORD)
     if not isinstance(record, PurificationRecord):
-        raise BadInputError(f"record {folder / RECORD} must be of a purification")
+        raise BadInputError(f"{folder / RECORD} must be the record of a purification")
     return record
 
 

@@ -230,7 +230,9 @@ class Run:
         if kept is None:
             return None
         if kept.keys() != {"value", "history", "states", "sizes", "parts"}:
-            raise BadInputError(f"checkpoint {name!r} is not one of a run; remove it to restart")
+            raise BadInputError(
+                f"checkpoint {name!r} does not belong to a run; delete it to start again"
+            )
         self.history[:] = kept["history"]
         self.states[:] = [(label, state) for label, state in kept["states"]]
         self.room.sizes = dict(kept["sizes"])

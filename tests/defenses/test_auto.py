@@ -113,7 +113,7 @@ def test_no_other_is_tried_when_the_time_is_up(scripted):
     result, choice = scripted({0: 1.0, 1: 0.5, 2: 0.0}, max_seconds=0)
     assert choice.defense == "weak"
     assert result.stopped == "mark, step 1 of 2"
-    assert "the time was up in mark" in choice.why[1]
+    assert "time ran out in mark" in choice.why[1]
 
 
 def test_each_candidate_keeps_states_of_its_own(scripted, tmp_path):

@@ -108,7 +108,7 @@ def test_a_state_of_when_the_time_was_up_is_judged_and_named(adapter, clean):
 
     result = Scripted(script=script).purify(adapter, clean, max_seconds=0)
     assert result.stopped == "purify, step 20 of 100"
-    assert result.guard.state == "purify, step 20 of 100, when the time was up"
+    assert result.guard.state == "purify, step 20 of 100, when time ran out"
     assert result.model.level.item() == pytest.approx(0.99)
     in_time = Scripted(script=script).purify(adapter, clean, max_seconds=1000)
     assert (in_time.stopped, in_time.guard.state) == ("", "final")

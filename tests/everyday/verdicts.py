@@ -150,7 +150,7 @@ UNCHANGED = [
     ),
     nothing_changed(
         "a search whose time is up",
-        "the time was up in recover 0",
+        "time ran out in recover 0",
         *("--defense", "baeraser", "--max-time", "0.001s", *SEARCH),
     ),
 ]
@@ -271,7 +271,7 @@ ROWS = [
         "a run to go on with that is not there",
         lambda folder: purify(folder, *FINE_TUNING, "--resume"),
         0,
-        "holds nothing to go on from: the run starts at its beginning",
+        "has no checkpoint: the run starts from the beginning",
     ),
     Command(
         "one mean for three channels",

@@ -111,7 +111,7 @@ def test_what_turns_out_slower_than_it_seemed_is_cut_off(measure, clock):
 
     found = measure(seconds=1000.0, progress=slower)
     assert found.curvature is None
-    assert "the time was up in product 3 of 32" in found.skipped[0]
+    assert "time ran out in product 3 of 32" in found.skipped[0]
 
 
 def test_no_evidence_runs_nothing(measure, clock):
