@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_result(place, mmdefense, und
     refused = mmdefense(*arguments)
     assert refused.code == 2
     assert "add --resume" in refused.err
-    assert "remove that folder" in refused.err
+    assert "delete that folder" in refused.err
     assert mmdefense(*arguments, "--resume").code == 0
     assert weights(place.out) == undisturbed
     assert not partial.exists()
@@ -184,7 +184,7 @@ def test_a_run_whose_time_is_up_is_handed_back_and_goes_on(place, mmdefense, und
     assert place.files() == ["out", "out.partial", "whole"]
     longer = mmdefense(*place.purify(*LONG, "--max-time", "1h"), "--resume", "--force")
     assert longer.code == 0, longer.err
-    assert "time was up" not in longer.out
+    assert "time ran out" not in longer.out
     assert weights(place.out) == undisturbed
     assert place.files() == ["out", "whole"]
 

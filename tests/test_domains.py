@@ -93,7 +93,7 @@ def test_an_attack_on_text_is_measured(one, mmdefense):
     [
         ("image", ("--task", "language-generation"), "is a model of image-classification", 2),
         ("image", ("--task", "poetry"), "unknown task 'poetry'", 2),
-        ("image", ("--read", "frames=3"), "image-classification reads no option 'frames'", 2),
+        ("image", ("--read", "frames=3"), "image-classification has no option 'frames'", 2),
         ("image", ("--read", "mean=grey"), "mean of image-classification must be a list", 2),
         ("image", ("--read", "frames"), "KEY=VALUE", 2),
         ("image", ("--attack", "rare-token"), "RareToken is an attack on language-generation", 2),

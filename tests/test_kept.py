@@ -42,7 +42,7 @@ def test_the_same_purification_is_written_again_and_not_computed(place, mmdefens
     assert (first.code, again.code) == (0, 0)
     assert computed == ["purify_prepared"]
     assert files_in(second) == files_in(place.out)
-    assert "nothing is computed: the result of" in again.err
+    assert "nothing to compute: the result of" in again.err
     assert first.out.splitlines()[:2] == again.out.splitlines()[:2]
     assert mmdefense(*place.purify("--store", str(kept))).code == 2  # the output is there
     assert mmdefense(*place.purify("--store", str(kept), "--force")).code == 0
@@ -92,7 +92,7 @@ def test_the_same_scan_is_told_again(place, mmdefense, computed):
     again = mmdefense(*scan, "--format", "json")
     assert computed == ["scan_files"]
     assert json.loads(first.out) == json.loads(again.out)
-    assert "nothing is computed: the scan of" in again.err
+    assert "nothing to compute: the scan of" in again.err
     with_data = [*scan, "--data", str(place.data)]
     assert mmdefense(*with_data).out == mmdefense(*with_data).out
     assert computed == ["scan_files"] * 2

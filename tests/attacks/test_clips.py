@@ -76,7 +76,7 @@ def test_a_temporal_patch_is_in_a_few_frames_in_a_row(clips, frames):
     ("build", "message"),
     [
         (lambda: TemporalPatch(frames=0), "frames must be at least 1"),
-        (lambda: TemporalPatch(frames=9).stamp(torch.zeros(1, 1, 4, 8, 8)), "fit the clip of 4"),
+        (lambda: TemporalPatch(frames=9).stamp(torch.zeros(1, 1, 4, 8, 8)), "fit into a clip of 4"),
         (lambda: UniversalTrigger(search_steps=0), "search_steps must"),
         (lambda: UniversalTrigger(epsilon=-1), "epsilon must"),
         (lambda: UniversalTrigger(size=0), "size must"),

@@ -238,7 +238,7 @@ def test_adaptive_patch_shows_one_faint_patch_in_training_and_four_at_test(image
 
 
 def test_adaptive_patch_refuses_patches_that_overlap():
-    with pytest.raises(BadInputError, match="size must fit the image of 8 pixels twice, got 5"):
+    with pytest.raises(BadInputError, match="size must fit twice into an image of 8 pixels, got 5"):
         AdaptivePatch(size=5).stamp(torch.zeros(1, 3, 8, 8))
 
 
@@ -271,5 +271,5 @@ def test_cba_needs_three_classes_and_samples_that_stay_as_they_are(images):
         CompositeImage(partner=1)
     alone = images.subset((images.labels == 1).nonzero().squeeze(1))
     attack = CompositeImage(partner=2, same_ratio=0)
-    with pytest.raises(BadInputError, match="none is left to compose with"):
+    with pytest.raises(BadInputError, match="none would be left to pair with"):
         attack.poison(alone, TEN_CLASSES)

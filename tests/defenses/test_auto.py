@@ -106,7 +106,7 @@ def test_what_is_not_possible_is_said_and_passed_over(scripted):
 def test_where_nothing_can_be_told_apart_the_fallback_is_taken(scripted):
     _, choice = scripted({0: 0.05, 1: 0.0, 2: 0.0}, found=False)
     assert choice.defense == "strong"
-    assert "nothing can be told apart" in choice.why[0]
+    assert "nothing to choose by" in choice.why[0]
 
 
 def test_no_other_is_tried_when_the_time_is_up(scripted):

@@ -54,7 +54,7 @@ def test_a_cluster_that_loses_a_node_gives_the_cells_of_one_process(tmp_path):
 
 
 def test_a_node_of_other_code_or_data_is_refused():
-    with pytest.raises(BadInputError, match="has another version of mmdefense"):
+    with pytest.raises(BadInputError, match="has a different version of mmdefense"):
         cluster_module._alike("a", "b", torch.get_num_threads())
 
 

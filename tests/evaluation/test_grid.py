@@ -177,9 +177,9 @@ def test_cells_of_like_settings_keep_their_names_and_baselines(plug, tmp_path):
 def test_two_rows_of_one_name_are_refused(plug):
     plug("defenses", quick="quick:Quick")
     twins = [Lineup(defense="quick", label="x", settings={"steps": n}) for n in (1, 2)]
-    with pytest.raises(BadInputError, match="two defenses of the grid are called 'x'"):
+    with pytest.raises(BadInputError, match="two defenses of the grid have the name 'x'"):
         Grid(cases=[CASE], defenses=twins).planned()
-    with pytest.raises(BadInputError, match="two cases of the grid are called 'quick'"):
+    with pytest.raises(BadInputError, match="two cases of the grid have the name 'quick'"):
         Grid(cases=[CASE, CASE], defenses=["quick"]).planned()
 
 

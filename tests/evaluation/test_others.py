@@ -48,7 +48,7 @@ def test_where_there_is_none_that_is_said(monkeypatch):
 
 
 def test_points_have_no_images_of_other_classes():
-    with pytest.raises(UnsupportedError, match="is for images of classes"):
+    with pytest.raises(UnsupportedError, match="is for image classification"):
         foreign_images("point-cloud-classification", "surfaces")
 
 

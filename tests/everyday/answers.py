@@ -467,7 +467,7 @@ ROWS = [
     Row(
         "one-hot labels",
         lambda _: adapted((IMAGES, F.one_hot(LABELS))),
-        Refused("one-hot rows give the argmax"),
+        Refused("convert one-hot rows with argmax"),
     ),
     Row(
         "labels in words",

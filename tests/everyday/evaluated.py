@@ -243,7 +243,7 @@ PYTHON = [
     Row(
         "options of reading for images in memory",
         lambda _: mmd.purify(Net(), small_images(), reading={"image_size": 8}),
-        Refused("arch, weights and reading are for a model or data at a path"),
+        Refused("arch, weights and reading apply to a model or data at a path"),
     ),
 ]
 

@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(build, draw, tmp_p
     store = RunStore(tmp_path)
     train(build(), draw(10), PLAN, Run(store=store))
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
-    with pytest.raises(BadInputError, match="remove it to restart") as caught:
+    with pytest.raises(BadInputError, match="delete it to start again") as caught:
         train(TorchClassifier(model), draw(10), PLAN, Run(store=store))
     assert "\n" not in str(caught.value)
 

@@ -99,7 +99,7 @@ def test_a_malicious_model_is_not_loaded_for_its_behaviour(place, mmdefense):
         (("--data", "nowhere"), "nowhere"),
         (("--arch", "commands:Nothing"), "Nothing"),
         (("--task", "image"), "unknown task 'image'"),
-        (("--read", "frames=3"), "reads no option 'frames'"),
+        (("--read", "frames=3"), "has no option 'frames'"),
     ],
 )
 def test_data_or_a_model_that_cannot_be_read_is_one_line(place, mmdefense, more, said):
