@@ -485,7 +485,7 @@ def test_a_flipped_bit_anywhere_in_a_kept_state_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [("job.pt", "delete"), ("*.progress.pt", "delete it to start again")]
+    ("name", "remedy"), [("job.pt", "delete"), ("*.progress.pt", "delete it to restart")]
 )
 def test_a_run_does_not_go_on_from_a_damaged_state(place, mmdefense, disturb, name, remedy):
     def interrupt(work):

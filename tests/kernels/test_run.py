@@ -84,7 +84,7 @@ def test_a_file_that_is_no_state_is_refused_in_one_line(store, content):
         torch.save({"model": nn.Linear(1, 1)}, path)
     else:
         torch.save([1, 2], path)
-    with pytest.raises(BadInputError, match="delete it to start again") as caught:
+    with pytest.raises(BadInputError, match="delete it to restart") as caught:
         store.load("a")
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
