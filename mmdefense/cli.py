@@ -338,7 +338,9 @@ def evaluate(
     from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.pipeline.evaluating import Retune, evaluate_files
     from mmdefense.pipeline.sources import Source
+    from mmdefense.runtime.processes import refuse_launcher
 
+    refuse_launcher("evaluate")
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model,
@@ -408,8 +410,10 @@ def scan(
     from mmdefense.findings import FAILING, reaches
     from mmdefense.pipeline.scan import scan as look_into
     from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.runtime.processes import refuse_launcher
     from mmdefense.scanning.formats import FORMATS
 
+    refuse_launcher("scan")
     if format_ not in FORMATS:
         raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
     level = next((level for level in FAILING if level == fail_on), None)

@@ -187,8 +187,10 @@ def run(
     from mmdefense.evaluation.tables import markdown
     from mmdefense.evaluation.workers import run_workers
     from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
+    from mmdefense.runtime.processes import refuse_launcher
     from mmdefense.store import Store
 
+    refuse_launcher("grid run")
     devices = device.split(",")
     grid = replace(
         _grid(spec, cases, defenses, seeds, baselines, views, clean, retune), device=devices[0]

@@ -416,3 +416,23 @@ def test_the_images_of_these_tests_tell_their_class():
     images, labels = small_images(6)
     assert images.flatten(1).float().std(1).min() > 40
     assert labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("scan", "net.pt"),
+        ("evaluate", "net.pt", "--data", "data.npz"),
+        ("grid", "run", "--out", "cells"),
+    ],
+)
+def test_a_command_for_one_process_is_refused_under_a_launcher(
+    mmdefense, monkeypatch, tmp_path, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = mmdefense(*arguments)
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert "runs in one process, but a launcher has started 2" in line
+    assert not list(tmp_path.iterdir())

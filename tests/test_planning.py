@@ -46,13 +46,23 @@ def test_fast_fip_trains_few_values(place, mmdefense):
     assert "trains    7 values" in outcome.out  # 4 singular values of the filters, 3 of the head
 
 
+@pytest.mark.parametrize("name", ["anp", "rnp"])
+def test_defenses_that_prune_by_a_mask_train_one_for_each_unit(place, mmdefense, name):
+    arguments = place.purify("--dry-run")
+    arguments[arguments.index("fine-tuning")] = name
+    arguments = [text if text != "steps=4" else "seed=1" for text in arguments]
+    outcome = mmdefense(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert "trains    4 unit masks" in outcome.out
+
+
 def test_a_dry_run_of_what_cannot_be_is_refused(place, mmdefense):
     outcome = mmdefense(*place.purify("--dry-run", "--set", "lr=-1"))
     assert outcome.code == 2
     assert place.files() == []
 
 
-TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trained": None}
+TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trains": "no values"}
 
 
 def test_what_is_not_told_is_said():

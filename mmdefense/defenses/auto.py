@@ -86,7 +86,7 @@ class Auto(Defense):
         why.append(f"chosen: {best.name}; a trigger of a kind that is not searched for is not seen")
         work.adapter.model.load_state_dict(best.work.adapter.model.state_dict())
         work.stopped = trial.stopped
-        work.tell(best.work)
+        work.adopt(best.work)
         work.choice = Choice(
             defense=best.name,
             settings=dataclasses.asdict(self._made(best.name)),

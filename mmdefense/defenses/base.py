@@ -117,8 +117,8 @@ class Purifying(Generic[B]):
     stopped: str = ""
     types: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def tell(self, other: Purifying[B]) -> None:
-        """Tell what another run told, which is the one whose model is returned."""
+    def adopt(self, other: Purifying[B]) -> None:
+        """Take over the results of another run, whose model is returned."""
         self.plots, self.search, self.choice = other.plots, other.search, other.choice
         self.why_unchanged = other.why_unchanged
 
@@ -142,6 +142,10 @@ class Defense(ABC):
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return what is trained and how many of them, for the plan of a dry run."""
+        return "no values"
 
     @final
     def purify(
@@ -260,7 +264,7 @@ class Defense(ABC):
             work.adapter.model.load_state_dict(rounded(chosen.state, work.types))
         if chosen.part is not work:
             work.run.adopt(at_rate(chosen.guard.rate), chosen.part.run)
-            work.tell(chosen.part)
+            work.adopt(chosen.part)
         return replace(chosen.guard, metric=traits(work.adapter).score_name)
 
     def _run_until_kept(self, work: Purifying[Any], given: State, judging: _Judging) -> None:
@@ -383,6 +387,10 @@ class TrainingDefense(Defense):
 
     def _optimizer(self, adapter: TaskAdapter[Any]) -> Literal["sgd", "adamw"]:
         return traits(adapter).optimizer if self.optimizer == "auto" else self.optimizer
+
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return what is trained and how many of them, for the plan of a dry run."""
+        return f"{self.trained(adapter):,} values"
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""

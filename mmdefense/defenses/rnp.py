@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mmdefense.data.batch import Views
 from mmdefense.defenses.base import Defense, Purifying
-from mmdefense.defenses.unit_pruning import prune_by_mask, tell_of_units_without_batch_norm
+from mmdefense.defenses.unit_pruning import note_units_without_batch_norm, prune_by_mask
 from mmdefense.kernels.coordinates import UnitMasks
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
 from mmdefense.kernels.unlearning import chance_level, unlearn
-from mmdefense.protocol import UnitGroup
+from mmdefense.protocol import TaskAdapter, UnitGroup
 from mmdefense.settings import BatchSize, NotNegative, Share, Whole
 from mmdefense.training import Training
 
@@ -70,9 +70,13 @@ class RNP(Defense):
         masks = self.masks(work, groups)
         prune_by_mask(work, groups, masks, self.threshold, self.max_share, self.max_utility_drop)
 
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return the number of unit masks."""
+        return f"{sum(group.size for group in adapter.unit_groups()):,} unit masks"
+
     def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
         """Train and return the masks of all units, G tensors ``(U,)``; small ones go first."""
-        tell_of_units_without_batch_norm(work, groups)
+        note_units_without_batch_norm(work, groups)
         fork = work.adapter.fork()
         chance = chance_level(fork, work.fit)
         forgotten = min(2 * chance, (1 + chance) / 2)

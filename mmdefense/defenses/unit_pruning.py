@@ -16,7 +16,7 @@ from mmdefense.plots.pruning_curve import PruningCurve
 from mmdefense.protocol import UnitGroup
 from mmdefense.runtime.run import Event
 
-__all__ = ["prune_by_mask", "prune_within", "tell_of_units_without_batch_norm"]
+__all__ = ["note_units_without_batch_norm", "prune_by_mask", "prune_within"]
 
 _POINTS = 18  # thresholds from 0 to 0.9 in steps of 0.05, as BackdoorBench sweeps them
 
@@ -94,7 +94,7 @@ def prune_by_mask(
     prune_within(work, groups, rank(masks, descending=False), counts, bound, mask_out)
 
 
-def tell_of_units_without_batch_norm(work: Purifying[Any], groups: Sequence[UnitGroup]) -> None:
+def note_units_without_batch_norm(work: Purifying[Any], groups: Sequence[UnitGroup]) -> None:
     """Say where units have no BatchNorm, whose weight the papers mask, and what is masked there."""
     modules = dict(work.adapter.model.named_modules())
     owners = [modules[next(iter(group.outer)).rpartition(".")[0]] for group in groups]

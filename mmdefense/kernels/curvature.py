@@ -30,8 +30,8 @@ from mmdefense.runtime.memory import in_parts
 
 __all__ = [
     "MOST_TRACE_PROBES",
+    "HessianSpectrum",
     "Smoothness",
-    "Spectrum",
     "gradient_norm_penalty",
     "hessian_product",
     "lanczos",
@@ -185,7 +185,7 @@ def _krylov(
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class HessianSpectrum:
     """How the eigenvalues of a symmetric matrix are spread, by stochastic Lanczos quadrature.
 
     The mean over random starts of ``v^T f(A) v`` is ``tr f(A)`` over the dimension [UCS]; so the
@@ -201,7 +201,7 @@ class Spectrum:
     weights: Tensor
 
     @classmethod
-    def of(cls, quadratures: Sequence[tuple[Tensor, Tensor]]) -> Spectrum:
+    def of(cls, quadratures: Sequence[tuple[Tensor, Tensor]]) -> HessianSpectrum:
         """Return the mean of the quadratures of several starts, as :func:`lanczos` gives them."""
         nodes, order = torch.cat([values for values, _ in quadratures]).sort()
         weights = torch.cat([weights for _, weights in quadratures])[order]
@@ -227,7 +227,7 @@ class Smoothness:
     lambda_max: float
     trace: float
     spread: float
-    spectrum: Spectrum
+    spectrum: HessianSpectrum
     trace_probes: int = 1
 
 
@@ -291,7 +291,7 @@ def smoothness(
         basis, matrix = _krylov(product, probe(), steps)
         values, vectors = torch.linalg.eigh(matrix.double().cpu())
         quadratures.append((values, vectors[0].square()))
-    spectrum = Spectrum.of(quadratures)
+    spectrum = HessianSpectrum.of(quadratures)
     lambda_max = float(spectrum.nodes[-1])
     if trace_error is not None:
         found = _deflated_traces(product, probe, basis, trace_error, float(matrix.trace()))

@@ -46,7 +46,7 @@ class Plan:
         adapter: Class of the adapter.
         architecture: Class of the model.
         parameters: Number of weights.
-        trained: Number of values that are trained; none where the defense trains none.
+        trains: What the defense trains, and how many of them.
         fit: Clean samples to learn from.
         holdout: Clean samples that are held out.
         defense: The defense with all its settings.
@@ -63,7 +63,7 @@ class Plan:
     adapter: str
     architecture: str
     parameters: int
-    trained: int | None
+    trains: str
     fit: int
     holdout: int
     defense: Defense
@@ -77,7 +77,6 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the plan for a person."""
-        trains = "no values" if self.trained is None else f"{self.trained:,} values"
         takes = _duration(self.seconds, "at least" if self.at_least else "about")
         if more := getattr(self.defense, "restarts", 0):
             takes += f"; up to {1 + more} times as long where the rate has to be lowered"
@@ -92,7 +91,7 @@ class Plan:
             *(f"note      {doubt} (a heuristic)" for doubt in self.doubts),
             *([f"scan      {self.scan}"] if self.scan else []),
             f"defense   {self.defense}",
-            f"trains    {trains}",
+            f"trains    {self.trains}",
             f"time      {takes}",
             f"evidence  {beyond}",
             f"memory    {self.memory / 2**30:.2f} GiB at its peak",
@@ -138,7 +137,7 @@ def plan(
         adapter=type(adapter).__name__,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        trained=(defense.trained(adapter.fork()) if isinstance(defense, TrainingDefense) else None),
+        trains=defense.trains(adapter.fork()),
         fit=len(fit),
         holdout=len(held),
         defense=defense,

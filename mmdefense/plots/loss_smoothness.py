@@ -29,7 +29,7 @@ class LossSmoothness(Plot):
         trace: Trace of the Hessian of each, ``(M,)``.
         lambda_max: Largest eigenvalue of the Hessian of each; none where it was not measured.
         spectra: How all eigenvalues are spread, by model: nodes and weights, each ``(Q,)``, as
-            :class:`~mmdefense.kernels.curvature.Spectrum` has them.
+            :class:`~mmdefense.kernels.curvature.HessianSpectrum` has them.
         trace_error: Standard error of each trace; NaN, or none, where it is not known.
     """
 

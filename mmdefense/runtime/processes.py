@@ -35,7 +35,7 @@ from mmdefense.runtime.deadline import Deadline
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Processes", "joined", "launched", "present", "sharing", "together"]
+__all__ = ["Processes", "joined", "launched", "present", "refuse_launcher", "sharing", "together"]
 
 T = TypeVar("T")
 
@@ -203,6 +203,19 @@ def together(processes: Processes) -> Iterator[None]:
 def launched() -> int:
     """Return how many processes a launcher, such as torchrun, says that it has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_launcher(command: str) -> None:
+    """Refuse to run a command that does not share its work in several launched processes.
+
+    Raises:
+        BadInputError: If a launcher has started several processes.
+    """
+    if launched() > 1:
+        raise BadInputError(
+            f"{command} runs in one process, but a launcher has started {launched()} "
+            "(WORLD_SIZE); start it without the launcher"
+        )
 
 
 @contextmanager

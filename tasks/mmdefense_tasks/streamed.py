@@ -16,13 +16,13 @@ from torch import Tensor
 from mmdefense.data.batch import Samples
 from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
 
-__all__ = ["Source", "StreamedSamples"]
+__all__ = ["StreamedSamples", "Undecoded"]
 
 _WORKERS = 4
 _BYTES_AT_ONCE = 2**26  # decoded at once when a whole set is read
 
 
-class Source(Protocol):
+class Undecoded(Protocol):
     """What is still to be decoded."""
 
     @property
@@ -36,7 +36,7 @@ class Source(Protocol):
         ...
 
 
-S = TypeVar("S", bound=Source)
+S = TypeVar("S", bound=Undecoded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmdefense.kernels.curvature import (
     MOST_TRACE_PROBES,
-    Spectrum,
+    HessianSpectrum,
     gradient_norm_penalty,
     hessian_product,
     lanczos,
@@ -230,7 +230,7 @@ def test_starts_share_the_weight():
         (torch.tensor([1.0]), torch.tensor([1.0])),
         (torch.tensor([0.0]), torch.tensor([1.0])),
     )
-    found = Spectrum.of([one, two])
+    found = HessianSpectrum.of([one, two])
     assert (found.nodes.tolist(), found.weights.tolist()) == ([0.0, 1.0], [0.5, 0.5])
 
 
