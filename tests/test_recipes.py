@@ -35,6 +35,19 @@ def test_analysis_runs_and_writes_its_page(recipe, monkeypatch, capsys, tmp_path
     assert "<svg" in (tmp_path / f"{recipe.stem}.html").read_text()
 
 
+def test_the_protocol_stands_beside_published_figures(monkeypatch, capsys, tmp_path):
+    recipe = FOLDER / "benchmarks" / "protocol.py"
+    for command in ("table", "run"):
+        arguments = [str(recipe), command, "--smoke", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(recipe), run_name="__main__")
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+        measured = [row for row in rows[1:] if "not measured" not in row]
+        found = {tuple(row.split(" | ")[1:3]) for row in measured}
+        defenses = () if command == "table" else ("none", "fine-tuning")
+        assert found == {(attack, name) for attack in ("badnets", "blended") for name in defenses}
+
+
 def test_there_is_a_recipe():
     assert RECIPES
     assert ANALYSES
