@@ -185,7 +185,9 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
             "clean-label": "clean-label, ",
         }
         aim = f"{aims[self.mapping]}target {self.target}" if self.mapping in aims else self.mapping
-        return f"{super().in_words()}, {aim}"
+        wholes = {"one-to-one": f"class {self.source}", "clean-label": f"class {self.target}"}
+        whole = wholes.get(self.mapping, "the training set")
+        return f"{type(self).__name__}, {100 * self.ratio:g} % of {whole}, {aim}"
 
 
 def class_count(adapter: TaskAdapter[Any]) -> int:

@@ -58,7 +58,7 @@ ROWS = {
     "sig": Row({"ratio": 0.5}),
     "wanet": Row(others=2.0),
     "lf": Row({"search_steps": 3}, learns=True),
-    "bpp": Row(others=2.0),
+    "bpp": Row(others=1.0),
     "ftrojan": Row(),
     "refool": Row(),
     "lc": Row({"ascent_steps": 2}),
