@@ -32,7 +32,8 @@ class LIRA(LabelAttack):
 
     Deviations: the paper updates f and g in turn, at rates of their own, and f against the g of
     the epoch before; here AdamW updates both at once. g is a small net with GroupNorm, so that a
-    trigger does not depend on its batch.
+    trigger does not depend on its batch. On a small net that is trained briefly it costs much
+    clean accuracy (docs/results.md).
 
     Attributes:
         ratio: Weight of the poisoned loss, the paper's ``1 - alpha``, in ``[0, 1]``.
