@@ -26,6 +26,15 @@ DEFENSES = {
     "fast-fip": SHORT,
     "tsbd": SHORT | UNLEARNING,
     "baeraser": SHORT | SEARCH,
+    "random-insertion": SHORT,
+    "ft-sam": SHORT,
+    "nad": SHORT | {"teacher_steps": 3},
+    "nft": SHORT,
+    "fst": SHORT,
+    "i-bau": SHORT | {"ascents": 2, "iterations": 2},
+    "sau": SHORT | {"ascents": 2},
+    "neural-cleanse": SHORT | {"search_steps": 3, "tau": 0.01, "anomaly": -100.0},
+    "awm": SHORT,
 }
 
 
