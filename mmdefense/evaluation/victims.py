@@ -17,7 +17,7 @@ from mmdefense.checkpoints.architecture import build_architecture
 from mmdefense.data.batch import Samples, split
 from mmdefense.data.shifts import shifted
 from mmdefense.defenses.base import Defense
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.evaluation.cases import Change
 from mmdefense.evaluation.identity import loaded
 from mmdefense.evaluation.lineup import with_baselines
@@ -214,7 +214,12 @@ def purified_row(
         settings = dataclasses.asdict(defense)
         return Row(**kept, after=Rates(), seconds=0.0, settings=settings, note=str(error)), None
     adapter = purified.result.adapter
-    retuned = victim.retuned(adapter)
+    notes = [f"nothing was changed: {purified.unchanged}"] if purified.unchanged else []
+    retuned = None
+    try:
+        retuned = victim.retuned(adapter)
+    except (BadInputError, DivergenceError) as error:  # the purification itself was measured
+        notes.append(f"not retuned: {error}")
     row = Row(
         **kept,
         after=replace(victim.after(adapter), retuned=None if retuned is None else retuned.asr),
@@ -225,7 +230,7 @@ def purified_row(
         undecided=purified.guard.undecided,
         instead=purified.guard.instead,
         settings=purified.result.settings,
-        note=f"nothing was changed: {purified.unchanged}" if purified.unchanged else "",
+        note="; ".join(notes),
     )
     return row, purified
 

@@ -40,10 +40,11 @@ def test_a_clean_victim_is_not_retuned(grid):
     assert (cell.retune, cell.twin) == (0, None)
 
 
-def test_more_poisoned_samples_than_a_defense_is_given_fail_the_cell_in_one_line(grid, tmp_path):
-    dataclasses.replace(grid, baselines=False, retune=1000).run(tmp_path)
-    (entry,) = Store(tmp_path).entries("cell")
-    assert "between 1 and" in entry.error
+def test_too_few_samples_to_retune_on_cost_no_other_measurement(grid, tmp_path):
+    (cell,) = dataclasses.replace(grid, baselines=False, retune=1000).run(tmp_path)
+    assert cell.row.note.startswith("not retuned: the retuning attack must have between 1 and")
+    assert cell.row.after.retuned is None
+    assert cell.row.after.acc is not None
 
 
 def test_a_spec_says_on_how_many_samples(tmp_path):
