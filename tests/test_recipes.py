@@ -44,7 +44,7 @@ def test_the_protocol_stands_beside_published_figures(monkeypatch, capsys, tmp_p
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
         measured = [row for row in rows[1:] if "not measured" not in row]
         found = {tuple(row.split(" | ")[1:3]) for row in measured}
-        defenses = () if command == "table" else ("none", "fine-tuning")
+        defenses = () if command == "table" else ("none", "fine-tuning", "ft-sam")
         assert found == {(attack, name) for attack in ("badnets", "blended") for name in defenses}
 
 
