@@ -96,6 +96,8 @@ NOT_RUN = {
     "digit-scenes-rt-detr-regional-misclassification": "an hour",
     "mmdefense purify lenet.pth --arch lenet:LeNet5 --data mnist --image-size 32 --channels 1 "
     "-o out": "takes the weights that others published",
+    "python recipes/benchmarks/protocol.py run --device cuda": "needs a GPU",
+    "python recipes/benchmarks/protocol.py table": "follows one that needs a GPU",
     "python recipes/cross_domain_evaluation.py": "hours",
     "python recipes/scan_calibration.py --case digits-badnets --case digits-blended "
     "--seeds 3": "many minutes",
