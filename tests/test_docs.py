@@ -67,6 +67,7 @@ NOT_RUN = {
     "mmdefense grid run -o out/grid --case digits-badnets --case digits-badnets,ratio=0.01 "
     "--defense tsbd --defense fip,strength=0.5 --clean 0.05 --clean 0.05:unseen "
     "--seeds 2": "many minutes",
+    "mmdefense grid run recipes/grids/five_domains.toml -o out/five-domains --workers 2": "an hour",
     "mmdefense grid run recipes/grids/clean_data.toml -o out/clean-data": "many minutes",
     "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-1 --workers 1": "many minutes",
     "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-2 --workers 2": "many minutes",
