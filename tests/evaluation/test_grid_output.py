@@ -146,7 +146,7 @@ def test_the_leaderboard_holds_every_cell_and_no_foreign_markup(grid, tmp_path):
         ("cases = [", "cannot be read as TOML"),
         ("defence = []", "has no key 'defence'; known are"),
         ("cases = ['quick']", "must list its defenses"),
-        ("defenses = ['fip']\nviews = ['crop']", "views of .* must be of"),
+        ("defenses = ['fip']\nviews = ['crop']", "views of .* must be among"),
         ("defenses = ['fip']\nclean = [2]", r"share must lie in \(0, 1\), got 2"),
         ("defenses = ['fip']\nclean = [{ kind = 'old' }]", "kind of CleanData must be 'seen' or"),
         ("defenses = ['fip']\nseeds = 'two'", "seeds of .* must be a list of int"),

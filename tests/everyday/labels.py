@@ -125,7 +125,7 @@ def refused(name: str, read: Callable[[Path], Any], line: str, code: int = 2) ->
 
 
 def hf_said(*names: str) -> dict[str, Any]:
-    return {"said": {"classes": names}}
+    return {"stated": {"classes": names}}
 
 
 def scores(folder: Path, count: int, *more: str) -> list[str]:
