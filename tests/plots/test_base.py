@@ -154,7 +154,7 @@ def test_a_field_that_the_archive_cannot_hold_is_named(tmp_path):
 def test_a_kind_that_is_not_known_is_named_and_not_imported(tmp_path):
     tree = '[{"kind": "antigravity.Apple", "fields": {}}]'
     np.savez(tmp_path / "a.npz", tree=np.asarray(tree))
-    with pytest.raises(BadInputError, match=r"the kind of plot antigravity.Apple is not known"):
+    with pytest.raises(BadInputError, match=r"the kind of plot antigravity.Apple is unknown"):
         read_plots(tmp_path / "a.npz")
     assert "antigravity" not in sys.modules
 
