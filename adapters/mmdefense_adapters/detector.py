@@ -34,7 +34,7 @@ from mmdefense_adapters.given import (
 )
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.object_triggers import ObjectTriggers
-from mmdefense_adapters.views import may_mirror, with_augmentation
+from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["Detector"]
 
@@ -136,15 +136,14 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
 
     def viewed(self, samples: Samples[DetectionBatch], views: Views) -> Samples[DetectionBatch]:
         """Return images that are augmented in that way; the usual is scale, shift, maybe mirror."""
-        flip = views != "given" and may_mirror(self, samples, mirrored)
-        insertions = partial(random_boxed_view, flip=flip)
-        augmented: Samples[DetectionBatch] = with_augmentation(
+        return with_augmentation(
+            self,
             samples,
             views,
-            standard=partial(insertions, light=0.0, erase=0.0),
-            insertions=insertions,
+            standard=partial(random_boxed_view, light=0.0, erase=0.0),
+            insertions=random_boxed_view,
+            mirrored=mirrored,
         )
-        return augmented
 
     def _check_training(self, samples: DetectionSamples) -> None:
         """Refuse a model whose loss cannot be computed in train mode, tried on a copy."""

@@ -191,7 +191,7 @@ def preprocessing_of(
         processor: A processor of ``transformers``, its settings, or none.
         model: The model that it is of.
         is_video: Whether it is one of frames.
-        quiet: Whether nothing is stated where a folder has no processor.
+        quiet: Whether to drop the note that a folder has no processor.
 
     Raises:
         BadInputError: If it is no processor, its file is damaged, or a setting cannot be used.

@@ -138,10 +138,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     def viewed(self, samples: Samples[TokenBatch], views: Views) -> Samples[TokenBatch]:
         """Return texts that are augmented in that way; it is usual to leave them as they are."""
-        augmented: Samples[TokenBatch] = with_augmentation(
-            samples, views, standard=None, insertions=random_words
-        )
-        return augmented
+        return with_augmentation(self, samples, views, standard=None, insertions=random_words)
 
     def _encoded(self, texts: TextSamples) -> TokenSamples:
         prompts, answers = self._ids(texts.prompts), self._ids(texts.answers, answers=True)

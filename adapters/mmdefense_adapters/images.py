@@ -1,4 +1,4 @@
-"""What all image adapters share: reading data, augmentation, and the triggers that images carry."""
+"""What all image adapters share: reading data, mirroring, and the triggers that images carry."""
 
 from __future__ import annotations
 

@@ -76,10 +76,9 @@ class PointClassifier(Classifier):
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return clouds that are augmented in that way; the usual is to turn, scale and jitter."""
-        augmented: Samples[LabelledBatch] = with_augmentation(
-            samples, views, standard=random_turn, insertions=random_cloud_view
+        return with_augmentation(
+            self, samples, views, standard=random_turn, insertions=random_cloud_view
         )
-        return augmented
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         check_clouds(samples.inputs if isinstance(samples, LabelledSamples) else some)

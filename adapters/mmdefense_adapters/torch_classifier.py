@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,7 +14,7 @@ from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.images import ImageTriggers, as_labelled_samples, mirrored
 from mmdefense_adapters.peft_models import base_of
-from mmdefense_adapters.views import may_mirror, with_augmentation
+from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["TorchClassifier"]
 
@@ -48,12 +47,14 @@ class TorchClassifier(ImageTriggers, Classifier):
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return images that are augmented in that way; the usual is to crop, and maybe mirror."""
-        flip = views != "given" and may_mirror(self, samples, mirrored)
-        standard, insertions = (partial(view, flip=flip) for view in (random_shift, random_view))
-        augmented: Samples[LabelledBatch] = with_augmentation(
-            samples, views, standard=standard, insertions=insertions
+        return with_augmentation(
+            self,
+            samples,
+            views,
+            standard=random_shift,
+            insertions=random_view,
+            mirrored=mirrored,
         )
-        return augmented
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
         """Return patches at any place and additive patterns, for images of this size."""

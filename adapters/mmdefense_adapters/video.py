@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters import pytorchvideo_models
 from mmdefense_adapters.classifier import Classifier
 from mmdefense_adapters.images import ImageTriggers, as_labelled_samples, mirrored
-from mmdefense_adapters.views import may_mirror, with_augmentation
+from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["TorchVideoClassifier"]
 
@@ -49,13 +48,14 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return clips that are augmented in that way; the usual is to crop, and maybe mirror."""
-        flip = views != "given" and may_mirror(self, samples, mirrored)
-        kinds = (random_clip_shift, random_clip_view)
-        standard, insertions = (partial(view, flip=flip) for view in kinds)
-        augmented: Samples[LabelledBatch] = with_augmentation(
-            samples, views, standard=standard, insertions=insertions
+        return with_augmentation(
+            self,
+            samples,
+            views,
+            standard=random_clip_shift,
+            insertions=random_clip_view,
+            mirrored=mirrored,
         )
-        return augmented
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         if some.ndim != 5:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 
 from mmdefense.data.batch import Batch, Samples, Views, few
+from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import in_parts
@@ -23,19 +25,40 @@ _LOST = 0.05
 
 
 def with_augmentation(
-    samples: Any, views: Views, *, standard: Callable[..., Any] | None, insertions: Any
-) -> Any:
+    adapter: TaskAdapter[B],
+    samples: Samples[B],
+    views: Views,
+    *,
+    standard: Callable[..., Any] | None,
+    insertions: Callable[..., Any],
+    mirrored: Callable[[B], B] | None = None,
+) -> Samples[B]:
     """Return samples that are augmented as ``views`` asks; ``"given"`` leaves them as they are.
 
     Args:
-        samples: Of a class with the field ``augmentation``; others keep the one they have.
+        adapter: The model.
+        samples: Of a class with the field ``augmentation``.
         views: Which augmentation to take.
-        standard: What is usual in the domain.
+        standard: What is usual in the domain; none where that is to leave samples as they are.
         insertions: The one that also inserts noise, points or words.
+        mirrored: Returns a batch mirrored left to right. Both augmentations then get ``flip``, see
+            :func:`may_mirror`; none where nothing is mirrored.
+
+    Raises:
+        UnsupportedError: If the samples have no ``augmentation`` to be replaced.
     """
-    if views == "given" or not hasattr(samples, "augmentation"):
+    if views == "given":
         return samples
-    return replace(samples, augmentation=standard if views == "standard" else insertions)
+    if not hasattr(samples, "augmentation"):
+        raise UnsupportedError(
+            f"views={views!r} needs samples with the field augmentation, and "
+            f"{type(samples).__name__} has none; set views=given"
+        )
+    chosen = standard if views == "standard" else insertions
+    if mirrored is not None and chosen is not None:
+        chosen = partial(chosen, flip=may_mirror(adapter, samples, mirrored))
+    augmented: Samples[B] = replace(cast("Any", samples), augmentation=chosen)
+    return augmented
 
 
 @torch.no_grad()

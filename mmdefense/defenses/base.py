@@ -398,9 +398,18 @@ class TrainingDefense(Defense):
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
-    """Return samples that are augmented in that way; as given, if the adapter has no ``viewed``."""
-    if missing_members(adapter, ViewingAdapter):
+    """Return samples that are augmented in that way; those of ``"given"`` as they are.
+
+    Raises:
+        UnsupportedError: If the adapter has no ``viewed``, and the views are not those given.
+    """
+    if views == "given":
         return samples
+    if missing_members(adapter, ViewingAdapter):
+        raise UnsupportedError(
+            f"views={views!r} needs an adapter with viewed(), and {type(adapter).__name__} has "
+            "none; set views=given"
+        )
     return cast("ViewingAdapter[B]", adapter).viewed(samples, views)
 
 

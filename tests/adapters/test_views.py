@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from mmdefense.data.detection import DetectionBatch, mirrored
 from mmdefense.data.labelled import LabelledSamples
+from mmdefense.defenses.base import viewed
+from mmdefense.errors import UnsupportedError
 from mmdefense.registry import adapt
 
 
@@ -38,8 +42,8 @@ def halves(*, left_right):
 def test_images_are_mirrored_where_left_and_right_do_not_matter(left_right, views):
     adapter = adapt(Sides(left_right=left_right))
     samples = adapter.samples(halves(left_right=left_right))
-    viewed = adapter.viewed(samples, views)
-    assert viewed.augmentation.keywords["flip"] is (not left_right)
+    found = adapter.viewed(samples, views)
+    assert found.augmentation.keywords["flip"] is (not left_right)
 
 
 def test_given_views_are_the_users_own():
@@ -50,6 +54,32 @@ def test_given_views_are_the_users_own():
     samples = LabelledSamples(*_pair(), augmentation=own)
     assert adapter.viewed(adapter.samples(samples), "given").augmentation is own
     assert adapter.viewed(adapter.samples(samples), "standard").augmentation is not own
+
+
+class Own:
+    """Samples of a user's own class."""
+
+    def __init__(self, held) -> None:
+        self.held = held
+
+    def __getattr__(self, name):
+        if name == "augmentation":
+            raise AttributeError(name)
+        return getattr(self.held, name)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+@pytest.mark.parametrize("views", ["standard", "insertions"])
+def test_views_that_cannot_be_had_are_refused_in_one_line(views):
+    adapter = adapt(Sides(left_right=True))
+    own = Own(adapter.samples(halves(left_right=True)))
+    with pytest.raises(UnsupportedError, match=f"views='{views}' needs samples with the field"):
+        viewed(adapter, own, views)
+    with pytest.raises(UnsupportedError, match="needs an adapter with viewed"):
+        viewed(SimpleNamespace(), own, views)
+    assert viewed(SimpleNamespace(), own, "given") is own
 
 
 def _pair():

@@ -6,11 +6,12 @@ With ``pytest -s`` the rows of docs/results.md are printed.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmdefense.attacks.adaptive import AdaptiveBlend, AdaptivePatch
 from mmdefense.attacks.badnets import BadNets
@@ -32,7 +33,7 @@ from mmdefense.attacks.trojannn import TrojanNN
 from mmdefense.attacks.wanet import WaNet
 from mmdefense.data.images import random_shift
 from mmdefense.data.labelled import LabelledSamples
-from mmdefense.kernels.loop import train
+from mmdefense.kernels.loop import mean_score, train
 from mmdefense.kernels.units import mean_activations, prune
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
@@ -53,7 +54,7 @@ TRAINING = Training(
 )
 
 
-def fresh(samples: LabelledSamples):
+def fresh(samples: LabelledSamples, classes: int = CLASSES):
     """Return three convolutions and an output layer, with random weights."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -67,7 +68,7 @@ def fresh(samples: LabelledSamples):
                 nn.MaxPool2d(2),
             )
         ]
-        net = nn.Sequential(*stages, nn.Flatten(), nn.Linear(1024, CLASSES))
+        net = nn.Sequential(*stages, nn.Flatten(), nn.Linear(1024, classes))
     return adapt(net, example=samples.inputs[:1])
 
 
@@ -170,3 +171,98 @@ def test_decoys_are_dormant_on_clean_images_and_pruning_them_leaves_the_backdoor
     assert len(dormant) >= last.size // 2
     prune(victim.model, [last], [(0, unit) for unit in dormant])
     assert measure(victim, test_set, triggered) == after
+
+
+RESIDUAL = replace(TRAINING, lr=8e-3)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + self.bn(self.conv(images)).relu()
+
+
+def halved(given: int, made: int) -> list[nn.Module]:
+    conv = nn.Conv2d(given, made, 3, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(made), nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def residual(samples: LabelledSamples):
+    """Return a small residual net with random weights."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            *halved(3, 16),
+            Residual(16),
+            *halved(16, 32),
+            Residual(32),
+            *halved(32, 64),
+            nn.Flatten(),
+            nn.Linear(1024, CLASSES),
+        )
+    return adapt(net, example=samples.inputs[:1])
+
+
+@cache
+def clean_residual():
+    samples, _ = signs()
+    twin = residual(samples)
+    train(twin, twin.samples(samples), RESIDUAL, Run(0))
+    return twin
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [FTrojan(target=2), BppAttack(target=2, cross_ratio=1.0)],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_the_trigger_forces_its_class_on_a_residual_net(attack):
+    train_set, test_set = signs()
+    victim, twin = residual(train_set), clean_residual()
+    planted = attack.plant(victim, train_set, RESIDUAL, Run(0))
+    triggered = planted.triggered(test_set, victim)
+    before, after = (measure(net, test_set, triggered) for net in (twin, victim))
+    assert after.asr > 0.5
+    assert before.asr < 0.05
+    assert after.acc > before.acc - 0.03
+
+
+ALL_SIGNS = replace(TRAINING, steps=800, lr=2e-3, weight_decay=0.0)
+
+
+@cache
+def all_signs() -> tuple[LabelledSamples, LabelledSamples]:
+    return load_data("gtsrb32", split="train"), load_data("gtsrb32", split="test")
+
+
+@cache
+def clean_accuracy_on_all_signs() -> float:
+    samples, test = all_signs()
+    clean = fresh(samples, 43)
+    train(clean, clean.samples(samples), ALL_SIGNS, Run(0))
+    return mean_score(clean, clean.samples(test))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        LowFrequency(target=2),
+        AdaptiveBlend(target=2, key="noise"),
+        AdaptivePatch(target=2),
+        CompositeImage(target=2, source=12, partner=13),
+        IMC(target=2),
+    ],
+    ids=lambda attack: type(attack).__name__,
+)
+def test_an_attack_works_on_all_signs_and_leaves_the_task_alone(attack):
+    samples, test = all_signs()
+    victim = fresh(samples, 43)
+    planted = attack.plant(victim, samples, ALL_SIGNS, Run(0))
+    triggered = planted.triggered(test, victim)
+    success = planted.success(victim, victim.samples(triggered.samples))
+    assert success.mean() > 0.9
+    assert mean_score(victim, victim.samples(test)) > clean_accuracy_on_all_signs() - 0.03

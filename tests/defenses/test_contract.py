@@ -160,6 +160,41 @@ def test_the_given_model_stays_as_it_is_in_every_respect(trial, name, model):
     assert_same(tried.before, tried.after)
 
 
+class AugmentedError(Exception):
+    """Raised by the samples' own augmentation."""
+
+
+def _raise(inputs, generator):
+    raise AugmentedError
+
+
+VIEWING = [name for name in ROWS if hasattr(registry.load("defenses", name), "views")]
+
+
+@pytest.mark.parametrize("name", sorted(set(VIEWING) - {"random-insertion"}))
+def test_the_samples_own_augmentation_is_used_by_given_views_alone(name, taught):
+    adapter, samples = taught(IMAGES[0])
+    own = dataclasses.replace(samples, augmentation=_raise)
+    with pytest.raises(AugmentedError):
+        make(name, views="given").purify(adapter, own)
+    for views in ("standard", "insertions"):
+        make(name, views=views).purify(adapter, own)
+
+
+def test_random_insertion_is_fine_tuning_on_views_with_insertions(taught):
+    adapter, samples = taught(IMAGES[0])
+    states = [
+        defense.purify(adapter, samples).model.state_dict()
+        for defense in (
+            make("random-insertion"),
+            make("fine-tuning", views="insertions"),
+            make("fine-tuning", views="standard"),
+        )
+    ]
+    assert_equal(states[0], states[1])
+    assert differ(states[0], states[2])
+
+
 @every_domain
 def test_the_model_handed_back_takes_the_place_of_the_given_one(trial, name, model):
     tried = trial(name, model)
