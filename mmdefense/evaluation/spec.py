@@ -16,7 +16,7 @@ from mmdefense.settings import checked_settings
 
 __all__ = ["read_spec"]
 
-_KEYS = {"cases", "seeds", "baselines", "views", "clean", "device", "defenses", "retune"}
+_KEYS = {"cases", "shared", "seeds", "baselines", "views", "clean", "device", "defenses", "retune"}
 _OF_DEFENSE = {"name", "label", "settings"}
 
 
@@ -27,6 +27,7 @@ def read_spec(path: Path) -> Grid:
         path: TOML such as::
 
             cases = ["digits-badnets", { base = "digits-badnets", ratio = 0.01 }]
+            shared = { training = { steps = 500 } }  # of each case that is a table
             seeds = 3                     # a number, or a list of seeds
             views = ["standard"]
             clean = [0.05, { share = 0.05, kind = "unseen" }]
@@ -51,7 +52,8 @@ def read_spec(path: Path) -> Grid:
         if name not in VIEWS:
             raise BadInputError(f"views of {path} must be among {', '.join(VIEWS)}, got {name!r}")
     try:
-        cases = [_case(entry) for entry in _entries(held, "cases", path)] or named_cases()
+        shared = _shared(held)
+        cases = [_case(entry, shared) for entry in _entries(held, "cases", path)] or named_cases()
         clean = [_clean(entry) for entry in _entries(held, "clean", path)] or [CleanData()]
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
@@ -78,9 +80,17 @@ def _entries(held: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     return values if isinstance(values, list) else [values]
 
 
-def _case(entry: Any) -> Case:
+def _shared(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what each case that is a table has, unless it says otherwise."""
+    shared = held.get("shared", {})
+    if not isinstance(shared, Mapping):
+        raise BadInputError(f"shared must be a table of keys of a case, got {shared!r}")
+    return shared
+
+
+def _case(entry: Any, shared: Mapping[str, Any]) -> Case:
     if isinstance(entry, Mapping):
-        return described_case(entry)
+        return described_case({**shared, **entry})
     return described_case({"base": entry})
 
 

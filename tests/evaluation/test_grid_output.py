@@ -153,6 +153,7 @@ def test_the_leaderboard_holds_every_cell_and_no_foreign_markup(grid, tmp_path):
         ("defenses = [{ settings = {} }]", "must be a name or a table"),
         ("defenses = [{ name = 'fip', lr = 1 }]", "has no key 'lr'"),
         ("defenses = ['fip']\ncases = ['none']", "unknown case 'none'"),
+        ("defenses = ['fip']\nshared = 'digits'", "shared must be a table of keys of a case"),
     ],
 )
 def test_a_bad_spec_is_refused_in_one_line(tmp_path, text, words):
@@ -181,3 +182,19 @@ def test_a_spec_says_what_is_measured(tmp_path):
     assert next(cell for cell in cells if cell.label == "strong").defense.strength == 0.5
     assert len({cell.identity.digest for cell in cells}) == 8
     assert len({cell.victim.digest for cell in cells}) == 2
+
+
+def test_cases_have_what_is_shared_unless_they_say_otherwise(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        "defenses = ['fip']\n"
+        "cases = ['digits-clean', { name = 'a' }, { name = 'b', attack = 'blended' }]\n"
+        "shared = { base = 'digits-badnets', attack = 'sig', training = { steps = 7 } }\n"
+    )
+    cases = {case.name: case for case in read_spec(path).cases}
+    assert {name: case.attack for name, case in cases.items()} == {
+        "digits-clean": None,
+        "a": "sig",
+        "b": "blended",
+    }
+    assert [cases[name].training.steps == 7 for name in ("digits-clean", "a", "b")] == [0, 1, 1]
