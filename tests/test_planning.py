@@ -62,12 +62,12 @@ def test_a_dry_run_of_what_cannot_be_is_refused(place, mmdefense):
     assert place.files() == []
 
 
-TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trains": "no values"}
+TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "trains": "nothing"}
 
 
 def test_what_is_not_told_is_said():
     plan = Plan(**TOLD, fit=4, holdout=1, defense=FineTuning(), seconds=70, memory=2**30)
-    assert "trains    no values" in plan.lines()
+    assert "trains    nothing" in plan.lines()
     longer = "up to 4 times as long where the rate has to be lowered"
     assert f"time      about 70 s; {longer}" in plan.lines()
     assert "evidence  none" in plan.lines()

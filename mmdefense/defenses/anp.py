@@ -25,16 +25,16 @@ __all__ = ["ANP"]
 
 @dataclass(frozen=True, kw_only=True)
 class ANP(Defense):
-    """Prune the units that a model under adversarial perturbation of its units can do without.
+    """Prune the units that a model can do without while its units are perturbed adversarially.
 
     A mask m of the units, in ``[0, 1]``, is trained by
     ``alpha CE(m w, b) + (1 - alpha) max CE((m + d) w, (1 + x) b)`` over ``|d|, |x| <= eps``, from a
     random start by one step of the signed gradient. With BatchNorm, w and b are its weight and
     bias, as in the released code. Then the units of the given model with the smallest masks lose w.
 
-    Ours: as many units are pruned as the utility guard lets pass (BackdoorBench: those that leave
-    the lowest ASR on test data, at up to a tenth of the accuracy); and units without BatchNorm
-    take part by their own weights, which a note says before the start.
+    Ours: as many units are pruned as the utility guard allows (BackdoorBench: those that leave the
+    lowest ASR on test data, for up to a tenth of the accuracy); and units without BatchNorm are
+    masked by their own weights, after a note to the user.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
@@ -42,11 +42,11 @@ class ANP(Defense):
         alpha: Weight of the loss without perturbation.
         inner_steps: Steps of the perturbation.
         lr: Learning rate of SGD on the masks: the released code's (BackdoorBench: 0.01).
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
         steps: Updates of the masks; the released code takes 2,000 (ours, for time).
         batch_size: Clean samples per update.
         threshold: Largest mask of a unit that may be pruned.
-        max_share: Largest share of the units that is pruned.
+        max_share: Largest share of the units to prune.
 
     References:
         Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models*. NeurIPS 2021.
@@ -74,7 +74,7 @@ class ANP(Defense):
         return f"{sum(group.size for group in adapter.unit_groups()):,} unit masks"
 
     def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
-        """Train and return the masks of all units, G tensors ``(U,)``; small ones go first."""
+        """Train and return the masks of all units, G tensors ``(U,)``; the smallest go first."""
         note_units_without_batch_norm(work, groups)
         fork = work.adapter.fork()  # its BatchNorm statistics move
         space = UnitMasks(fork.model, groups, biases="own")
@@ -100,7 +100,7 @@ class ANP(Defense):
             work.run,
             gradients=gradients,
             stage="masks",
-            parameters=space.masks,  # biases are perturbed, and not masked
+            parameters=space.masks,  # biases are perturbed but not masked
             after_step=space.settle,
         )
         return list(space.masks)

@@ -22,17 +22,17 @@ __all__ = ["AWM"]
 
 @dataclass(frozen=True, kw_only=True)
 class AWM(TrainingDefense):
-    """Mask each weight, so that no trigger that all inputs share changes the answers.
+    """Mask each weight, so that no trigger that all inputs share changes the predictions.
 
     Minimises ``alpha CE(x) + beta max_d CE(x + d) + gamma sum |m|`` over a factor m in ``[0, 1]``
     of each weight; d is one change for all samples, with an L1 norm of at most ``trigger_size``
     times the number of input values. BatchNorm uses its running statistics.
 
-    Ours: d is sought anew on each batch (the released code seeks it once for several passes over
-    the data); it raises the loss of the given labels (there of the model's own answers); linear
-    layers are masked as well as convolutions, so that transformers are served; and 150 updates
-    with the rate falling to zero (there 100 passes, by 0.9 each five). The optional first phase of
-    the released code, which shrinks the weights, is left out.
+    Ours: d is recomputed for each batch (the released code computes it once for several passes
+    over the data); it raises the loss of the given labels (there, of the model's own predictions);
+    linear layers are masked as well as convolutions, so that transformers are supported; and 150
+    updates with the rate falling to zero (there, 100 passes, with a factor of 0.9 every five). The
+    optional first phase of the released code, which shrinks the weights, is left out.
 
     Attributes:
         alpha: Weight of the clean loss.
@@ -41,7 +41,7 @@ class AWM(TrainingDefense):
         trigger_size: Largest mean change of an input value, as a share of the inputs' range, or of
             their standard deviation where they have no bounds: the released code's L1 norm of
             1,000 over the 3,072 values of a CIFAR-10 image.
-        inner_steps: Ascending steps of the change.
+        inner_steps: Steps of gradient ascent on the change.
 
     References:
         Chai, Chen. *One-shot Neural Backdoor Erasing via Adversarial Weight Masking*. NeurIPS 2022.
@@ -60,8 +60,12 @@ class AWM(TrainingDefense):
     steps: Whole = 150
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
-        """Return the updates of the masks, as the loop takes them."""
+        """Return the settings of the training loop for the masks."""
         return replace(super().training(adapter), batch_norm="eval")
+
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return the number of weight masks."""
+        return f"{self.trained(adapter):,} weight masks"
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many weights are masked."""

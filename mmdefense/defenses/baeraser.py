@@ -36,41 +36,41 @@ __all__ = ["BaEraser", "recovered_triggers"]
 
 @dataclass(frozen=True, kw_only=True)
 class BaEraser(TrainingDefense):
-    """Search for trigger distributions towards every class, and push the model off them.
+    """Recover trigger distributions towards every class, and unlearn them.
 
-    Step A, the max-entropy staircase approximator: a generator for every class and level, side by
-    side, of which those are kept whose triggers succeed on at least ``tau`` of clean samples and
-    stay within their family's budget; a target that needs more than twice the size of another one
-    of its family is not accepted (ours). Step B minimises, on clean samples x and recovered
+    Step A is the max-entropy staircase approximator. It trains a generator for every class and
+    level, side by side, and keeps those whose triggers succeed on at least ``tau`` of the clean
+    samples within their family's budget; a target that needs more than twice the size of another
+    one of its family is not accepted (ours). Step B minimises, over clean samples x and recovered
     triggers t towards y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) + drift_weight sum_i
-    w_i |theta_i - theta_0i|``: ascent on the triggers, held by the clean loss and by a weighted
-    penalty on drift, whose weights w follow the Fisher information of the moving model (the
-    dynamic part). The ascent on a sample ends where its target is no likelier than chance, and the
-    ascent on a trigger pauses while it succeeds on at most ``stop`` of the samples; training goes
-    on, so that its rate falls to zero. With more ``rounds`` the search then starts again, until
-    nothing is found. Triggers are judged and unlearnt in eval mode, as the model is used: the
-    statistics of a batch that all carries the trigger would hide it.
+    w_i |theta_i - theta_0i|``: gradient ascent on the triggers, held by the clean loss and by a
+    weighted penalty on drift, whose weights w follow the Fisher information of the current model
+    (the dynamic part). The ascent on a sample ends when its target is no likelier than chance, and
+    the ascent on a trigger pauses while it succeeds on at most ``stop`` of the samples; training
+    continues, so that its rate falls to zero. With more ``rounds`` the search then starts again,
+    until it finds nothing. Triggers are judged and unlearnt in eval mode, as the model is used:
+    the statistics of a batch in which all samples carry the trigger would hide it.
 
     The released code knows the target, trains one generator of one level, has constant weights
-    and stops by the true trigger; none of that is done here. A family of additive triggers stands
-    beside the patch, whose place and size are searched for.
+    and stops by the true trigger; none of that is done here. Additive triggers are searched for as
+    well as patches, whose position and size are part of the search.
 
     Attributes:
         tau: Success, in ``[0, 1]``, from which a generator is kept.
-        levels: Staircase levels; MESA's.
+        levels: Staircase levels of MESA.
         search_steps: Updates of the generators.
-        screening: Updates of a cheaper search before, with one level; the targets that stand out in
-            it are searched in full. 0 searches all targets, as the paper does (ours: some nets
-            answer to natural triggers, and unlearning those costs accuracy).
+        screening: Updates of a cheaper search that runs first, with one level; the targets that
+            stand out in it are searched in full. 0 searches all targets, as the paper does (ours:
+            some networks respond to natural triggers, and unlearning those costs accuracy).
         entropy: Weight of the mutual information; the code's alpha.
-        rounds: Largest number of searches (ours: one; in a cleaned model the next one found natural
-            triggers alone).
-        ascent_weight: Weight of the ascent against the clean loss (ours; the code's is 1/100): with
-            1 a natural trigger cost clean nets three points.
-        drift_weight: The paper's beta (ours; the code's plain L1 has 1e-6).
-        stop: Success of recovered triggers up to which the ascent on them pauses.
+        rounds: Largest number of searches (ours: one; a second search, in the cleaned model, found
+            only natural triggers).
+        ascent_weight: Weight of the ascent relative to the clean loss (ours; the code's is 1/100):
+            at 1 a natural trigger cost clean networks three points of accuracy.
+        drift_weight: The paper's beta (ours; the code has a plain L1 penalty with 1e-6).
+        stop: Success of a recovered trigger up to which the ascent on it pauses.
         steps: Updates of unlearning in a round; each takes as many triggered samples as clean ones.
-        restarts: None by default; the first search for triggers is not repeated in them.
+        restarts: 0 by default; restarts do not repeat the first search for triggers.
 
     References:
         Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM
@@ -94,8 +94,8 @@ class BaEraser(TrainingDefense):
     restarts: Whole = 0
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
-        """Return the updates of one round, as the loop takes them."""
-        # A run is resumed where the weights of the penalty are new, and the triggers looked at.
+        """Return the settings of the training loop for one round."""
+        # A run resumes at a step that computes the penalty's weights and the triggers' success.
         training = super().training(adapter)
         return dataclasses.replace(training, check_every=_PERIOD, resume_every=_PERIOD)
 
@@ -109,12 +109,12 @@ class BaEraser(TrainingDefense):
         )
         for turn in range(self.rounds):
             found = recover_once(
-                _triggered(work),
+                _trigger_adapter(work),
                 work.fit,
                 search,
                 work.run,
                 stage=f"recover {turn}",
-                at_any_rate=turn == 0,  # a later one searches what the unlearning has left
+                at_any_rate=turn == 0,  # later ones search a model that depends on the rate
             )
             pools = [
                 (record.family, target, record.pool[index])
@@ -143,8 +143,8 @@ class BaEraser(TrainingDefense):
             self._unlearn(work, pools, turn)
 
     def _unlearn(self, work: Purifying[Any], pools: Sequence[_Pool], turn: int) -> None:
-        """Push the model off the recovered triggers."""
-        adapter = _triggered(work)
+        """Unlearn the recovered triggers."""
+        adapter = _trigger_adapter(work)
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters]
 
@@ -161,15 +161,15 @@ class BaEraser(TrainingDefense):
     def _still_working(
         self, work: Purifying[Any], pools: Sequence[_Pool], turn: int, step: int
     ) -> list[_Pool]:
-        """Return the pools whose triggers succeed with the model as it is now."""
-        success = [success_of(_triggered(work), work.fit, *pool) for pool in pools]
+        """Return the pools whose triggers still succeed on the current model."""
+        success = [success_of(_trigger_adapter(work), work.fit, *pool) for pool in pools]
         work.run.report(f"unlearn {turn}", step, self.steps, recovered_success=max(success))
         return [pool for pool, share in zip(pools, success, strict=True) if share > self.stop]
 
     def _importance(
         self, work: Purifying[Any], parameters: Sequence[Tensor], turn: int, step: int
     ) -> list[Tensor]:
-        """Return how much each weight matters to clean data now, scaled to mean one."""
+        """Return the Fisher information of each weight on clean data now, scaled to mean one."""
         some = work.fit.subset(some_of(len(work.fit), 512))
         generator = work.run.generator(f"importance {turn}/{step}", parameters[0].device)
         diagonal = fisher_diagonal(work.adapter, some, parameters, generator)
@@ -185,12 +185,12 @@ class BaEraser(TrainingDefense):
         start: Sequence[Tensor],
         turn: int,
     ) -> Gradients:
-        adapter = _triggered(work)
+        adapter = _trigger_adapter(work)
         weights: list[Tensor] = []
         working: list[_Pool] = []
 
         def compute(batch: Any, step: int) -> Tensor:
-            if step % _PERIOD == 0:  # here, so that a resumed run, too, begins with it
+            if step % _PERIOD == 0:  # here, so that a resumed run also starts with it
                 weights[:] = self._importance(work, parameters, turn, step)
                 working[:] = self._still_working(work, pools, turn, step)
             pool = working[step % len(working)] if working else None
@@ -229,23 +229,23 @@ class BaEraser(TrainingDefense):
         return (log_p * adapter.not_target(batch, targets)).mean()
 
 
-def _triggered(work: Purifying[Any]) -> TriggerAdapter[Any]:
-    """Return the adapter as what ``purify`` has checked that it is."""
+def _trigger_adapter(work: Purifying[Any]) -> TriggerAdapter[Any]:
+    """Return the adapter with the type that ``purify`` has checked."""
     return cast("TriggerAdapter[Any]", work.adapter)
 
 
 _PERIOD = 20
-"""Steps between two looks at the recovered triggers and the weights of the drift penalty."""
+"""Steps between two evaluations of the recovered triggers and of the drift penalty's weights."""
 
 _Pool = tuple[TriggerFamily, int, Tensor]
 """A family, a target and triggers ``(M, *P)`` towards it."""
 
 
 def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
-    """Return in words that a search accepted no trigger, and how near the best one came."""
+    """Return a message that no trigger was accepted, and how near the best one came."""
     success = max((float(record.success.max()) for record in found), default=0.0)
     if success < tau:
-        best = f"the best one works on {success:.0%} of the samples, and {tau:.0%} are asked for"
+        best = f"the best one works on {success:.0%} of the samples, and tau is {tau:.0%}"
     else:
         best = f"the best one works on {success:.0%} of the samples, but is too large for a trigger"
     return f"no trigger was accepted; {best}"
@@ -254,7 +254,7 @@ def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
 def recovered_triggers(adapter: Any, found: Sequence[Recovered], tau: float) -> RecoveredTriggers:
     """Return the best trigger of each target and family, for the report.
 
-    One that works, within the budget of its family, is the best even where it was not accepted.
+    A trigger that works within its family's budget is the best even if it was not accepted.
     """
     images, names, success, accepted, works = [], [], [], [], []
     for record in found:
@@ -283,7 +283,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> InvertedSample
     part = work.fit.subset(some_of(len(work.fit), _SHOWN))
     batch = part.take(torch.arange(len(part)))
     trigger = record.pool[index, :1].to(next(work.adapter.model.parameters()).device)
-    stamped = _triggered(work).stamp(
+    stamped = _trigger_adapter(work).stamp(
         batch, record.family, trigger[None].expand(-1, len(part), *trigger.shape[1:])
     )
     name = _named(work.adapter, record, index)
@@ -291,7 +291,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> InvertedSample
 
 
 def _named(adapter: Any, record: Recovered, index: int) -> str:
-    """Return the kind and the target of a trigger, or its words and those that it leads to."""
+    """Return the kind and the target of a trigger; for text, its words and those of its target."""
     target = int(record.targets[index])
     if missing_members(adapter, WordedAdapter):
         return f"{record.family.name} to {target}"

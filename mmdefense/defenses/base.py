@@ -1,4 +1,4 @@
-"""What every defense is: its settings, ``purify``, and how it is run."""
+"""Base classes of the defenses: their settings, ``purify``, and the loop of restarts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
-    """A purified model and how it came to be.
+    """A purified model, and the record of how it was made.
 
     Attributes:
         model: The purified copy.
@@ -60,16 +60,16 @@ class Result(Shown):
         defense: Name of the defense's class.
         settings: All settings of the defense, seed included.
         guard: The verdict of the utility guard.
-        history: Values in order of time, each with its stage and step.
-        plots: What the defense leaves for a reader to look at.
-        seconds: Wall-clock time of the purification, parts before a cut included.
-        versions: Of what computed it.
+        history: Reported values in chronological order, each with its stage and step.
+        plots: Plots for the report.
+        seconds: Wall-clock time of the purification, including parts before an interruption.
+        versions: Versions of the software, and the device.
         data: Fingerprint and size of the clean samples.
-        stopped: Where the time was up, in words; empty where it was not.
-        threads: Number of threads of each part of the run.
-        unchanged: Why every weight and buffer is as it was given; empty where one is not.
-        search: What a search for triggers found; none where there was none.
-        choice: Which defense was taken, and why; none where there was nothing to choose.
+        stopped: The stage in which time ran out; empty if it did not.
+        threads: Number of CPU threads in each part of the run.
+        unchanged: Why no weight or buffer was changed; empty if any was.
+        search: What the search for triggers found; None if there was no search.
+        choice: Which defense was chosen, and why; None if there was no choice.
     """
 
     model: nn.Module
@@ -94,16 +94,16 @@ class Purifying(Generic[B]):
     """What a defense works with: a private copy of the model, and the parts of the clean data.
 
     Attributes:
-        adapter: Around a private copy, to be edited in place.
-        fit: What to learn from.
-        holdout: What to choose by; disjoint from ``fit``.
+        adapter: Wraps a private copy of the model, which is edited in place.
+        fit: Samples to train on.
+        holdout: Samples to select by; disjoint from ``fit``.
         run: Seed, progress, states and store.
-        plots: Filled with what the report shows.
-        search: Set to what a search for triggers found, where there was one.
-        choice: Set to which defense was taken, and why, where there were several.
-        why_unchanged: Set to why a defense has changed nothing, in words, where it knows.
-        stopped: Where the time was up, in words; empty where it was not.
-        types: Of the weights that will be rounded in the end, by name.
+        plots: Plots for the report, filled by the defense.
+        search: What the search for triggers found, if there was one.
+        choice: Which defense was chosen, and why, if there were several.
+        why_unchanged: Why the defense changed nothing, if it knows.
+        stopped: The stage in which time ran out; empty if it did not.
+        types: Half-precision types that weights are rounded to at the end, by name.
     """
 
     adapter: TaskAdapter[B]
@@ -118,7 +118,7 @@ class Purifying(Generic[B]):
     types: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def adopt(self, other: Purifying[B]) -> None:
-        """Take over the results of another run, whose model is returned."""
+        """Take over the results of the run whose model is returned."""
         self.plots, self.search, self.choice = other.plots, other.search, other.choice
         self.why_unchanged = other.why_unchanged
 
@@ -128,9 +128,9 @@ class Defense(ABC):
     """A purification method. Its fields are its whole configuration.
 
     Attributes:
-        seed: Makes the result reproducible.
+        seed: Seed of all random numbers; the same seed gives the same result.
         max_utility_drop: Largest drop of the task metric on held-out data, in ``[0, 1]``.
-        holdout: Share of the clean data that is kept for choosing and for the guard.
+        holdout: Share of the clean data that is held out for selection and for the guard.
     """
 
     requires: ClassVar[type] = TaskAdapter
@@ -144,8 +144,8 @@ class Defense(ABC):
         check_settings(self)
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
-        """Return what is trained and how many of them, for the plan of a dry run."""
-        return "no values"
+        """Return what is trained, and how much of it, for the plan of a dry run."""
+        return "nothing"
 
     @final
     def purify(
@@ -160,24 +160,24 @@ class Defense(ABC):
     ) -> Result:
         """Purify a copy of a model; the given one stays as it is, bit for bit.
 
-        A model in half precision is purified in float32, for a sum of tiny updates would be lost
-        in its own type, and handed back in that; the guard judges what it is rounded to.
+        A model in half precision is purified in float32, because rounding would lose small updates,
+        and returned in its own type; the guard judges the rounded weights.
 
         Args:
             model: The model in its adapter; or model and clean data, checked by
                 :func:`~mmdefense.prepared.prepare`.
             clean: With an adapter, clean samples in any form that ``adapter.samples`` reads.
             progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-            store: Where to keep states, so that the same call goes on after a kill.
-            max_seconds: Within how many seconds to be done, with the best state so far, or by what
-                deadline. It is looked at after each update; training ends early enough for the
-                utility guard.
-            processes: Those that compute it together, each of which calls this with the same; by
-                default this one alone.
+            store: Where to save states, so that the same call resumes after a kill.
+            max_seconds: Time limit in seconds, or a deadline; when it is reached, the best state so
+                far is returned. It is checked after each update, and training ends early enough to
+                leave time for the utility guard.
+            processes: The processes that compute the result together, each of which makes the same
+                call; by default this one alone.
 
         Raises:
-            UnsupportedError: If the adapter lacks what this defense asks for, or it cannot be
-                shared by processes.
+            UnsupportedError: If the adapter lacks members that this defense requires, or if the
+                defense cannot run in several processes.
             BadInputError: If the clean data or the model cannot be used.
             DivergenceError: If the loss stopped being finite.
         """
@@ -195,8 +195,8 @@ class Defense(ABC):
             )
         if processes.splits and not self.can_split:
             raise UnsupportedError(
-                f"{type(self).__name__} needs whole weights, for split ones give no gradient that "
-                "can be masked or differentiated again; leave out --shard, or take fine-tuning"
+                f"{type(self).__name__} needs whole weights: gradients of sharded ones can be "
+                "neither masked nor differentiated again; leave out --shard, or use fine-tuning"
             )
         deadline = processes.deadline(Deadline.after(max_seconds))
         begin = deadline.clock()
@@ -232,27 +232,27 @@ class Defense(ABC):
         )
 
     def _why_unchanged(self, work: Purifying[Any]) -> str:
-        """Return in words why nothing was changed, where that is so."""
+        """Return why the defense changed nothing."""
         if work.why_unchanged:
             return work.why_unchanged
         if work.stopped:
             return f"time ran out in {work.stopped}"
         if getattr(self, "steps", None) == 0:
             return "steps=0"
-        rounding = " or its changes are lost in rounding" if work.types else ""
+        rounding = ", or its changes were lost in rounding" if work.types else ""
         return f"{type(self).__name__} left every weight as it was{rounding}"
 
     @final
     def attempt(self, work: Purifying[Any]) -> Guard:
-        """Run in ``work``, up to its deadline, and leave the state that the guard chose there.
+        """Run on ``work`` until its deadline, and leave its model in the state the guard chose.
 
         Raises:
             DivergenceError: If the loss stopped being finite at every rate.
         """
         work.fit = viewed(work.adapter, work.fit, getattr(self, "views", "given"))
-        again = getattr(self, "gradient_checkpointing", False)
-        thrifty = recomputed(work.adapter.model) if again else nullcontext()
-        with roomy(work.run.room), _told_of_memory(), thrifty:
+        recompute = getattr(self, "gradient_checkpointing", False)
+        activations = recomputed(work.adapter.model) if recompute else nullcontext()
+        with roomy(work.run.room), _explained_out_of_memory(), activations:
             deadline, begin = work.run.deadline, work.run.deadline.clock()
             work.run.progress(Event("utility before", 0, 1))
             given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
@@ -316,7 +316,7 @@ class Defense(ABC):
         judging.settles(part, rate, chain(reversed(part.run.states), far))
 
     def milder(self) -> Defense | None:
-        """Return the defense to try where this one costs too much utility, if there is one."""
+        """Return the defense to try if this one costs too much utility, or None."""
         return None
 
     @abstractmethod
@@ -326,25 +326,25 @@ class Defense(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefense(Defense):
-    """A defense that trains on clean data, its rate falling to zero on a cosine.
+    """A defense that trains on clean data; its learning rate falls to zero on a cosine.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         lr: Peak learning rate of SGD.
-        layer_norm_factor: What ``lr`` is multiplied by, and ``adamw_lr`` divided by, where the
-            adapter says that LayerNorm normalises the model, as in transformers: at SGD's rate for
-            nets with BatchNorm a transformer hardly moves, at AdamW's it forgets its task (ours).
+        layer_norm_factor: Multiplies ``lr``, and divides ``adamw_lr``, if the adapter says that
+            the model is normalised by LayerNorm, as transformers are: at SGD's rate for networks
+            with BatchNorm a transformer hardly moves, and at AdamW's it forgets its task (ours).
         adamw_lr: Peak learning rate of AdamW.
-        optimizer: ``"auto"`` takes what the adapter says that models of its kind need: the rate of
-            SGD that suits all others moves a detector too little (ours).
-        momentum: Of SGD.
+        optimizer: ``"auto"`` uses the one that the adapter names for its kind of model: the rate
+            of SGD that suits all others moves a detector too little (ours).
+        momentum: Momentum of SGD.
         steps: Number of updates.
         batch_size: Clean samples per update.
-        max_norm: Largest gradient norm; none does not clip.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, for
-            models that offer it, as those of Transformers do: less memory, more time.
-        restarts: How often to begin again at half of the rate where neither the final state nor
-            one near to it keeps the utility bound, or the loss stops being finite (ours).
+        max_norm: Gradient norm to clip at; None does not clip.
+        gradient_checkpointing: Whether to recompute activations in the backward pass, for models
+            that support it, such as those of Transformers: less memory, more time.
+        restarts: How often to restart at half the rate if neither the final state nor one near it
+            keeps the utility bound, or if the loss stops being finite (ours).
     """
 
     views: Views = "given"
@@ -360,14 +360,14 @@ class TrainingDefense(Defense):
     restarts: Whole = 3
 
     def milder(self) -> Defense | None:
-        """Return this defense at half of its rate, as long as ``restarts`` allow it."""
+        """Return this defense at half its rate, as long as ``restarts`` allow it."""
         if self.restarts < 1 or not self.steps:
             return None
         left = self.restarts - 1
         return replace(self, lr=self.lr / 2, adamw_lr=self.adamw_lr / 2, restarts=left)
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
-        """Return the updates of the adapter's model, as the loop takes them."""
+        """Return the settings of the training loop for the adapter's model."""
         optimizer, factor = self._optimizer(adapter), self._layer_norm_factor(adapter)
         return Training(
             steps=self.steps,
@@ -379,7 +379,7 @@ class TrainingDefense(Defense):
         )
 
     def factor(self, adapter: TaskAdapter[Any]) -> float:
-        """Return how many times as long the adapter's model makes the steps of SGD; AdamW's, 1."""
+        """Return the factor on SGD's rate for the adapter's model; 1 for AdamW."""
         return self._layer_norm_factor(adapter) if self._optimizer(adapter) == "sgd" else 1.0
 
     def _layer_norm_factor(self, adapter: TaskAdapter[Any]) -> float:
@@ -389,19 +389,19 @@ class TrainingDefense(Defense):
         return traits(adapter).optimizer if self.optimizer == "auto" else self.optimizer
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
-        """Return what is trained and how many of them, for the plan of a dry run."""
+        """Return what is trained, and how much of it, for the plan of a dry run."""
         return f"{self.trained(adapter):,} values"
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
-        """Return how many values are trained."""
+        """Return the number of trained values."""
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
-    """Return samples that are augmented in that way; those of ``"given"`` as they are.
+    """Return the samples augmented by ``views``; ``"given"`` returns them as they are.
 
     Raises:
-        UnsupportedError: If the adapter has no ``viewed``, and the views are not those given.
+        UnsupportedError: If the views are not ``"given"``, and the adapter has no ``viewed``.
     """
     if views == "given":
         return samples
@@ -414,7 +414,7 @@ def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Sample
 
 
 def _same(given: nn.Module, purified: nn.Module) -> bool:
-    """Say whether all weights and buffers of two models are equal, bit for bit."""
+    """Return whether all weights and buffers of two models are equal, bit for bit."""
     before, after = given.state_dict(), purified.state_dict()
     return before.keys() == after.keys() and all(
         torch.equal(value, after[name].to(value.device)) for name, value in before.items()
@@ -487,21 +487,25 @@ def _scores(work: Purifying[Any], state: State) -> Tensor:
 
 
 def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:
-    """Return when training must end so that the guard can judge, as the first evaluation tells.
+    """Return when training must end to leave time for the guard.
 
-    Kept is a tenth of the time that is left, but at least one evaluation and at most six: those of
-    the final state and of five nearer to the given one.
+    A tenth of the remaining time is reserved, but at least one evaluation and at most six: the
+    final state and five nearer to the given one.
+
+    Args:
+        deadline: When the whole run must end.
+        evaluation: Seconds that one evaluation takes.
     """
     tenth = deadline.left / 10
     return deadline.earlier(max(evaluation, min(tenth, 6 * evaluation)))
 
 
 @contextmanager
-def _told_of_memory() -> Iterator[None]:
-    """Say in one line that memory ran out where smaller batches are no remedy.
+def _explained_out_of_memory() -> Iterator[None]:
+    """Explain in one line that memory ran out and that smaller batches would not help.
 
     Raises:
-        UnsupportedError: In place of the allocator's error.
+        UnsupportedError: Instead of the allocator's error.
     """
     try:
         yield
@@ -515,7 +519,7 @@ def _told_of_memory() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes a purification, and the device."""
+    """Return the versions of the software that purifies, and the device."""
     return {
         "mmdefense": version("mmdefense"),
         "torch": torch.__version__,

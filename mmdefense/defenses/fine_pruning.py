@@ -1,4 +1,4 @@
-"""Pruning and fine-pruning: prune what clean data leaves dormant, then fine-tune."""
+"""Pruning and fine-pruning: prune units that are dormant on clean data, then fine-tune."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ __all__ = ["FinePruning", "Pruning"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(Defense):
-    """Prune dormant units, most dormant first, while held-out accuracy lasts.
+    """Prune dormant units, most dormant first, until held-out accuracy drops.
 
     ``layers="last"`` prunes the features that the output layer reads, which every classifier has,
     by the mean magnitude of their clean activation; the whole curve of accuracy against pruned
     units comes from one pass. (The paper prunes the filters of the last convolution; the feature
-    behind it is the same unit where no shortcut joins in between. BackdoorBench ranks the same
-    features by signed mean.) ``layers="all"`` prunes every unit group together.
+    behind it is the same unit unless a shortcut joins in between. BackdoorBench ranks the same
+    features by signed mean.) ``layers="all"`` ranks the units of all groups together.
 
     Attributes:
-        layers: ``"last"``, ``"all"``, or ``"auto"``: the last where the model ends in a linear
-            layer, as classifiers do, else all.
+        layers: ``"last"``, ``"all"``, or ``"auto"``: the last if the model ends in a linear layer,
+            as classifiers do, else all.
         order: ``"activation"``, ascending; or ``"weight-change"``, TSBD's neuron weight change,
             descending (with ``layers="all"`` only).
-        max_pruning_drop: Largest drop of held-out accuracy that pruning may cost, in ``[0, 1]``;
-            BackdoorBench's 0.1, there on test data. The last count within it is kept.
+        max_pruning_drop: Largest drop of held-out accuracy from pruning, in ``[0, 1]``;
+            BackdoorBench's 0.1, there on test data. The last count before a larger drop is taken.
         points: Number of points of the curve.
-        max_share: Largest share of units that is pruned.
+        max_share: Largest share of units to prune.
 
     References:
         Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
@@ -98,10 +98,10 @@ class Pruning(Defense):
         return pruning_masks(model, groups, order[:kept]), PruningCurve(fractions, curve, share)
 
     def _head(self, adapter: TaskAdapter[Any]) -> HeadAdapter[Any] | None:
-        """Return the adapter where its last layer alone is pruned, and none where all are.
+        """Return the adapter if only its last layer is pruned, and None if all layers are.
 
         Raises:
-            UnsupportedError: If the last layer is asked for, and the adapter cannot read it.
+            UnsupportedError: If ``layers`` is ``"last"``, and the adapter cannot read that layer.
         """
         if self.layers == "last":
             if isinstance(adapter, HeadAdapter):
@@ -123,7 +123,7 @@ class Pruning(Defense):
         return adapter
 
     def _counts(self, total: int) -> list[int]:
-        """Return numbers of units from 0 to ``max_share`` of ``total``, ascending, each once."""
+        """Return numbers of units from 0 to ``max_share`` of ``total``, ascending and distinct."""
         most = int(self.max_share * total)
         return sorted({round(most * point / self.points) for point in range(self.points + 1)})
 
@@ -132,7 +132,7 @@ class Pruning(Defense):
         if self.order == "weight-change":
             change = unlearning_change(work.adapter, work.fit, work.run)
             return groups, rank(weight_change(change, groups), descending=True)
-        # Layers differ in scale: a unit is as dormant as it is beside the others of its layer.
+        # Layers differ in scale: a unit's activation is relative to the mean of its layer.
         scores = [s.abs() for s in mean_activations(work.adapter, work.fit, groups)]
         relative = [s / s.mean().clamp(min=1e-30) for s in scores]
         return groups, rank(relative, descending=False)
@@ -144,7 +144,7 @@ class Pruning(Defense):
         order: Sequence[Unit],
         counts: Sequence[int],
     ) -> list[float]:
-        """Evaluate after each count, up to the first that costs too much; roll back."""
+        """Evaluate after each count, up to the first that costs too much, then roll back."""
         adapter = work.adapter
         given = parameters_by_name(adapter.model)
         curve: list[float] = []

@@ -1,4 +1,4 @@
-"""Plain fine-tuning: the baseline that every defense stands beside."""
+"""Plain fine-tuning: the baseline of every other defense."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["FineTuning", "RandomInsertion"]
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(TrainingDefense):
-    """Go on training on clean data, all weights, with nothing added.
+    """Train all weights further on clean data, with no additional term in the loss.
 
-    At a high learning rate it is a strong baseline.
+    At a high learning rate this is a strong baseline.
     """
 
     can_split: ClassVar[bool] = True
@@ -41,11 +41,11 @@ class FineTuning(TrainingDefense):
 class RandomInsertion(FineTuning):
     """Fine-tune on clean data into which something random is inserted, under its true label.
 
-    The model learns that what overwrites a part of its input says nothing about the class. Ours,
-    after random erasing (Zhong et al. 2020, arXiv:1708.04896): rectangles of noise in images and
-    clips, noise on objects, gathered points in clouds, random words in text. It works against
-    triggers of that kind, such as patches, and against no others: not against warps, or patterns
-    over the whole input (docs/results.md).
+    The model learns to ignore what overwrites a part of its input. Ours, after random erasing
+    (Zhong et al. 2020, arXiv:1708.04896): rectangles of noise in images and clips, noise on
+    objects, clusters of points in clouds, random words in text. It works against triggers of that
+    kind, such as patches, but not against warps or patterns over the whole input
+    (docs/results.md).
     """
 
     views: Literal["insertions"] = "insertions"

@@ -1,4 +1,4 @@
-"""FST: feature shift tuning from a classifier drawn anew."""
+"""FST: feature shift tuning from a reinitialised classifier."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ __all__ = ["FST", "classifier_weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class FST(TrainingDefense):
-    """Draw the classifier anew, and tune all layers while it is kept away from the given one.
+    """Reinitialise the classifier, and tune all layers while it is kept away from the given one.
 
     Minimises ``CE + alpha <w, w_0>`` over all weights; w are the classifier's, w_0 the given ones.
-    They start from U(-1/sqrt(d), 1/sqrt(d)), d the inputs of a row, and are scaled to the Frobenius
-    norm of w_0 after each update, so that the penalty cannot be had by growing. A classifier that
-    points elsewhere makes the features move, and those of the backdoor have no clean loss to hold
-    them.
+    The w start from U(-1/sqrt(d), 1/sqrt(d)), where d is the number of inputs, and are scaled to
+    the Frobenius norm of w_0 after each update, so that growing does not lower the penalty. A
+    classifier that points elsewhere makes the features move, and no clean loss holds those of the
+    backdoor in place.
 
-    Ours: biases stay as they are, since a detector's hold how rare objects are; in a detector all
-    layers that score classes are drawn anew, each with its own norm. A language model whose output
-    layer is its token embedding is refused. Steps, rate and batch are those of plain fine-tuning
-    here (the released code: 10 epochs of 128 at 0.01).
+    Ours: biases stay as they are, since a detector's encode how rare objects are; in a detector all
+    layers that score classes are reinitialised, each with its own norm. A language model whose
+    output layer is its token embedding is refused. Steps, rate and batch are those of plain
+    fine-tuning here (the released code: 10 epochs of 128 at 0.01).
 
     Attributes:
         alpha: Weight of the inner product; 0.2 is the released code's default, its example has 0.1.
-        redraw: Whether the classifier is drawn anew; without, and with ``alpha=0``, this is plain
-            fine-tuning at a constant norm of the classifier.
+        redraw: Whether the classifier is reinitialised; without it, and with ``alpha=0``, this is
+            plain fine-tuning at a constant norm of the classifier.
 
     References:
         Min, Qin, Shen, Cheng. *Towards Stable Backdoor Purification through Feature Shift Tuning*.
@@ -89,10 +89,10 @@ class FST(TrainingDefense):
 
 
 def classifier_weights(adapter: OutputAdapter[Any]) -> list[Tensor]:
-    """Return the weights of the classifier, which nothing else may use.
+    """Return the weights of the classifier, which no other layer may share.
 
     Raises:
-        UnsupportedError: If they do not require grad, or are those of another layer too.
+        UnsupportedError: If they do not require grad, or another layer shares them.
     """
     layers = set(adapter.class_layers())
     named = list(adapter.model.named_parameters(remove_duplicate=False))
@@ -101,9 +101,9 @@ def classifier_weights(adapter: OutputAdapter[Any]) -> list[Tensor]:
         names = [name for name, parameter in named if parameter is weight]
         shared = [name for name in names if name.rpartition(".")[0] not in layers]
         if shared or not weight.requires_grad:
-            why = f"is that of {shared[0]} too" if shared else "is frozen"
+            why = f"is shared with {shared[0]}" if shared else "is frozen"
             raise UnsupportedError(
-                f"fst reinitialises the classifier, and its weight {names[-1]} {why}; use a "
+                f"fst reinitialises the classifier, but its weight {names[-1]} {why}; use a "
                 "defense that keeps the classifier, such as ft-sam"
             )
     return list(chosen)

@@ -18,11 +18,11 @@ __all__ = ["FTSAM"]
 
 @dataclass(frozen=True, kw_only=True)
 class FTSAM(TrainingDefense):
-    """Fine-tune on clean data at the worst weights within a radius that grows with each weight.
+    """Fine-tune on clean data at the worst weights within a radius that scales with each weight.
 
     Minimises ``max CE(theta + e)`` over ``||T^-1 e|| <= radius``, ``T = |theta| + eta``, by the
-    gradient at the maximum of the linearised loss. Large weights move furthest, and those are the
-    ones that backdoor units have. Two forward and backward passes an update.
+    gradient at the maximum of the linearised loss. Large weights move furthest, and backdoor units
+    have large weights. An update takes two forward and two backward passes.
 
     Steps, rate and batch are those of plain fine-tuning here (the released code: 100 epochs of
     256 at 0.01, weight decay 5e-4, labels smoothed by 0.1).

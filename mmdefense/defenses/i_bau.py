@@ -23,23 +23,23 @@ __all__ = ["IBAU", "hypergradient"]
 
 @dataclass(frozen=True, kw_only=True)
 class IBAU(TrainingDefense):
-    """Minimise the clean loss under one change of all inputs that raises it most.
+    """Minimise the clean loss under the one change of all inputs that raises it most.
 
-    That is ``min_theta H(delta*(theta), theta)``, H the mean ``CE(f(x + delta), y)`` and delta* its
-    maximum within a radius. The gradient takes into account how delta* follows the weights: see
-    :func:`hypergradient`. The model is in eval mode, statistics included.
+    That is ``min_theta H(delta*(theta), theta)``, where H is the mean ``CE(f(x + delta), y)`` and
+    delta* its maximum within a radius. The gradient takes into account how delta* follows the
+    weights: see :func:`hypergradient`. The model is in eval mode, with its running statistics.
 
-    Ours: delta is the worst for the batch at hand, so that texts, whose lengths differ from batch
+    Ours: delta is the worst for the current batch, so that texts, whose lengths differ from batch
     to batch, have one too (the released code ascends over all clean data, five times in all, by the
-    model's own answers, and adds delta to 1 % of each batch); and it lies in an L2 ball, where the
-    code subtracts ``0.001 ||delta||^2``. SGD as everywhere here, not Adam at 1e-4.
+    model's own predictions, and adds delta to 1 % of each batch); and it lies in an L2 ball, where
+    the code subtracts ``0.001 ||delta||^2``. SGD as everywhere here, not Adam at 1e-4.
 
     Attributes:
         radius: Largest norm of delta, as a share of the mean norm of a sample.
         ascents: Steps towards delta*.
-        iterations: Terms K of the hypergradient; 0 takes delta as a constant.
+        iterations: Terms K of the hypergradient; 0 treats delta as a constant.
         inner_rate: Step rho of the ascent that is differentiated.
-        damping: Weight of ``||delta||^2`` there.
+        damping: Weight of ``||delta||^2`` in that ascent.
 
     References:
         Zeng, Chen, Park, Mao, Jin, Jia. *Adversarial Unlearning of Backdoors via Implicit
@@ -107,10 +107,10 @@ def hypergradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss H under a change of the inputs, and its gradient through the change.
 
-    The change is taken for a fixed point of ``Phi(d, theta) = d + rate grad_d (H - damping
+    The change is treated as a fixed point of ``Phi(d, theta) = d + rate grad_d (H - damping
     ||d||^2)``. By the implicit function theorem the gradient is ``grad_theta (H + rate <grad_d H,
-    w>)``, w held, with ``w = sum_{k < K} (dPhi/dd)^k grad_d H``: K products with the Hessian of H
-    in d.
+    w>)`` with w constant and ``w = sum_{k < K} (dPhi/dd)^k grad_d H``: K products with the Hessian
+    of H in d.
 
     Args:
         adapter: The model, in eval mode.

@@ -24,21 +24,21 @@ __all__ = ["NAD", "attention_distance", "attention_layers"]
 
 @dataclass(frozen=True, kw_only=True)
 class NAD(TrainingDefense):
-    """Fine-tune a copy as a teacher, then the model itself to attend where the teacher does.
+    """Fine-tune a copy as a teacher, then train the model to attend where the teacher does.
 
     Minimises ``CE + beta sum_l d_l``; d_l is the squared distance between the attention maps of
-    student and teacher at layer l, each of length one: the sum over the channels of the squared
-    activation, at each position.
+    student and teacher at layer l. The map is the sum of the squared activations over channels at
+    each position, normalised to length one.
 
     Ours: the distance is summed over positions (the released code takes their mean, so that its
-    weights of 500 to 1000 mean less on larger maps); the layers are units' outputs, where their
-    BatchNorm is read, before the nonlinearity (there those of residual blocks, after it).
+    weights of 500 to 1000 mean less on larger maps); the layers are the outputs of units, after
+    their BatchNorm and before the nonlinearity (there, of residual blocks, after it).
 
     Attributes:
         beta: Weight of each layer's distance.
-        layers: Number of layers to attend at, evenly from all that have positions, the last one
+        layers: Number of layers to compare, evenly spaced among those with positions, the last one
             included.
-        teacher_steps: Updates of the teacher; the released code takes a tenth of the student's.
+        teacher_steps: Updates of the teacher; the released code uses a tenth of the student's.
 
     References:
         Li, Lyu, Koren, Lyu, Li, Ma. *Neural Attention Distillation: Erasing Backdoor Triggers from
@@ -90,12 +90,13 @@ class NAD(TrainingDefense):
 
 
 def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[str]:
-    """Return ``count`` layers, or as many as there are, that see more than one position.
+    """Return up to ``count`` layers that have more than one position.
 
-    Filters, where there are enough of them: rows behind a region proposal have no fixed place.
+    Filters are preferred if there are enough of them: rows behind a region proposal have no fixed
+    position.
 
     Raises:
-        UnsupportedError: If there is none, as in a net over vectors.
+        UnsupportedError: If there is none, as in a network over vectors.
     """
     groups = list(adapter.unit_groups())
     filters = [group for group in groups if group.kind == "filter"]
@@ -108,19 +109,19 @@ def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[
             "attention needs a layer with several positions (pixels, frames, points, tokens), and "
             "the model has none; use another defense, such as fine-tuning"
         )
-    places = [max(0, round(len(wide) * (n + 1) / count) - 1) for n in range(count)]
-    return [wide[place] for place in dict.fromkeys(places)]
+    indices = [max(0, round(len(wide) * (n + 1) / count) - 1) for n in range(count)]
+    return [wide[index] for index in dict.fromkeys(indices)]
 
 
 def attention_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared distance of two models' attention maps, over all layers, ``(N,)``.
+    """Return the squared distance of two models' attention maps, summed over layers, ``(N,)``.
 
     Args:
         student: Activations ``(N, L, C)`` by layer.
         teacher: Those of the same layers and samples.
     """
-    apart = []
+    distances = []
     for name, values in student.items():
         maps = [F.normalize(v.square().sum(2), dim=1) for v in (values, teacher[name])]
-        apart.append((maps[0] - maps[1]).square().sum(1))
-    return torch.stack(apart).sum(0)
+        distances.append((maps[0] - maps[1]).square().sum(1))
+    return torch.stack(distances).sum(0)

@@ -1,4 +1,4 @@
-"""Neural Cleanse as a repair: recover the trigger of a class that stands out, then unlearn it."""
+"""Neural Cleanse with unlearning: recover the trigger of an outlying class, then unlearn it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = ["NeuralCleanse", "outlying"]
 class NeuralCleanse(TrainingDefense):
     """Search for a trigger to every class, and unlearn those that are far too small.
 
-    Where the anomaly index of a class is above ``anomaly``, the model is fine-tuned on clean data,
-    ``share`` of which carries the recovered trigger and keeps its right label. Where none is,
-    nothing is changed, and the record says why.
+    If the anomaly index of a class is above ``anomaly``, the model is fine-tuned on clean data,
+    ``share`` of which carries the recovered trigger and keeps its right label. If none is, the
+    model is left unchanged, and the record says why.
 
     Ours: the search is that of :mod:`mmdefense.kernels.inversion`, at one level, for each kind of
     trigger that inputs can carry; the index is one of cost, see :mod:`mmdefense.kernels.outliers`;
-    triggered samples pass in eval mode, since the statistics of a batch that all carries the
-    trigger would hide it; the schedule is that of plain fine-tuning here.
+    triggered samples run in eval mode, since the statistics of a batch in which all samples carry
+    the trigger would hide it; the schedule is that of plain fine-tuning here.
 
     Attributes:
-        tau: Success from which a trigger works, in ``(0, 1]``.
+        tau: Success, in ``(0, 1]``, from which a trigger counts as working.
         search_steps: Updates of the generators.
-        anomaly: Anomaly index above which a class stands out; at least 5 classes have one.
+        anomaly: Anomaly index above which a class stands out; it needs at least 5 classes.
         share: Share of clean samples that carry the trigger.
 
     References:
@@ -121,7 +121,7 @@ class NeuralCleanse(TrainingDefense):
 
 
 def outlying(record: Recovered, anomaly: float) -> Recovered:
-    """Return a record that accepts, of each target that stands out, the cheapest trigger alone."""
+    """Return a record that accepts only the cheapest trigger of each target that stands out."""
     accepted = torch.zeros_like(record.accepted)
     for answer in cheapest_triggers(record):
         accepted[answer.row] = answer.works and answer.index > anomaly
@@ -129,15 +129,15 @@ def outlying(record: Recovered, anomaly: float) -> Recovered:
 
 
 def _none_outlying(recovered: Sequence[Recovered], anomaly: float) -> str:
-    """Return in words why no target stands out."""
+    """Return a message why no target stands out."""
     every = [answer for record in recovered for answer in cheapest_triggers(record)]
     targets = len({answer.target for answer in every})
     if targets < CROWD:
-        return f"{targets} targets are too few to tell one from; an anomaly index needs {CROWD}"
+        return f"{targets} targets are too few for an anomaly index; it needs at least {CROWD}"
     working = [answer.index for answer in every if answer.works]
     if not working:
         return f"none of the {targets} targets has a trigger that works"
     return (
-        f"no target stands out; the largest anomaly index is {max(working):.1f}, and above "
-        f"{anomaly:g} is asked for"
+        f"no target stands out; the largest anomaly index is {max(working):.1f}, and the threshold "
+        f"is {anomaly:g}"
     )

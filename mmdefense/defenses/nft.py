@@ -1,4 +1,4 @@
-"""NFT: fine-tuning of a mask on the units, with MixUp."""
+"""NFT: fine-tuning of unit masks with MixUp."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class NFT(TrainingDefense):
     """Train one factor for each unit on mixed clean samples, and fold the factors into the weights.
 
     Minimises ``CE(MixUp) + drift / N_c * sum |m - 1|`` over masks m that start at one; N_c is the
-    number of clean samples a class. After each update the masks of the l-th layer, counted from 1,
-    are clamped to ``[floor exp(-decay l), 1]``: units near the input are scaled little. A mask
-    multiplies the weight of a filter's BatchNorm, or of the layer itself where there is none, and
-    no bias; units of the classifier have none.
+    number of clean samples per class. After each update the masks of the l-th layer, counted from
+    1, are clamped to ``[floor exp(-decay l), 1]``: units near the input can be scaled the least. A
+    mask multiplies the weight of a filter's BatchNorm, or of the layer itself if there is none, but
+    no bias; units of the classifier have no mask.
 
-    Inputs that cannot be mixed (text, point clouds, images with boxes) are taken as they are.
+    Inputs that cannot be mixed (text, point clouds, images with boxes) are used unmixed.
 
     Ours: the rate falls to zero, over 150 updates of 64 (the released code: from 0.05 to 0.02, over
     1,000 updates of 128). On the digits of this project it removes nothing with either budget
@@ -41,9 +41,9 @@ class NFT(TrainingDefense):
     Attributes:
         mixup: Both parameters of the Beta distribution that the shares of MixUp are drawn from; 0
             does not mix.
-        drift: Weight of the distance from one.
+        drift: Weight of the masks' distance from one.
         floor: The paper's alpha.
-        decay: Its beta.
+        decay: The paper's beta.
 
     References:
         Karim, Al Arafat, Khalid, Guo, Rahnavard. *Augmented Neural Fine-Tuning for Efficient
@@ -77,8 +77,8 @@ class NFT(TrainingDefense):
 
         @torch.no_grad()
         def clamp(_: int) -> None:
-            for mask, least in zip(space.masks, floors, strict=True):
-                mask.clamp_(least, 1.0)
+            for mask, smallest in zip(space.masks, floors, strict=True):
+                mask.clamp_(smallest, 1.0)
             space.write()
 
         optimise(
@@ -95,7 +95,7 @@ class NFT(TrainingDefense):
     def _loss(
         self, work: Purifying[Any], batch: Any, step: int
     ) -> Callable[[slice], tuple[Tensor, Tensor]]:
-        """Return what computes the loss of some rows of a batch, twice."""
+        """Return a function from rows of a batch to their loss, as both loss and objective."""
         adapter = work.adapter
         mixes = traits(adapter).mixable and not missing_members(adapter, InputAdapter)
         if not (mixes and self.mixup):
@@ -109,29 +109,33 @@ class NFT(TrainingDefense):
         order = torch.randperm(len(batch), generator=work.run.generator(f"partners {step}"))
         return mixup_loss(cast("InputAdapter[Any]", adapter), batch, float(share), order)
 
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return the number of unit masks."""
+        return f"{self.trained(adapter):,} unit masks"
+
     def trained(self, adapter: TaskAdapter[Any]) -> int:
-        """Return the number of masks."""
+        """Return the number of unit masks."""
         return sum(group.size for group in adapter.unit_groups())
 
 
 def mask_floors(layers: int, floor: float, decay: float) -> list[float]:
-    """Return the least mask of each layer, ``floor exp(-decay l)`` with l counted from 1."""
+    """Return the smallest allowed mask of each layer, ``floor exp(-decay l)``, l from 1."""
     return [floor * math.exp(-decay * layer) for layer in range(1, layers + 1)]
 
 
 def mixup_loss(
     adapter: InputAdapter[Any], batch: Any, share: float, partners: Tensor
 ) -> Callable[[slice], tuple[Tensor, Tensor]]:
-    """Return what computes the loss of mixed samples, for some rows of a batch.
+    """Return a function that computes the loss of mixed samples for some rows of a batch.
 
-    Sample n becomes ``share x_n + (1 - share) x_p(n)``; its loss is that of both labels in these
-    shares. The loss of the partner's label is taken at the partner's row, so that no label has to
-    be moved: it is that of sample p(n) with the mixed input n.
+    Sample n becomes ``share x_n + (1 - share) x_p(n)``; its loss weights both labels by these
+    shares. The loss of the partner's label is computed at the partner's row, so that no label has
+    to be moved: it is that of sample p(n) with the mixed input n.
 
     Args:
         adapter: The model.
         batch: N samples.
-        share: Of a sample's own input.
+        share: Weight of a sample's own input.
         partners: A permutation p, shape ``(N,)``.
     """
     inputs = adapter.inputs(batch)

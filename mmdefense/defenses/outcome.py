@@ -1,4 +1,4 @@
-"""What a defense tells beside the model that it leaves, and beside its plots."""
+"""What a defense reports besides the purified model and the plots."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class TriggerSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which of several defenses was taken, by what a defender can measure.
+    """Which of several defenses was chosen, by what a defender can measure.
 
     Attributes:
-        defense: The one that was taken.
+        defense: The one that was chosen.
         settings: Its fields.
         why: What was found in the given model, a line for each defense that was tried, the choice.
         success_before: Largest success of the known triggers (found by a search, and random ones)
-            on the held-out samples in the given model, in ``[0, 1]``; none where there are none.
+            on the held-out samples in the given model, in ``[0, 1]``; None if there are none.
         success_after: The same in the returned model.
     """
 

@@ -23,30 +23,30 @@ __all__ = ["RNP"]
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
-    """Unlearn clean data, learn the masks that undo that, and prune the units that they close.
+    """Unlearn clean data, train masks that undo this, and prune the units with the smallest ones.
 
-    A copy ascends the clean loss, all weights, until it has forgotten the task. With its weights
-    fixed, a mask of its units in ``[0, 1]`` descends ``alpha CE``: the task comes back where the
-    units that the ascent has turned against it are pruned. Then the units of the given model
-    with the smallest masks are pruned.
+    A copy ascends the clean loss over all weights, until it has forgotten the task. With its
+    weights fixed, masks of its units in ``[0, 1]`` are trained to minimise ``alpha CE``: closing
+    the units that the ascent turned against the task brings the task back. Then the units of the
+    given model with the smallest masks are pruned.
 
-    Ours: as many units are pruned as the utility guard lets pass (the released code sweeps
+    Ours: as many units are pruned as the utility guard allows (the released code sweeps
     thresholds up to 0.9, and BackdoorBench takes 0.7); and units without BatchNorm are masked by
-    their own weights, which a note says before the start.
+    their own weights, after a note to the user.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         unlearn_lr: Learning rate of the ascent.
-        unlearn_stop: Score at which the ascent ends; none is twice that of chance, which is the
-            released code's 0.2 for ten classes, or half of the way from it to 1 if that is less.
-        unlearn_epochs: Where it ends in any case.
-        alpha: Weight of the loss that the masks descend.
+        unlearn_stop: Score at which the ascent ends. None is twice chance (the released code's 0.2
+            for ten classes), or halfway from chance to 1 if that is less.
+        unlearn_epochs: Largest number of epochs of the ascent.
+        alpha: Weight of the loss that the masks minimise.
         lr: Learning rate of SGD on the masks.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
         epochs: Passes over the clean data for the masks.
-        batch_size: Samples per update, of both.
+        batch_size: Samples per update, in both phases.
         threshold: Largest mask of a unit that may be pruned.
-        max_share: Largest share of the units that is pruned.
+        max_share: Largest share of the units to prune.
 
     References:
         Li, Lyu, Ma, Koren, Lyu, Li, Jiang. *Reconstructive Neuron Pruning for Backdoor Defense*.
@@ -75,7 +75,7 @@ class RNP(Defense):
         return f"{sum(group.size for group in adapter.unit_groups()):,} unit masks"
 
     def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
-        """Train and return the masks of all units, G tensors ``(U,)``; small ones go first."""
+        """Train and return the masks of all units, G tensors ``(U,)``; the smallest go first."""
         note_units_without_batch_norm(work, groups)
         fork = work.adapter.fork()
         chance = chance_level(fork, work.fit)

@@ -24,25 +24,24 @@ __all__ = ["SAU", "divergence", "unshared_loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class SAU(TrainingDefense):
-    """Find inputs that mislead the given model and the purified one alike, and unlearn them.
+    """Find inputs that mislead both the given model and the purified one, and unlearn them.
 
     For each sample of a batch, steps of gradient ascent look for a change within ``radius`` that
-    raises ``adversarial * (CE(g) + CE(f)) / 2 - agreement * JS(g, f)``, g the given model and f the
-    one that is trained. Then f descends ``CE(x) + sharing * L``: L is ``-log(1 - p_f(c))`` for the
-    class c that g takes the changed input for, and zero where c is the right one. Both models are
-    in eval mode, statistics included.
+    raises ``adversarial * (CE(g) + CE(f)) / 2 - agreement * JS(g, f)``, where g is the given model
+    and f the one that is trained. Then f minimises ``CE(x) + sharing * L``: L is ``-log(1 -
+    p_f(c))`` for the class c that g predicts for the changed input, and zero if c is right. Both
+    models are in eval mode, with their running statistics.
 
-    Ours: all terms of the ascent are taken for every sample (the released code leaves out those
-    that have reached their aim); L is a mean over the batch, right answers included; SGD as
-    everywhere here, not Adam at 1e-4. The code's weights of clean, adversarial and shared loss are
-    1, 0 and 1.
+    Ours: every sample keeps all terms of the ascent (the released code drops those that have
+    reached their aim); L is averaged over the batch, right predictions included; SGD as everywhere
+    here, not Adam at 1e-4. The code's weights of clean, adversarial and shared loss are 1, 0 and 1.
 
     Attributes:
         radius: Largest absolute change of an input value.
         ascents: Steps of the ascent.
         step_size: Length of a step.
         adversarial: Weight of both losses in the ascent.
-        agreement: Weight of the Jensen-Shannon divergence there.
+        agreement: Weight of the Jensen-Shannon divergence in the ascent.
         sharing: Weight of L in the descent; 0 is plain fine-tuning in eval mode.
 
     References:
@@ -85,9 +84,9 @@ class SAU(TrainingDefense):
                     loss = adapter.per_sample_loss(part).mean()
                     changed = perturbed(adapter, part, change[rows])
                     with torch.no_grad():
-                        taken_for = given.class_logits(changed).argmax(1)
+                        predicted = given.class_logits(changed).argmax(1)
                         misled = given.score(changed) < 1
-                    shared = unshared_loss(adapter.class_logits(changed), taken_for)
+                    shared = unshared_loss(adapter.class_logits(changed), predicted)
                     return loss, loss + self.sharing * (shared * misled).mean()
 
                 loss, found = gradient_in_parts(
@@ -108,12 +107,12 @@ class SAU(TrainingDefense):
     def _shared_risk(
         self, adapter: LogitsAdapter[Any], given: LogitsAdapter[Any]
     ) -> Callable[[Any], Tensor]:
-        """Return what the ascent raises, a value for each sample."""
+        """Return the objective of the ascent, one value per sample."""
 
         def risk(batch: Any) -> Tensor:
             losses = (adapter.per_sample_loss(batch) + given.per_sample_loss(batch)) / 2
-            apart = divergence(adapter.class_logits(batch), given.class_logits(batch))
-            return self.adversarial * losses - self.agreement * apart
+            distance = divergence(adapter.class_logits(batch), given.class_logits(batch))
+            return self.adversarial * losses - self.agreement * distance
 
         return risk
 
@@ -125,7 +124,7 @@ def unshared_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of the softmax of two rows of logits, ``(N,)``."""
+    """Return the Jensen-Shannon divergence of two softmax outputs, given the logits, ``(N,)``."""
     logs = [first.log_softmax(1), second.log_softmax(1)]
     mean = torch.logaddexp(*logs) - math.log(2)
     return torch.stack([(log.exp() * (log - mean)).sum(1) for log in logs]).mean(0)

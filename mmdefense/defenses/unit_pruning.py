@@ -1,4 +1,4 @@
-"""Prunes the most suspect units, as many as the utility guard lets pass: CLP, ANP, RNP."""
+"""Prunes the most suspect units, as many as the utility guard allows: CLP, ANP, RNP."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def prune_within(
     bound: float,
     prune: Callable[[nn.Module, Sequence[UnitGroup], Sequence[Unit]], None],
 ) -> None:
-    """Prune the first units of an order: the last count before one that the guard would refuse.
+    """Prune the first units of an order, up to the last count before one that the guard refuses.
 
     Args:
         work: Its model is pruned in place, and its hold-out part decides.
         groups: The unit groups.
         order: Suspect units, the most suspect first.
-        counts: Numbers of units to try; those of 0 are left out.
+        counts: Numbers of units to try; 0 is skipped.
         bound: The largest drop of the task metric, in ``[0, 1]``.
         prune: Prunes units in place.
     """
@@ -72,13 +72,13 @@ def prune_by_mask(
     max_share: float,
     bound: float,
 ) -> None:
-    """Prune the units with the smallest masks; their biases stay, for these were not masked.
+    """Prune the units with the smallest masks; their biases stay, since they were not masked.
 
-    Tried are the units below each of 18 thresholds, evenly up to the largest one, and as many
-    numbers of units, evenly up to those below it.
+    The counts to try are the numbers of units below each of 18 thresholds, evenly spaced up to
+    ``threshold``, and 18 numbers evenly spaced up to the last of these.
 
     Args:
-        work: See :func:`prune_within`; so are ``groups`` and ``bound``.
+        work: Its model is pruned in place, and its hold-out part decides.
         groups: The unit groups.
         masks: The factor of each unit, G tensors of shape ``(U,)``.
         threshold: Largest threshold.
@@ -95,7 +95,7 @@ def prune_by_mask(
 
 
 def note_units_without_batch_norm(work: Purifying[Any], groups: Sequence[UnitGroup]) -> None:
-    """Say where units have no BatchNorm, whose weight the papers mask, and what is masked there."""
+    """Note if units lack the BatchNorm whose weight the papers mask, and what is masked instead."""
     modules = dict(work.adapter.model.named_modules())
     owners = [modules[next(iter(group.outer)).rpartition(".")[0]] for group in groups]
     without = sum(
