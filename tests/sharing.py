@@ -134,12 +134,12 @@ def one_that_fails(folder):
     from mmdefense.kernels import loop
 
     if os.environ["RANK"] == "1":
-        genuine = loop._Course.after
+        genuine = loop._TrainingState.after
 
         def after(course, done, *, last):
             if done == 2:
                 raise BadInputError("this one cannot go on")
             genuine(course, done, last=last)
 
-        loop._Course.after = after
+        loop._TrainingState.after = after
     purify_command(folder)

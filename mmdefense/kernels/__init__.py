@@ -1,1 +1,1 @@
-"""Tensor code that all defenses share; it opens no batch, names no architecture, knows no paper."""
+"""Tensor code shared by all defenses, for any kind of batch, architecture and paper."""

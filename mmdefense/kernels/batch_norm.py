@@ -1,9 +1,9 @@
 """BatchNorm in train mode with a second derivative that costs a few passes over its input.
 
-PyTorch composes the second derivative of BatchNorm of some thirty elementwise operations, and loses
-the memory format on the way; on a CPU that is a third of a step that differentiates a gradient
-norm. Here both derivatives are written out. With ``x^ = (x - mean) r`` and ``r`` the inverse
-deviation, per channel, and ``P u = u - mean(u) - x^ mean(u x^)``, the first is
+PyTorch composes the second derivative of BatchNorm from some thirty elementwise operations, and
+loses the memory format on the way; on a CPU that takes a third of a step that differentiates a
+gradient norm. Here both derivatives are written out. With ``x^ = (x - mean) r`` and ``r`` the
+inverse deviation, per channel, and ``P u = u - mean(u) - x^ mean(u x^)``, the first is
 ``gamma r P g`` for an incoming gradient ``g``. P is self-adjoint, from which the second follows.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["batch_norm_twice"]
 
 @contextmanager
 def batch_norm_twice() -> Iterator[None]:
-    """Let BatchNorm in train mode compute its second derivative this way, with the same values."""
+    """Use this second derivative for BatchNorm in train mode; the values stay the same."""
     with _Replaced():
         yield
 
@@ -53,7 +53,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    is_single = input.numel() == input.shape[1]  # one value a channel: PyTorch says what is wrong
+    is_single = input.numel() == input.shape[1]  # one value per channel: PyTorch raises its error
     if not training or weight is None or bias is None or is_single:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     statistics = (running_mean, running_var, momentum, eps)
@@ -92,33 +92,33 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, a: Tensor, for_weight: Tensor, for_bias: Tensor) -> Any:
         """Differentiate ``<a, gamma r P g> + <for_weight, sum g x^> + <for_bias, sum g>``.
 
-        For ``S = mean(a g) - mean(a) mean(g) - mean(a x^) mean(g x^)``, with respect to g:
-        ``gamma r P a + for_weight x^ + for_bias``; to x:
-        ``r (for_weight - gamma r mean(a x^)) P g - gamma r^2 (mean(g x^) P a + S x^)``; to gamma:
-        ``N r S`` for N entries a channel.
+        With ``S = mean(a g) - mean(a) mean(g) - mean(a x^) mean(g x^)`` the derivative with respect
+        to g is ``gamma r P a + for_weight x^ + for_bias``; with respect to x it is
+        ``r (for_weight - gamma r mean(a x^)) P g - gamma r^2 (mean(g x^) P a + S x^)``; and with
+        respect to gamma ``N r S`` for N entries per channel.
         """
         g, x, weight, mean, r = ctx.saved_tensors
         a = _laid_out_like(x, a)
         axes = [axis for axis in range(x.ndim) if axis != 1]
         count = x.numel() // x.shape[1]
 
-        def wide(value: Tensor) -> Tensor:
+        def broadcast(value: Tensor) -> Tensor:
             return value.view(1, -1, *(1,) * (x.ndim - 2))
 
-        x_hat = (x - wide(mean)).mul_(wide(r))
+        x_hat = (x - broadcast(mean)).mul_(broadcast(r))
         a_mean, g_mean = a.mean(axes), g.mean(axes)
         a_x, g_x = (a * x_hat).mean(axes), (g * x_hat).mean(axes)
         spread = (a * g).mean(axes) - a_mean * g_mean - a_x * g_x
         scale = weight * r
         to_g = _combined(
-            wide,
+            broadcast,
             (a, scale),
             (x_hat, for_weight - scale * a_x),
             for_bias - scale * a_mean,
         )
         of_g, of_a = r * (for_weight - scale * a_x), -scale * r * g_x
         to_x = _combined(
-            wide,
+            broadcast,
             (g, of_g),
             (a, of_a),
             -of_g * g_mean - of_a * a_mean,
@@ -128,21 +128,21 @@ class _Backward(torch.autograd.Function):
 
 
 def _combined(
-    wide: Callable[[Tensor], Tensor],
+    broadcast: Callable[[Tensor], Tensor],
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
     shift: Tensor,
     third: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum of full tensors, each times a factor a channel, plus a shift a channel."""
-    total = torch.addcmul(wide(shift), first[0], wide(first[1])).addcmul_(
-        second[0], wide(second[1])
+    """Return the sum of full tensors, each times a factor per channel, plus a shift per channel."""
+    total = torch.addcmul(broadcast(shift), first[0], broadcast(first[1])).addcmul_(
+        second[0], broadcast(second[1])
     )
-    return total if third is None else total.addcmul_(third[0], wide(third[1]))
+    return total if third is None else total.addcmul_(third[0], broadcast(third[1]))
 
 
 def _laid_out_like(x: Tensor, other: Tensor) -> Tensor:
-    """Return ``other`` in the memory format of ``x``: mixed formats are slow, and they spread."""
+    """Return ``other`` in the memory format of ``x``: mixed formats are slow, and propagate."""
     orders = {4: torch.channels_last, 5: torch.channels_last_3d}
     order = orders.get(x.ndim, torch.contiguous_format)
     kept = order if x.is_contiguous(memory_format=order) else torch.contiguous_format

@@ -1,10 +1,10 @@
-"""What a defense trains: tensors that stand for weights, and the way between the two.
+"""What a defense trains: parameters, and the weights of a model that they determine.
 
-Training moves ``parameters``. :meth:`Coordinates.values` gives the weights as a function of them,
-with grad; :meth:`Coordinates.write` puts these into the model, which keeps plain weights all the
+Training moves ``parameters``. :meth:`Coordinates.values` returns the weights as a function of them,
+with grad; :meth:`Coordinates.write` copies these into the model, which keeps plain weights all the
 time; and :meth:`Coordinates.pull_back` turns gradients of the weights into gradients of the
-parameters. All parameters at their start give the weights back bit for bit. With the training
-loop::
+parameters. At their initial values, the parameters reproduce the weights bit for bit. In the
+training loop::
 
     space = UnitMasks(model, adapter.unit_groups())
 
@@ -44,12 +44,12 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 
 class Coordinates(ABC):
-    """Tensors to optimise, and the weights of a model that they stand for.
+    """Tensors to optimise, and the weights of a model that they determine.
 
     Attributes:
-        parameters: What is trained, leaf tensors.
-        weights: The model's own parameters that follow from them.
-        bounds: The least and the largest value of a parameter, where there are any.
+        parameters: The trained tensors, which are leaves.
+        weights: The model's own parameters that are computed from them.
+        bounds: Smallest and largest value of a parameter; None if there are no bounds.
     """
 
     parameters: list[Tensor]
@@ -58,7 +58,7 @@ class Coordinates(ABC):
 
     @abstractmethod
     def values(self) -> list[Tensor]:
-        """Return the weights that the parameters stand for, differentiable in the parameters."""
+        """Return the weights for the current parameters, differentiable in the parameters."""
 
     def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the parameters, given those of the weights.
@@ -80,25 +80,25 @@ class Coordinates(ABC):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp the parameters to ``bounds``, where there are any."""
+        """Clamp the parameters to ``bounds``, if there are any."""
         if self.bounds is not None:
             for parameter in self.parameters:
                 parameter.clamp_(*self.bounds)
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the weights that the parameters stand for into the model."""
+        """Write the weights for the current parameters into the model."""
         for weight, value in zip(self.weights, self.values(), strict=True):
             weight.copy_(value)
 
     def settle(self, _: int = 0) -> None:
-        """Project and write: what is due after each update of the training loop."""
+        """Project and write, as is due after each update of the training loop."""
         self.project()
         self.write()
 
 
 class Weights(Coordinates):
-    """Weights themselves."""
+    """The weights themselves."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         """Train ``weights``, parameters of a model."""
@@ -113,13 +113,13 @@ class Weights(Coordinates):
         return list(gradients)
 
     def write(self) -> None:
-        """Do nothing: the weights are what is trained."""
+        """Do nothing: the weights are trained directly."""
 
 
 class SingularValues(Coordinates):
     """Shifts of the singular values of all weight matrices; see :mod:`mmdefense.kernels.spectral`.
 
-    ``W(d) = U diag(relu(s + scale * d)) V^T``, with d trained from zero.
+    ``W(d) = U diag(relu(s + scale * d)) V^T``, with d starting at zero.
     """
 
     def __init__(self, model: nn.Module, *, others: bool = True, scale: float = 1.0) -> None:
@@ -127,7 +127,7 @@ class SingularValues(Coordinates):
 
         Args:
             model: The model.
-            others: Whether norms and biases are trained too, as they are.
+            others: Whether norms and biases are trained too, directly.
             scale: A shift of one moves a singular value by ``scale``.
         """
         matrices = list(spectral_weights(model).values())
@@ -138,29 +138,29 @@ class SingularValues(Coordinates):
         self.weights = [*matrices, *rest]
 
     def values(self) -> list[Tensor]:
-        """Return the weights of the shifted singular values, and the others."""
+        """Return the weights with shifted singular values, and the others."""
         return [*self.spectrum.values(), *self.others]
 
     def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients of shifts and others, in closed form."""
+        """Return the gradients of the shifts and the others, in closed form."""
         count = len(self.spectrum.shifts)
         return [*self.spectrum.pull_back(gradients[:count]), *gradients[count:]]
 
     def write(self) -> None:
-        """Write the shifted singular values; the others are what is trained."""
+        """Write the shifted singular values; the others are trained directly."""
         self.spectrum.write()
 
 
 class UnitMasks(Coordinates):
-    """A factor for the output of each unit, trained from one (ANP, RNP).
+    """A factor on the output of each unit, starting at one (ANP, RNP).
 
-    It multiplies the unit's entries of the last module's parameters (``UnitGroup.outer``): of a
-    filter with BatchNorm the norm's, so that the unit's output is that many times as large. Zero
-    prunes the unit. Parameters that do not require grad stay as they are.
+    It multiplies the unit's entries in the parameters of its last module (``UnitGroup.outer``), for
+    a filter with BatchNorm those of the norm, so that it scales the unit's output. Zero prunes the
+    unit. Parameters that do not require grad stay as they are.
 
     Attributes:
         masks: One for each group, shape ``(U,)``.
-        bias_masks: Those of the biases, where they have their own, one for each group.
+        bias_masks: Masks of the biases, if they have their own, one for each group.
     """
 
     def __init__(
@@ -176,9 +176,9 @@ class UnitMasks(Coordinates):
         Args:
             model: The model.
             groups: G unit groups.
-            biases: Whether biases have the unit's mask, one of their own (as the perturbations of
-                ANP do), or none.
-            bounds: Of the masks.
+            biases: Whether biases share the unit's mask, have their own (as the perturbations of
+                ANP do), or have none.
+            bounds: Bounds of the masks.
         """
         named = dict(model.named_parameters(remove_duplicate=False))
         like = next(model.parameters())
@@ -207,7 +207,7 @@ class UnitMasks(Coordinates):
 
 
 class WeightMasks(Coordinates):
-    """A factor for each entry of some weights, trained from one (AWM)."""
+    """A factor on each entry of some weights, starting at one (AWM)."""
 
     def __init__(
         self, weights: Sequence[Tensor], *, bounds: tuple[float, float] | None = (0.0, 1.0)
@@ -215,8 +215,8 @@ class WeightMasks(Coordinates):
         """Put a mask on each entry of ``weights``, parameters of a model.
 
         Args:
-            weights: What is masked.
-            bounds: Of the masks.
+            weights: The weights to mask.
+            bounds: Bounds of the masks.
         """
         self.weights, self.bounds = list(weights), bounds
         self._start = [weight.detach().clone() for weight in self.weights]

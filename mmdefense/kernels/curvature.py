@@ -41,7 +41,7 @@ __all__ = [
 B = TypeVar("B", bound=Batch)
 
 MOST_TRACE_PROBES = 64
-"""Ours: where the search for a stated standard error of the trace ends in any case."""
+"""Ours: most probes to use for a requested standard error of the trace."""
 
 _FEWEST_TRACE_PROBES = 8  # ours: fewer say little about their own standard error
 
@@ -62,12 +62,12 @@ def gradient_norm_penalty(
     With ``g1`` the gradient at the weights and ``g2`` the one after a step of length ``radius``
     along it, the result is ``(1 - mix) g1 + mix g2``: a forward difference of the product of the
     Hessian with the unit gradient. The weights are moved in place and restored bit for bit, and
-    BatchNorm statistics are updated by the first pass alone.
+    only the first pass updates BatchNorm statistics.
 
     Args:
         adapter: The model.
         batch: N samples.
-        parameters: What is trained.
+        parameters: The trained parameters.
         radius: Length r of the step, for all parameters together or for each tensor.
         mix: Weight alpha of the second gradient, in ``[0, 1]``.
         norm: ``"global"`` takes one norm over all parameters, ``"tensor"`` one for each.
@@ -122,8 +122,8 @@ def hessian_product(
             for batch in batches(samples, batch_size):
                 if each is not None:
                     each()
-                for turned in in_parts(lambda b: of_one(b, vector), batch, "curvature", model):
-                    torch._foreach_add_(total, turned)
+                for part in in_parts(lambda b: of_one(b, vector), batch, "curvature", model):
+                    torch._foreach_add_(total, part)
         torch._foreach_div_(total, len(samples))
         return total
 
@@ -139,14 +139,14 @@ def lanczos(
 ) -> tuple[Tensor, Tensor]:
     """Return the Ritz values of a symmetric operator and their weights, each ``(<= steps,)``.
 
-    With full reorthogonalisation. The largest Ritz value converges to the largest eigenvalue from
+    Reorthogonalisation is full. The largest Ritz value converges to the largest eigenvalue from
     below; ``sum_k w_k f(r_k)`` is the Gauss quadrature of ``v^T f(A) v`` for the unit start ``v``:
     the nodes are the eigenvalues of the tridiagonal matrix, the weights the squares of the first
     entries of its eigenvectors [GW].
 
     Args:
         product: ``v -> A v``.
-        start: Any vector but zero, as a list of tensors.
+        start: Any non-zero vector, as a list of tensors.
         steps: Size of the Krylov space.
 
     Returns:
@@ -186,15 +186,16 @@ def _krylov(
 
 @dataclass(frozen=True)
 class HessianSpectrum:
-    """How the eigenvalues of a symmetric matrix are spread, by stochastic Lanczos quadrature.
+    """The distribution of the eigenvalues of a symmetric matrix, by stochastic Lanczos quadrature.
 
     The mean over random starts of ``v^T f(A) v`` is ``tr f(A)`` over the dimension [UCS]; so the
-    nodes of all starts together, each with its share of the weight, stand for the eigenvalues, of
-    which each has the same weight [GKX]. What lies between two nodes of a start is not resolved.
+    nodes of all starts together, each with its share of the weight, approximate the distribution
+    that gives each eigenvalue the same weight [GKX]. Nothing between two nodes of a start is
+    resolved.
 
     Attributes:
         nodes: Ritz values of all starts, ascending, shape ``(M,)``, float64 on the CPU.
-        weights: What each stands for, ``(M,)``; they sum to one.
+        weights: Weight of each node, ``(M,)``; they sum to one.
     """
 
     nodes: Tensor
@@ -202,7 +203,7 @@ class HessianSpectrum:
 
     @classmethod
     def of(cls, quadratures: Sequence[tuple[Tensor, Tensor]]) -> HessianSpectrum:
-        """Return the mean of the quadratures of several starts, as :func:`lanczos` gives them."""
+        """Return the mean of the quadratures of several starts, as returned by :func:`lanczos`."""
         nodes, order = torch.cat([values for values, _ in quadratures]).sort()
         weights = torch.cat([weights for _, weights in quadratures])[order]
         return cls(nodes, weights / len(quadratures))
@@ -214,13 +215,13 @@ class HessianSpectrum:
 
 @dataclass(frozen=True)
 class Smoothness:
-    """How sharp the minimum is in which a model sits.
+    """The sharpness of the minimum at a model's weights.
 
     Attributes:
         lambda_max: Largest eigenvalue of the Hessian of the clean loss.
         trace: An unbiased estimate of Tr(H).
-        spread: Standard error of the trace over the probes; NaN where there was one probe.
-        spectrum: How all eigenvalues are spread.
+        spread: Standard error of the trace over the probes; NaN for a single probe.
+        spectrum: Distribution of all eigenvalues.
         trace_probes: Number of probes that the trace and its standard error come from.
     """
 
@@ -246,13 +247,14 @@ def smoothness(
 
     Each Rademacher probe v gives ``v^T H v`` exactly (Hutchinson), and a Krylov space of its own
     whose largest Ritz value bounds lambda_max from below; the largest over the probes is returned.
-    The spectrum is that of all probes. All costs ``probes * steps`` products with the Hessian, and
+    The spectrum comes from all probes. This costs ``probes * steps`` products with the Hessian, and
     memory for ``steps`` vectors of the size of the model.
 
     The standard error of the trace over so few probes is rough, and large where a few eigenvalues
     make up most of the trace. With ``trace_error`` the trace is ``Tr(Q^T H Q)``, exact for the
-    basis Q of the last Krylov space, plus the mean of ``u^T H u`` over probes ``u = (I - Q Q^T) v``
-    of their own, one product each: unbiased, and most of the variance is in Q (Hutch++ [MMMW]).
+    basis Q of the last Krylov space, plus the mean of ``u^T H u`` over separate probes
+    ``u = (I - Q Q^T) v``, one product each: unbiased, and most of the variance is in Q (Hutch++
+    [MMMW]).
 
     Args:
         adapter: The model.
@@ -260,10 +262,10 @@ def smoothness(
         generator: Source of the probes, on the CPU.
         probes: Number of Krylov spaces, one random vector each.
         steps: Size of each Krylov space; one Hessian product each.
-        trace_error: Standard error of the trace to reach, as a share of it, with 8 to
-            :data:`MOST_TRACE_PROBES` more products; none takes the trace of the ``probes`` alone.
+        trace_error: Standard error of the trace to reach, as a share of the trace, with 8 to
+            :data:`MOST_TRACE_PROBES` more products; None uses the trace of the ``probes`` only.
         batch_size: Samples per pass.
-        watch: Called before each pass with the number of products that are done; may raise to end
+        watch: Called before each pass with the number of products done so far; may raise to end
             the measurement.
     """
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
@@ -275,9 +277,9 @@ def smoothness(
 
     def product(vector: Vector) -> Vector:
         nonlocal done
-        turned = one_product(vector)
+        result = one_product(vector)
         done += 1
-        return turned
+        return result
 
     def probe() -> list[Tensor]:
         return [

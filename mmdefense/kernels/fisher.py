@@ -57,8 +57,8 @@ def _scores(
 class _Signs:
     """The random signs of a batch, drawn part by part.
 
-    Of several processes each draws the signs of all rows, and takes those of its own: no two take
-    the same ones, and all of them go on from the same state.
+    With several processes, each draws the signs of all rows and uses those of its own rows: no two
+    processes use the same ones, and all continue from the same state.
     """
 
     def __init__(self, generator: torch.Generator, total: int) -> None:
@@ -66,7 +66,7 @@ class _Signs:
         self.start = generator.get_state() if sharing(total).count > 1 else None
 
     def of(self, rows: slice) -> AbstractContextManager[object]:
-        """Let a pass over some rows draw theirs."""
+        """Return a context in which a pass over some rows draws their signs."""
         if self.start is None:
             return nullcontext()
         self.generator.set_state(self.start)
@@ -74,7 +74,7 @@ class _Signs:
 
 
 class _WholeDraws(TorchFunctionMode):
-    """Draws random whole numbers for all rows of a batch where some rows ask for them."""
+    """Draws integers for all rows of a batch when some rows request them; returns theirs."""
 
     def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ class _WholeDraws(TorchFunctionMode):
             return function(*args, **given)
         if function is not torch.randint or len(args) != 3:
             raise UnsupportedError(
-                "an adapter that several processes run must draw from its generator by "
-                f"torch.randint(low, high, shape) alone; this one calls {function.__name__}"
+                "an adapter that runs in several processes must draw from its generator only by "
+                f"torch.randint(low, high, shape); this one calls {function.__name__}"
             )
         low, high, shape = args
         return function(low, high, (self.total, *shape[1:]), **given)[self.rows]
@@ -109,11 +109,11 @@ def loss_and_trace(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and an unbiased Tr(F), both with graph.
 
-    One forward and one backward pass serve both; the trace can be differentiated again where
-    every operation of the model has a second derivative.
+    One forward and one backward pass serve both; the trace can be differentiated again if every
+    operation of the model has a second derivative.
 
     Args:
-        adapter: The model; its mode decides how BatchNorm normalises. Unbiasedness holds where
+        adapter: The model; its mode decides how BatchNorm normalises. The trace is unbiased if
             samples do not share statistics.
         batch: N samples.
         parameters: The coordinates of F.
@@ -142,8 +142,8 @@ def penalised_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss, and the gradient of ``loss + weight * Tr(F)``.
 
-    As of :func:`loss_and_trace`, but in parts where memory runs out or several processes share the
-    batch, to the same result. With ``G`` the sum of the scores' gradients, ``N Tr(F) = ||G||^2``,
+    Like :func:`loss_and_trace`, but in parts if memory runs out or several processes share the
+    batch, with the same result. With ``G`` the sum of the scores' gradients, ``N Tr(F) = ||G||^2``,
     whose gradient is the sum over parts of ``2 d<grad s_part, G>``: a first pass over the parts
     sums ``G``, and a second one, with the same random signs, differentiates. (BatchNorm in train
     mode normalises by its part.)
@@ -173,13 +173,13 @@ def penalised_gradient(
                 *torch.autograd.grad(total, parameters, materialize_grads=True),
             ]
         known: tuple[Tensor, list[Tensor]] | None = None
-        # Other processes sum G but once, and for them its signs are the same in smaller parts.
+        # Several processes sum G only once; their signs do not depend on the size of the parts.
         if not summed or processes.count == 1:
-            start, of_mine = RandomState(model, generator), list[Tensor]()
+            start, local = RandomState(model, generator), list[Tensor]()
             for row in rows:
                 known = of_part(row, again=len(rows) == 1)
-                add_up(of_mine, [gradient.detach() for gradient in known[1]])
-            summed[:] = processes.sum(of_mine)
+                add_up(local, [gradient.detach() for gradient in known[1]])
+            summed[:] = processes.sum(local)
             if len(rows) > 1:
                 known = None
                 start.restore()
@@ -246,11 +246,11 @@ def fisher_diagonal(
         form: ``"true"`` or ``"empirical"``.
         batch_size: Samples per backward pass; smaller is less noisy and slower.
         pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
-        each: Called before each batch, and after the last, with the number of batches that are
-            done and of all.
+        each: Called before each batch, and after the last one, with the number of batches done so
+            far and their total number.
 
     Returns:
-        One tensor a coordinate, of its shape.
+        One tensor per coordinate, of its shape.
     """
     total = [torch.zeros_like(p) for p in pull_back([torch.zeros_like(p) for p in parameters])]
     model = adapter.model
@@ -285,14 +285,14 @@ def fisher_diagonal(
 
 
 def natural_factors(diagonal: Sequence[Tensor], damping: float) -> list[Tensor]:
-    """Return what turns a gradient into a damped natural one under a diagonal F, times its mean.
+    """Return the factors of a damped natural gradient under a diagonal F, times the mean of F.
 
     That is ``1 / (F_i / mean(F) + damping)``: a coordinate of average sharpness keeps about its
     gradient, a sharper one gets less, and a flat one at most ``1 / damping`` times as much (Amari,
     *Natural Gradient Works Efficiently in Learning*, Neural Computation 1998).
 
     Args:
-        diagonal: diag(F), a tensor a coordinate; where all of it is zero the factors are one.
+        diagonal: diag(F), a tensor per coordinate; if it is zero everywhere, the factors are one.
         damping: Positive, as a share of the mean of F.
 
     Returns:
@@ -306,8 +306,8 @@ def natural_factors(diagonal: Sequence[Tensor], damping: float) -> list[Tensor]:
 
 
 @contextmanager
-def _own_gradients(model: nn.Module) -> Iterator[None]:
-    """Start without ``.grad``, and put those that were there back at the end."""
+def _cleared_gradients(model: nn.Module) -> Iterator[None]:
+    """Clear ``.grad`` of all parameters, and restore it at the end."""
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.grad = None
@@ -321,7 +321,7 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
 def check_second_derivative(
     adapter: TaskAdapter[B], samples: Samples[B], parameters: Sequence[Tensor]
 ) -> None:
-    """Differentiate Tr(F) once on one sample, so that an unfit model is refused before a run.
+    """Differentiate Tr(F) once on one sample, so that an unfit model is refused before the run.
 
     Raises:
         UnsupportedError: If an operation of the model has no second derivative; it is named.
@@ -331,14 +331,14 @@ def check_second_derivative(
     try:
         with mode(adapter.model, train=False), second_derivatives():
             _, trace = loss_and_trace(adapter, batch, parameters, generator)
-            with _own_gradients(adapter.model):
-                # Not autograd.grad: it passes by what does not lead to the parameters, such as the
+            with _cleared_gradients(adapter.model):
+                # Not autograd.grad: it skips nodes that do not lead to the parameters, such as the
                 # error that once_differentiable leaves in the graph.
                 torch.autograd.backward(trace)
     except RuntimeError as error:
-        if is_out_of_memory(error):  # a RuntimeError too, but no fault of an operation
+        if is_out_of_memory(error):  # also a RuntimeError, but not the fault of an operation
             raise
         raise UnsupportedError(
-            "the model must be differentiated twice, and one of its operations cannot: "
+            "the model must be differentiated twice, but one of its operations cannot be: "
             f"{one_line(error)}; use a defense that needs first derivatives only, such as tsbd"
         ) from error

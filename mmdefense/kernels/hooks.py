@@ -29,7 +29,7 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 @contextmanager
 def mode(model: nn.Module, *, train: bool, batch_norm: bool | None = None) -> Iterator[None]:
-    """Put ``model`` in train or eval mode, BatchNorm layers apart if ``batch_norm`` is given."""
+    """Put ``model`` in train or eval mode, BatchNorm layers in their own if ``batch_norm`` is given."""
     before = [(module, module.training) for module in model.modules()]
     model.train(train)
     if batch_norm is not None:
@@ -45,7 +45,7 @@ def mode(model: nn.Module, *, train: bool, batch_norm: bool | None = None) -> It
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Compute no gradient for any parameter, so that a backward pass skips their products."""
+    """Disable the gradients of all parameters, so that a backward pass does not compute them."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in before:
         parameter.requires_grad_(False)
@@ -58,7 +58,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm layers normalise as they do, but leave their running statistics alone."""
+    """Keep BatchNorm layers from updating their running statistics; they normalise as before."""
     layers = [m for m in model.modules() if isinstance(m, _BATCH_NORMS) and m.training]
     before = [(layer, layer.track_running_stats) for layer in layers]
     for layer in layers:
@@ -74,10 +74,10 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of convolutions in channels-last order, in which they run faster.
 
-    Those over images and over clips, but not a clip's patch embedding, whose patches do not
-    overlap: it is a matrix product, in any order. Strided 1x1 convolutions get their input in
-    plain order: on the CPU the gradient of such a weight writes past its memory in channels-last
-    order (oneDNN of torch 2.15: 8 channels, 48x64).
+    This applies to convolutions over images and clips, but not to a clip's patch embedding: its
+    patches do not overlap, so that it is a matrix product in any order. Strided 1x1 convolutions
+    get a contiguous input: on the CPU the gradient of such a weight writes past its memory in
+    channels-last order (oneDNN of torch 2.15: 8 channels, 48x64).
     """
     layers = [
         m
@@ -89,7 +89,7 @@ def channels_last(model: nn.Module) -> Iterator[None]:
         order = torch.channels_last if layer.weight.ndim == 4 else torch.channels_last_3d
         layer.weight.data = layer.weight.data.contiguous(memory_format=order)
     strided = [layer for layer in layers if _skips_pixels(layer)]
-    handles = [layer.register_forward_pre_hook(_in_plain_order) for layer in strided]
+    handles = [layer.register_forward_pre_hook(_contiguous_input) for layer in strided]
     try:
         yield
     finally:
@@ -104,31 +104,31 @@ def _skips_pixels(layer: nn.Conv2d | nn.Conv3d) -> bool:
     return max(layer.kernel_size) == 1 and max(layer.stride) > 1
 
 
-def _in_plain_order(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _contiguous_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].contiguous(), *inputs[1:]) if inputs[0].device.type == "cpu" else inputs
 
 
 @contextmanager
 def recomputed(model: Any) -> Iterator[None]:
-    """Let each block compute its activations again in the backward pass (gradient checkpointing).
+    """Recompute the activations of each block in the backward pass (gradient checkpointing).
 
-    It takes less memory and more time, and acts in train mode. Blocks and switch are the model's
-    own, as those of Transformers have them; in the form that can be differentiated twice.
+    It takes less memory and more time, and acts in train mode. The blocks and the switch are the
+    model's own, as in Transformers, in the variant that can be differentiated twice.
 
     Raises:
-        UnsupportedError: If the model has none.
+        UnsupportedError: If the model has no such switch.
     """
     kinds = ("activation_checkpointing", "gradient_checkpointing")  # the second is the older name
     kind = next((kind for kind in kinds if hasattr(model, f"{kind}_enable")), None)
     if kind is None:
         raise UnsupportedError(
-            "gradient_checkpointing needs a model that offers it, as those of Transformers do; "
+            "gradient_checkpointing needs a model that supports it, such as those of Transformers; "
             f"{type(model).__name__} does not: leave it out"
         )
     was = getattr(model, f"is_{kind}", False)
     try:
         getattr(model, f"{kind}_enable")({"use_reentrant": False})
-    except ValueError as error:  # a family that has not been given it
+    except ValueError as error:  # a model class that does not support it
         raise UnsupportedError(f"gradient_checkpointing is not possible: {one_line(error)}") from (
             error
         )
@@ -177,7 +177,7 @@ def capture(
 
     def keep(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         value = given[0] if inputs else output
-        # A copy: the model may go on to add a shortcut to this very tensor in place.
+        # A copy, because the model may later add a shortcut to this tensor in place.
         kept[names[module]] = (value[0] if isinstance(value, tuple) else value).clone()
 
     with watch_modules(list(names), keep):
@@ -186,7 +186,7 @@ def capture(
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Choose attention that can be differentiated twice, and BatchNorm for which that is cheap.
+    """Use attention that can be differentiated twice, and BatchNorm for which that is cheap.
 
     The values stay the same.
     """

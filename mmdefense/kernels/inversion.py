@@ -1,15 +1,16 @@
-"""Search for the triggers that a model answers to: a generator for every target and level at once.
+"""Search for the triggers that a model responds to, with a generator per target and level.
 
-The max-entropy staircase approximator learns a distribution of triggers, not one: a generator at
-level ``e`` maps noise to triggers whose success it raises up to ``e`` and no further. Beyond that
-it spreads them out, as a neural estimate of the mutual information of noise and trigger measures.
-All generators are small networks of one shape, kept as stacked weights and run side by side.
-Where a trigger of a family has a place or a word that must be met before there is a slope to
-follow, the search starts at the best of many random ones (:class:`TriggerFamily`).
+The max-entropy staircase approximator learns a distribution of triggers, not a single one: a
+generator at level ``e`` maps noise to triggers and raises their success up to ``e``, but no
+further. Above that it diversifies them, as measured by a neural estimate of the mutual information
+of noise and trigger. All generators are small networks of one shape, kept as stacked weights and
+run side by side. If a family of triggers has a position or a word that must be right before there
+is a gradient to follow, the search starts at the best of many random ones
+(:class:`TriggerFamily`).
 
-Where a search is screened, a cheap one comes first, and only the targets that stand out in it are
-searched in full: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse,
-Wang et al., S&P 2019), and some nets answer to natural triggers towards classes of no attacker.
+A screened search runs a cheap search first, and searches in full only the targets that stand out
+in it: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse, Wang et
+al., S&P 2019), and some networks respond to natural triggers towards classes of no attacker.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How to search.
+    """Settings of a search.
 
     Attributes:
         levels: Staircase levels of target probability, ascending, in ``(0, 1)``.
         steps: Updates of all generators of a family.
-        batch_size: Clean samples that each generator is tried on in a step.
+        batch_size: Clean samples per generator and step.
         noise: Entries of a generator's input, uniform in ``[0, 1]``.
         hidden: Width of generators and estimators.
-        lr: Of Adam.
+        lr: Learning rate of Adam.
         entropy: Weight of the mutual information.
         size: Weight of the trigger's size, times the share of its level that a generator reaches
             (ours), so that no trigger is made small before it works.
-        threshold: Success, over the targets' own samples left out, above which a generator is
-            kept: the paper's tau.
-        screening: Updates of a first search of every target, at one level with half of the
+        threshold: Success on samples of other classes than the target, from which a generator is
+            accepted: the paper's tau.
+        screening: Updates of a first search of all targets, at one level with half of the
             samples; 0 for none.
-        judged: Clean samples that each generator is judged on, at most.
+        judged: Most clean samples to judge each generator on.
     """
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
@@ -74,7 +75,7 @@ class Search:
 
     @property
     def screen(self) -> Search:
-        """The first search: the middle level, and half of the samples in a step."""
+        """The first search: the middle level, and half of the samples per step."""
         level = sorted(self.levels)[len(self.levels) // 2]
         size = max(1, self.batch_size // 2)
         return dataclasses.replace(
@@ -83,7 +84,7 @@ class Search:
 
     @property
     def nearby(self) -> Search:
-        """The search from a good start: small steps, and more of them, so as not to lose it."""
+        """The search from a good start: smaller steps, and more of them, so as not to lose it."""
         return dataclasses.replace(self, lr=self.lr / 4, steps=2 * self.steps)
 
 
@@ -129,14 +130,14 @@ class _Generators:
         return self
 
     def start_at(self, triggers: Tensor) -> None:
-        """Let each generator begin around one trigger, shape ``(G, *P)``."""
+        """Start each generator around one trigger, shape ``(G, *P)``."""
         with torch.no_grad():
             raw = triggers.flatten(1).clamp(_EDGE, 1 - _EDGE)
             self.maker.biases[-1].copy_(raw.logit()[:, None])
             self.maker.weights[-1].mul_(_NARROW)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return noise ``(G, count, z)`` and the triggers made of it, ``(G, count, *P)``."""
+        """Return noise ``(G, count, z)`` and the triggers made from it, ``(G, count, *P)``."""
         device = self.targets.device
         noise = torch.rand(
             len(self.targets), count, self.search.noise, generator=generator, device=device
@@ -151,8 +152,8 @@ class _Generators:
         """
         flat = triggers.flatten(2)
         joint: Tensor = self.critic(torch.cat([noise - 0.5, flat], 2)).squeeze(-1)
-        apart: Tensor = self.critic(torch.cat([noise.roll(1, dims=1) - 0.5, flat], 2)).squeeze(-1)
-        return joint.mean(1) - (apart.logsumexp(1) - math.log(apart.shape[1]))
+        other: Tensor = self.critic(torch.cat([noise.roll(1, dims=1) - 0.5, flat], 2)).squeeze(-1)
+        return joint.mean(1) - (other.logsumexp(1) - math.log(other.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,13 @@ class Recovered:
     """The triggers of one family that were found.
 
     Attributes:
-        family: What kind they are.
+        family: Their family.
         targets: Target of each generator, shape ``(G,)``.
         levels: Staircase level of each, shape ``(G,)``.
-        success: Share of clean samples that its triggers turn to the target, shape ``(G,)``.
-        size: Mean share of an input that they alter, shape ``(G,)``.
+        success: Share of clean samples that its triggers send to the target, shape ``(G,)``.
+        size: Mean share of an input that they change, shape ``(G,)``.
         accepted: Whether success reaches the threshold within the family's budget, ``(G,)``. A
-            screened search accepts of these only the targets that need about the least.
+            screened search accepts only those of the targets with about the smallest triggers.
         pool: Triggers drawn from each generator, shape ``(G, M, *P)``.
     """
 
@@ -191,19 +192,19 @@ def recover(
 ) -> list[Recovered]:
     """Search for triggers of every family, target and level, and keep a pool of each.
 
-    The model is in eval mode, so that samples do not meet; nothing of it changes.
+    The model is in eval mode, so that samples do not interact, and it is left unchanged.
 
     Args:
         adapter: The model.
         samples: Clean samples.
-        search: How to search.
+        search: Settings of the search.
         run: Seed and progress.
         stage: Name of the stage.
         pool: Triggers M to draw from each generator.
-        targets: Those to search for, ``(T,)``; by default all.
+        targets: Targets to search for, ``(T,)``; by default all.
 
     Returns:
-        One record a family.
+        One record per family.
     """
     every = torch.arange(adapter.trigger_targets()) if targets is None else targets
     found = []
@@ -222,7 +223,7 @@ def recover(
                 _fit(adapter, samples, generators, run, name)
                 return _judge(adapter, samples, generators, run, name, pool)
 
-            if not search.screening or len(every) < 3:  # two are no crowd to stand out of
+            if not search.screening or len(every) < 3:  # none of two targets stands out
                 found.append(searched(every, search, name))
                 continue
             screened = searched(every, search.screen, f"{name}/screening")
@@ -241,21 +242,21 @@ def recover_once(
     stage: str,
     at_any_rate: bool = True,
 ) -> list[Recovered]:
-    """Return what :func:`recover` finds, which a resumed run reads from its store.
+    """Return what :func:`recover` finds; a resumed run reads it from its store.
 
     Args:
         adapter: The model.
         samples: Clean samples.
-        search: How to search.
+        search: Settings of the search.
         run: Seed, progress and store.
         stage: Name of the stage.
-        at_any_rate: Whether milder runs take it from the first one: it is the given model that is
-            searched.
+        at_any_rate: Whether restarts at a lower rate reuse the result, since it is the given model
+            that is searched.
     """
 
     def compute() -> dict[str, Any]:
         found = recover(adapter, samples, search, run, stage=stage)
-        # Each process searches; what the main one has found is used by all.
+        # Each process searches; all use what the main one has found.
         return {"found": present().from_main([dataclasses.asdict(record) for record in found])}
 
     kept = run.once(stage, compute, at_any_rate=at_any_rate)
@@ -270,17 +271,17 @@ def _device(adapter: TriggerAdapter[Any]) -> torch.device:
 
 
 _AT_ONCE = 8192
-"""Inputs that generators are judged on side by side, at most; ours."""
+"""Ours: most inputs to judge generators on at once."""
 
 _OUTSTANDING, _AS_SMALL = 1 / 2, 2.0
-"""What a suspect costs at most, against the median target; how much larger than the smallest
-accepted trigger another target's smallest may be. Where all sizes are the same, success decides."""
+"""Largest cost of a suspect relative to the median target; and largest ratio of the smallest
+trigger of an accepted target to the smallest of all. If all sizes are the same, success decides."""
 
 
 def _suspects(screened: Recovered) -> Tensor:
     """Return the targets whose cost stands out from that of the median target, ascending.
 
-    The cost is the share of samples missed and the share of an input altered.
+    The cost is the share of samples missed plus the share of an input changed.
     """
     cost = 1 - screened.success + screened.size
     return screened.targets[cost <= _OUTSTANDING * cost.median()]
@@ -289,13 +290,13 @@ def _suspects(screened: Recovered) -> Tensor:
 def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
     """Return the rows of the full search, and the screened ones of the other targets.
 
-    Of the targets found, those are accepted whose smallest trigger is about the smallest of all.
+    The accepted targets are those whose smallest trigger is about the smallest of all.
     """
     if full is None:
         return dataclasses.replace(screened, accepted=torch.zeros_like(screened.accepted))
     size = full.size.masked_fill(~full.accepted, math.inf)
-    least = torch.stack([size[full.targets == target].min() for target in full.targets])
-    accepted = full.accepted & (least <= _AS_SMALL * size.min())
+    smallest = torch.stack([size[full.targets == target].min() for target in full.targets])
+    accepted = full.accepted & (smallest <= _AS_SMALL * size.min())
     rest = ~torch.isin(screened.targets, full.targets)
     rows = {
         name: torch.cat([getattr(screened, name)[rest], getattr(full, name)])
@@ -305,8 +306,8 @@ def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
     return Recovered(family=full.family, accepted=torch.cat([none, accepted]), **rows)
 
 
-_EDGE, _NARROW = 0.02, 0.1  # how near to 0 and 1 a search may start, and how close together; ours
-_TRIED, _TRIED_ON = 64, 4  # random triggers that are tried side by side, and on how many samples
+_EDGE, _NARROW = 0.02, 0.1  # ours: distance of a start from 0 and 1, and its spread
+_TRIED, _TRIED_ON = 64, 4  # random triggers to try at once, and samples to try them on
 
 
 @torch.no_grad()
@@ -321,7 +322,7 @@ def _starts(
     seed = run.generator(f"{name}/starts")
     random = torch.rand(family.starts, *family.shape, generator=seed).to(device)
 
-    def likely(some: Tensor, row: slice) -> Tensor:
+    def target_likelihood(some: Tensor, row: slice) -> Tensor:
         mine = some[row, None].expand(-1, tried, *family.shape)
         stamped = adapter.stamp(batch, family, mine)
         log_p = [
@@ -333,7 +334,7 @@ def _starts(
     found = []
     for some in torch.split(random, _TRIED):
         run.report(name, 0, generators.search.steps)
-        parts = each_fitted(partial(likely, some), len(some), _SEARCHING, adapter.model)
+        parts = each_fitted(partial(target_likelihood, some), len(some), _SEARCHING, adapter.model)
         found.append(torch.cat(parts, 1))
     return random[torch.cat(found, 1).argmax(1)[place]]
 
@@ -353,15 +354,15 @@ def _fit(
         def compute(rows: Sequence[slice], batch: B = batch) -> Tensor:
             source, triggers = generators.draw(search.batch_size, noise)
             p = _log_probability(adapter, batch, generators, triggers, rows).exp()
-            # Nothing is gained above the level; the clamp is the staircase's max(0, level - p).
+            # Success above the level gains nothing: the clamp is the staircase's max(0, level - p).
             miss = (generators.levels[:, None] - p).clamp(min=0).mean(1)
-            # Where p is about 0, so is its slope, and size alone would shrink the trigger to
-            # nothing.
+            # Where p is about 0, so is its gradient, and the size term alone would shrink the
+            # trigger to nothing.
             reached = (p.detach().mean(1) / generators.levels).clamp(max=1)
             size = adapter.trigger_size(generators.family, triggers).mean(1)
-            spread = generators.information(source, triggers)
-            # The critic climbs the same bound, so that one backward pass serves both.
-            loss = miss + search.size * reached * size - search.entropy * spread
+            information = generators.information(source, triggers)
+            # The critic maximises the same bound, so that one backward pass serves both.
+            loss = miss + search.size * reached * size - search.entropy * information
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss.sum())
             return miss.detach()
@@ -384,7 +385,7 @@ def _log_probability(
 ) -> Tensor:
     """Return log-probabilities of each generator's target on each sample, ``(G, N)``.
 
-    Of several ``rows`` nothing is held for the backward pass: each is computed again in it.
+    With several ``rows`` nothing is stored for the backward pass: each is recomputed in it.
     """
 
     def of(triggers: Tensor, some: B) -> Tensor:
@@ -407,7 +408,7 @@ def _judge(
     name: str,
     pool: int,
 ) -> Recovered:
-    """Measure each generator on clean samples that are not of its target."""
+    """Measure each generator on clean samples of other classes than its target."""
     device = generators.targets.device
     noise = run.generator(f"{name}/judge", device)
     count = len(generators.targets)
@@ -446,9 +447,9 @@ def _judge(
 
 
 def some_of(total: int, count: int) -> Tensor:
-    """Return up to ``count`` of ``total`` indices, drawn once and for all, ascending.
+    """Return up to ``count`` random indices below ``total``, ascending; the same in every call.
 
-    The first samples of a set are no fair part of it: many a set is sorted by class.
+    The first samples of a data set do not represent it: many are sorted by class.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order[:count].sort().values
@@ -462,9 +463,9 @@ def success_of(
     target: int,
     triggers: Tensor,
 ) -> float:
-    """Return the share of samples, not of the target, that ``triggers`` ``(M, *P)`` turn to it.
+    """Return the share of samples of other classes that ``triggers`` ``(M, *P)`` turn to a target.
 
-    Up to 128 samples, trigger after trigger in turn, in eval mode.
+    It uses up to 128 samples and one trigger after the other, in eval mode.
     """
     device = next(adapter.model.parameters()).device
     indices = some_of(len(samples), 128)

@@ -1,6 +1,6 @@
-"""The one training loop, for victims and for every defense.
+"""The training loop of victims and of every defense.
 
-The samples lie on the device, are drawn and augmented there in whole batches, and a step never
+The samples stay on the device, are drawn and augmented there in whole batches, and a step never
 waits for the host: losses are summed on the device and read once every ``check_every`` steps.
 """
 
@@ -39,13 +39,13 @@ B = TypeVar("B", bound=Batch)
 Gradients = Callable[[Any, int], Tensor]
 """Sets ``.grad`` to the gradients of one batch and returns the loss; called with batch and step.
 
-Where a batch may be too large for memory it is computed in parts, as :func:`mean_loss_gradient` and
+A batch that may be too large for memory is computed in parts, as :func:`mean_loss_gradient` and
 :func:`~mmdefense.runtime.memory.gradient_in_parts` do.
 """
 
 
 def autocast(device: torch.device) -> Any:
-    """Return bf16 autocast on CUDA, where it is faster and safe for a loss; nothing elsewhere."""
+    """Return bf16 autocast on CUDA, where it is faster and safe for a loss; no change elsewhere."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
@@ -61,7 +61,7 @@ def train(
     parameters: Sequence[Tensor] | None = None,
     after_step: Callable[[int], bool | None] | None = None,
 ) -> float:
-    """Minimise the mean loss of an adapter, in place; see :func:`optimise` for the rest.
+    """Minimise the mean loss of an adapter, in place; see :func:`optimise` for the arguments.
 
     Example:
         >>> from mmdefense.runtime.run import Run
@@ -91,16 +91,16 @@ def optimise(
     parameters: Sequence[Tensor] | None = None,
     after_step: Callable[[int], bool | None] | None = None,
 ) -> float:
-    """Train ``model`` in place; resume from ``run.store`` where a run was cut off.
+    """Train ``model`` in place; resume an interrupted run from ``run.store``.
 
     Args:
         model: The model to train.
-        samples: What to train on.
+        samples: Samples to train on.
         training: Steps, rates and modes.
         run: Seed, progress and store.
         gradients: Computes the gradients of one batch.
         stage: A name that is unique in the run; it labels progress, randomness and checkpoints.
-        parameters: What to update; all parameters that require grad by default.
+        parameters: Tensors to update; all parameters that require grad by default.
         after_step: Called after each update with the number of updates done; true ends the stage.
 
     Returns:
@@ -108,9 +108,9 @@ def optimise(
 
     Raises:
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
-        OutOfTime: If the run's deadline has passed after an update, of which there is at least
-            one; the state of that moment is in the model, and what is needed to go on from it (or
-            from the last multiple of ``resume_every`` that was looked at) in the store.
+        OutOfTime: If the run's deadline has passed after an update; there is at least one update.
+            The model keeps the state of that moment, and the store what is needed to resume from
+            it (or from the last multiple of ``resume_every`` at which the time was checked).
 
     Example:
         >>> from mmdefense.kernels.loop import mean_loss_gradient, optimise
@@ -132,39 +132,39 @@ def optimise(
     optimizer = _optimizer(chosen, training)
     device = chosen[0].device
     noise = torch.Generator(device)
-    course = _Course(model, chosen, optimizer, training, run, stage)
-    start = course.resume()
+    state = _TrainingState(model, chosen, optimizer, training, run, stage)
+    start = state.resume()
     run.progress(Event(stage, start, training.steps))
     with (
         mode(model, train=True, batch_norm=training.batch_norm == "train"),
         channels_last(model),
-        _own_rng(device),
-        _tidied(model, optimizer, course.average),
+        _restored_rng(device),
+        _cleaned_up(model, optimizer, state.average),
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
-            _seed_dropout(device, seed + present().index)  # each process its own masks
+            _seed_dropout(device, seed + present().index)  # each process draws its own masks
             for group in optimizer.param_groups:
                 group["lr"] = training.lr_at(step)
             batch = samples.take(_indices(len(samples), training.batch_size, step, run, stage))
             if training.augment:
                 batch = samples.augment(batch, noise.manual_seed(seed))
             optimizer.zero_grad(set_to_none=True)
-            course.add(gradients(batch, step).detach())
+            state.add(gradients(batch, step).detach())
             if training.max_norm is not None:
                 nn.utils.clip_grad_norm_(chosen, training.max_norm, foreach=True)
             optimizer.step()
             last = bool(after_step and after_step(step + 1)) or step + 1 == training.steps
-            course.after(step + 1, last=last)
+            state.after(step + 1, last=last)
             if last:
                 break
-    return course.mean
+    return state.mean
 
 
-class _Course:
-    """Where a training stands: its losses, its last good state, and what is kept to go on from.
+class _TrainingState:
+    """The losses of a training run, its last good state, and what is saved to resume it.
 
-    Losses are summed on the device, and looked at every ``check_every`` steps.
+    Losses are summed on the device, and read every ``check_every`` steps.
     """
 
     def __init__(
@@ -189,15 +189,14 @@ class _Course:
         self.seen += 1
 
     def after(self, done: int, *, last: bool) -> None:
-        """Look at the loss, keep the state and look at the time, each where it is due.
+        """Check the loss, save the state and check the time, each when it is due.
 
         Raises:
             DivergenceError: If the loss or a weight is not finite; the last good state is restored.
-            OutOfTime: If the time is up before the last step.
+            OutOfTime: If time ran out before the last step.
         """
         self.average.take(self.model, done, last=last)
-        look = last or done % self.training.check_every == 0
-        if look:
+        if last or done % self.training.check_every == 0:
             self.mean = self._finite_mean()
             self.total, self.seen = torch.zeros_like(self.total), 0
             self.good = (done, copy_state(self.model))
@@ -207,14 +206,14 @@ class _Course:
             if store and (last or done - self.saved >= store.every):
                 self._save(steps if last else done)
         if not last:
-            self._look_at_the_time(done)
+            self._check_time(done)
 
-    def _look_at_the_time(self, done: int) -> None:
+    def _check_time(self, done: int) -> None:
         try:
             self.run.check_time(self.stage, done, self.training.steps)
         except OutOfTime:
             if self.seen:
-                self._finite_mean()  # or what is not finite would be kept
+                self._finite_mean()  # or a state that is not finite would be saved
             if done != self.saved and done % self.training.resume_every == 0:
                 self._save(done)
             raise
@@ -249,10 +248,10 @@ class _Course:
         self.run.keep(f"{self.stage}.progress", state)
 
     def resume(self) -> int:
-        """Restore a kept state of the stage, if there is one; return its step.
+        """Restore the saved state of the stage, if there is one, and return its step.
 
         Raises:
-            BadInputError: If it is of another model or other settings.
+            BadInputError: If it belongs to another model or other settings.
         """
         kept = self.run.recall(f"{self.stage}.progress")
         if kept is None:
@@ -278,14 +277,14 @@ class _Course:
 
 
 class _Average:
-    """The mean of a model's states over the last updates, kept up as they come."""
+    """The running mean of a model's states over the last updates."""
 
     def __init__(self, training: Training) -> None:
         self.first = training.steps - round(training.average * training.steps) + 1
         self.mean: dict[str, Tensor] = {}
 
     def take(self, model: nn.Module, done: int, *, last: bool) -> None:
-        """Take in the state after ``done`` updates; after the last, put the mean in its place."""
+        """Add the state after ``done`` updates; after the last, load the mean into the model."""
         if done < self.first:
             return
         state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
@@ -297,7 +296,7 @@ class _Average:
             self.finish(model)
 
     def finish(self, model: nn.Module) -> None:
-        """Put the mean of what was taken in into its place, if anything was."""
+        """Load the mean into the model, if a state was added."""
         model.load_state_dict(self.mean, strict=False)
 
 
@@ -320,7 +319,7 @@ def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Opti
 
 
 def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
-    """Return what computes the gradient of the mean loss, in bf16 where that is faster and safe."""
+    """Return the gradients of the mean loss, in bf16 where that is faster and safe."""
     model = adapter.model
     device = next(model.parameters()).device
 
@@ -330,7 +329,7 @@ def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
         def attempt(rows: Sequence[slice]) -> list[Tensor]:
             total = torch.zeros((), device=device)
             for parameter in model.parameters():
-                parameter.grad = None  # what a failed attempt has left
+                parameter.grad = None  # left by a failed attempt
             for row in rows:
                 with autocast(device):
                     loss = adapter.per_sample_loss(batch.rows(row)).mean()
@@ -347,7 +346,7 @@ def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
 
 
 def _add_up_gradients(processes: Processes, parameters: Sequence[Tensor]) -> None:
-    """Sum ``.grad`` over processes; where no process has used a parameter it stays none."""
+    """Sum ``.grad`` over processes; it stays None for parameters that no process has used."""
     if processes.count == 1:
         return
     used = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
@@ -361,13 +360,13 @@ def _add_up_gradients(processes: Processes, parameters: Sequence[Tensor]) -> Non
 def mean_loss_gradient(
     adapter: TaskAdapter[B], batch: B, parameters: Sequence[Tensor], what: str = "training"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean loss of a batch and its gradient, in parts where memory runs out.
+    """Return the mean loss of a batch and its gradient, in parts if memory runs out.
 
     Args:
         adapter: The model, in any mode; see :mod:`mmdefense.runtime.memory` for BatchNorm.
         batch: N samples.
         parameters: What to differentiate with respect to.
-        what: The kind of work, for which the size of the parts is kept.
+        what: The kind of work; the size of the parts is remembered for each.
     """
 
     def loss(rows: slice) -> tuple[Tensor, Tensor]:
@@ -379,33 +378,33 @@ def mean_loss_gradient(
 
 
 def _indices(total: int, size: int, step: int, run: Run, stage: str) -> Tensor:
-    """Return the indices of a step: positions in one endless row of permutations of all samples.
+    """Return the sample indices of a step, from an endless sequence of permutations.
 
     They depend on seed, stage and step alone, so that a resumed run draws the same ones.
     """
     first, last = step * size // total, ((step + 1) * size - 1) // total
-    row = torch.cat(
+    sequence = torch.cat(
         [
             torch.randperm(total, generator=run.generator(f"{stage}/epoch{epoch}"))
             for epoch in range(first, last + 1)
         ]
     )
     start = step * size - first * total
-    return row[start : start + size]
+    return sequence[start : start + size]
 
 
 @contextmanager
-def _own_rng(device: torch.device) -> Iterator[None]:
-    """Leave the global random state as it was."""
+def _restored_rng(device: torch.device) -> Iterator[None]:
+    """Restore the global random state at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
-def _tidied(
+def _cleaned_up(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average
 ) -> Iterator[None]:
-    """Leave no gradients, and where the time was up the mean of the states so far."""
+    """Clear the gradients at the end, and if time ran out load the mean of the states so far."""
     try:
         yield
     except OutOfTime:
@@ -416,7 +415,7 @@ def _tidied(
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the global generators of the CPU and of ``device``, and not those of other devices."""
+    """Seed the global generators of the CPU and of ``device``, but not those of other devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -3,10 +3,10 @@
 References:
     [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
     Backdoor Attacks in Neural Networks*. IEEE S&P 2019. Here the index is one of cost: the share of
-    samples that a trigger misses and the share of an input that it alters. Where all triggers work,
-    that is the size; where all are of one size, the success. The index is that of its logarithm,
-    since costs differ by factors, and a third of the median cost is the most that an outlier may
-    have (both ours): among ten answers an index beyond 2 is common.
+    samples that a trigger misses plus the share of an input that it changes. If all triggers work,
+    that is the size; if all are of one size, the success. The index is that of its logarithm, since
+    costs differ by factors, and an outlier must cost at most a third of the median (both ours):
+    among ten targets an index beyond 2 is common.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX, SHARE, CROWD = 2.0, 1 / 3, 5
 """The anomaly index of an outlier [NC], its cost relative to the median, and the number of targets
 needed for an index; the last two are our choice."""
 MANY = 64
-"""With more targets than this they are screened first. Our choice."""
+"""With more targets than this, they are screened first. Our choice."""
 CHEAPEST, FLOOR = 1e-3, 0.25
 """Lower bounds of a cost, and of the spread of the log costs: below it is noise. Our choice."""
 
@@ -33,7 +33,8 @@ CHEAPEST, FLOOR = 1e-3, 0.25
 def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
     """Return ``(x - median) / (1.4826 MAD)`` of each value; zero if the MAD is zero.
 
-    1.4826 makes the median absolute deviation that of a normal distribution. [NC]
+    The factor 1.4826 turns the median absolute deviation of normal values into their standard
+    deviation. [NC]
 
     Args:
         values: Shape ``(N,)``.

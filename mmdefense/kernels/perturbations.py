@@ -1,4 +1,4 @@
-"""Worst cases near by: of the weights (SAM, ANP), and of the inputs (PGD).
+"""Worst-case perturbations of the weights (SAM, ANP) and of the inputs (PGD).
 
 References:
     [SAM] Foret, Kleiner, Mobahi, Neyshabur. *Sharpness-Aware Minimization for Efficiently Improving
@@ -41,9 +41,9 @@ B = TypeVar("B", bound=Batch)
 
 @contextmanager
 def moved(space: Coordinates, change: Sequence[Tensor], length: float = 1.0) -> Iterator[None]:
-    """Add ``length`` times ``change`` to the coordinates; afterwards all bits are as before.
+    """Add ``length`` times ``change`` to the coordinates; afterwards restore them bit for bit.
 
-    The bounds of the coordinates are not looked at.
+    The bounds of the coordinates are ignored.
     """
     held = [*space.parameters, *space.weights]
     kept = [tensor.detach().clone() for tensor in held]
@@ -64,9 +64,9 @@ def sharpness_step(
     *,
     eta: float | None = None,
 ) -> list[Tensor]:
-    """Return the step that raises a linear loss most, within ``radius``.
+    """Return the step within ``radius`` that raises a linear loss most.
 
-    That is ``radius g / ||g||`` over all parameters together [SAM]; or where ``eta`` is given
+    That is ``radius g / ||g||`` over all parameters together [SAM]; or, if ``eta`` is given,
     ``radius T^2 g / ||T g||`` with ``T = |parameter| + eta``, within ``||T^-1 step|| <= radius``,
     so that a large weight moves further than a small one [ASAM].
     """
@@ -90,12 +90,12 @@ def sharpness_aware_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss, and the gradient of the parameters after :func:`sharpness_step`.
 
-    BatchNorm statistics are updated by the first of the two passes alone.
+    Only the first of the two passes updates BatchNorm statistics.
 
     Args:
         adapter: The model.
         batch: N samples.
-        space: What is trained.
+        space: The trained coordinates.
         radius: Length of the step.
         eta: See :func:`sharpness_step`.
 
@@ -133,8 +133,8 @@ def adversarial_noise(
         batch: N samples.
         space: What is perturbed, such as the masks of units.
         radius: Largest absolute value of the noise.
-        steps: Number of ascending steps.
-        generator: Draws a uniformly random start, on the device of the model; none starts at zero.
+        steps: Number of ascent steps.
+        generator: Draws a uniformly random start, on the device of the model; None starts at zero.
     """
     noise = [_start(parameter, radius, generator) for parameter in space.parameters]
     for _ in range(steps):
@@ -159,7 +159,7 @@ def perturbed(adapter: InputAdapter[B], batch: B, change: Tensor) -> B:
     Args:
         adapter: Reads the batch.
         batch: N samples.
-        change: Shape ``(N, ...)``, or ``(1, ...)`` for one change of all samples.
+        change: Shape ``(N, ...)``, or ``(1, ...)`` for one change to all samples.
     """
     inputs, bounds = adapter.inputs(batch) + change, adapter.input_bounds(batch)
     return adapter.with_inputs(batch, inputs if bounds is None else inputs.clamp(*bounds))
@@ -180,7 +180,7 @@ def worst_change(
 ) -> Tensor:
     """Return a change of the inputs that raises the loss, by projected gradient ascent [PGD].
 
-    The model is used in the mode that it is in, and left as it is, statistics included.
+    The model is used in its current mode and left unchanged, including its statistics.
 
     Args:
         adapter: The model.
@@ -188,21 +188,21 @@ def worst_change(
         radius: Largest norm of the change of a sample.
         steps: Number of steps.
         step_size: Length of a step, in the norm.
-        norm: ``"linf"`` steps along the sign of the gradient, the others along the gradient. What
-            is too long is cut off in ``"linf"``, and scaled down in the others.
+        norm: ``"linf"`` steps along the sign of the gradient, the others along the gradient. Too
+            long a change is clamped in ``"linf"``, and scaled down in the others.
         universal: Whether all samples share one change, ``(1, ...)``, that raises the mean loss.
         loss: Loss of each sample of a perturbed batch, ``(N,)``; the training loss by default.
         start: Where to begin; zero by default.
         generator: Adds a uniformly random start in ``+-radius``, on the device of the inputs.
 
     Returns:
-        Shape ``(N, ...)``, detached; applied by :func:`perturbed`. Where it is not universal, the
-        changed inputs keep their bounds.
+        Shape ``(N, ...)``, detached; applied by :func:`perturbed`. If it is not universal, the
+        changed inputs stay within their bounds.
     """
     inputs, bounds = adapter.inputs(batch), adapter.input_bounds(batch)
     losses = adapter.per_sample_loss if loss is None else loss
 
-    def legal(change: Tensor) -> Tensor:
+    def projected(change: Tensor) -> Tensor:
         change = _in_ball(change, radius, norm)
         if universal or bounds is None:
             return change
@@ -211,7 +211,7 @@ def worst_change(
     change = torch.zeros_like(inputs[:1] if universal else inputs) if start is None else start
     if generator is not None:
         change = change + _start(change, radius, generator)
-    change = legal(change)
+    change = projected(change)
     with frozen(adapter.model), frozen_statistics(adapter.model):
         for _ in range(steps):
             change = change.detach().requires_grad_()
@@ -220,14 +220,14 @@ def worst_change(
                 part = batch.rows(rows)
                 if universal:
                     mean = losses(perturbed(adapter, part, change)).mean()
-                else:  # legal, so not clamped again, which would cut the gradient at the bounds
+                else:  # in bounds already; clamping again would cut the gradient there
                     moved_inputs = adapter.inputs(part) + change[rows]
                     mean = losses(adapter.with_inputs(part, moved_inputs)).mean()
                 return mean, mean
 
             work = "perturbing inputs"
             _, (gradient,) = gradient_in_parts(value, len(batch), [change], work, adapter.model)
-            change = legal(change.detach() + step_size * _direction(gradient, norm))
+            change = projected(change.detach() + step_size * _direction(gradient, norm))
     return change.detach()
 
 
@@ -245,7 +245,7 @@ def _in_ball(change: Tensor, radius: float, norm: str) -> Tensor:
 
 
 def _lengths(values: Tensor, norm: str) -> Tensor:
-    """Return the norm of each sample, to be broadcast."""
+    """Return the norm of each sample, with axes to broadcast."""
     lengths: Tensor = torch.linalg.vector_norm(
         values, 1 if norm == "l1" else 2, dim=tuple(range(1, values.ndim)), keepdim=True
     )

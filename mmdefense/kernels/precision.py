@@ -1,7 +1,7 @@
-"""Models in half precision: computed with in float32, handed back in the types that they came in.
+"""Models in half precision: computed in float32, and returned in their own types.
 
-An update is often smaller than the last digit of a weight in bfloat16 (one part in 256), so that a
-sum of such updates made in bfloat16 would stay where it was.
+An update is often smaller than the last digit of a weight in bfloat16 (one part in 256), so that
+any number of such updates in bfloat16 would change nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def half_types(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def in_float32(adapter: A) -> A:
-    """Return ``adapter``, or where its model has weights in half precision a wide fork of it."""
+    """Return ``adapter``, or a float32 fork of it if its model has weights in half precision."""
     if not any(value.dtype in _HALVES for _, value in _tensors(adapter.model)):
         return adapter
     fork: A = adapter.fork()
@@ -43,7 +43,7 @@ def in_float32(adapter: A) -> A:
 
 
 def rounded(state: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return a state in its own types, of values that ``types`` can hold."""
+    """Return a state with its values rounded to ``types``, but stored in its own types."""
     return {
         name: value.to(types[name]).to(value.dtype) if name in types else value
         for name, value in state.items()
@@ -51,11 +51,11 @@ def rounded(state: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> di
 
 
 def typed_like(model: nn.Module, given: nn.Module) -> nn.Module:
-    """Return ``model``, or where its types differ from those of ``given`` a copy in these."""
+    """Return ``model``, or a copy in the types of ``given`` if the types differ."""
     types = {name: value.dtype for name, value in _tensors(given)}
     if all(value.dtype == types[name] for name, value in _tensors(model)):
         return model
-    twin = copy.deepcopy(model)
-    for name, value in _tensors(twin):
+    converted = copy.deepcopy(model)
+    for name, value in _tensors(converted):
         value.data = value.data.to(types[name])
-    return twin
+    return converted

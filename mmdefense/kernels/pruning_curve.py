@@ -1,7 +1,7 @@
 """The task metric after every prefix of a pruning order, from one pass over the data.
 
-Pruning an input of the output layer takes one term from a sum. So the features are computed once,
-and the outputs after each prefix are the first ones less a running sum of matrix products.
+Pruning an input of the output layer removes one term of a sum. So the features are computed once,
+and the outputs after each prefix are the first ones minus a running sum of matrix products.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def pruning_curve(
 ) -> Tensor:
     """Return the task metric after pruning the first ``counts[s]`` units of ``order``.
 
-    Equal to pruning them in the model and evaluating it again, at each point; sums are kept in
-    float64.
+    The result is that of pruning them in the model and evaluating it at each point; sums are kept
+    in float64.
 
     Args:
         adapter: A model whose output layer is linear.
         samples: N samples to evaluate on.
-        order: Inputs of the output layer, first to be pruned first.
+        order: Inputs of the output layer, in the order of pruning.
         counts: S ascending numbers of units.
         batch_size: Samples per pass.
 

@@ -1,9 +1,9 @@
-"""Training of a model whose weights are split over several processes (FSDP).
+"""Training of a model whose weights are sharded over several processes (FSDP).
 
-Each process keeps its part of every weight, of its gradient and of what the optimizer keeps of it,
-and gathers the weights of a block when the block computes. That serves a loss with one ordinary
-backward pass: ``torch.autograd.grad`` with respect to split weights finds nothing, so a gradient
-cannot be differentiated again.
+Each process keeps its part of every weight, of its gradient and of its optimizer state, and gathers
+the weights of a block when the block computes. This works for a loss with one ordinary backward
+pass: ``torch.autograd.grad`` with respect to sharded weights finds nothing, so a gradient cannot be
+differentiated again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def train_split(
     *,
     stage: str,
 ) -> float:
-    """Minimise the mean loss of an adapter, in place, with its weights split over the processes.
+    """Minimise the mean loss of an adapter, in place, with its weights sharded over the processes.
 
-    Meanwhile the given model waits in the memory of the CPU. No state is kept within the stage.
+    Meanwhile the given model is kept in CPU memory. No state is saved within the stage.
 
     Raises:
         BadInputError: If a batch has fewer samples than there are processes.
         UnsupportedError: If memory runs out.
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
-        OutOfTime: As :func:`~mmdefense.kernels.loop.optimise` has it.
+        OutOfTime: See :func:`~mmdefense.kernels.loop.optimise`.
     """
     if training.batch_size < present().count:
         raise BadInputError(
@@ -72,7 +72,7 @@ def train_split(
 
 
 def _split(model: nn.Module, device: torch.device) -> None:
-    """Split the weights of each block of a stack, such as a transformer's, and then the rest."""
+    """Shard the weights of each block of a stack, such as a transformer's, and then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

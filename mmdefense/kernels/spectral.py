@@ -1,6 +1,6 @@
 """Weights in the coordinates of their own singular values.
 
-A weight, reshaped to a matrix with one row a output, is ``W = U diag(s) V^T``. Training moves
+A weight, reshaped to a matrix with one row per output, is ``W = U diag(s) V^T``. Training moves
 ``W(d) = U diag(relu(s + d)) V^T`` along ``d`` alone. The model keeps plain weights all the time:
 ``d`` is written into them after each step, and gradients with respect to them are pulled back,
 ``dL/dd_k = [s_k + d_k > 0] u_k^T (dL/dW) v_k``, exactly. So nothing has to be unwrapped at the end.
@@ -21,7 +21,7 @@ _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of convolution, linear, embedding and fused attention layers by name.
 
-    A layer of a class of its own counts where its ``weight`` is a matrix, as GPT-2's are.
+    A layer of any other class counts if its ``weight`` is a matrix, as in GPT-2.
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -39,7 +39,7 @@ def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Spectrum:
-    """The singular value coordinates of some weights; the decomposition is made once, in fp32."""
+    """The singular value coordinates of some weights, decomposed once, in float32."""
 
     def __init__(self, weights: Sequence[nn.Parameter], scale: float = 1.0) -> None:
         """Decompose ``weights``, each of two or more axes, the first of which is the output.
@@ -74,7 +74,7 @@ class Spectrum:
         return pulled
 
     def values(self) -> list[Tensor]:
-        """Return the shifted weights; all shifts zero give back the weights bit for bit."""
+        """Return the shifted weights; with zero shifts, the weights bit for bit."""
         shifted = []
         for start, shift, (left, values, right) in zip(
             self.start, self.shifts, self.bases, strict=True

@@ -37,24 +37,24 @@ Unit = tuple[int, int]
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters; one that several layers share stands under each of its names."""
+    """Return all parameters; one that several layers share has an entry for each of its names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def unit_rows(tensor: Tensor, axis: int, group: UnitGroup) -> Tensor:
-    """View a parameter-shaped tensor as one row a unit, shape ``(U, -1)``; a copy if it must be."""
+    """View a parameter-shaped tensor as one row per unit, ``(U, -1)``; a copy if necessary."""
     return tensor.movedim(axis, 0).reshape(group.size, -1)
 
 
 def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, int]]:
-    """Yield the matrices of a group, and not its biases or norms, each with its axis."""
+    """Yield the matrices of a group, but not its biases or norms, each with its axis."""
     return ((name, axis) for name, axis in group.axes.items() if tensors[name].ndim > 1)
 
 
 def _sums(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
     """Return the sum over the weights of each unit, shape ``(U,)``.
 
-    In float64, so that a ranking does not hang on the order of the summation.
+    In float64, so that a ranking does not depend on the order of the summation.
     """
     rows = [unit_rows(tensors[name], axis, group) for name, axis in _weights(group, tensors)]
     return torch.stack([row.sum(1, dtype=torch.float64) for row in rows]).sum(0)
@@ -94,7 +94,7 @@ def mean_activations(
 
 
 def rank(scores: Sequence[Tensor], *, descending: bool) -> list[Unit]:
-    """Return all units of all groups in the order of their score; ties keep their order."""
+    """Return all units of all groups sorted by score; ties keep their order."""
     flat = torch.cat([score.detach().cpu() for score in scores])
     groups = torch.cat([torch.full((len(s),), g) for g, s in enumerate(scores)])
     units = torch.cat([torch.arange(len(s)) for s in scores])
@@ -120,7 +120,7 @@ def prune(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit])
     Args:
         model: The model to prune.
         groups: Its unit groups.
-        chosen: For each unit the index of its group and its own within it.
+        chosen: Units, each as the index of its group and its own index in it.
 
     Example:
         >>> groups = adapter.unit_groups()
@@ -138,9 +138,9 @@ def prune(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit])
 
 
 def mask_out(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
-    """Zero what the mask of the chosen units multiplies, in place, and leave their biases.
+    """Zero the parameters that the masks of the chosen units multiply, in place; biases stay.
 
-    As ANP and RNP prune: of a filter with BatchNorm the norm's weight alone. It is what
+    This is how ANP and RNP prune: for a filter with BatchNorm, only the norm's weight. It is what
     :class:`~mmdefense.kernels.coordinates.UnitMasks` without biases writes for masks of zero.
     """
     parameters = _parameters(model)
@@ -173,7 +173,7 @@ def select_sub_weights(
     chosen: Sequence[Unit],
     share: float,
 ) -> dict[str, Tensor]:
-    """Mark the weights of the chosen units that changed most, over all of them pooled.
+    """Mark the weights that changed most, pooled over the chosen units.
 
     The threshold is the smallest of the ``int(share * M)`` largest of the M absolute changes of
     all chosen units together; entries equal to it are marked too.
@@ -207,13 +207,13 @@ def select_sub_weights(
 def kth_smallest(values: Tensor, k: int, stride: int = 256) -> Tensor:
     """Return the k-th smallest entry, exactly as ``values.kthvalue(k)``, several times faster.
 
-    Two entries of a sorted sample bracket it, and the search goes on between them (Floyd, Rivest.
-    *Expected Time Bounds for Selection*. CACM 18(3), 1975). A bracket that misses costs time only.
+    Two entries of a sorted sample bracket it, and the search continues between them (Floyd, Rivest.
+    *Expected Time Bounds for Selection*. CACM 18(3), 1975). A bracket that misses only costs time.
 
     Args:
         values: Shape ``(M,)``.
         k: Rank, from 1.
-        stride: Every how many entries one is in the sample.
+        stride: Every ``stride``-th entry is in the sample.
     """
     sample = values[::stride].sort().values
     centre, spread = k * len(sample) // len(values), 3 * math.isqrt(len(sample))

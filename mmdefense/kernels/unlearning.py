@@ -33,17 +33,17 @@ def unlearn(
 ) -> int:
     """Ascend the mean loss in place, until the score on ``samples`` is at most ``stop``.
 
-    An ascent whose loss leaves the finite numbers has unlearnt what there was: it ends in its last
-    finite state.
+    An ascent whose loss stops being finite has unlearnt all there was: it ends in its last finite
+    state.
 
     Args:
-        adapter: The model to make forget.
-        samples: What it forgets.
+        adapter: The model.
+        samples: Samples to unlearn.
         run: Seed, progress and store.
-        stop: Score in ``[0, 1]`` at which it ends; looked at after each epoch.
+        stop: Score in ``[0, 1]`` at which it ends; checked after each epoch.
         lr: Learning rate of SGD with momentum 0.9.
         batch_size: Samples per update.
-        max_epochs: Where it ends in any case.
+        max_epochs: Largest number of epochs.
         stage: Name of the stage.
 
     Returns:
@@ -66,7 +66,7 @@ def unlearn(
         if step % per_epoch:
             return False
         score = mean_score(adapter, samples)
-        run.record(stage, step, plan.steps, score=score)  # the training looks at the time
+        run.record(stage, step, plan.steps, score=score)  # the training loop checks the time
         return score <= stop
 
     plan = Training(
@@ -89,13 +89,13 @@ def unlearn(
     except DivergenceError:
         if not any(entry["stage"] == stage and "loss" in entry for entry in run.history):
             raise
-    # From the history, so that a run that was resumed after this stage knows it too.
-    looks = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
-    return looks[-1] // per_epoch if looks else 0
+    # From the history, so that a run resumed after this stage has it too.
+    steps = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
+    return steps[-1] // per_epoch if steps else 0
 
 
 def chance_level(adapter: TaskAdapter[B], samples: Samples[B]) -> float:
-    """Return the score of always giving the most frequent answer; at least ``adapter.chance``."""
+    """Return the score of always predicting the commonest label; at least ``adapter.chance``."""
     strata = samples.strata()
     most = 0 if strata is None else max(Counter(strata.tolist()).values())
     return max(adapter.chance, most / len(samples))
