@@ -29,7 +29,7 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 @contextmanager
 def mode(model: nn.Module, *, train: bool, batch_norm: bool | None = None) -> Iterator[None]:
-    """Put ``model`` in train or eval mode, BatchNorm layers in their own if ``batch_norm`` is given."""
+    """Put ``model`` in train or eval mode, and its BatchNorm layers in ``batch_norm`` if given."""
     before = [(module, module.training) for module in model.modules()]
     model.train(train)
     if batch_norm is not None:

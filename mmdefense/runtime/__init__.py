@@ -1,1 +1,1 @@
-"""What accompanies a computation: seeds, progress, deadlines, states kept, and memory."""
+"""What a computation runs with: seeds, progress, deadlines, saved states, and memory."""

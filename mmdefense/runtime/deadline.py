@@ -1,4 +1,4 @@
-"""When a command must be done, by a clock that a test can replace."""
+"""The deadline of a command, by a clock that a test can replace."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Deadline"]
 
 @dataclass(frozen=True)
 class Deadline:
-    """When everything must be done. The default never comes.
+    """The moment by which everything must be done; by default, never.
 
     Attributes:
-        at: The moment, by ``clock``, in seconds.
-        clock: Returns the time in seconds; never goes back.
+        at: The moment in seconds, by ``clock``.
+        clock: Returns the time in seconds; monotonic.
     """
 
     at: float = math.inf
@@ -24,14 +24,14 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | Deadline | None) -> Deadline:
-        """Return the deadline that many seconds from now; one that already runs stays as it is."""
+        """Return the deadline ``seconds`` from now; a deadline is returned as it is."""
         if isinstance(seconds, Deadline):
             return seconds
         return cls() if seconds is None else cls(time.monotonic() + seconds)
 
     @property
     def left(self) -> float:
-        """Seconds that are left; negative once it has passed."""
+        """Remaining seconds; negative once it has passed."""
         return math.inf if self.at == math.inf else self.at - self.clock()
 
     @property
@@ -40,7 +40,7 @@ class Deadline:
         return self.left <= 0
 
     def earlier(self, seconds: float) -> Deadline:
-        """Return a deadline that comes ``seconds`` before this one, to keep time for the rest."""
+        """Return a deadline ``seconds`` before this one, to leave time for other work."""
         return replace(self, at=self.at - seconds)
 
     def within(self, seconds: float) -> Deadline:

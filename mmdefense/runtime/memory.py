@@ -1,15 +1,15 @@
-"""Batches that do not fit into memory, computed in parts, to the same result.
+"""Batches that do not fit into memory, computed in parts with the same result.
 
-Where memory runs out, what was begun is thrown away, random states and statistics go back to where
-they were, and the same is computed in parts of half the size; down to one sample. The size is kept
-for the rest of the run, for each kind of work its own: a second derivative takes more than a score.
+When memory runs out, partial results are discarded, random states and statistics are restored, and
+the same is computed in parts of half the size, down to one sample. The size is kept for the rest of
+the run, separately for each kind of work: a second derivative needs more memory than a score.
 
-A sum over samples is the same in parts. Three things are not, bit for bit: BatchNorm in train mode
-normalises by its part and updates its statistics once a part; Dropout draws a mask for each part;
-and on CUDA a part draws other random signs than the whole.
+A sum over samples is the same in parts. Three things differ in their bits: BatchNorm in train mode
+normalises by its part and updates its statistics once per part; Dropout draws a mask for each part;
+and on CUDA a part draws other random signs than the whole batch.
 
-Where several processes compute a run (:mod:`mmdefense.runtime.processes`), each computes its rows
-of a batch in parts of its own.
+If several processes compute a run (:mod:`mmdefense.runtime.processes`), each computes its rows of a
+batch in its own parts.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _SIGNS = (
 )
 
 
-_ONE_VALUE = "more than 1 value per channel"  # what PyTorch's BatchNorm says of one sample
+_ONE_VALUE = "more than 1 value per channel"  # in the error of PyTorch's BatchNorm for one sample
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory has run out, on any device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
@@ -71,35 +71,35 @@ def _warn(words: str) -> None:
 
 @dataclass
 class Room:
-    """How many samples fit into memory at once, as far as it was found out.
+    """How many samples fit into memory at once, as far as is known.
 
     Attributes:
-        sizes: Samples by kind of work; what is not there has always fitted.
-        tell: Called with one sentence, once, when a smaller size has served.
-        told: Whether it was.
+        sizes: Number of samples by kind of work; work that is not listed has always fitted.
+        notify: Called once, with a sentence, after a smaller size has worked.
+        notified: Whether it was called.
     """
 
     sizes: dict[str, int] = field(default_factory=dict)
-    tell: Callable[[str], None] = _warn
-    told: bool = False
+    notify: Callable[[str], None] = _warn
+    notified: bool = False
 
     def served(self, what: str, count: int) -> None:
-        """Say, once, that work goes on in parts."""
-        if not self.told:
-            self.told = True
-            self.tell(
-                f"memory ran out in {what} with {count} samples at once; going on with "
-                f"micro-batches of at most {self.sizes[what]}, and smaller ones where needed"
+        """Notify the user, once, that work continues in parts."""
+        if not self.notified:
+            self.notified = True
+            self.notify(
+                f"memory ran out in {what} with {count} samples at once; continuing with "
+                f"micro-batches of at most {self.sizes[what]}, and smaller ones if needed"
             )
 
 
 _ROOM: ContextVar[Room | None] = ContextVar("room", default=None)
-_ROOMS: WeakKeyDictionary[nn.Module, Room] = WeakKeyDictionary()  # outside of a run: by model
+_ROOMS: WeakKeyDictionary[nn.Module, Room] = WeakKeyDictionary()  # by model, outside of a run
 
 
 @contextmanager
 def roomy(room: Room) -> Iterator[None]:
-    """Let all work inside share what is known about memory."""
+    """Use ``room`` for all work inside."""
     token = _ROOM.set(room)
     try:
         yield
@@ -108,10 +108,10 @@ def roomy(room: Room) -> Iterator[None]:
 
 
 class RandomState:
-    """All that a pass over a batch draws from or updates, to go back to."""
+    """All random states and statistics that a pass over a batch changes, to restore them."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
-        """Note the global generators, ``generator``, and the statistics that ``model`` updates."""
+        """Save the global generators, ``generator``, and the statistics that ``model`` updates."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.device = device if device.type == "cuda" else None
         self.host = torch.get_rng_state()
@@ -121,7 +121,7 @@ class RandomState:
         self.statistics = [(b, b.clone()) for b in _statistics(model)]
 
     def restore(self) -> None:
-        """Put all of it back."""
+        """Restore all of them."""
         torch.set_rng_state(self.host)
         if self.device is not None and self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
@@ -150,7 +150,7 @@ def saved_bytes(compute: Callable[[], object], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = compute()  # with its graph, or the addresses would be used again
+        held = compute()  # with its graph, or the addresses would be reused
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     del held
@@ -169,16 +169,16 @@ def fitted(
     """Return ``compute(rows)``, where ``rows`` are the parts of a batch that fit into memory.
 
     Args:
-        compute: Computes a batch in the given parts, one after the other; all of them again where
-            memory runs out in one. It must leave nothing behind when it fails.
+        compute: Computes a batch in the given parts, one after the other; it is called again from
+            the start if memory runs out in one. It must leave nothing behind when it fails.
         count: Number N of samples in the batch.
-        what: The kind of work, in words.
-        model: What is run; its statistics go back where an attempt fails.
-        generator: What ``compute`` draws from besides the global generators.
-        share: The rows of the batch that are to be computed; by default all.
+        what: The kind of work, as it is named in messages.
+        model: The model that runs; its statistics are restored after a failed attempt.
+        generator: A generator that ``compute`` draws from besides the global ones.
+        share: Rows of the batch to compute; by default all.
 
     Raises:
-        UnsupportedError: If one sample is too much.
+        UnsupportedError: If even one sample does not fit.
         BadInputError: If BatchNorm would have to normalise by one sample.
     """
     room = _ROOM.get() or _ROOMS.setdefault(model, Room())
@@ -194,22 +194,22 @@ def fitted(
                 raise
             raise BadInputError(
                 "BatchNorm in train mode needs at least 2 samples at a time to normalise by, got "
-                f"{size} of {count}; take larger batches (--set batch_size=32)"
+                f"{size} of {count}; use larger batches (--set batch_size=32)"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if size <= 1:
                 raise UnsupportedError(
-                    f"memory ran out in {what} with one sample at a time; free some memory, take "
-                    "smaller inputs or a device with more, or a defense that needs less, such as "
-                    "fine-tuning"
+                    f"memory ran out in {what} with one sample at a time; free some memory, or use "
+                    "smaller inputs, a device with more memory, or a defense that needs less, such "
+                    "as fine-tuning"
                 ) from error
         else:
             if size < first:
                 room.served(what, first)
             return result
-        # Out here the failed attempt is let go of; inside, its error would hold on to its tensors.
+        # Not in the except block, where the error would keep the failed attempt's tensors alive.
         before.restore()
         size = room.sizes[what] = size // 2
         gc.collect()
@@ -252,7 +252,7 @@ def each_fitted(
 ) -> list[T]:
     """Return ``compute`` of each part of a batch that fits into memory; see :func:`fitted`.
 
-    Several processes compute their rows each, and all get all parts.
+    Each of several processes computes its rows, and all get all parts.
     """
     processes = sharing(count)
 
@@ -283,15 +283,15 @@ def gradient_in_parts(
     model: nn.Module,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean loss of a batch, and the gradient of an objective, a mean over samples too.
+    """Return the mean loss of a batch, and the gradient of an objective, also a mean.
 
     Args:
         value: Returns the loss and the objective of some rows of the batch, with graph.
         count: Number N of samples in the batch.
         parameters: What to differentiate with respect to.
-        what: See :func:`fitted`; so are ``model`` and ``generator``.
-        model: What is run.
-        generator: What ``value`` draws from.
+        what: The kind of work, as it is named in messages.
+        model: The model that runs.
+        generator: A generator that ``value`` draws from besides the global ones.
     """
 
     def compute(rows: Sequence[slice]) -> list[Tensor]:

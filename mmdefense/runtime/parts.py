@@ -1,4 +1,4 @@
-"""The parts of a run that was cut off and went on: their seconds, and with how many threads."""
+"""The parts of an interrupted and resumed run: their seconds and numbers of threads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Parts"]
 
 @dataclass
 class Parts:
-    """What the parts of a run took. It is kept with each state, so that the next part counts on.
+    """The time and threads of the parts of a run, saved with each state for the next part.
 
     Attributes:
         clock: Returns the time in seconds.
         begun: When this part began, by that clock.
-        earlier: Seconds of the parts before, each up to the state that the next one went on from.
+        earlier: Seconds of the earlier parts, each up to the state that the next one resumed from.
         threads: Number of threads of each part.
-        name: Tells this part from others.
+        name: Unique name of this part.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -39,16 +39,16 @@ class Parts:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all parts up to now."""
+        """Seconds of all parts so far."""
         assert self.begun is not None
         return self.earlier + self.clock() - self.begun
 
     def kept(self) -> dict[str, Any]:
-        """Return what is to be kept with a state."""
+        """Return what to save with a state."""
         return {"name": self.name, "seconds": self.seconds, "threads": list(self.threads)}
 
     def go_on_from(self, kept: Mapping[str, Any]) -> None:
-        """Count on from what was kept with a state, unless this very part has kept it."""
+        """Continue from what was saved with a state, unless this part saved it itself."""
         if kept["name"] == self.name:
             return
         if not self.earlier:
@@ -56,7 +56,7 @@ class Parts:
             self.threads[:] = [*kept["threads"], now]
             if kept["threads"][-1] != now:
                 note(
-                    f"the run was begun with {kept['threads'][-1]} threads and goes on with {now}: "
-                    "the result may differ from that of a run that was not cut off"
+                    f"the run began with {kept['threads'][-1]} threads and continues with {now}: "
+                    "the result may differ from that of an uninterrupted run"
                 )
         self.earlier = max(self.earlier, float(kept["seconds"]))

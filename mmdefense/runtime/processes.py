@@ -1,17 +1,17 @@
-"""One purification computed by several processes, each with a device of its own.
+"""One purification computed by several processes, each with its own device.
 
-Every process holds the whole model and does the same; what is shared is the work on a batch. All
-randomness depends on seed, stage and step alone, so all draw the same batch; each computes the rows
-that are its own, gradients are summed over the processes, and all take the same step: data
-parallelism. The hooks of ``DistributedDataParallel`` would not do, since they sum in the backward
-pass, where FIP first needs the gradient that it differentiates again.
+Every process holds the whole model and runs the same code; they share the work on each batch. All
+randomness depends on seed, stage and step alone, so all draw the same batch; each computes its own
+rows, gradients are summed over the processes, and all take the same step: data parallelism. The
+hooks of ``DistributedDataParallel`` do not fit, since they sum in the backward pass, where FIP
+first needs the gradient that it differentiates again.
 
 The result is that of one process up to the order in which floats are summed. The exceptions are
 those of a batch computed in parts (:mod:`mmdefense.runtime.memory`): BatchNorm in train mode
-normalises by the rows of its process (no SyncBatchNorm), with the mean of their statistics kept,
+normalises by the rows of its process (no SyncBatchNorm) and keeps the mean of their statistics,
 and Dropout draws a mask for each process.
 
-Time is that of the main process, kept states are read and written by it, and it alone reports.
+The main process keeps the time, reads and writes the saved states, and is the only one to report.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ __all__ = ["Processes", "joined", "launched", "present", "refuse_launcher", "sha
 
 T = TypeVar("T")
 
-_WAIT = timedelta(minutes=30)  # for a process that neither answers nor ends
-_BUCKET = 1 << 24  # entries that are summed at once
+_WAIT = timedelta(minutes=30)  # for a process that neither responds nor ends
+_BUCKET = 1 << 24  # entries to sum at once
 
 
 class Processes:
-    """The processes of a run; this class is one process alone, the default.
+    """The processes of a run; this class is a single process, the default.
 
     Attributes:
-        index: The number of this process, from 0, the main one.
-        count: How many there are.
-        splits: Whether they split the weights in training too, where a defense can.
+        index: Number of this process; 0 is the main one.
+        count: Number of processes.
+        splits: Whether they also shard the weights in training, if the defense can.
     """
 
     index: int = 0
@@ -66,11 +66,11 @@ class Processes:
         return slice(*(total * index // self.count for index in (self.index, self.index + 1)))
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sum over processes of each tensor, the same bits in all of them."""
+        """Return the sum over processes of each tensor, bit-identical in all of them."""
         return list(tensors)
 
     def average(self, statistics: Sequence[Tensor]) -> None:
-        """Replace statistics by their mean over processes, in place; whole numbers stay."""
+        """Replace statistics by their mean over processes, in place; integers stay."""
 
     def gather(self, values: list[T]) -> list[T]:
         """Return the values of all processes in one list, in their order."""
@@ -85,12 +85,12 @@ class Processes:
         return deadline
 
     def store(self, store: RunStore | None) -> RunStore | None:
-        """Return a store that the main process alone reads and writes, for all."""
+        """Return a store that only the main process reads and writes, for all."""
         return store
 
 
 class _Joined(Processes):
-    """Several processes that a launcher has started, connected by ``accelerate``."""
+    """Several processes that a launcher started, connected by ``accelerate``."""
 
     def __init__(self, accelerator: Accelerator, *, splits: bool = False) -> None:
         self.accelerator, self.splits = accelerator, splits
@@ -100,10 +100,10 @@ class _Joined(Processes):
         summed: list[Tensor] = []
         for some in _buckets(tensors):
             flat = torch.cat([tensor.detach().flatten() for tensor in some])
-            with self._told_of_loss():
+            with self._explained_loss():
                 flat = self.accelerator.reduce(flat, "sum")
             parts = flat.split([tensor.numel() for tensor in some])
-            # In the given memory format, or the steps that follow would be slower.
+            # In the given memory format, or the next steps would be slower.
             summed += [
                 torch.empty_like(tensor).copy_(part.view(tensor.shape))
                 for tensor, part in zip(some, parts, strict=True)
@@ -118,7 +118,7 @@ class _Joined(Processes):
     def gather(self, values: list[T]) -> list[T]:
         from accelerate.utils import gather_object, send_to_device
 
-        with self._told_of_loss():
+        with self._explained_loss():
             found = gather_object(send_to_device(values, "cpu"))
         gathered: list[T] = send_to_device(found, self.accelerator.device)
         return gathered
@@ -127,7 +127,7 @@ class _Joined(Processes):
         from accelerate.utils import broadcast_object_list
 
         held = [value if self.is_main else None]
-        with self._told_of_loss():
+        with self._explained_loss():
             broadcast_object_list(held)
         received: T = held[0]  # type: ignore[assignment]
         return received
@@ -139,7 +139,8 @@ class _Joined(Processes):
         return None if store is None else _SharedStore(store.folder, store.every, processes=self)
 
     @contextmanager
-    def _told_of_loss(self) -> Iterator[None]:
+    def _explained_loss(self) -> Iterator[None]:
+        """Explain an error of the connection as the end of another process."""
         try:
             yield
         except RuntimeError as error:
@@ -164,7 +165,7 @@ class _SharedStore(RunStore):
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors in order, as many at once as one message is to hold."""
+    """Yield tensors in order, as many at a time as fit into one message."""
     some: list[Tensor] = []
     for tensor in tensors:
         if some and sum(one.numel() for one in some) + tensor.numel() > _BUCKET:
@@ -180,19 +181,19 @@ _PRESENT: ContextVar[Processes] = ContextVar("processes", default=_ALONE)
 
 
 def present() -> Processes:
-    """Return the processes that compute what is being done together."""
+    """Return the processes that compute the current work together."""
     return _PRESENT.get()
 
 
 def sharing(total: int) -> Processes:
-    """Return the processes that share a batch; each alone where it has fewer rows than they are."""
+    """Return the processes that share a batch; with fewer rows than processes, each works alone."""
     processes = present()
     return processes if total >= processes.count else _ALONE
 
 
 @contextmanager
 def together(processes: Processes) -> Iterator[None]:
-    """Let all work inside be shared by processes; each of them must do all of it."""
+    """Share the work inside among ``processes``, each of which must run this block."""
     token = _PRESENT.set(processes)
     try:
         yield
@@ -201,12 +202,12 @@ def together(processes: Processes) -> Iterator[None]:
 
 
 def launched() -> int:
-    """Return how many processes a launcher, such as torchrun, says that it has started."""
+    """Return the number of processes that a launcher, such as torchrun, reports to have started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_launcher(command: str) -> None:
-    """Refuse to run a command that does not share its work in several launched processes.
+    """Refuse to run a single-process command in several launched processes.
 
     Raises:
         BadInputError: If a launcher has started several processes.
@@ -220,16 +221,16 @@ def refuse_launcher(command: str) -> None:
 
 @contextmanager
 def joined(*, splits: bool = False) -> Iterator[tuple[Processes, str]]:
-    """Connect the processes that a launcher has started.
+    """Connect the processes that a launcher started.
 
     Args:
-        splits: Whether they split the weights in training too.
+        splits: Whether they also shard the weights in training.
 
     Yields:
         The processes, and the device of this one.
 
     Raises:
-        BadInputError: If no launcher has started several.
+        BadInputError: If no launcher started several processes.
         UnsupportedError: If ``accelerate`` is not installed.
         LostProcessError: If they cannot be connected.
     """

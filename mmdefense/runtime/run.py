@@ -1,4 +1,4 @@
-"""What accompanies a defense from its first step to its last: seed, progress, states, store."""
+"""What a defense runs with from start to end: seed, progress, states, store."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named", "put_
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One sign of progress: ``step`` of ``total`` steps of ``stage`` are done.
+    """A progress event: ``step`` of ``total`` steps of ``stage`` are done.
 
     Attributes:
-        stage: What is being done.
+        stage: Name of the stage.
         step: Steps done.
-        total: Steps planned; a stage may stop before them. 0 where that is not known.
+        total: Planned steps, of which a stage may skip the last ones; 0 if unknown.
         values: Measurements by name.
-        note: A sentence for the user, where there is something to be told; nothing was done then.
+        note: A message to the user, if there is one; such an event reports no progress.
         ended: Whether the stage is over, with or without all of its steps.
     """
 
@@ -45,7 +45,7 @@ Progress = Callable[[Event], None]
 
 
 def _silent(event: Event) -> None:
-    """Show nothing but what the user must be told."""
+    """Show nothing but the notes, as warnings."""
     if event.note:
         warnings.warn(event.note, RuntimeWarning, stacklevel=2)
 
@@ -53,7 +53,7 @@ def _silent(event: Event) -> None:
 def named(name: str, progress: Progress | None, mark: str = ": ") -> Progress:
     """Return a callback that puts a name and a mark before each stage; silent without ``progress``.
 
-    Notes pass as they are.
+    The text of notes stays the same.
     """
     if progress is None:
         return lambda event: None
@@ -62,12 +62,12 @@ def named(name: str, progress: Progress | None, mark: str = ": ") -> Progress:
 
 
 def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a detached copy of the state dict on the CPU; split weights are gathered."""
+    """Return a detached copy of the state dict on the CPU; sharded weights are gathered."""
     return {n: whole(v.detach()).to("cpu", copy=True) for n, v in model.state_dict().items()}
 
 
 def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`copy_state` has taken, into the same model."""
+    """Load a state of :func:`copy_state` into the same model."""
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         model.load_state_dict(state)
         return
@@ -78,30 +78,30 @@ def put_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered, where it is split over processes (a DTensor); else as it is."""
+    """Return a tensor, gathered first if it is sharded over processes (a DTensor)."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
-class OutOfTime(Exception):  # noqa: N818  # no error: what was reached is judged and returned
+class OutOfTime(Exception):  # noqa: N818  # not an error: the state so far is judged and returned
     """The deadline of a run has passed in the middle of a stage."""
 
 
 @dataclass
 class Run:
-    """The company of one purification.
+    """What one purification runs with.
 
     Attributes:
         seed: The root of all randomness; see :meth:`generator`.
         progress: Called with each :class:`Event`.
-        store: Where states are kept for a resumed run; none keeps nothing.
-        history: All values, in order of time.
+        store: Where to save states for a resumed run; None saves nothing.
+        history: All reported values, in chronological order.
         states: Candidate states for the utility guard, oldest first, each with its label.
-        deadline: When to stop; looked at in :meth:`report` and after each update of a training.
-        room: How many samples fit into memory at once; kept with the states, so that a resumed run
-            goes on with the same parts.
-        shared: What :meth:`once` has computed for a run and its milder ones, by stage.
-        parts: Seconds and threads, of the parts before a cut as well.
+        deadline: When to stop; checked in :meth:`report` and after each update of a training.
+        room: How many samples fit into memory at once; saved with the states, so that a resumed run
+            continues with the same parts.
+        shared: Results of :meth:`once` for a run and its milder ones, by stage.
+        parts: Seconds and threads, including those of the parts before an interruption.
     """
 
     seed: int = 0
@@ -115,19 +115,19 @@ class Run:
     parts: Parts = field(default_factory=Parts)
 
     def __post_init__(self) -> None:
-        self.room.tell = lambda words: self.progress(Event("memory", 0, 1, note=words))
+        self.room.notify = lambda text: self.progress(Event("memory", 0, 1, note=text))
 
     def generator(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a fresh generator that depends on the seed and ``name`` alone."""
         return torch.Generator(device).manual_seed(self.seed_for(name))
 
     def seed_for(self, name: str) -> int:
-        """Return a whole number that depends on the seed and ``name`` alone."""
+        """Return an integer that depends on the seed and ``name`` alone."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return int.from_bytes(digest[:7], "big")
 
     def report(self, stage: str, step: int, total: int, **values: float) -> None:
-        """Announce progress, and keep the values in the history.
+        """Report progress, and add the values to the history.
 
         Raises:
             OutOfTime: If the deadline has passed, and the stage is not done.
@@ -139,7 +139,7 @@ class Run:
     def record(
         self, stage: str, step: int, total: int, *, ended: bool = False, **values: float
     ) -> None:
-        """Announce progress, and keep the values in the history, whatever the time."""
+        """Report progress and add the values to the history, without checking the time."""
         plain = {name: float(value) for name, value in values.items()}  # as it is stored
         if plain:
             self.history.append({"stage": stage, "step": step, **plain})
@@ -149,16 +149,16 @@ class Run:
         """End the run if its deadline has passed.
 
         Raises:
-            OutOfTime: If so; says where.
+            OutOfTime: If so; it names the stage and the step.
         """
         if self.deadline.passed:
             self.progress(Event(stage, step, total, ended=True))
             raise OutOfTime(f"{stage}, step {step} of {total}")
 
     def part(self, name: str) -> Run:
-        """Return a run within this one, with history, states and kept files of its own.
+        """Return a run within this one, with its own history, states and files.
 
-        Seed, deadline and the room in memory are shared; its signs of progress are named.
+        They share seed, deadline and room; ``name`` is put before the stages of the part.
         """
         progress = named(name, self.progress)
         store = self.store.part(name) if self.store else None
@@ -167,34 +167,34 @@ class Run:
         return part
 
     def milder(self, name: str) -> Run:
-        """Return a part that does the same again at a smaller learning rate.
+        """Return a part that repeats the run at a smaller learning rate.
 
-        What does not depend on the rate is not computed again; see :meth:`once`.
+        Results that do not depend on the rate are reused; see :meth:`once`.
         """
         part = self.part(name)
         part.shared = self.shared
         return part
 
     def adopt(self, name: str, part: Run) -> None:
-        """Take the history of a part into that of the whole, its stages named."""
+        """Add the history of a part to this one, with ``name`` before its stages."""
         self.history += [{**entry, "stage": f"{name}: {entry['stage']}"} for entry in part.history]
 
     def snapshot(self, label: str, model: nn.Module) -> None:
-        """Keep the present state as a candidate that the utility guard may return."""
+        """Keep the current state as a candidate that the utility guard may return."""
         self.states.append((label, copy_state(model)))
 
     def once(
         self, stage: str, compute: Callable[[], dict[str, Any]], *, at_any_rate: bool = False
     ) -> dict[str, Any]:
-        """Return what ``compute`` gives, computed once: a resumed run reads it from the store.
+        """Return the result of ``compute``, which runs once: a resumed run reads it from the store.
 
-        Tensors that were read from the store lie on the CPU.
+        Tensors that were read from the store are on the CPU.
 
         Args:
             stage: A name that is unique in the run.
-            compute: Computes it.
-            at_any_rate: Whether it is the same at any learning rate, so that milder runs take it
-                from the first one.
+            compute: Computes the result.
+            at_any_rate: Whether the result is the same at any learning rate, so that milder runs
+                reuse it.
         """
         if at_any_rate and stage in self.shared:
             return self.shared[stage]
@@ -207,7 +207,7 @@ class Run:
         return kept
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write ``value``, and history and states up to now, to the store, if there is one."""
+        """Save ``value``, with the history and states so far, in the store, if there is one."""
         if self.store:
             kept = {
                 "value": dict(value),
@@ -219,9 +219,9 @@ class Run:
             self.store.save(name, kept)
 
     def recall(self, name: str) -> dict[str, Any] | None:
-        """Return a kept value, and go back to the history, states and sizes of that time.
+        """Return a saved value, and restore the history, states and sizes of that time.
 
-        It is none where nothing was kept.
+        It returns None if nothing was saved.
 
         Raises:
             BadInputError: If the file is not one that :meth:`keep` wrote.

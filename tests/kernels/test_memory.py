@@ -34,7 +34,7 @@ def room():
     """Samples that fit are found out afresh, and what is told is kept in ``stated``."""
     made = Room()
     made.said = []
-    made.tell = made.said.append
+    made.notify = made.said.append
     with roomy(made):
         yield made
 
@@ -360,7 +360,7 @@ def test_a_model_of_dropout_gives_the_same_however_the_limit_was_found(draw):
     states = []
     for sizes in ({}, {"training": 4}):
         adapter = limited(model(), 4)
-        with roomy(Room(sizes=sizes, told=True)):
+        with roomy(Room(sizes=sizes, notified=True)):
             train(adapter, draw(20), plan, Run())
         states.append(copy_state(adapter.model))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -41,7 +41,7 @@ def test_another_number_of_threads_is_said(tmp_path):
     clock = Clock()
     part_of(tmp_path, clock, threads=2).keep("fisher", {})
     other = part_of(tmp_path, clock, threads=1)
-    with pytest.warns(Note, match="begun with 2 threads and goes on with 1"):
+    with pytest.warns(Note, match="began with 2 threads and continues with 1"):
         other.recall("fisher")
     assert other.parts.threads == [2, 1]
     same = part_of(tmp_path, clock, threads=2)
