@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 import shutil
 import sys
 import textwrap
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.errors import BadInputError, printable
+from mmdefense.errors import BadInputError, one_line, printable
+from mmdefense.files import read_bytes
 
 if TYPE_CHECKING:
     from mmdefense.pipeline.evaluating import AttackChoice
+    from mmdefense.store import Store
 
 __all__ = [
     "AcceptFindings",
@@ -24,6 +28,7 @@ __all__ = [
     "Arch",
     "Channels",
     "Classes",
+    "Config",
     "Data",
     "Device",
     "ImageSize",
@@ -38,6 +43,7 @@ __all__ = [
     "chosen_attack",
     "duration",
     "key_values",
+    "opened",
     "reading_options",
     "say",
 ]
@@ -50,6 +56,62 @@ def _not_empty(text: str | None) -> str | None:
     return text
 
 
+def _configured(context: typer.Context, file: Path | None) -> Path | None:
+    """Take the options of a file as the defaults of a command.
+
+    Raises:
+        BadInputError: If it cannot be read, or the command has no such option.
+    """
+    if file is None:
+        return None
+    try:
+        held = tomllib.loads(read_bytes(file).decode("utf-8"))
+    except ValueError as error:
+        if isinstance(error, BadInputError):
+            raise
+        raise BadInputError(f"config {file} cannot be read as TOML: {one_line(error)}") from error
+    options = {
+        name.removeprefix("--"): parameter
+        for parameter in context.command.params
+        for name in parameter.opts
+        if name.startswith("--") and name not in {"--config", "--help"}
+    }
+    for key, value in held.items():
+        if key not in options:
+            near = difflib.get_close_matches(key, options, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(options)}"
+            raise BadInputError(
+                f"config {file} has {key!r}, and {context.command_path} has no such option; {hint}"
+            )
+        _check_value(value, options[key], f"{key} of config {file}")
+    context.default_map = {str(options[key].name): value for key, value in held.items()}
+    return file
+
+
+def _check_value(value: Any, option: Any, what: str) -> None:
+    """Refuse what the command line could not give to an option."""
+    single = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if option.is_flag:
+        fits, needed = isinstance(value, bool), "true or false"
+    elif option.multiple:
+        fits = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        needed = 'a list of texts such as ["KEY=VALUE"]'
+    else:
+        fits, needed = single, "one text or number, as on the command line"
+    if not fits:
+        raise BadInputError(f"{what} must be {needed}, got {value!r:.80}")
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        is_eager=True,  # the defaults of the other options come from it
+        callback=_configured,
+        help="A TOML file of this command's options, for example fail-on = 'medium' or "
+        "seed = 1; those given here win.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -149,6 +211,13 @@ AcceptFindings = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+def opened(store: Path | None) -> Store | None:
+    """Return the store of a folder; None if none was given."""
+    from mmdefense.store import Store
+
+    return None if store is None else Store(store)
 
 
 def reading_options(

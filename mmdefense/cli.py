@@ -23,6 +23,7 @@ from mmdefense.arguments import (
     Arch,
     Channels,
     Classes,
+    Config,
     Data,
     Device,
     ImageSize,
@@ -38,10 +39,12 @@ from mmdefense.arguments import (
     chosen_attack,
     duration,
     key_values,
+    opened,
     reading_options,
     say,
 )
 from mmdefense.cli_grid import grid_app, store_app
+from mmdefense.cli_scan import scan
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
@@ -52,7 +55,6 @@ if TYPE_CHECKING:
     from mmdefense.pipeline.jobs import Source
     from mmdefense.report.record import PurificationRecord
     from mmdefense.runtime.processes import Processes
-    from mmdefense.store import Store
 
 __all__ = ["app", "main"]
 
@@ -204,6 +206,7 @@ def purify(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the output to the Hugging Face hub."),
     ] = None,
+    config: Config = None,
 ) -> None:
     """Purify a model with a little clean data, and write it with its evidence to a new folder."""
     begun = time.monotonic()
@@ -251,7 +254,7 @@ def purify(
                 evidence=level,
                 command=command,
                 processes=processes,
-                kept=_store(store),
+                kept=opened(store),
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
@@ -332,6 +335,7 @@ def evaluate(
     ] = None,
     accept_low_utility: AcceptLowUtility = False,
     accept_findings: AcceptFindings = False,
+    config: Config = None,
 ) -> None:
     """Measure a model on clean data and, if a trigger or an attack is given, with the trigger."""
     from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
@@ -373,69 +377,7 @@ def evaluate(
     raise typer.Exit(int(found.finding))
 
 
-@app.command()
-def scan(
-    model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Clean samples for the behaviour scan, in the same forms as for purify.",
-        ),
-    ] = None,
-    task: Task = "auto",
-    arch: Arch = None,
-    weights: Weights = None,
-    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
-    fail_on: Annotated[
-        str,
-        typer.Option(help="Exit with 1 on a finding of this level or above: low, medium or high."),
-    ] = "high",
-    seed: Seed = 0,
-    mean: Numbers = None,
-    std: Numbers = None,
-    image_size: ImageSize = None,
-    channels: Channels = None,
-    classes: Classes = None,
-    read: Reading = None,
-    device: Device = "cpu",
-    accept_low_utility: AcceptLowUtility = False,
-    store: KeptIn = None,
-) -> None:
-    """Scan a model's files and weights and, with clean data, its behaviour.
-
-    No code that comes with the model is run.
-    """
-    from mmdefense import sandbox
-    from mmdefense.findings import FAILING, reaches
-    from mmdefense.pipeline.scan import scan as look_into
-    from mmdefense.report.terminal import ProgressDisplay
-    from mmdefense.runtime.processes import refuse_launcher
-    from mmdefense.scanning.formats import FORMATS
-
-    refuse_launcher("scan")
-    if format_ not in FORMATS:
-        raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
-    level = next((level for level in FAILING if level == fail_on), None)
-    if level is None:
-        raise BadInputError(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
-    sandbox.fresh()
-    with ProgressDisplay() as progress:
-        record = look_into(
-            model,
-            data,
-            task=task,
-            arch=arch,
-            weights=weights,
-            reading=reading_options(mean, std, image_size, channels, classes, read),
-            device=device,
-            seed=seed,
-            progress=progress,
-            accept_low_utility=accept_low_utility,
-            store=_store(store),
-        )
-    typer.echo(FORMATS[format_](record))
-    raise typer.Exit(int(reaches(record.findings, level)))
+app.command("scan")(scan)
 
 
 @app.command()
@@ -579,12 +521,6 @@ def _show_plan(source: Source, defense: Defense, evidence: Level) -> None:
 
     for line in plan(source, defense, evidence).lines():
         say(line)
-
-
-def _store(folder: Path | None) -> Store | None:
-    from mmdefense.store import Store
-
-    return None if folder is None else Store(folder)
 
 
 def _hub_target(repo: str | None, source: Source, force: bool) -> HubTarget | None:

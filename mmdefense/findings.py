@@ -52,6 +52,7 @@ class Finding:
         blind_spot: What the rule cannot see.
         numbers: Numbers behind the value, as JSON has them.
         picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
+        known: Whether a baseline, an earlier report, has it; none where there is no baseline.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Finding:
     blind_spot: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
     picture: str = ""
+    known: bool | None = None
 
     @property
     def shown(self) -> str:
@@ -184,7 +186,14 @@ class ScanRecord:
     def verdict(self) -> ScanVerdict:
         """What may be concluded."""
         level = worst_level(self.findings)
-        return ScanVerdict(level=level, text=f"{self._found(level)} {self._limits()}")
+        return ScanVerdict(
+            level=level, text=f"{self._found(level)}{self._known()} {self._limits()}"
+        )
+
+    @property
+    def new(self) -> Sequence[Finding]:
+        """The findings that the baseline does not have; all of them where there is none."""
+        return [found for found in self.findings if not found.known]
 
     def is_of(self, files: Mapping[str, str]) -> bool:
         """Say whether all of these files, given as SHA-256 by name, were scanned."""
@@ -210,6 +219,13 @@ class ScanRecord:
             "low": "remarks, none of which alone speaks against the model.",
         }
         return f"{many}: {advice[level]}"
+
+    def _known(self) -> str:
+        if all(found.known is None for found in self.findings):
+            return ""
+        worst = worst_level(self.new)
+        newest = f", the worst of {worst} level" if worst else ""
+        return f" Not in the baseline: {len(self.new)} of {len(self.findings)}{newest}."
 
     def _limits(self) -> str:
         looked = f"Looked at: {', '.join(self.parts) or 'nothing'}"

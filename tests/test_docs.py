@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -244,12 +245,15 @@ def execute(block: Block, page: Path, module: ModuleType) -> None:
 
 def run(command: str) -> None:
     words = shlex.split(command)
-    if words[0] == "mmdefense":  # in this process, for starting torch takes seconds
+    if words[-2:-1] == [">"]:
+        with Path(words[-1]).open("w") as file, redirect_stdout(file):
+            run(shlex.join(words[:-2]))
+    elif words[0] == "mmdefense":  # in this process, for starting torch takes seconds
         untrained = ["--accept-low-utility"] if UNTRAINED.search(command) else []
         assert call_cli([*words[1:], *untrained]) == 0, command
-        return
-    done = subprocess.run(words, cwd=Path.cwd(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    else:
+        done = subprocess.run(words, cwd=Path.cwd(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
 
 def call_cli(arguments: list[str]) -> int:
@@ -264,8 +268,14 @@ def call_cli(arguments: list[str]) -> int:
 
 
 def check_toml(block: Block, names: dict[str, object]) -> None:
-    """Hold rows to groups that the registry reads and classes of the page; else it is a grid."""
+    """Hold rows to groups that the registry reads and classes of the page; else it is a grid.
+
+    A block that begins with the name of a file is that file, for the commands that follow.
+    """
     content = tomllib.loads(block.text)
+    if named := re.match(r"# (\w+\.toml)$", block.text, re.MULTILINE):
+        Path(named[1]).write_text(block.text)
+        return
     if "project" not in content:
         Path("grid.toml").write_text(block.text)
         read_spec(Path("grid.toml"))

@@ -48,9 +48,9 @@ class Alike:
 
 def alike(findings: Sequence[Finding]) -> list[Alike]:
     """Return findings in their order, those alike as one at the place of the first."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
+    groups: dict[tuple[str, str, bool | None], list[Finding]] = {}
     for found in findings:
-        groups.setdefault((found.id, found.level), []).append(found)
+        groups.setdefault((found.id, found.level, found.known), []).append(found)
     parts = (
         [group] if len(group) >= _ALIKE else [[found] for found in group]
         for group in groups.values()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
-from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mmdefense.errors import printable
-from mmdefense.findings import Finding, Level, ScanRecord
+from mmdefense.findings import Level, ScanRecord
 from mmdefense.report.encoding import plain
 from mmdefense.report.findings import alike
 from mmdefense.report.page import scan_page
+from mmdefense.scanning.baseline import fingerprint
+from mmdefense.scanning.sarif import to_sarif
 
 __all__ = ["FORMATS", "to_html", "to_json", "to_sarif", "to_text"]
 
@@ -25,13 +25,6 @@ _STYLES: Mapping[Level, str] = {
     "medium": "yellow",
     "high": "bold red",
 }
-_SARIF_LEVELS: Mapping[Level, str] = {
-    "info": "none",
-    "low": "note",
-    "medium": "warning",
-    "high": "error",
-}
-_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def to_text(record: ScanRecord) -> str:
@@ -55,7 +48,7 @@ def _table(record: ScanRecord) -> Table:
     for group in alike(record.findings):
         found = group.first
         table.add_row(
-            Text(found.level, style=_STYLES[found.level]),
+            Text(f"{found.level}, known" if found.known else found.level, _STYLES[found.level]),
             Text(printable(group.where)),
             Text(printable(f"{found.id}: {group.what} (compared with: {found.reference})")),
             Text(f"{found.meaning} Cannot see: {found.blind_spot}"),
@@ -64,72 +57,13 @@ def _table(record: ScanRecord) -> Table:
 
 
 def to_json(record: ScanRecord) -> str:
-    """Return the whole record, verdict included."""
-    return json.dumps({**plain(record), "verdict": plain(record.verdict)}, indent=2)
-
-
-def to_sarif(record: ScanRecord) -> str:
-    """Return the findings as a SARIF 2.1.0 log.
-
-    References:
-        OASIS. *Static Analysis Results Interchange Format (SARIF) Version 2.1.0*. 2020.
-    """
-    rules = list({found.id: found for found in record.findings}.values())
-    order = [found.id for found in rules]
-    run = {
-        "tool": {
-            "driver": {
-                "name": "mmdefense",
-                "version": record.version,
-                "rules": [_rule(found) for found in rules],
-            }
-        },
-        "artifacts": [
-            {"location": {"uri": quote(plain(name))}, "hashes": {"sha-256": digest}}
-            for name, digest in record.files.items()
-        ],
-        "results": [
-            _result(found, order.index(found.id), record.files) for found in record.findings
-        ],
-        "properties": {"verdict": record.verdict.text, "parts": list(record.parts)},
-    }
-    return json.dumps(plain({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}), indent=2)
-
-
-def _rule(found: Finding) -> dict[str, Any]:
-    return {
-        "id": found.id,
-        "shortDescription": {"text": found.measured},
-        "fullDescription": {"text": found.meaning},
-        "help": {"text": f"Cannot see: {found.blind_spot}"},
-    }
-
-
-def _result(found: Finding, rule: int, files: Mapping[str, str]) -> dict[str, Any]:
-    where = _file_of(found.subject, files)
-    is_file = found.id.split("-")[0] not in {"weights", "behaviour"}
-    location = (
-        {"physicalLocation": {"artifactLocation": {"uri": quote(plain(where))}}}
-        if is_file
-        else {"logicalLocations": [{"fullyQualifiedName": found.subject}]}
-    )
-    return {
-        "ruleId": found.id,
-        "ruleIndex": rule,
-        "kind": "informational" if found.level == "info" else "fail",
-        "level": _SARIF_LEVELS[found.level],
-        "message": {
-            "text": f"{found.subject}: {printable(found.shown)}; compared with {found.reference}"
-        },
-        "locations": [location],
-        "properties": {key: value for key, value in plain(found).items() if key != "picture"},
-    }
-
-
-def _file_of(subject: str, files: Mapping[str, str]) -> str:
-    """Return the file that a subject is in; what lies in an archive stands behind an ``!``."""
-    names = (name for name in files if f"{subject}!".startswith(f"{name}!"))
-    return max(names, key=len, default=subject.split("!")[0])
+    """Return the whole record with its verdict, and the fingerprint of each finding."""
+    findings = [
+        {**plain(found), "fingerprint": fingerprint(found, record.files)}
+        for found in record.findings
+    ]
+    told = {**plain(record), "findings": findings, "verdict": plain(record.verdict)}
+    return json.dumps(told, indent=2)
 
 
 def to_html(record: ScanRecord) -> str:

@@ -103,7 +103,8 @@ def test_other_programs_can_read_it(scanned):
     assert (first["id"], first["level"]) == ("behaviour-trigger-outlier", "high")
     result = json.loads(to_sarif(record))["runs"][0]["results"][0]
     assert result["level"] == "error"
-    assert result["locations"] == [{"logicalLocations": [{"fullyQualifiedName": "patch to 0"}]}]
+    (place,) = result["locations"]
+    assert place["logicalLocations"] == [{"fullyQualifiedName": "patch to 0"}]
 
 
 class Untriggered:

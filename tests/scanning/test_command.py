@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 
 def evil(place):
@@ -106,3 +107,126 @@ def test_data_or_a_model_that_cannot_be_read_is_one_line(place, mmdefense, more,
     outcome = mmdefense(*with_data(place, *more))
     assert (outcome.code, outcome.out) == (2, "")
     assert said in outcome.err.splitlines()[-1]
+
+
+def reported(place, mmdefense, model, format_="json", name="baseline"):
+    report = place.folder / name
+    report.write_text(mmdefense("scan", model, "--format", format_).out)
+    return report
+
+
+@pytest.mark.parametrize("format_", ["json", "sarif"])
+def test_what_the_baseline_has_is_known_and_is_exit_0(place, mmdefense, format_):
+    model = evil(place)
+    baseline = reported(place, mmdefense, model, format_)
+    outcome = mmdefense("scan", model, "--baseline", baseline)
+    assert outcome.code == 0
+    assert "high, known" in outcome.out
+    assert "Not in the baseline: 0 of" in " ".join(outcome.out.split())
+    log = json.loads(mmdefense("scan", model, "--baseline", baseline, "--format", "sarif").out)
+    assert {r["baselineState"] for r in log["runs"][0]["results"]} == {"unchanged"}
+    page = mmdefense("scan", model, "--baseline", baseline, "--format", "html")
+    assert (page.code, "known" in page.out) == (0, True)
+
+
+def test_what_is_new_since_the_baseline_is_exit_1(place, mmdefense):
+    folder = place.folder / "model"
+    folder.mkdir()
+    (folder / "setup.py").write_text("x = 1\n")
+    baseline = reported(place, mmdefense, folder)
+    (folder / "more.py").write_text("x = 1\n")
+    outcome = mmdefense(
+        "scan", folder, "--baseline", baseline, "--fail-on", "medium", "--format", "json"
+    )
+    assert outcome.code == 1
+    states = {found["subject"]: found["known"] for found in json.loads(outcome.out)["findings"]}
+    assert states == {"setup.py": True, "more.py": False}
+
+
+def test_a_file_that_has_changed_is_looked_at_anew(place, mmdefense):
+    folder = place.folder / "model"
+    folder.mkdir()
+    (folder / "setup.py").write_text("x = 1\n")
+    baseline = reported(place, mmdefense, folder)
+    arguments = ("scan", folder, "--baseline", baseline, "--fail-on", "medium")
+    assert mmdefense(*arguments).code == 0
+    (folder / "setup.py").write_text("import os\n")
+    assert mmdefense(*arguments).code == 1
+
+
+def test_findings_on_weights_are_known_though_they_were_trained_on(place, mmdefense):
+    first, later = place.folder / "first.pt", place.folder / "later.pt"
+    for path, row in ((first, 9.0), (later, 9.5)):
+        weight = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+        weight[3] = row
+        torch.save({"head.weight": weight, "head.bias": torch.zeros(12)}, path)
+    baseline = reported(place, mmdefense, first)
+    assert mmdefense("scan", first, "--fail-on", "low").code == 1
+    assert mmdefense("scan", later, "--fail-on", "low", "--baseline", baseline).code == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"findings": [{"id": "x"}]}', '{"runs": [{}]}'])
+def test_what_is_no_baseline_is_one_line(place, mmdefense, text):
+    baseline = place.folder / "baseline"
+    baseline.write_text(text)
+    outcome = mmdefense("scan", place.model, "--baseline", baseline)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.err.splitlines()) == 1
+    assert str(baseline) in outcome.err
+
+
+def config(place, text):
+    path = place.folder / "scan.toml"
+    path.write_text(text)
+    return path
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(place, mmdefense):
+    model = evil(place)
+    baseline = reported(place, mmdefense, model)
+    given = config(place, f"format = 'json'\nfail-on = 'low'\nseed = 3\nbaseline = '{baseline}'\n")
+    outcome = mmdefense("scan", model, "--config", given)
+    assert outcome.code == 0
+    assert all(found["known"] for found in json.loads(outcome.out)["findings"])
+    outcome = mmdefense("scan", "--format", "sarif", model, "--config", given)
+    assert json.loads(outcome.out)["version"] == "2.1.0"
+
+
+def test_flags_lists_and_required_options_come_from_a_file(place, mmdefense):
+    given = config(
+        place,
+        f"data = '{place.data}'\nout = '{place.out}'\narch = 'commands:Net'\n"
+        "defense = 'fine-tuning'\nset = ['steps=2', 'batch_size=8']\ndry-run = true\n",
+    )
+    outcome = mmdefense("purify", place.model, "--config", given)
+    assert outcome.code == 0, outcome.err
+    assert not place.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("fail_on = 'low'", "has 'fail_on', and mmdefense scan has no such option; did you mean"),
+        ("zzz = 1", "no such option; known are data, task, "),
+        ("config = 'other.toml'", "no such option"),
+        ("model = 'net.pt'", "no such option"),
+        ("fail-on = ['low']", "fail-on of config"),
+        ("fail-on = true", "must be one text or number"),
+        ("accept-low-utility = 'yes'", "must be true or false, got 'yes'"),
+        ("read = 'frames=3'", "must be a list of texts"),
+        ("[scan]\nseed = 1", "no such option"),
+        ("fail-on = ", "cannot be read as TOML"),
+        ("seed = 'x'", "seed"),
+        ("fail-on = 'never'", "--fail-on must be one of"),
+    ],
+)
+def test_a_file_with_what_is_no_option_is_one_line(place, mmdefense, text, said):
+    outcome = mmdefense("scan", place.model, "--config", config(place, text))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.err.splitlines()) == 1
+    assert said in outcome.err
+
+
+def test_a_config_that_is_not_there_is_one_line(place, mmdefense):
+    outcome = mmdefense("scan", place.model, "--config", place.folder / "none.toml")
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)

@@ -136,8 +136,8 @@ def test_sarif_is_what_the_standard_asks_for():
         assert result["message"]["text"]
     assert [result["level"] for result in run["results"]] == ["error", "warning", "note"]
     places = [result["locations"][0] for result in run["results"]]
-    assert places[0]["physicalLocation"]["artifactLocation"]["uri"] == "a.pt"
-    assert places[1]["physicalLocation"]["artifactLocation"]["uri"] == "b%20c.pt"
+    assert places[0]["physicalLocation"]["artifactLocation"]["uri"] == "m/a.pt"
+    assert places[1]["physicalLocation"]["artifactLocation"]["uri"] == "m/b%20c.pt"
     assert places[2]["logicalLocations"] == [{"fullyQualifiedName": "layers.3.weight"}]
 
 
@@ -168,4 +168,4 @@ def test_sarif_names_the_file_though_its_name_holds_the_mark_of_archives():
     )
     results = json.loads(to_sarif(scanned))["runs"][0]["results"]
     places = [r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for r in results]
-    assert places == ["a%21b.pt", "a%21b.pt", "lost"]
+    assert places == ["m/a%21b.pt", "m/a%21b.pt", "m/lost"]

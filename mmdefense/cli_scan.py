@@ -1,0 +1,107 @@
+"""``mmdefense scan``: look into a model before it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdefense.arguments import (
+    AcceptLowUtility,
+    Arch,
+    Channels,
+    Classes,
+    Config,
+    Device,
+    ImageSize,
+    KeptIn,
+    Model,
+    Numbers,
+    Reading,
+    Seed,
+    Task,
+    Weights,
+    opened,
+    reading_options,
+)
+from mmdefense.errors import BadInputError
+
+__all__ = ["scan"]
+
+
+def scan(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Clean samples for the behaviour scan, in the same forms as for purify.",
+        ),
+    ] = None,
+    task: Task = "auto",
+    arch: Arch = None,
+    weights: Weights = None,
+    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
+    fail_on: Annotated[
+        str,
+        typer.Option(help="Exit with 1 on a finding of this level or above: low, medium or high."),
+    ] = "high",
+    seed: Seed = 0,
+    mean: Numbers = None,
+    std: Numbers = None,
+    image_size: ImageSize = None,
+    channels: Channels = None,
+    classes: Classes = None,
+    read: Reading = None,
+    device: Device = "cpu",
+    accept_low_utility: AcceptLowUtility = False,
+    store: KeptIn = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An earlier report, JSON or SARIF: findings that it has are marked as known, and "
+            "do not count for --fail-on.",
+        ),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Scan a model's files and weights and, with clean data, its behaviour.
+
+    No code that comes with the model is run.
+    """
+    from mmdefense import sandbox
+    from mmdefense.findings import FAILING, reaches
+    from mmdefense.pipeline.scan import scan as look_into
+    from mmdefense.report.terminal import ProgressDisplay
+    from mmdefense.runtime.processes import refuse_launcher
+    from mmdefense.scanning.baseline import compared, read_baseline
+    from mmdefense.scanning.formats import FORMATS
+
+    refuse_launcher("scan")
+    if format_ not in FORMATS:
+        raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+    level = next((level for level in FAILING if level == fail_on), None)
+    if level is None:
+        raise BadInputError(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
+    known = None if baseline is None else read_baseline(baseline)
+    sandbox.fresh()
+    with ProgressDisplay() as progress:
+        record = look_into(
+            model,
+            data,
+            task=task,
+            arch=arch,
+            weights=weights,
+            reading=reading_options(mean, std, image_size, channels, classes, read),
+            device=device,
+            seed=seed,
+            progress=progress,
+            accept_low_utility=accept_low_utility,
+            store=opened(store),
+        )
+    if known is not None:
+        record = compared(record, known)
+    typer.echo(FORMATS[format_](record))
+    raise typer.Exit(int(reaches(record.new, level)))
