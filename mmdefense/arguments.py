@@ -33,6 +33,7 @@ __all__ = [
     "Device",
     "ImageSize",
     "Model",
+    "Models",
     "Numbers",
     "Reading",
     "Seed",
@@ -54,6 +55,12 @@ def _not_empty(text: str | None) -> str | None:
     if text == "":
         raise BadInputError("MODEL and --data must name a folder, a file or an id, got ''")
     return text
+
+
+def _none_empty(texts: list[str]) -> list[str]:
+    for text in texts:
+        _not_empty(text)
+    return texts
 
 
 def _configured(context: typer.Context, file: Path | None) -> Path | None:
@@ -118,6 +125,14 @@ Model = Annotated[
         metavar="MODEL",
         help="A Hugging Face folder or id, a state dict, or a checkpoint.",
         callback=_not_empty,
+    ),
+]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="A Hugging Face folder or id, a state dict, or a checkpoint; or several.",
+        callback=_none_empty,
     ),
 ]
 Data = Annotated[

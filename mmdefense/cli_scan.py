@@ -16,7 +16,7 @@ from mmdefense.arguments import (
     Device,
     ImageSize,
     KeptIn,
-    Model,
+    Models,
     Numbers,
     Reading,
     Seed,
@@ -24,6 +24,7 @@ from mmdefense.arguments import (
     Weights,
     opened,
     reading_options,
+    say,
 )
 from mmdefense.errors import BadInputError
 
@@ -31,7 +32,7 @@ __all__ = ["scan"]
 
 
 def scan(
-    model: Model,
+    models: Models,
     data: Annotated[
         str | None,
         typer.Option(
@@ -67,9 +68,9 @@ def scan(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Scan a model's files and weights and, with clean data, its behaviour.
+    """Scan the files and weights of models and, with clean data, their behaviour.
 
-    No code that comes with the model is run.
+    No code that comes with a model is run.
     """
     from mmdefense import sandbox
     from mmdefense.findings import FAILING, reaches
@@ -82,26 +83,35 @@ def scan(
     refuse_launcher("scan")
     if format_ not in FORMATS:
         raise BadInputError(f"--format must be one of {', '.join(FORMATS)}, got {format_!r}")
+    if len(models) > 1 and (format_ != "text" or data is not None):
+        option = "--data" if data is not None else f"--format {format_}"
+        raise BadInputError(f"{option} takes one MODEL, got {len(models)}; scan them one by one")
     level = next((level for level in FAILING if level == fail_on), None)
     if level is None:
         raise BadInputError(f"--fail-on must be one of {', '.join(FAILING)}, got {fail_on!r}")
     known = None if baseline is None else read_baseline(baseline)
+    reading = reading_options(mean, std, image_size, channels, classes, read)
+    kept, failed = opened(store), False
     sandbox.fresh()
-    with ProgressDisplay() as progress:
-        record = look_into(
-            model,
-            data,
-            task=task,
-            arch=arch,
-            weights=weights,
-            reading=reading_options(mean, std, image_size, channels, classes, read),
-            device=device,
-            seed=seed,
-            progress=progress,
-            accept_low_utility=accept_low_utility,
-            store=opened(store),
-        )
-    if known is not None:
-        record = compared(record, known)
-    typer.echo(FORMATS[format_](record))
-    raise typer.Exit(int(reaches(record.new, level)))
+    for model in models:
+        with ProgressDisplay() as progress:
+            record = look_into(
+                model,
+                data,
+                task=task,
+                arch=arch,
+                weights=weights,
+                reading=reading,
+                device=device,
+                seed=seed,
+                progress=progress,
+                accept_low_utility=accept_low_utility,
+                store=kept,
+            )
+        if known is not None:
+            record = compared(record, known)
+        if len(models) > 1:
+            say(f"{model}:")
+        typer.echo(FORMATS[format_](record))
+        failed |= reaches(record.new, level)
+    raise typer.Exit(int(failed))

@@ -230,3 +230,20 @@ def test_a_file_with_what_is_no_option_is_one_line(place, mmdefense, text, said)
 def test_a_config_that_is_not_there_is_one_line(place, mmdefense):
     outcome = mmdefense("scan", place.model, "--config", place.folder / "none.toml")
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+
+
+def test_several_models_are_scanned_one_after_the_other(place, mmdefense):
+    outcome = mmdefense("scan", evil(place), place.model)
+    assert outcome.code == 1
+    assert [line for line in outcome.out.splitlines() if line.endswith(":")] == [
+        f"{place.folder / 'evil.bin'}:",
+        f"{place.model}:",
+    ]
+    assert mmdefense("scan", place.model, place.model).code == 0
+
+
+@pytest.mark.parametrize("more", [("--format", "sarif"), ("--data", "data")])
+def test_what_takes_one_model(place, mmdefense, more):
+    outcome = mmdefense("scan", place.model, evil(place), *more)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "takes one MODEL, got 2" in outcome.err
