@@ -113,9 +113,9 @@ class Channel:
         self._send, self._bounded, self._network = send, bounded, network
         self._start = _address_space() if bounded else 0
 
-    def tell(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Send a message of plain JSON values."""
-        self._send("tell", message)
+        self._send("message", message)
 
     def begin(self, what: str, size: int) -> None:
         """Announce what is read next, and restart the time and memory limits for it.
@@ -201,7 +201,7 @@ def _heard(
             kind, message = json.loads(receiving.recv_bytes(MAX_MESSAGE))
         except (EOFError, OSError, ValueError):
             raise _crashed(child, what, size) from None
-        if kind == "tell":
+        if kind == "message":
             hear(message)
         elif kind == "begin":
             what, size = printable(message[0]) or what, message[1]

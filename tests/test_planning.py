@@ -68,7 +68,7 @@ TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "t
 def test_what_is_not_told_is_said():
     plan = Plan(**TOLD, fit=4, holdout=1, defense=FineTuning(), seconds=70, memory=2**30)
     assert "trains    nothing" in plan.lines()
-    longer = "up to 4 times as long where the rate has to be lowered"
+    longer = "up to 4 times as long if the rate has to be lowered"
     assert f"time      about 70 s; {longer}" in plan.lines()
     assert "evidence  none" in plan.lines()
     assert "memory    1.00 GiB at its peak" in plan.lines()

@@ -1,4 +1,4 @@
-"""``mmdefense evaluate``: a model, data and an attack in, what was measured out."""
+"""``mmdefense evaluate``: measure a model on clean data and under an attack."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from mmdefense.training import Training
 __all__ = ["AttackChoice", "Retune", "evaluate", "evaluate_files", "retuning_of"]
 
 _TUNING = 1000
-"""Samples that a retuning attack trains on, at most, as in the paper."""
+"""Most samples that a retuning attack trains on, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackChoice:
-    """An attack as a user names it, before model and data are read.
+    """An attack as a user names it, before the model and the data are read.
 
     Attributes:
-        name: A name of ``mmdefense list attacks``; none takes the trigger of the file.
-        trigger: A picture with alpha or an npz archive; or with a name that of an attack which
-            learns its trigger, the safetensors file of what it has learnt.
-        target: What the attacker wants: a class by its number or name, or a text.
+        name: A name of ``mmdefense list attacks``; None uses the trigger in the file.
+        trigger: A picture with alpha or an npz archive; or, with the name of an attack that learns
+            its trigger, the safetensors file with the learned trigger.
+        target: The attacker's target: a class by its number or name, or a text.
         settings: Further fields of the attack.
     """
 
@@ -75,14 +75,14 @@ class AttackChoice:
                 f"{self.name or 'no attack'} and {self.trigger}"
             )
         if self.name is not None:
-            kind = registry.load("attacks", self.name)  # a misspelt name is told at once
+            kind = registry.load("attacks", self.name)  # fails at once on a misspelt name
             checked_settings(kind, self.settings)
 
     def build(self, classes: tuple[str, ...]) -> Attack[Any]:
-        """Return the attack on a model with these names of classes.
+        """Return the attack on a model with these class names.
 
         Raises:
-            BadInputError: If the target is no class, or a setting is wrong.
+            BadInputError: If the target is not a class, or a setting is wrong.
         """
         if self.name is None:
             assert self.trigger is not None
@@ -103,7 +103,7 @@ def _class_number(target: Any, classes: tuple[str, ...]) -> int:
     """Return the number of the class that a user means.
 
     Raises:
-        BadInputError: If it is neither a name of a class nor a number.
+        BadInputError: If it is neither the name of a class nor a number.
     """
     if str(target) in classes:
         return classes.index(str(target))
@@ -136,34 +136,35 @@ def evaluate(
     accept_low_utility: bool = False,
     accept_findings: bool = False,
 ) -> Evaluation:
-    """Measure a model on test data and, where an attack or a trigger is given, under it.
+    """Measure a model on test data and, if an attack or a trigger is given, with the trigger.
 
     Args:
         model: A folder, a file or a hub id; or a module, or an adapter around one.
-        data: Clean samples that the model was not trained on: where they are, as ``mmdefense
-            evaluate --data`` has it, or samples, as :func:`mmdefense.purify` takes them.
+        data: Clean samples that the model was not trained on: where they are, as for ``mmdefense
+            evaluate --data``; or samples, as for :func:`mmdefense.purify`.
         attack: A name of ``mmdefense list attacks``, or an attack, as ``plant`` returns it.
-        target: What the attacker wants: a class by its number or name, or a text.
+        target: The attacker's target: a class by its number or name, or a text.
         trigger: A picture with alpha, or an npz archive; see :class:`AttackChoice`.
         settings: Further fields of an attack that is given by name.
         task: The name of a task; by default that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint its weights are.
-        split: ``"train"`` or ``"test"``, where the data is split.
+        split: ``"train"`` or ``"test"``, if the data is split.
         reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
         retune: Number of poisoned samples N that a copy of the model is fine-tuned on, to see
-            whether the backdoor comes back; 0 does not try. See
+            whether the backdoor comes back; 0 leaves this out. See
             :func:`mmdefense.metrics.permanence.retune`.
-        clean_twin: A model that never had the backdoor, which is put through the same.
-        record: The output of a purification, whose record and page get what was measured.
-        accept_low_utility: Whether to go on where the model is near chance on the data.
-        accept_findings: Whether to go on where a file of the model speaks strongly against it.
+        clean_twin: A model that never had the backdoor, which is retuned for comparison.
+        record: The output of a purification, to whose record and page the measurements are added.
+        accept_low_utility: Whether to continue if the model is near chance on the data.
+        accept_findings: Whether to continue if the scan of the model's files has high-level
+            findings.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If anything given cannot be used, a file of the model speaks strongly against
-            it, or ``record`` is of other models.
+        BadInputError: If anything given cannot be used, a file of the model has high-level
+            findings, or ``record`` belongs to other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
 
     Example:
@@ -211,7 +212,7 @@ class Retune:
 
     Attributes:
         count: Number of poisoned samples.
-        twin: A model that never had the backdoor; none leaves it out.
+        twin: A model that never had the backdoor, for comparison, or None.
     """
 
     count: int
@@ -237,19 +238,20 @@ def evaluate_files(
     record: str | Path | None = None,
     command: str = "",
 ) -> Evaluation:
-    """Measure the model of ``source`` on its data and, where an attack is given, under it.
+    """Measure the model of ``source`` on its data and, if an attack is given, with its trigger.
 
     Args:
         source: Model and data.
-        attack: What is tried.
-        retune: How it is seen whether the backdoor comes back; none does not try.
-        record: The output of a purification, whose record and page get what was measured.
-        command: For the record, the command line.
+        attack: The attack, if any.
+        retune: The retuning attack, which shows whether the backdoor comes back; None leaves it
+            out.
+        record: The output of a purification, to whose record and page the measurements are added.
+        command: The command line, for the record.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If anything given cannot be used, the attack is on another task, or
-            ``record`` is of other models.
+        BadInputError: If anything given cannot be used, the attack is for another task, or
+            ``record`` belongs to other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
     if retune is not None and attack is None:
@@ -258,7 +260,7 @@ def evaluate_files(
         )
     with read_once(source.model) as seal:
         opened = open_vetted(source).opened
-    decoded = getattr(opened.data, "in_memory", None)  # what is decoded once is read often
+    decoded = getattr(opened.data, "in_memory", None)  # decoded once, since it is read often
     if decoded is not None:
         opened = dataclasses.replace(opened, data=decoded())
     prepared = opened.prepare(to_learn=False)
@@ -314,18 +316,18 @@ def evaluate_files(
 def _clean_twin(
     source: Source, where: Any, raw: Any, model: EvaluatedModel
 ) -> tuple[TaskAdapter[Any], EvaluatedModel]:
-    """Return the clean twin in its adapter, which reads the same data, and what it is.
+    """Return the clean twin in its adapter, which reads the same data, and its description.
 
     Raises:
-        BadInputError: If it is the model itself, or of other data.
+        BadInputError: If it is the model itself, or reads other data.
         LowUtilityError: If it does not work on the data.
     """
-    beside = dataclasses.replace(source, model=where)
+    twin_source = dataclasses.replace(source, model=where)
     with read_once(where) as seal:
-        opened = open_vetted(beside).opened
+        opened = open_vetted(twin_source).opened
     prepared = dataclasses.replace(opened, data=raw).prepare(to_learn=False)
     check_utility(prepared, accept=source.accept_low_utility)
-    info = _model_info(beside, prepared, seal)
+    info = _model_info(twin_source, prepared, seal)
     if info.sha256 == model.sha256:
         raise BadInputError(f"the clean twin {info.name} has the same weights as the model itself")
     return prepared.adapter, info
@@ -338,7 +340,7 @@ def _retuned(
     attack: Attack[Any],
     count: int,
 ) -> Retuning:
-    """Retune on a half of the data, at most as many samples as the paper, and judge by the rest.
+    """Retune on up to half of the data, at most the paper's number of samples; test on the rest.
 
     Raises:
         BadInputError: If there are too few samples.
@@ -355,7 +357,7 @@ def _retuned(
 
 
 def retuning_of(adapter: TaskAdapter[Any]) -> Training:
-    """Return how a model is retuned: as in the paper, with the optimizer that suits it."""
+    """Return the training of a retuning attack: the paper's, with the model's own optimizer."""
     tuning = FineTuning(lr=TUNING.lr, steps=TUNING.steps, batch_size=TUNING.batch_size)
     return dataclasses.replace(
         tuning.training(adapter), schedule="constant", augment=False, max_norm=TUNING.max_norm
@@ -379,7 +381,7 @@ def _named(given: Any, otherwise: str) -> str:
 
 
 def _classes(opened: Opened) -> tuple[str, ...]:
-    """Return the names of the classes: those of the data, which are in the order of its labels."""
+    """Return the class names of the data, in the order of its labels, or else of the model."""
     named = getattr(opened.data, "classes", ())
     if not named and not missing_members(opened.adapter, ReadingAdapter):
         named = opened.adapter.reading().get("classes", ())  # type: ignore[attr-defined]
@@ -391,7 +393,7 @@ def _also(task: Task, adapter: TaskAdapter[Any], samples: Any) -> dict[str, floa
     return dict(measure(adapter, samples)) if measure is not None else {}
 
 
-_OF_PLANTING = {"ratio", "sam_radius", "trace_weight"}  # nothing is planted here
+_ONLY_FOR_PLANTING = {"ratio", "sam_radius", "trace_weight"}  # nothing is planted here
 
 
 def _tried(
@@ -400,7 +402,7 @@ def _tried(
     shown = {
         entry.name: getattr(attack, entry.name)
         for entry in dataclasses.fields(attack)
-        if entry.repr and entry.name not in _OF_PLANTING
+        if entry.repr and entry.name not in _ONLY_FOR_PLANTING
     }
     target = shown.pop("target", None)
     is_class = isinstance(target, int) and target < len(classes)

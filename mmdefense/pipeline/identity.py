@@ -1,7 +1,7 @@
 """What a result depends on: sources, reading options, settings, seed, device, libraries and code.
 
-One function serves both users: a run that is resumed must be that run, and a result is found in a
-store under all that determines it.
+It has two uses: a run is resumed only if it is the same, and a result is found in a store by
+everything that determines it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mmdefense.store import Identity
 __all__ = ["code_version", "library_versions", "purification_parts", "scan_identity"]
 
 _ELSEWHERE = ("arguments", "catalogue", "cli", "cli_grid", "doctor", "evaluation", "store")
-"""Rooms of mmdefense that change no purification and no scan."""
+"""Modules and packages of mmdefense that do not affect purifications and scans."""
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")
 
@@ -42,9 +42,9 @@ def purification_parts(
 
     Args:
         source: Where model and data are, and how they are read.
-        opened: What was read.
+        opened: The model and the data.
         prepared: The same, checked.
-        defense: With all its settings.
+        defense: The defense with all its settings.
     """
     its = traits(opened.adapter)
     return {
@@ -73,12 +73,12 @@ def scan_identity(
     Args:
         name: What the user called the model.
         files: SHA-256 of each file of the model.
-        data: Where the clean data is; none where there is none.
+        data: Where the clean data is; None if there is none.
         source: Further arguments of a :class:`~mmdefense.pipeline.sources.Source`.
-        seed: Of the search for triggers.
+        seed: Seed of the search for triggers.
 
     Raises:
-        BadInputError: If the content of the data cannot be told without the model.
+        BadInputError: If the content of the data cannot be identified without the model.
     """
     return Identity(
         "scan",
@@ -97,7 +97,7 @@ def scan_identity(
 
 
 def _content(data: Any) -> dict[str, Any]:
-    """Return what tells the content of data at a path, or of a set that a task knows by name.
+    """Return what identifies the content of data at a path, or of a set that a task knows by name.
 
     Raises:
         BadInputError: If it is neither.
@@ -115,7 +115,7 @@ def _content(data: Any) -> dict[str, Any]:
 
 
 def _architecture(arch: str | None) -> list[str]:
-    """Return the name of what builds a model, and a hash of the file or package that it is in."""
+    """Return the name of the callable that builds a model, and a hash of its file or package."""
     if arch is None:
         return []
     digest = hashlib.sha256()
@@ -142,7 +142,7 @@ def code_version(*without: str) -> str:
     """Return a hash over the sources of mmdefense and of every registered plug-in.
 
     Args:
-        without: Rooms of mmdefense that are left out.
+        without: Modules and packages of mmdefense that are left out.
     """
     digest = hashlib.sha256()
     for path in sorted(_sources(set(without))):
@@ -159,8 +159,8 @@ def _sources(without: set[str]) -> Iterator[Path]:
             yield Path(str(spec.origin))
         for folder in map(Path, spec.submodule_search_locations or ()):
             for path in folder.rglob("*.py"):
-                room = path.relative_to(folder).parts[0].removesuffix(".py")
-                if package != "mmdefense" or room not in without:
+                name = path.relative_to(folder).parts[0].removesuffix(".py")
+                if package != "mmdefense" or name not in without:
                     yield path
 
 

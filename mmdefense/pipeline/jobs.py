@@ -1,4 +1,4 @@
-"""From files to files: what the command line does, as functions."""
+"""Purification from files to files, as the command line does it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ __all__ = [
 
 _IDENTITY = "job"
 _FOR_THE_PAGE, _PASSES = 1.0, 6
-"""Kept for writing: seconds, and passes over the model, each as long as hashing what is given."""
+"""Reserved for writing: seconds, and passes over the model, each as long as hashing its weights."""
 
 
 def partial_folder(out: str | Path) -> Path:
-    """Return where the states of a purification into ``out`` are kept until it is done."""
+    """Return the folder of the states of an unfinished purification into ``out``."""
     target = Path(out).absolute()
     return target.with_name(f"{target.name}.partial")
 
@@ -72,37 +72,36 @@ def purify_files(
 ) -> PurificationRecord:
     """Purify the model of ``source`` into the folder ``out``.
 
-    Its files are scanned before it is loaded, and its weights behind that; what was found stands in
-    the record and on the page.
-    States are kept in the folder ``out.partial``; after a kill the same call with ``resume`` goes
-    on from them to the same result. It is removed when ``out`` is there, and where there is
-    nothing to keep; it stays where the time was up. What a kill amid the writing of ``out`` left
-    beside it is removed.
+    The model's files are scanned before it is loaded, and its weights after that; the findings are
+    in the record and on the page. States are saved in the folder ``out.partial``; after a kill the
+    same call with ``resume`` continues from them to the same result. That folder is removed when
+    ``out`` is complete or there is nothing to resume; it stays if time ran out. What a run that was
+    killed while writing ``out`` left beside it is removed.
 
     Args:
         source: Model and clean data.
         defense: The defense with its settings.
-        out: The folder to make.
-        resume: Whether an unfinished run of the same call goes on.
-        force: Whether an earlier output at ``out`` is replaced.
+        out: The folder to create.
+        resume: Whether to continue an unfinished run of the same call.
+        force: Whether to replace an earlier output at ``out``.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-        max_seconds: Within how many seconds to be done with all of it, reading and writing
-            included, or by what deadline; the best state so far is written.
+        max_seconds: Time limit in seconds for all of it, including reading and writing, or a
+            deadline; the best state so far is written.
         evidence: How much is measured beyond the verdict; see
             :func:`~mmdefense.pipeline.purification.purify`.
-        command: For the record, the command line.
-        processes: Those that compute it together, of which this is the main one; the others call
-            :func:`assist`.
-        kept: A store of results: what is in it is written to ``out`` and not computed again, and
-            what is computed within the time is kept in it.
+        command: The command line, for the record.
+        processes: The processes that compute the result together, of which this is the main one;
+            the others call :func:`assist`.
+        kept: A store of results: a result in it is written to ``out`` and not computed again, and
+            a result that was not cut short by the time limit is added to it.
 
     Returns:
         The record in ``out``, as it was when the result was computed.
 
     Raises:
-        BadInputError: If anything given cannot be used, or a file of the model speaks strongly
-            against it; nothing is written.
-        UnsupportedError: If the defense cannot serve this model.
+        BadInputError: If anything given cannot be used, or a file of the model has high-level
+            findings; nothing is written.
+        UnsupportedError: If the defense does not support this model.
         DivergenceError: If a loss stopped being finite; the last good weights are kept.
     """
     deadline = Deadline.after(max_seconds)
@@ -110,21 +109,21 @@ def purify_files(
     check_separate(store.folder, inputs)
     with reserved(out, force=force, inputs=inputs) as place:
         _check_resumable(store, resume)
-        tell = progress or (lambda _: None)
+        report = progress or (lambda _: None)
         with read_once(source.model, every=True) as seal:
-            tell(Event("reading", 0, 1))
+            report(Event("reading", 0, 1))
             vetted = open_vetted(source)
             prepared = vetted.opened.prepare()
-            tell(Event("reading", 1, 1))
-            tell(Event("scan", 0, 1))
+            report(Event("reading", 1, 1))
+            report(Event("scan", 0, 1))
             files = None if seal is None else seal.own
             scanned = scan_loaded(source.model, prepared.model, files, vetted.findings)
-            tell(Event("scan", 1, 1))
+            report(Event("scan", 1, 1))
         begin = deadline.clock()
         parts = purification_parts(source, vetted.opened, prepared, defense)
         parts["number of processes"] = 1 if processes is None else processes.count
-        identity = _kept_as(source, parts, defense, evidence, seal)
-        entry = _found(kept, identity, processes)
+        identity = _output_identity(source, parts, defense, evidence, seal)
+        entry = _stored_result(kept, identity, processes)
         if kept is not None and entry is not None:
             with place.writing() as folder:
                 kept.restore(entry, folder)
@@ -151,10 +150,10 @@ def purify_files(
                 seal=seal,
                 accepted_findings=vetted.accepted,
             )
-            tell(Event("writing", 0, 1))
+            report(Event("writing", 0, 1))
             with place.writing() as folder:
                 purified.write(folder, source.model, weights=source.weights)
-            tell(Event("writing", 1, 1))
+            report(Event("writing", 1, 1))
         if not purified.result.stopped or not _holds_states(store):
             shutil.rmtree(store.folder, ignore_errors=True)
         if kept is not None and not purified.result.stopped:
@@ -162,10 +161,10 @@ def purify_files(
     return _record_in(out)
 
 
-def _kept_as(
+def _output_identity(
     source: Source, parts: Mapping[str, Any], defense: Defense, evidence: Level, seal: Seal | None
 ) -> Identity:
-    """Return the identity of an output: that of its weights, and what else stands in its folder."""
+    """Return the identity of an output: that of its weights, and what else is in its folder."""
     accepted = [source.accept_low_utility, source.accept_findings]
     name = f"{source.model} by {type(defense).__name__}"
     files = {} if seal is None else {**seal.own, **seal.files}
@@ -173,8 +172,10 @@ def _kept_as(
     return Identity("purification", name, {**parts, **more})
 
 
-def _found(kept: Store | None, identity: Identity, processes: Processes | None) -> Entry | None:
-    """Return the result that a store has, where it has it, and tell the other processes."""
+def _stored_result(
+    kept: Store | None, identity: Identity, processes: Processes | None
+) -> Entry | None:
+    """Return the result in a store, if there is one, and let the other processes know."""
     entry = None if kept is None else kept.find(identity)
     if processes is not None:
         processes.from_main(entry is not None)
@@ -190,27 +191,27 @@ def _record_in(out: str | Path) -> PurificationRecord:
 
 
 def assist(source: Source, defense: Defense, processes: Processes) -> None:
-    """Do this process's share of a purification, whose main process calls :func:`purify_files`.
+    """Do this process's share of a purification whose main process calls :func:`purify_files`.
 
     Args:
-        source: As the main process has it, but for the device.
-        defense: The same.
+        source: That of the main process, apart from the device.
+        defense: That of the main process.
         processes: All of them.
 
     Raises:
         LostProcessError: If the main process has ended.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the main process has the same to say
+        warnings.simplefilter("ignore")  # the main process shows the same warnings
         prepared = open_vetted(source).opened.prepare()
         if processes.from_main(False):
             return  # the main process has found the result in a store
-        store = RunStore(Path())  # that of the main process
+        store = RunStore(Path())  # stands for that of the main process
         defense.purify(prepared, store=store, processes=processes)
 
 
 def writing_seconds(hashing: float) -> float:
-    """Return about how long writing an output takes, where hashing its weights takes so long."""
+    """Return about how many seconds writing an output takes, given those of hashing its weights."""
     return _FOR_THE_PAGE + _PASSES * hashing
 
 
@@ -226,17 +227,17 @@ def _check_resumable(store: RunStore, resume: bool) -> None:
 
 
 def _check_ours(store: RunStore) -> None:
-    """Refuse a folder that stands where states are to be kept, and that no run has made.
+    """Refuse a folder in the place of the states that was not created by a run.
 
     Raises:
-        BadInputError: If there is one: nothing is written into it, and nothing removed from it.
+        BadInputError: If there is one; nothing is written into it or removed from it.
     """
     folder = store.folder
     if not os.path.lexists(folder):
         return
     if folder.is_dir() and not folder.is_symlink():
         held = {path.name for path in folder.iterdir()}
-        begun = re.compile(rf"\.{_IDENTITY}\.pt\.[0-9a-f]{{8}}")  # by a run killed in that moment
+        begun = re.compile(rf"\.{_IDENTITY}\.pt\.[0-9a-f]{{8}}")  # left by a killed run
         if f"{_IDENTITY}.pt" in held or all(map(begun.fullmatch, held)):
             return
     raise BadInputError(
@@ -246,7 +247,7 @@ def _check_ours(store: RunStore) -> None:
 
 
 def _claim(store: RunStore, identity: dict[str, Any]) -> None:
-    """Note whose states the store holds, or refuse those of another job."""
+    """Record which job the states in the store belong to, or refuse those of another job."""
     kept = _kept_identity(store)
     if kept is None or not _holds_states(store):
         try:
@@ -274,13 +275,13 @@ def _kept_identity(store: RunStore) -> dict[str, Any] | None:
 
 
 def _holds_states(store: RunStore) -> bool:
-    """Say whether a run can be gone on with: whether it has kept more than whose it is."""
+    """Return whether a run can be resumed: whether the store has more than its identity."""
     return any(path.stem != _IDENTITY for path in store.folder.rglob("*.pt"))
 
 
 @contextmanager
 def _kept_or_cleared(store: RunStore, given: nn.Module) -> Iterator[None]:
-    """After a fault, keep the states that can be gone on from, and say so; else leave nothing."""
+    """After an error, keep states that can be resumed, and mention them; else leave nothing."""
     try:
         yield
     except DivergenceError as error:
@@ -290,18 +291,18 @@ def _kept_or_cleared(store: RunStore, given: nn.Module) -> Iterator[None]:
         raise
     except (MMDefenseError, OSError) as error:
         raise _with_remedy(error, store) from error
-    except BaseException as error:  # a fault of ours, or an interrupt
+    except BaseException as error:  # a bug, or an interrupt
         if _holds_states(store):
-            error.add_note(_way_on(store))
+            error.add_note(_resume_hint(store))
         else:
             shutil.rmtree(store.folder, ignore_errors=True)
         raise
 
 
 def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) -> DivergenceError:
-    """Keep the last good weights, where they are not those of the given model.
+    """Keep the last good weights, unless they are those of the given model.
 
-    What leads to the same end again is not kept.
+    States are removed, since a resumed run would diverge again.
     """
     if error.state is None or _same(error.state, given.state_dict()):
         shutil.rmtree(store.folder, ignore_errors=True)
@@ -309,7 +310,7 @@ def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) 
     for kept in store.folder.iterdir():
         if kept.is_dir():
             shutil.rmtree(kept, ignore_errors=True)
-        elif kept.name != f"{_IDENTITY}.pt":  # which tells that a run has made the folder
+        elif kept.name != f"{_IDENTITY}.pt":  # which shows that a run created the folder
             kept.unlink()
     path = store.folder / "last_good.safetensors"
     write_state(error.state, path)
@@ -317,23 +318,23 @@ def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) 
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Say whether two state dicts hold the same values."""
+    """Return whether two state dicts hold the same values."""
     return one.keys() == other.keys() and all(
         torch.equal(one[name].cpu().to(other[name].dtype), other[name].cpu()) for name in one
     )
 
 
 def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseError:
-    """Keep states that can be gone on from, and say so; remove a store that holds none."""
+    """Return an error that mentions states that can be resumed; remove a store that has none."""
     failure = _unwritable(store, error) if isinstance(error, OSError) else error
     if not _holds_states(store):
         shutil.rmtree(store.folder, ignore_errors=True)
         return failure
-    return type(failure)(f"{failure}; {_way_on(store)}")
+    return type(failure)(f"{failure}; {_resume_hint(store)}")
 
 
-def _way_on(store: RunStore) -> str:
-    return f"what was done is kept in {store.folder}: go on with --resume"
+def _resume_hint(store: RunStore) -> str:
+    return f"progress was saved to {store.folder}; continue it with --resume"
 
 
 def _unwritable(store: RunStore, error: OSError) -> BadInputError:

@@ -30,11 +30,11 @@ from mmdefense.runtime.run import Event
 
 __all__ = ["Plan", "plan"]
 
-_TRIAL = 8.0
-"""Ours: seconds that the defense is tried for."""
+_TRIAL_SECONDS = 8.0
+"""Ours: duration of the trial."""
 
-_TRIED = 512
-"""Ours: samples that it is tried on, at most."""
+_TRIAL_SAMPLES = 512
+"""Ours: most samples in the trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,17 @@ class Plan:
         adapter: Class of the adapter.
         architecture: Class of the model.
         parameters: Number of weights.
-        trains: What the defense trains, and how many of them.
-        fit: Clean samples to learn from.
-        holdout: Clean samples that are held out.
+        trains: What the defense trains, and how much of it.
+        fit: Number of clean samples to train on.
+        holdout: Number of clean samples that are held out.
         defense: The defense with all its settings.
-        seconds: About how long it takes, reading and writing included, evidence not.
-        at_least: Whether it may take longer, since the trial did not come to its last stage.
+        seconds: Estimated duration, including reading and writing, but not the evidence.
+        at_least: Whether it may take longer, since the trial did not reach its last stage.
         evidence: The level of evidence.
-        evidence_seconds: How long that takes at most.
-        memory: Peak of the memory after the trial, in bytes: of the GPU, or of this process.
-        scan: What a look at the files and weights concludes; it is taken first, and in ``seconds``.
-        doubts: What about the clean data is a reason to doubt the outcome, as a heuristic sees it.
+        evidence_seconds: Largest duration of the evidence.
+        memory: Peak memory after the trial, in bytes: of the GPU, or of this process.
+        scan: Verdict of the scan of files and weights, which runs first and counts in ``seconds``.
+        doubts: Reasons to doubt the clean data, found by a heuristic.
     """
 
     task: str
@@ -76,10 +76,10 @@ class Plan:
     doubts: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Return the plan for a person."""
+        """Return the plan as lines of text."""
         takes = _duration(self.seconds, "at least" if self.at_least else "about")
         if more := getattr(self.defense, "restarts", 0):
-            takes += f"; up to {1 + more} times as long where the rate has to be lowered"
+            takes += f"; up to {1 + more} times as long if the rate has to be lowered"
         beyond = "none"
         if self.evidence != "none":
             beyond = f"{self.evidence}, {_duration(self.evidence_seconds, 'at most about')} more"
@@ -105,9 +105,9 @@ def plan(
     evidence: Level = "fast",
     clock: Callable[[], float] = time.monotonic,
 ) -> Plan:
-    """Return what ``defense`` would do to a model; it is tried for some seconds on a copy.
+    """Return what ``defense`` would do to a model, after a trial of some seconds on a copy.
 
-    The files and weights are scanned as they would be.
+    The files and weights are scanned as before a purification.
 
     Args:
         source: Model and clean data.
@@ -156,7 +156,7 @@ def plan(
 def _gradient_seconds(
     adapter: TaskAdapter[Any], samples: Samples[Any], clock: Callable[[], float]
 ) -> float:
-    """Return about how long the gradient of one sample's loss takes, among eight or alone."""
+    """Return about how many seconds the gradient takes per sample, in a batch of eight or one."""
     weights = [p for p in adapter.model.parameters() if p.requires_grad]
     took = 0.0
     for count in (1, 8):
@@ -172,28 +172,28 @@ def _gradient_seconds(
 def _seconds(
     prepared: Prepared[Any], defense: Defense, gradient: float, clock: Callable[[], float]
 ) -> tuple[float, bool]:
-    """Return about how long a purification takes, and whether it may take longer.
+    """Return the estimated duration of a purification, and whether it may take longer.
 
-    The defense is run for some seconds, and the stage in which it is cut off taken to go on as it
-    began. Where one update alone would take longer, nothing is tried.
+    The defense runs for some seconds, and the stage in which time runs out is extrapolated. If a
+    single update would take longer, there is no trial.
     """
     samples = prepared.samples
     steps, batch = getattr(defense, "steps", None) or 0, getattr(defense, "batch_size", None) or 32
-    if batch * gradient > _TRIAL:
+    if batch * gradient > _TRIAL_SECONDS:
         return (steps * batch + len(samples)) * gradient, True
-    part = few(samples, _TRIED)
-    heard = _Heard(clock)
-    once = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
-    trial = dataclasses.replace(defense, **once)
-    limit = Deadline(clock() + _TRIAL, clock)
+    part = few(samples, _TRIAL_SAMPLES)
+    timer = _StageTimer(clock)
+    without_restarts = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
+    trial = dataclasses.replace(defense, **without_restarts)
+    limit = Deadline(clock() + _TRIAL_SECONDS, clock)
     some = dataclasses.replace(prepared, samples=part)
-    result = trial.purify(some, progress=heard, max_seconds=limit)
+    result = trial.purify(some, progress=timer, max_seconds=limit)
     settings = {v for v in result.settings.values() if type(v) is int and v > 1}
-    stages = heard.stages()
+    stages = timer.stages()
     cut = _cut(stages) if result.stopped else None
     total = 0.0
     for stage in stages:
-        # A stage of as many steps as a setting says takes as long with any number of samples.
+        # A stage whose number of steps is a setting takes as long with any number of samples.
         total += stage.seconds * (1 if stage.total in settings else len(samples) / len(part))
         if stage is cut and stage.step:
             total += stage.seconds * (stage.total / stage.step - 1)
@@ -201,14 +201,14 @@ def _seconds(
 
 
 def _cut(stages: Sequence[_Stage]) -> _Stage | None:
-    """Return the stage in which a trial was cut off; none where it was between two."""
+    """Return the stage in which a trial ran out of time; None if it was between two."""
     unfinished = [stage for stage in stages if stage.step < stage.total]
     return unfinished[-1] if unfinished else None
 
 
 @dataclass
 class _Stage:
-    """A stage of a trial: how far it came, and in how many seconds."""
+    """A stage of a trial: how far it got, and in how many seconds."""
 
     name: str
     step: int = 0
@@ -217,21 +217,21 @@ class _Stage:
 
 
 @dataclass
-class _Heard:
-    """Listens to a trial, and notes when each stage begins and ends."""
+class _StageTimer:
+    """Records the events of a trial with their times."""
 
     clock: Callable[[], float]
-    moments: list[tuple[float, Event]] = field(default_factory=list)
+    events: list[tuple[float, Event]] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         if not event.note:
-            self.moments.append((self.clock(), event))
+            self.events.append((self.clock(), event))
 
     def stages(self) -> list[_Stage]:
-        """Return the stages in order; each takes until the next one begins."""
+        """Return the stages in order; each lasts until the next one begins."""
         found: list[_Stage] = []
         before = None
-        for moment, event in self.moments:
+        for moment, event in self.events:
             if found and before is not None:
                 found[-1].seconds += moment - before
             if not found or found[-1].name != event.stage:
@@ -242,7 +242,7 @@ class _Heard:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the peak of the memory in bytes: of a GPU, else of this process."""
+    """Return the peak memory in bytes: of a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -250,7 +250,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _duration(seconds: float, word: str = "about") -> str:
-    """Return a time in words, rounded."""
+    """Return a rounded duration as text."""
     if seconds < 90:
         return f"{word} {max(1, round(seconds))} s"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""The front door: a model and a little clean data in, a purified model and its evidence out."""
+"""The main entry point: from a model and a little clean data to a purified model with evidence."""
 
 from __future__ import annotations
 
@@ -72,37 +72,37 @@ def purify(
     processes: Processes | None = None,
     **settings: Any,
 ) -> Purification:
-    """Remove what may be hidden in a copy of ``model``; the given model stays as it is.
+    """Remove a backdoor that may be in ``model`` from a copy; the given model stays as it is.
 
     Args:
-        model: The model, or an adapter around it where it needs options, such as a mean and a
-            deviation that its images are normalised by; or where it is: a folder, a file, a hub id.
+        model: The model; or an adapter around it if it needs options, such as the mean and the
+            deviation that normalise its images; or where it is: a folder, a file, a hub id.
         clean: Clean samples: for images a pair ``(images (N, C, H, W), labels (N,))``, a data set
-            or loader of such pairs, or what a task's ``load`` returns; or where they are, as
-            ``mmdefense purify --data`` has it.
+            or loader of such pairs, or what a task's ``load`` returns; or where they are, as for
+            ``mmdefense purify --data``.
         defense: A name of ``mmdefense list defenses``, or a defense.
-        adapter: The name of an adapter, where the choice is not to be left to the model.
-        task: The name of a task, where paths are given; by default that of the model.
+        adapter: The name of an adapter, to override the choice by the model.
+        task: The name of a task, if paths are given; by default that of the model.
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint its weights are; see
             :func:`mmdefense.checkpoints.models.load_model`.
         reading: How data at a path is read, by name; see
             :class:`mmdefense.pipeline.sources.Source`.
         device: Where a model at a path is loaded to; a module stays where it is.
-        seed: Makes the result reproducible; by default the defense's own.
+        seed: Random seed; by default the defense's own.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown
             on a terminal and in a notebook, and not at all with None or False.
-        store: Where to keep states, so that the same call goes on after a kill.
-        max_seconds: Within how many seconds to be done, or by what deadline; what was reached by
-            then is judged and returned.
+        store: Where to save states, so that the same call resumes after a kill.
+        max_seconds: Time limit in seconds, or a deadline; what was reached by then is judged and
+            returned.
         evidence: What is measured beyond the verdict: ``"fast"`` takes at most 15 % of the
             purification's time, ``"full"`` measures all of it, ``"none"`` nothing; never more than
-            fits into ``max_seconds``. A note says what is left out.
-        accept_low_utility: Whether to go on where the model is near chance on ``clean``, or where
+            fits into ``max_seconds``. A note lists what is left out.
+        accept_low_utility: Whether to continue if the model is near chance on ``clean``, or if
             the purification raises its task metric: signs of data that is read wrongly.
-        accept_findings: Whether to go on where a file of a model at a path speaks strongly against
-            it, as ``mmdefense scan`` sees it; it is scanned before it is loaded.
-        processes: Those that compute it together; see :meth:`Defense.purify`.
+        accept_findings: Whether to continue if the scan of the files of a model at a path, before
+            it is loaded, has high-level findings.
+        processes: The processes that compute the result together; see :meth:`Defense.purify`.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
@@ -175,7 +175,7 @@ def purify_prepared(
     accept_low_utility: bool = False,
     processes: Processes | None = None,
 ) -> Purification:
-    """Purify a model that was checked with its data; the arguments are those of :func:`purify`.
+    """Purify a model that was checked with its data; see :func:`purify` for the arguments.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
@@ -207,7 +207,7 @@ def purify_prepared(
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
-    """Return a defense, by name or as it is, with ``settings`` in place of its own.
+    """Return a defense, given as an object or by name, with ``settings`` instead of its own.
 
     Raises:
         BadInputError: If the name or a setting is unknown, or a value is of the wrong kind.
@@ -224,15 +224,15 @@ class Purification:
     """A purified model with its evidence.
 
     Attributes:
-        prepared: The given model, which is as it was, and the clean samples.
-        result: What the defense returned.
+        prepared: The given model, which is unchanged, and the clean samples.
+        result: The defense's result.
         defense: The defense with all its settings.
         names: What the user called ``model`` and ``data``, and the ``command``, for the record.
-        scan: What a look at the given model found before, for the record.
+        scan: The scan of the given model, for the record.
         evidence: What was measured beyond the verdict.
-        low_utility: The low utility that was accepted, as a sentence; empty where there was none.
-        seal: What the files of the model were when they were read, where it came from files.
-        accepted_findings: What speaks strongly against the files of the model and was accepted.
+        low_utility: The low utility that was accepted, as a sentence; empty if there was none.
+        seal: The hashes of the model's files when they were read, if it came from files.
+        accepted_findings: The high-level findings in the model's files that were accepted.
 
     Example:
         >>> purified = purify(model, (images, labels), "fine-tuning", steps=5)
@@ -276,16 +276,16 @@ class Purification:
 
     @property
     def unchanged(self) -> str:
-        """Why every weight is as it was given, in words; empty where one is not."""
+        """Why no weight was changed; empty if any was."""
         return self.result.unchanged
 
     @property
     def choice(self) -> Choice | None:
-        """Which defense was taken, and why; none where there was nothing to choose."""
+        """Which defense was chosen, and why; None if there was no choice."""
         return self.result.choice
 
     def record(self) -> PurificationRecord:
-        """Return what is known about the purification, as ``purification.json`` has it."""
+        """Return the record of the purification, as in ``purification.json``."""
         title = self.names.get("model", type(self.prepared.model).__name__)
         choice = self.choice
         if choice is not None:
@@ -335,21 +335,21 @@ class Purification:
         """Write the model to a new folder, with its evidence.
 
         That is ``purification.json``, ``report.html`` with ``report.npz``, from which its plots
-        can be drawn again, and a section in ``README.md``, but none where nothing was changed. All
+        can be drawn again, and a section in ``README.md``, unless nothing was changed. All of them
         appear together, or none does.
 
         Args:
-            out: The folder to make.
-            source: Where the model was loaded from, by default where :func:`purify` was told that
-                it is; the written weights have its keys, shapes and
-                dtypes, and for a Hugging Face model its other files stand beside them.
+            out: The folder to create.
+            source: Where the model was loaded from, by default the path that :func:`purify` was
+                given; the written weights have its keys, shapes and dtypes, and for a Hugging Face
+                model its other files are copied.
             weights: Where in a checkpoint they were; see
                 :func:`mmdefense.checkpoints.models.load_model`.
-            force: Whether an earlier output at ``out`` is replaced.
+            force: Whether to replace an earlier output at ``out``.
 
         Raises:
-            BadInputError: If the folder exists, is or holds or lies in what was read, or cannot be
-                written; or if the files of the model are not what they were when they were read.
+            BadInputError: If the folder exists, overlaps with what was read, or cannot be written;
+                or if the files of the model have changed since they were read.
         """
         given = [self.names.get(name) for name in ("model", "data")]
         inputs = [one for one in (source, *given) if one is not None]
@@ -362,12 +362,12 @@ class Purification:
         """Write the model with its evidence into a folder that exists and is empty.
 
         Args:
-            folder: Where to.
-            source: As :meth:`save` has it.
-            weights: As :meth:`save` has it.
+            folder: The folder.
+            source: See :meth:`save`.
+            weights: See :meth:`save`.
 
         Raises:
-            BadInputError: If the files of the model are not what they were when they were read.
+            BadInputError: If the files of the model have changed since they were read.
             OSError: If a file cannot be written.
         """
         source = self.names.get("model") if source is None else source
@@ -383,7 +383,7 @@ class Purification:
         written = hash_all(folder)
         of_weights = [] if source is None else weight_names(source)
         for name in read.keys() & written.keys() - {CARD, *of_weights}:
-            # The index of shards is the library's own where the weights are laid out anew.
+            # The library writes its own index of shards if it lays out the weights anew.
             if written[name] != read[name] and not name.endswith(".index.json"):
                 raise BadInputError(
                     f"{name} of {source} has changed since it was read; start again"
@@ -469,7 +469,7 @@ def _recorded(guard: Guard) -> records.GuardInfo:
 
 
 def _reference(kind: type) -> str:
-    """Return the paper that a defense's docstring names, as one line."""
+    """Return the reference in a defense's docstring as one line."""
     _, _, after = (inspect.getdoc(kind) or "").partition("References:\n")
     paragraph = after.split("\n\n")[0]
     return " ".join(paragraph.replace("*", "").split())

@@ -1,4 +1,4 @@
-"""Look at a model of unknown origin before it is used: its files, its weights, its behaviour."""
+"""Scan a model of unknown origin before it is used: its files, weights and behaviour."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ UNREAD = Rule(
     id="weights-unread",
     level="medium",
     measured="whether the weights can be read as tensors",
-    reference="safetensors, and what torch.save writes of a state dict",
-    meaning="Nothing is known of them, and `purify` and `evaluate` refuse such a model.",
+    reference="safetensors, and state dicts written by torch.save",
+    meaning="Nothing is known about them, and `purify` and `evaluate` refuse such a model.",
     blind_spot="all of the weights.",
 )
 
@@ -48,9 +48,9 @@ __all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _Step = tuple[str, list[Finding]]
-"""A part that was looked at, empty where it could not be, and what was found there."""
+"""A part that was scanned, empty if it could not be, and what was found there."""
 
-_Seen = tuple[TaskAdapter[Any], Samples[Any]]
+_Inputs = tuple[TaskAdapter[Any], Samples[Any]]
 
 
 def scan(
@@ -67,14 +67,14 @@ def scan(
     accept_low_utility: bool = False,
     store: Store | None = None,
 ) -> ScanRecord:
-    """Return what speaks against a model; no code that comes with it is run.
+    """Scan a model for signs of tampering; no code that comes with it is run.
 
-    Files and weights are looked at without data. With a little clean data the model is loaded and
-    its behaviour is looked at too, unless a file speaks strongly against it.
+    Without data, its files and weights are scanned. With a little clean data the model is loaded
+    and its behaviour is scanned too, unless a file has high-level findings.
 
     Args:
-        model: A folder, a file or a hub id; or a module, or an adapter around one, of which there
-            are no files to look at.
+        model: A folder, a file or a hub id; or a module, or an adapter around one, which has no
+            files to scan.
         data: Clean data: where it is, as ``mmdefense purify --data`` has it; or samples, as
             :func:`mmdefense.purify` takes them.
         task: The name of a task; by default that of the model.
@@ -83,18 +83,18 @@ def scan(
             :func:`mmdefense.checkpoints.models.load_model`.
         reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
         device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
-        seed: Makes the findings reproducible.
+        seed: Random seed; the same seed gives the same findings.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown on
             a terminal and in a notebook, and not at all with None or False.
-        accept_low_utility: Whether to go on where the model is near chance on the data.
-        store: Of results: a scan of the same files is taken from it, and this one is kept in it.
+        accept_low_utility: Whether to continue if the model is near chance on the data.
+        store: A store of results: a scan of the same files is read from it, and this one is saved
+            in it.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If there is no model, its files were changed meanwhile, or the data cannot be
-            read.
-        UnsupportedError: If a library that it takes is not installed, or no adapter accepts the
-            model.
+        BadInputError: If there is no model, its files change during the scan, or the data cannot
+            be read.
+        UnsupportedError: If a required library is not installed, or no adapter accepts the model.
 
     Example:
         >>> import mmdefense as mmd
@@ -107,7 +107,7 @@ def scan(
     source: dict[str, Any] = {"task": task, "arch": arch, "weights": weights, "device": device}
     source |= {"reading": dict(reading or {}), "accept_low_utility": accept_low_utility}
     if isinstance(model, str | Path):
-        model = _at_hand(model)
+        model = _local_path(model)
     elif store is not None:
         raise BadInputError(
             "a store keeps scans of files only, and this model is in memory; leave store out"
@@ -122,8 +122,8 @@ def scan(
             return replace(found, model=name)
         if isinstance(model, Path):
             findings = scan_files(model)
-        look = _Look(model, data, source, seed, display or (lambda _: None), findings)
-        parts = [*(["files"] if files else []), *look.taken()]
+        steps = _ModelScan(model, data, source, seed, display or (lambda _: None), findings)
+        parts = [*(["files"] if files else []), *steps.run()]
     record = ScanRecord(
         model=name, findings=findings, parts=parts, files=files, version=version("mmdefense")
     )
@@ -133,24 +133,23 @@ def scan(
 
 
 @dataclass
-class _Look:
-    """A look at the weights and the behaviour of a model.
+class _ModelScan:
+    """A scan of the weights and the behaviour of a model.
 
-    Of files, it is taken in a child process, in which the model is built: what the files make of it
-    is not known. Bounds of time and memory hold until it has been built; see
-    :mod:`mmdefense.sandbox`. The one exception is a CUDA device that this process uses already,
-    for none can be used in a fork then: the child builds the model and looks at its weights, and
-    the behaviour is looked at here.
+    A model of files is built and scanned in a child process, because the files are not trusted.
+    Limits on time and memory apply until it is built; see :mod:`mmdefense.sandbox`. The one
+    exception is a CUDA device that this process uses already, since a fork cannot use it then: the
+    child builds the model and scans its weights, and the behaviour is scanned here.
 
     Attributes:
-        model: As :func:`scan` has it.
-        data: As :func:`scan` has it; none leaves the behaviour out.
+        model: See :func:`scan`.
+        data: See :func:`scan`; without data the behaviour is not scanned.
         source: Further arguments of a :class:`~mmdefense.pipeline.sources.Source`.
-        seed: Makes the findings reproducible.
-        progress: Is called with each event.
-        findings: Those of the files; what is found is added.
-        channel: In the child process, what it tells this one by.
-        built: There, the model of the files, once it has been built.
+        seed: Random seed.
+        progress: Called with each event.
+        findings: Findings in the files; those of this scan are added.
+        channel: In the child process, the channel to this one.
+        built: In the child process, the model of the files, once it has been built.
     """
 
     model: Path | nn.Module | TaskAdapter[Any]
@@ -162,20 +161,20 @@ class _Look:
     channel: Channel | None = None
     built: nn.Module | None = None
 
-    def taken(self) -> list[str]:
-        """Return the parts that were looked at.
+    def run(self) -> list[str]:
+        """Scan, and return the parts that were scanned.
 
         Raises:
             LowUtilityError: If the model does not work on the data as it was read.
-            BadInputError: If the data cannot be read, or the model cannot with data.
+            BadInputError: If the data cannot be read, or the model cannot and there is data.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
         parts: list[str] = []
         is_file = isinstance(self.model, Path)
         if is_file and worst_level(self.findings) != "high":
-            whole = self.data is None or not self._uses_cuda()
-            self._apart(parts, self._steps() if whole else self._weights())
-            if whole:
+            all_in_child = self.data is None or not self._uses_cuda()
+            self._run_in_child(parts, self._steps() if all_in_child else self._weights())
+            if all_in_child:
                 return parts
         for part, found in self._behaviour() if is_file else self._steps():
             self.findings += found
@@ -186,19 +185,19 @@ class _Look:
         used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return used and self.source["device"].startswith("cuda")
 
-    def _apart(self, parts: list[str], steps: Iterator[_Step]) -> None:
-        """Take steps in a child process; one that is ended by its bounds is a finding."""
+    def _run_in_child(self, parts: list[str], steps: Iterator[_Step]) -> None:
+        """Run steps in a child process; one that exceeds its limits is a finding."""
         assert isinstance(self.model, Path)
 
         def work(channel: Channel) -> None:
             self.channel = channel
-            self.progress = lambda event: channel.tell(["event", asdict(event)])
+            self.progress = lambda event: channel.send(["event", asdict(event)])
             for part, found in steps:
                 self.findings += found
-                told = [{**plain(finding), "value": finding.value} for finding in found]
-                channel.tell([part, told])
+                sent = [{**plain(finding), "value": finding.value} for finding in found]
+                channel.send([part, sent])
 
-        def hear(message: Any) -> None:
+        def receive(message: Any) -> None:
             part, content = message
             if part == "event":
                 self.progress(Event(**content))
@@ -208,10 +207,10 @@ class _Look:
 
         network: Network = "never" if Path(str(self.data)).exists() else "later"
         if self.source["arch"] is not None:
-            network = "always"  # the user's own code may do what it likes
+            network = "always"  # the user's own code may use the network
         size = total_size(self.model)
         try:
-            in_child(work, hear, what=f"loading {self.model.name}", size=size, network=network)
+            in_child(work, receive, what=f"loading {self.model.name}", size=size, network=network)
         except BeyondBoundsError as error:
             self.findings.append(BEYOND.found(self.model.name, str(error)))
             if self.data is not None:
@@ -222,25 +221,22 @@ class _Look:
         yield from self._behaviour()
 
     def _weights(self) -> Iterator[_Step]:
-        """Yield what stands apart in the weights, as far as they can be read."""
-        looked_at: nn.Module | Mapping[str, Tensor] | MMDefenseError
+        """Yield the findings in the weights, as far as these can be read."""
+        subject: nn.Module | Mapping[str, Tensor] | MMDefenseError
         if isinstance(self.model, Path):
-            looked_at = self._loaded(self.model)
-            if isinstance(looked_at, MMDefenseError):
+            subject = self._loaded(self.model)
+            if isinstance(subject, MMDefenseError):
                 if LEVELS.index(worst_level(self.findings) or "info") < LEVELS.index("medium"):
-                    yield "", [UNREAD.found(self.model.name, one_line(looked_at))]
+                    yield "", [UNREAD.found(self.model.name, one_line(subject))]
                 return
         else:
-            looked_at = self.model if isinstance(self.model, nn.Module) else self.model.model
-        if looked_at:
-            ordered = isinstance(looked_at, nn.Module) or not _is_sorted(looked_at)
-            yield "weights", scan_weights(looked_at, ordered=ordered)
+            subject = self.model if isinstance(self.model, nn.Module) else self.model.model
+        if subject:
+            ordered = isinstance(subject, nn.Module) or not _is_sorted(subject)
+            yield "weights", scan_weights(subject, ordered=ordered)
 
     def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | MMDefenseError:
-        """Return a model, or the tensors of files that do not tell which one they belong to.
-
-        Where they cannot be read, that is the error.
-        """
+        """Return the model; the tensors of its files if it cannot be built; or else the error."""
         task = None if self.source["task"] == AUTO else self.source["task"]
         arch, weights = self.source["arch"], self.source["weights"]
         try:
@@ -255,7 +251,7 @@ class _Look:
         if self.channel is not None:
             self.channel.lift()
         model = self.model
-        if self.built is not None:  # not from its files again, for bounds hold no more
+        if self.built is not None:  # not from its files again: limits no longer apply
             model = self.built.to(usable_device(self.source["device"]))
         opened = _opened(model, self.data, self.findings, self.source)
         if isinstance(opened, Finding):
@@ -270,16 +266,16 @@ def scan_loaded(
     files: Mapping[str, str] | None = None,
     findings: Sequence[Finding] | None = None,
 ) -> ScanRecord:
-    """Return what speaks against the files and weights of a model that was loaded from them.
+    """Scan the files and weights of a model that was loaded from them.
 
-    It needs no data, and reads each file once. Of a hub id, the files are those that were
+    It needs no data, and reads each file once. For a hub id, the files are those that were
     downloaded to load it.
 
     Args:
         where: A folder, a file or a hub id.
-        model: What was loaded.
-        files: SHA-256 of each file by name, where they are hashed already.
-        findings: Of the files, where they have been looked at already.
+        model: The loaded model.
+        files: SHA-256 of each file by name, if they have been hashed already.
+        findings: Findings in the files, if they have been scanned already.
     """
     path = Path(where) if Path(where).is_file() else local_folder(where)
     return ScanRecord(
@@ -297,7 +293,7 @@ def _named(model: str | Path | nn.Module | TaskAdapter[Any]) -> str:
     return type(model if isinstance(model, nn.Module) else model.model).__name__
 
 
-def _at_hand(where: str | Path) -> Path:
+def _local_path(where: str | Path) -> Path:
     """Return a model's folder or file, with all of its files downloaded if it is a hub id."""
     return Path(where) if Path(where).exists() else download(where)
 
@@ -313,7 +309,7 @@ def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | MMDefen
 
 
 def _is_sorted(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names have lost the order of registration, as those of safetensors have."""
+    """Return whether the names have lost the order of registration, as in safetensors."""
     return list(state) == sorted(state)
 
 
@@ -322,20 +318,20 @@ def _opened(
     data: Any,
     findings: list[Finding],
     source: dict[str, Any],
-) -> _Seen | Finding:
-    """Return the model in its adapter and the data as it reads them, or why they are not there.
+) -> _Inputs | Finding:
+    """Return the model in its adapter and the samples, or a finding that says why not.
 
-    A model that its files speak against is not loaded where they do so strongly; where they speak
-    less strongly, and it cannot be loaded, that is a remark, so that the findings are told.
+    A model whose files have high-level findings is not loaded. If they have medium ones and it
+    cannot be loaded, that is another finding, so that the first ones are reported.
     """
     level = worst_level(findings)
     if level == "high":
-        why = "a file speaks strongly against it: not loaded"
+        why = "not loaded, since a file of the model has high-level findings"
         return NOT_LOOKED.found("behaviour", why, level="low")
     try:
-        seen = _read(model, data, source)
-        check_utility(seen, accept=source["accept_low_utility"])
-        return seen.adapter, seen.samples
+        prepared = _read(model, data, source)
+        check_utility(prepared, accept=source["accept_low_utility"])
+        return prepared.adapter, prepared.samples
     except MMDefenseError as error:
         if level != "medium":
             raise

@@ -23,10 +23,10 @@ from mmdefense.settings import checked_value
 __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
 
 AUTO = "auto"
-"""In place of a task: that of the model's adapter."""
+"""Instead of a task: the task of the model's adapter."""
 
 NOT_WRITTEN = {"split", "stated", "fit", "fill", "processor", "tokenizer", "example"}
-"""Options that only a program can give."""
+"""Options that only Python code can give."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Opened:
     """A model and its data, as they were read.
 
     Attributes:
-        task: What the model is for.
-        adapter: Around the model.
-        data: As the task reads it, or as it was given.
+        task: The task of the model.
+        adapter: The adapter around the model.
+        data: The data as the task reads it, or as it was given.
         finite: Whether the weights are known to be finite.
     """
 
@@ -62,15 +62,16 @@ class Source:
         arch: ``module:callable`` that builds the model of a state dict.
         weights: Where in a checkpoint the weights are; see
             :func:`mmdefense.checkpoints.models.load_model`.
-        split: ``"train"`` or ``"test"``, where the data is split.
+        split: ``"train"`` or ``"test"``, if the data is split.
         reading: How data is read, by name: options of the task's ``load``, such as ``image_size``,
-            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. What
-            is not given is as the model says, or as the data is.
+            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. Other
+            options are taken from the model or the data.
         device: For example ``"cpu"`` or ``"cuda"``.
-        accept_low_utility: Whether to go on where the model does not work on the data as read.
-        accept_findings: Whether to go on where a file of the model speaks strongly against it; see
+        accept_low_utility: Whether to continue if the model does not work on the data as read.
+        accept_findings: Whether to continue if the scan of the model's files has high-level
+            findings; see
             :func:`mmdefense.pipeline.vetting.open_vetted`.
-        also_read: Further files that ``reading`` was read from, such as class names.
+        also_read: Further files that values of ``reading`` come from, such as class names.
     """
 
     model: Any
@@ -96,31 +97,31 @@ class Source:
         """Return the model in its adapter, and the data as the task reads it.
 
         Raises:
-            BadInputError: If either cannot be read, they do not fit the task, or an option is none
-                of theirs.
+            BadInputError: If either cannot be read, they do not fit the task, or an option is
+                unknown.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
         device = usable_device(self.device)
         asked = None if self.task == AUTO else self.task
         if asked is not None:
-            registry.load("tasks", asked)  # a misspelt name is told before a model is loaded
+            registry.load("tasks", asked)  # fails on a misspelt name before a model is loaded
         model: Any = self.model
         if isinstance(model, str | Path):
             model = load_model(model, arch=self.arch, task=asked, weights=self.weights)
             model = model.to(device)
         kind = registry.adapter_for(model, asked) if isinstance(model, nn.Module) else type(model)
         task = registry.load("tasks", asked or _task_of(kind))()
-        mine, its = _told_apart(self.reading, task, kind)
+        of_task, of_adapter = _split_options(self.reading, task, kind)
         if isinstance(model, nn.Module):
-            adapter: TaskAdapter[Any] = kind(model, **its)
+            adapter: TaskAdapter[Any] = kind(model, **of_adapter)
         else:
-            _refuse(its, "an adapter that is given")
+            _refuse(of_adapter, "an adapter that is given")
             adapter = model
         if isinstance(self.data, str | Path):
             stated = adapter.reading() if not missing_members(adapter, ReadingAdapter) else {}  # type: ignore[attr-defined]
-            data = task.load(self.data, split=self.split, stated=stated, **mine)
+            data = task.load(self.data, split=self.split, stated=stated, **of_task)
         else:
-            _refuse(mine, "samples in memory")
+            _refuse(of_task, "samples in memory")
             data = self.data
         return Opened(task, adapter, data, finite=isinstance(self.model, str | Path))
 
@@ -129,7 +130,7 @@ def _task_of(kind: Any) -> str:
     """Return the name of an adapter's task.
 
     Raises:
-        BadInputError: If it does not say.
+        BadInputError: If the adapter does not state it.
     """
     named = traits(kind).task
     if named is None:
@@ -142,28 +143,28 @@ def _refuse(options: Mapping[str, Any], given: str) -> None:
         raise BadInputError(f"{name}={value} has no effect on {given}; leave it out")
 
 
-def _told_apart(
+def _split_options(
     given: Mapping[str, Any], task: Task, kind: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which options are for the task's ``load``, and which for the adapter.
+    """Return the options of the task's ``load``, and those of the adapter.
 
     Raises:
-        BadInputError: If one is for neither, or of the wrong kind.
+        BadInputError: If one belongs to neither, or is of the wrong kind.
     """
     reads, takes = (_options(call) for call in (task.load, kind.__init__))
-    known = takes | reads  # what both know is read from the data
+    known = takes | reads  # an option of both goes to the task
     for name, value in given.items():
         if name not in known:
             raise BadInputError(
                 f"{task.name} has no option {name!r}; known options are {', '.join(sorted(known))}"
             )
         checked_value(name, value, known[name], task.name)
-    mine = {name: value for name, value in given.items() if name in reads}
-    return mine, {name: value for name, value in given.items() if name not in reads}
+    of_task = {name: value for name, value in given.items() if name in reads}
+    return of_task, {name: value for name, value in given.items() if name not in reads}
 
 
 def _options(call: Any) -> dict[str, Any]:
-    """Return the types of the options of a function, by name, that a user can write down."""
+    """Return the types of a function's options that a user can write as text, by name."""
     hints = get_type_hints(call)
     names = [
         p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY
@@ -179,7 +180,7 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which the device "meta" does not hold
+        torch.zeros(1, device=device).item()  # which fails on the device "meta"
     except Exception as error:  # each backend raises its own kind
         raise BadInputError(f"device {name!r} is not usable here; try --device cpu") from error
     return device

@@ -1,4 +1,4 @@
-"""A look at a model's files before it is loaded; what speaks strongly against it is refused."""
+"""A scan of a model's files before it is loaded; high-level findings are refused."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOST = 3
 
 @dataclass(frozen=True)
 class Vetted:
-    """A model and its data, opened after a look at the model's files.
+    """A model and its data, opened after a scan of the model's files.
 
     Attributes:
-        opened: What was opened.
-        findings: Of the files; none where the model is in memory.
-        accepted: What speaks strongly against the files and was accepted; empty where nothing does.
+        opened: The model and its data.
+        findings: Findings in the files; none if the model is in memory.
+        accepted: The accepted high-level findings, as text; empty if there are none.
     """
 
     opened: Opened
@@ -33,41 +33,41 @@ class Vetted:
 
 
 def open_vetted(source: Source) -> Vetted:
-    """Return a model and its data, where no file of the model speaks strongly against it.
+    """Return a model and its data, unless a file of the model has high-level findings.
 
     Args:
         source: Where they are.
 
     Raises:
-        BadInputError: If a file does, and the source does not accept that; or as
-            :meth:`mmdefense.pipeline.sources.Source.open` does.
-        UnsupportedError: As :meth:`mmdefense.pipeline.sources.Source.open` does.
+        BadInputError: If there are such findings, and the source does not accept them; or see
+            :meth:`mmdefense.pipeline.sources.Source.open`.
+        UnsupportedError: See :meth:`mmdefense.pipeline.sources.Source.open`.
     """
     if not isinstance(source.model, str | Path):
         return Vetted(source.open())
-    findings = tuple(scan_files(_at_hand(source)))
-    # Every loader refuses a damaged header by itself, whatever is accepted.
+    findings = tuple(scan_files(_local_path(source)))
+    # Every loader refuses a damaged header anyway, whatever is accepted.
     strong = [found for found in findings if found.level == "high" and found.id != HEADER.id]
     if not strong:
         return Vetted(source.open(), findings)
-    said = "; ".join(printable(f"{f.subject}: {f.value} ({f.id})")[:200] for f in strong[:_MOST])
+    summary = "; ".join(printable(f"{f.subject}: {f.value} ({f.id})")[:200] for f in strong[:_MOST])
     if len(strong) > _MOST:
-        said += f"; and {len(strong) - _MOST} more"
+        summary += f"; and {len(strong) - _MOST} more"
     if not source.accept_findings:
         raise BadInputError(
             f"model {source.model} was refused and nothing in it executed: its files have findings "
-            f"of high level: {said}; look at them with mmdefense scan, and add --accept-findings "
-            "if you trust the model"
+            f"of high level: {summary}; look at them with mmdefense scan, and add "
+            "--accept-findings if you trust the model"
         )
-    note(f"findings of high level were accepted: {said}")
-    return Vetted(source.open(), findings, said)
+    note(f"findings of high level were accepted: {summary}")
+    return Vetted(source.open(), findings, summary)
 
 
-def _at_hand(source: Source) -> Path:
-    """Return where the files of a model are; of a hub id, those that loading it downloads."""
+def _local_path(source: Source) -> Path:
+    """Return where the files of a model are; for a hub id, those that loading it downloads."""
     given = Path(source.model)
     try:
         return given if given.exists() else local_folder(source.model)
     except BadInputError:
-        source.open()  # it says better what is missing
+        source.open()  # its error explains better what is missing
         raise

@@ -149,8 +149,8 @@ def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[lis
         for file in files:
             channel.begin(f"reading {_name(file, root)}", _size(file))
             for finding in _capped(_scan_file(file, root), _name(file, root)):
-                channel.tell(plain(finding))
-            channel.tell(None)
+                channel.send(plain(finding))
+            channel.send(None)
 
     def hear(message: Any) -> None:
         nonlocal done

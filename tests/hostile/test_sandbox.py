@@ -29,7 +29,7 @@ def test_what_is_returned_and_told_comes_back():
     heard = []
 
     def work(channel):
-        channel.tell({"part": [1, None, "\udc80"]})
+        channel.send({"part": [1, None, "\udc80"]})
         return inside(), os.getpid()
 
     within, process = done(work, heard.append)
@@ -126,7 +126,7 @@ def test_no_child_is_left(monkeypatch):
     heard = []
 
     def work(channel):
-        channel.tell(os.getpid())
+        channel.send(os.getpid())
         threading.Event().wait()
 
     with pytest.raises(BeyondBoundsError):
