@@ -16,7 +16,7 @@ __all__ = ["MAGIC", "read_header"]
 
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1 << 20
-"""Bytes of a header that is read; NumPy's own limit is lower. Our choice."""
+"""Most bytes of a header to read; NumPy's own limit is lower. Our choice."""
 
 
 def read_header(file: IO[bytes]) -> tuple[bool, int]:
@@ -35,7 +35,7 @@ def read_header(file: IO[bytes]) -> tuple[bool, int]:
     code = "<H" if head[6:7] == b"\x01" else "<I"
     length = file.read(struct.calcsize(code))
     if len(head) < 8 or len(length) < struct.calcsize(code) or not 1 <= head[6] <= 3:
-        raise ValueError("its header is of no known form")
+        raise ValueError("its header has no known format")
     (size,) = struct.unpack(code, length)
     if size > MAX_HEADER:
         raise ValueError(f"its header claims {size} bytes")
@@ -49,5 +49,5 @@ def _holds_objects(header: str) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return np.lib.format.descr_to_dtype(ast.literal_eval(text)["descr"]).hasobject
-    except Exception as error:  # NumPy fails in many ways on what it did not write
+    except Exception as error:  # NumPy fails in many ways on headers that it did not write
         raise ValueError(f"its header cannot be read: {one_line(error)}") from error

@@ -12,7 +12,7 @@ A part that the model's adapter does not support is reported as not run.
 
 References:
     [NC] Wang et al. *Neural Cleanse*. IEEE S&P 2019. Implemented: a search for every trigger
-    (:mod:`mmdefense.kernels.inversion`), and the anomaly index over the answers
+    (:mod:`mmdefense.kernels.inversion`), and the anomaly index over the targets
     (:mod:`mmdefense.kernels.outliers`).
     [TSBD] Lin et al. NeurIPS 2024. arXiv:2405.20291, for the activeness, a unit's gradient norm
     during unlearning. The paper compares with a clean model; here there is none.
@@ -123,7 +123,7 @@ NOT_LOOKED = Rule(
     blind_spot="everything it would have shown.",
 )
 
-UNASKED, UNTRIGGERED = 0.5, 64
+COLLAPSED, UNTRIGGERED = 0.5, 64
 """Share of samples that are predicted as the target without a trigger, above which a trigger is not
 to blame (a collapsed model predicts one class for everything), and the number of samples used. Our
 choice."""
@@ -155,22 +155,22 @@ def scan_behaviour(
         adapter: The model.
         samples: Clean samples, as the adapter reads them; at most 512 are used.
         search: How triggers are searched for.
-        seed: Makes the findings reproducible.
+        seed: Random seed; the same seed gives the same findings.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
     """
     run = Run(seed) if progress is None else Run(seed, progress)
-    part = few(samples, SAMPLES)
-    looks: list[tuple[str, type, Callable[[], Iterator[Finding]]]] = [
-        ("triggers", TriggerAdapter, lambda: _triggers(cast("Any", adapter), part, search, run)),
-        ("activeness", TaskAdapter, lambda: _activeness(adapter, part, run)),
-        ("smoothness", TaskAdapter, lambda: _smoothness(adapter, part, seed)),
+    some = few(samples, SAMPLES)
+    parts: list[tuple[str, type, Callable[[], Iterator[Finding]]]] = [
+        ("triggers", TriggerAdapter, lambda: _triggers(cast("Any", adapter), some, search, run)),
+        ("activeness", TaskAdapter, lambda: _activeness(adapter, some, run)),
+        ("smoothness", TaskAdapter, lambda: _smoothness(adapter, some, seed)),
     ]
     found: list[Finding] = []
-    for name, needs, look in looks:
+    for name, needs, scan in parts:
         try:
             if missing := missing_members(adapter, needs):
                 raise UnsupportedError(f"{type(adapter).__name__} has no {', '.join(missing)}")
-            found += look()
+            found += scan()
         except MMDefenseError as error:
             # The other two only give numbers; a search that could not run matters more.
             level: Level = "low" if name == "triggers" else "info"
@@ -219,7 +219,9 @@ def _triggers(
     search = replace(search, batch_size=side)
     for found in recover(adapter, samples, search, run, stage="triggers", targets=chosen):
         every = cheapest_triggers(found, total)
-        works = [a for a in every if a.works and _unasked(adapter, samples, a.target) <= UNASKED]
+        works = [
+            a for a in every if a.works and _untriggered(adapter, samples, a.target) <= COLLAPSED
+        ]
         outliers = [trigger for trigger in works if trigger.is_outlier and found.family.diagnostic]
         best = min(works, key=lambda trigger: 1 - trigger.success + trigger.size, default=None)
         reference = _reference(every, total)
@@ -238,20 +240,20 @@ def _triggers(
 
 
 @torch.no_grad()
-def _unasked(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -> float:
+def _untriggered(adapter: TriggerAdapter[Any], samples: Samples[Any], target: int) -> float:
     """Return the share of non-target samples that are predicted as the target without a trigger."""
     count = min(UNTRIGGERED, len(samples))
     batch = few(samples, count).take(torch.arange(count))
     device = next(adapter.model.parameters()).device
     targets = torch.full((count,), target, device=device)
 
-    def given_in(row: slice) -> Tensor:
+    def predicted_in(row: slice) -> Tensor:
         return adapter.target_log_probability(batch.rows(row), targets[row]).exp() > 0.5
 
     with mode(adapter.model, train=False):
-        given = torch.cat(each_fitted(given_in, count, "scoring", adapter.model))
+        predicted = torch.cat(each_fitted(predicted_in, count, "scoring", adapter.model))
     counts = adapter.not_target(batch, targets)
-    return float((given & counts).sum() / counts.sum().clamp(min=1))
+    return float((predicted & counts).sum() / counts.sum().clamp(min=1))
 
 
 def _place(found: Recovered, trigger: TargetTrigger, names: tuple[str, ...]) -> str:

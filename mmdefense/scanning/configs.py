@@ -1,6 +1,6 @@
-"""Check what JSON, YAML and TOML files of a model ask for: their own code, objects, other files.
+"""Check what JSON, YAML and TOML files of a model request: their own code, objects, other files.
 
-Nothing is built from them: they are parsed to plain values, which are checked.
+Nothing is built from them: they are parsed to plain values, and these are checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHARD = Rule(
 UNREADABLE = Rule(
     id="config-unreadable",
     level="medium",
-    measured="whether the file parses as what its name says",
+    measured="whether the file parses as the type that its name says",
     reference="JSON, YAML or TOML",
     meaning="It is damaged, or written for a more lenient reader.",
     blind_spot="its content.",
@@ -85,8 +85,8 @@ BUILDS = Rule(
 _RULES = {"loader": LOADER, "size": SIZE, "form": FORM}
 MAX_JSON, MAX_VALUES = 40 << 20, 4_000_000
 MAX_TOML = 1 << 20
-"""Most bytes and values (counted by separators) of a file that is parsed; the largest tokenizers
-have 33 million bytes and 3 million values. Our choice."""
+"""Most bytes and values (counted by separators) of a file to parse; the largest tokenizers have
+33 million bytes and 3 million values. Our choice."""
 _MOST, _MOST_NAMES = 20, 1000
 _TARGETS = {"_target_", "class_path", "py/object", "py/function", "py/type", "py/reduce", "py/repr"}
 _ASKED = _TARGETS | CODE_KEYS
@@ -102,11 +102,11 @@ def parse_config(data: bytes, suffix: str) -> Any:
 
     Args:
         data: Its bytes.
-        suffix: What it is, by the suffix of its name.
+        suffix: The suffix of its name, which says its type.
 
     Raises:
         BadInputError: If it is not valid.
-        OverflowError: If it is larger than what is parsed.
+        OverflowError: If it is too large to parse.
     """
     if suffix in {".yaml", ".yml"}:
         return parse_yaml(data)
@@ -129,12 +129,12 @@ def scan_values(content: Any, subject: str, folder: Path | None = None) -> Itera
     Args:
         content: Plain values; see :func:`parse_config`.
         subject: Where they were found.
-        folder: In which the file lies, to see whether code that it asks for lies there too.
+        folder: Folder of the file, to see whether the code that it requests is in it.
     """
     name = subject.split("!")[-1].rpartition("/")[2]
     found = 0
     for where, key, value in _walk(content):
-        for finding in _of_value(key, value, where, subject, folder):
+        for finding in _scan_value(key, value, where, subject, folder):
             found += 1
             if found <= _MOST:
                 yield finding
@@ -147,7 +147,7 @@ def scan_values(content: Any, subject: str, folder: Path | None = None) -> Itera
 
 
 def _walk(content: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Yield each value with the chain of names above it and the last name of them, once each."""
+    """Yield each value once, with the chain of names above it and the last of these."""
     waiting: list[tuple[Any, Any]] = [(content, None)]
     seen: set[int] = set()
     while waiting:
@@ -184,7 +184,7 @@ def _is_template(where: Any) -> bool:
     return False
 
 
-def _of_value(
+def _scan_value(
     key: str, value: Any, where: Any, subject: str, folder: Path | None
 ) -> Iterator[Finding]:
     if isinstance(value, Tagged):
@@ -195,7 +195,7 @@ def _of_value(
             yield from scan_template(value, subject, is_template=is_template)
     if key in CODE_KEYS and value:
         shown = f"{_dotted(where)} = {_text(value):.300}"
-        level = _how_far(value, folder)
+        level = _code_level(value, folder)
         yield REMOTE_CODE.found(subject, f"asks to run its own code: {shown}", level=level)
     elif key in _TARGETS and value:
         yield from _target(f"{key}: ", value, subject)
@@ -207,7 +207,7 @@ def _is_own(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("sentence_transformers.")
 
 
-def _how_far(value: Any, folder: Path | None) -> Level:
+def _code_level(value: Any, folder: Path | None) -> Level:
     """Return "high" if the code comes from another repository, or is not in the folder."""
     waiting = [value]
     for _ in range(_MOST_NAMES):
@@ -216,12 +216,12 @@ def _how_far(value: Any, folder: Path | None) -> Level:
         held = waiting.pop()
         if isinstance(held, (dict, list)):
             waiting += held.values() if isinstance(held, dict) else held
-        elif isinstance(held, str) and "." in held and not _lies_here(held, folder):
+        elif isinstance(held, str) and "." in held and not _is_in_folder(held, folder):
             return "high"
     return "high"
 
 
-def _lies_here(name: str, folder: Path | None) -> bool:
+def _is_in_folder(name: str, folder: Path | None) -> bool:
     module = name.rpartition(".")[0]
     if "--" in name or folder is None:
         return "--" not in name
@@ -245,7 +245,7 @@ def _target(shown: str, value: Any, subject: str) -> Iterator[Finding]:
 
 
 def _parts(content: Mapping[str, Any], subject: str) -> Iterator[Finding]:
-    """Yield each part of a Diffusers pipeline whose library and class are not a real part."""
+    """Yield each part of a Diffusers pipeline whose library and class name a dangerous callable."""
     for name, part in content.items():
         is_named = isinstance(part, list) and len(part) == 2
         if is_named and all(isinstance(one, str) for one in part) and is_dangerous(*part):

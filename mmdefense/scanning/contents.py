@@ -115,7 +115,7 @@ _NUMBERS = ".bin"
 """The suffix that pickles share with files of raw numbers."""
 _PACKINGS = re.compile(r"(\.(gz|bz2|xz|lzma|zst|lz4|z))+$")
 _OF_TORCH_TAR = {"storages", "tensors", "pickle"}
-"""What the first format of PyTorch called its pickles, in a tar."""
+"""Names of the pickles in PyTorch's first format, a tar."""
 
 _OPAQUE: Mapping[bytes, tuple[str, bool]] = {
     b"GGUF": ("GGUF", False),
@@ -125,13 +125,13 @@ _OPAQUE: Mapping[bytes, tuple[str, bool]] = {
     b"\x28\xb5\x2f\xfd": ("a zstd stream", True),
     b"\x04\x22\x4d\x18": ("an lz4 stream", True),
 }
-# Behind these suffixes a pickle is still looked for.
+# Files with these suffixes are still scanned for pickles.
 _OPAQUE_SUFFIXES = {
     *(".onnx", ".tflite", ".pb", ".mlmodel", ".engine", ".plan", ".msgpack", ".ot", ".keras"),
     *(".h5", ".hdf5", ".gguf", ".ggml", ".mlpackage", ".pdmodel", ".rknn", ".pt2"),
 }
 _OF_CODE = {".keras", ".h5", ".hdf5", ".pb"}
-"""Of those, the ones whose code a loader runs."""
+"""Those of them with code that a loader runs."""
 _PROGRAMS = (b"\x7fELF", b"MZ\x90", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe", b"#!/")
 _ZIP, _COMPRESSED = b"PK\x03\x04", (b"\x1f\x8b", b"\xfd7zXZ\x00")
 _HEAD = 1 << 16
@@ -144,12 +144,12 @@ def scan_content(
 ) -> Iterator[Finding]:
     """Yield the findings on the bytes of a file, whatever its name.
 
-    Loaders differ in what they take a file for, so it is scanned as everything it can be.
+    Loaders disagree about types, so a file is scanned as every type that it could be.
 
     Args:
-        file: A binary file that can be searched.
+        file: A seekable binary file.
         subject: Its name in the findings.
-        name: Its own name, where it lies in another.
+        name: Its own name, if it is inside another file.
         depth: Number of archives around it.
     """
     if depth > MAX_DEPTH:
@@ -173,10 +173,10 @@ def scan_content(
         yield from _scan_array(file, subject, depth)
     elif _is_tar(head):
         yield from _scan_tar(file, subject, depth)
-    if not head.startswith(_ZIP):  # which would be a persistent id: no loader at hand has any then
+    if not head.startswith(_ZIP):  # as a pickle, a persistent id that no loader resolves
         is_other = bool(opener) or head.startswith(MAGIC) or _is_tar(head)
         yield from _scan_as_pickle(file, subject, name or subject, is_other, depth)
-    if depth > 0:  # of a file outside, its caller knows the folder
+    if depth > 0:  # else the caller does it, who knows the folder
         yield from scan_text(file, subject, (name or subject).rpartition("/")[2])
 
 
@@ -259,7 +259,7 @@ def _is_torchscript(names: list[str]) -> bool:
 
 
 def _of_torchscript(found: Finding) -> bool:
-    """Whether a finding is what every TorchScript archive holds: its own classes and line maps."""
+    """Return whether every TorchScript archive has this finding: for its classes and line maps."""
     if found.id in {IMPORT.id, PLAIN.id}:
         return all(_SCRIPTED.fullmatch(name) for name in str(found.value).split(", "))
     if found.id == CODE.id:
@@ -274,7 +274,7 @@ def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[
     try:
         with archive.open(entry) as stream:
             head = stream.read(_HEAD)
-            if not is_text(entry.filename) and not _wants_look(head, suffix, entry.file_size):
+            if not is_text(entry.filename) and not _needs_scan(head, suffix, entry.file_size):
                 return
             with copied(stream, head) as copy:
                 if copy.damage:
@@ -288,8 +288,8 @@ def _scan_entry(archive: Any, entry: Any, subject: str, depth: int) -> Iterator[
         yield _unread(subject, entry.filename, one_line(error))
 
 
-def _wants_look(head: bytes, suffix: str, size: int) -> bool:
-    """Whether an entry may be more than raw numbers; those are large, and are not copied."""
+def _needs_scan(head: bytes, suffix: str, size: int) -> bool:
+    """Return whether an entry may be more than raw numbers, which are large and not copied."""
     if head.startswith(MAGIC):
         try:
             return read_header(io.BytesIO(head))[0]

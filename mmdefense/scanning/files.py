@@ -79,7 +79,7 @@ MORE = Rule(
 )
 
 MOST = 100
-"""Findings per level that are listed for one file. Our choice."""
+"""Most findings per level to list for one file. Our choice."""
 _ATTEMPTS = 3
 """Files that may kill their reader before the remaining ones are skipped. Our choice."""
 _HEAD = 1 << 16
@@ -89,14 +89,14 @@ def scan_files(path: str | Path) -> list[Finding]:
     """Return the findings on a model's files; none of them is run or unpacked to disk.
 
     They are read in a child process; see :mod:`mmdefense.sandbox`. A file that kills it is a
-    finding, and the others are read in another child. Those of the base of an adapter are called
+    finding, and the others are read in another child. Files of an adapter's base model are called
     ``base/...``.
 
     Args:
         path: A folder, or a single file.
 
     Raises:
-        BadInputError: If there is neither.
+        BadInputError: If there is none at ``path``.
     """
     root = Path(path)
     if not root.exists():
@@ -111,11 +111,11 @@ def scan_files(path: str | Path) -> list[Finding]:
 
 
 def _base(root: Path) -> Path | None:
-    """Return the folder of the base of an adapter; none where the model is no adapter.
+    """Return the folder of an adapter's base model; None if the model is not an adapter.
 
     Raises:
-        BadInputError: If it is not here.
-        UnsupportedError: If it is an adapter itself.
+        BadInputError: If the base is not here.
+        UnsupportedError: If the base is an adapter itself.
     """
     return base_folder(root) if (root / "adapter_config.json").is_file() else None
 
@@ -123,7 +123,7 @@ def _base(root: Path) -> Path | None:
 def _scan_folder(root: Path) -> list[Finding]:
     files, found = all_files(root), list[Finding]()
     for _ in range(_ATTEMPTS):
-        files, ended = _look_into(files, root, found)
+        files, ended = _scan_in_child(files, root, found)
         if not files:
             break
         level = unread_level(files[0].name)
@@ -138,21 +138,21 @@ def _scan_folder(root: Path) -> list[Finding]:
     return found
 
 
-def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[list[Path], str]:
+def _scan_in_child(files: list[Path], root: Path, found: list[Finding]) -> tuple[list[Path], str]:
     """Scan files in a child process; add to ``found``.
 
-    Returns: The files that are left, the first of which ended the reader, and how it did.
+    Returns: The remaining files, the first of which ended the reader, and how it did.
     """
     done = 0
 
-    def look(channel: Channel) -> None:
+    def scan(channel: Channel) -> None:
         for file in files:
             channel.begin(f"reading {_name(file, root)}", _size(file))
             for finding in _capped(_scan_file(file, root), _name(file, root)):
                 channel.send(plain(finding))
             channel.send(None)
 
-    def hear(message: Any) -> None:
+    def receive(message: Any) -> None:
         nonlocal done
         if message is None:
             done += 1
@@ -160,7 +160,7 @@ def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[lis
             found.append(Finding(**message))
 
     try:
-        in_child(look, hear, what=f"reading {root.name}", size=0)
+        in_child(scan, receive, what=f"reading {root.name}", size=0)
     except BeyondBoundsError as error:
         return files[done:], str(error)
     return [], ""
@@ -169,7 +169,7 @@ def _look_into(files: list[Path], root: Path, found: list[Finding]) -> tuple[lis
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return 0
 
 
@@ -197,7 +197,7 @@ def _scan_file(file: Path, root: Path) -> Iterator[Finding]:
     subject = _name(file, root)
     if _leaves(file, root):
         yield LINK.found(subject, link_faults(file, root)[0].text)
-    elif file.is_dir():  # a link to a folder within, which is walked itself
+    elif file.is_dir():  # a link to a folder inside, whose files are listed anyway
         return
     elif not file.exists() or not stat.S_ISREG(file.stat().st_mode):
         yield SPECIAL.found(subject, "not a regular file")

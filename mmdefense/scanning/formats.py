@@ -30,7 +30,7 @@ _STYLES: Mapping[Level, str] = {
 def to_text(record: ScanRecord) -> str:
     """Return the verdict and a table of the findings."""
     console = Console()
-    if not console.is_terminal:  # a log has no edge to wrap at
+    if not console.is_terminal:  # a log has no width to wrap at
         console = Console(width=120)
     with console.capture() as captured:
         if record.findings:
@@ -62,12 +62,12 @@ def to_json(record: ScanRecord) -> str:
         {**plain(found), "fingerprint": fingerprint(found, record.files)}
         for found in record.findings
     ]
-    told = {**plain(record), "findings": findings, "verdict": plain(record.verdict)}
-    return json.dumps(told, indent=2)
+    content = {**plain(record), "findings": findings, "verdict": plain(record.verdict)}
+    return json.dumps(content, indent=2)
 
 
 def to_html(record: ScanRecord) -> str:
-    """Return one self-contained page, of the form of a purification's."""
+    """Return one self-contained page, like that of a purification."""
     return scan_page(record)
 
 

@@ -2,7 +2,7 @@
 
 References:
     The format's description in the documentation of ggml-org/ggml (GGUF, versions 2 and 3): a
-    magic, a version, two counts, and pairs of a name and a typed value.
+    magic number, a version, two counts, and pairs of a name and a typed value.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ __all__ = ["MAGIC", "gguf_texts"]
 
 MAGIC = b"GGUF"
 _MOST_PAIRS, _MOST_ITEMS, _MOST_TEXT, _MOST_NAME = 100_000, 4_000_000, 1 << 26, 1 << 16
-"""Pairs, items of all arrays, bytes of a text and of a name. Our choice."""
+"""Limits on pairs, items of all arrays, bytes of a text and of a name. Our choice."""
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 
 
 def gguf_texts(file: IO[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield the name and the value of each text in a header; arrays are passed over.
+    """Yield the name and the value of each text in a header; arrays are skipped.
 
     Args:
-        file: A binary file that can be searched, at its start.
+        file: A seekable binary file, at its start.
 
     Raises:
-        BadInputError: If the header is damaged, or larger than any that is known.
+        BadInputError: If the header is damaged, or larger than any known one.
     """
-    order, pairs = _start(file)
+    order, pairs = _read_start(file)
     items = 0
     for _ in range(pairs):
         name = _text(file, order, _MOST_NAME)
@@ -39,27 +39,27 @@ def gguf_texts(file: IO[bytes]) -> Iterator[tuple[str, str]]:
         if kind == _TEXT:
             yield name, _text(file, order, _MOST_TEXT)
         elif kind == _ARRAY:
-            items += _pass_over(file, order, _MOST_ITEMS - items)
+            items += _skip_array(file, order, _MOST_ITEMS - items)
         else:
             _read(file, _size(kind))
 
 
-def _start(file: IO[bytes]) -> tuple[str, int]:
-    """Return the order of bytes, and how many pairs there are."""
+def _read_start(file: IO[bytes]) -> tuple[str, int]:
+    """Return the byte order and the number of pairs."""
     if _read(file, 4) != MAGIC:
         raise BadInputError("it does not start like GGUF")
     raw = _read(file, 4)
     order = next((o for o in "<>" if struct.unpack(f"{o}I", raw)[0] in {2, 3}), None)
     if order is None:
         raise BadInputError(f"its version {int.from_bytes(raw, 'little')} is neither 2 nor 3")
-    _number(file, order, "Q")  # tensors, which are not looked at
+    _number(file, order, "Q")  # number of tensors, which are not read
     pairs = _number(file, order, "Q")
     if pairs > _MOST_PAIRS:
         raise BadInputError(f"its header claims {pairs} pairs, more than {_MOST_PAIRS}")
     return order, pairs
 
 
-def _pass_over(file: IO[bytes], order: str, most: int) -> int:
+def _skip_array(file: IO[bytes], order: str, most: int) -> int:
     """Read an array and return how many items it had."""
     kind, count = _number(file, order, "I"), _number(file, order, "Q")
     if count > most:

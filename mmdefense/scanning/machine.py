@@ -1,13 +1,13 @@
 """Trace a pickle's opcodes as unpicklers do, without making, importing or calling anything.
 
 Arguments are read as the C unpickler reads them, not as pickletools does: whatever number or text
-stands there, the stream goes on behind it. So this machine reads on wherever some unpickler does,
-and where none would it stops. The stack holds names, texts, numbers, tuples and what calls would
-make of them, so that it is known which name is called, built or only held.
+is there, the stream continues after it. So this machine reads on wherever some unpickler would, and
+stops where none would. The stack holds names, texts, numbers, tuples and stand-ins for the results
+of calls, so that it is known which name is called, built or only looked up.
 
 References:
-    ``Modules/_pickle.c`` and ``Lib/pickle.py`` of CPython, which differ: the one ignores frames,
-    the other, which joblib and dill build on, takes an unfinished last line for a whole one.
+    ``Modules/_pickle.c`` and ``Lib/pickle.py`` of CPython, which differ: the former ignores frames;
+    the latter, on which joblib and dill build, accepts an unfinished last line.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mmdefense.scanning.reader import MAX_CONSTANT, CutError, Reader
 __all__ = ["DATA", "MAX_STEPS", "UNKNOWN", "Followed", "Machine", "Name", "Reference", "Use"]
 
 Use = Literal["held", "built", "called"]
-"""What becomes of a name: it is only looked up, instances are made without constructor, or it is
+"""How a name is used: it is only looked up, instances are made without its constructor, or it is
 called."""
 
 MAX_STEPS = 10_000_000
-"""Opcodes of a file that are followed. Our choice."""
+"""Most opcodes of a file to follow. Our choice."""
 _FORKED = 64
 _MAX_PLAIN = 24
 """Characters of a text that is too short to hold a pickle as base64."""
@@ -59,7 +59,7 @@ class Made:
     Attributes:
         by: What was called.
         given: Its arguments.
-        state: What was built into it later.
+        state: The state that was set later.
     """
 
     by: Any
@@ -69,7 +69,7 @@ class Made:
 
 @dataclass(eq=False)
 class Reference:
-    """What a persistent id stands for, which only the loader knows."""
+    """The object behind a persistent id, which only the loader knows."""
 
     key: Any
 
@@ -81,15 +81,15 @@ class Followed:
     Attributes:
         uses: The strongest use of each name.
         hidden: Lookups and calls whose name cannot be determined.
-        changed: What gets other attributes, though it is no object that the pickle makes.
+        changed: Objects whose attributes are set although the pickle did not create them.
         calls: Whether anything is called or built.
-        constants: Strings and bytes that could hold a further pickle.
-        loaded: Bytes that PyTorch would load as a file of their own.
-        value: What the whole pickle makes; nothing where it is not read to its end.
+        constants: Strings and bytes that could hold another pickle.
+        loaded: Bytes that PyTorch would load as a separate file.
+        value: The object that the pickle makes; None if it cannot be read to its end.
         first: Its first opcode.
-        steps: Opcodes that were followed.
-        error: Why it could not be read to its end, or is not read alike by all; empty otherwise.
-        cut: Whether the bytes at hand ended before it did.
+        steps: Number of opcodes that were followed.
+        error: Why it cannot be read to its end, or why unpicklers read it differently; or empty.
+        cut: Whether the available bytes ended before the pickle.
         exhausted: Whether it was too long.
         crossed: Whether an item reaches past its frame, so that unpicklers read different names.
         end: Where it ends in the file.
@@ -111,13 +111,13 @@ class Followed:
     end: int = 0
 
     def use(self, name: Name, how: Use) -> None:
-        """Note a use of a name."""
+        """Record a use of a name."""
         order = ("held", "built", "called")
         before = self.uses.get(name, "held")
         self.uses[name] = max(how, before, key=order.index)
 
     def take(self, other: Followed) -> None:
-        """Note all that another pickle does as well."""
+        """Add all that another pickle does."""
         for name, how in other.uses.items():
             self.use(name, how)
         self.hidden += other.hidden
@@ -193,38 +193,38 @@ class Machine:
             self.reader.frame_end = None
 
     def note(self, error: str) -> None:
-        """Note that not all unpicklers read it alike."""
+        """Record that unpicklers read it differently."""
         self.followed.error = self.followed.error or error
 
     def floor(self) -> int:
-        """Return the part of the stack that a mark protects."""
+        """Return the height of the stack that a mark protects."""
         return self.marks[-1] if self.marks else 0
 
     def top(self) -> Any:
-        """Return what lies on top.
+        """Return the top of the stack.
 
         Raises:
-            ValueError: If nothing does.
+            ValueError: If it is empty.
         """
         if len(self.stack) <= self.floor():
             raise ValueError(f"byte {self.reader.at - 1} pops from an empty stack")
         return self.stack[-1]
 
     def pop(self) -> Any:
-        """Take what lies on top, to hand it on.
+        """Pop the top of the stack, to pass it on.
 
         Raises:
-            ValueError: If nothing does.
+            ValueError: If it is empty.
         """
         value = self.pop_function()
         self._check_direct(value)
         return value
 
     def pop_function(self) -> Any:
-        """Take what lies on top, to call it.
+        """Pop the top of the stack, to call it.
 
         Raises:
-            ValueError: If nothing does.
+            ValueError: If it is empty.
         """
         value = self.top()
         self.stack.pop()
@@ -235,7 +235,7 @@ class Machine:
             self.followed.hidden.append(f"a call of {value.full} by whatever receives it")
 
     def pop_mark(self) -> list[Any]:
-        """Take all that lies above the last mark.
+        """Pop everything above the last mark.
 
         Raises:
             ValueError: If there is no mark.
@@ -256,13 +256,13 @@ class Machine:
             self.followed.constants.append(value[:MAX_CONSTANT])
 
     def look_up(self, module: Any, name: Any) -> None:
-        """Push what a name stands for.
+        """Push the object of a name.
 
         Raises:
-            ValueError: If it is no text.
+            ValueError: If the name is not a string.
         """
         if isinstance(module, str) and isinstance(name, str):
-            if self.protocol < 3:  # such pickles may bear the names of Python 2
+            if self.protocol < 3:  # such pickles may use the names of Python 2
                 module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
                 module = _compat_pickle.IMPORT_MAPPING.get(module, module)
             found = Name(module, name)
@@ -275,14 +275,14 @@ class Machine:
             raise ValueError("a name that is not a string")
 
     def call(self, function: Any, given: Any, how: Use = "called") -> None:
-        """Push what a call, or the building of an instance, makes."""
+        """Push the result of a call, or of building an instance."""
         self.followed.calls = True
-        if not (isinstance(function, Name) and self._pass_on(function, given)):
+        if not (isinstance(function, Name) and self._is_indirect(function, given)):
             self._use(function, how)
         self.stack.append(_result(function, given))
 
-    def _pass_on(self, function: Name, given: Any) -> bool:
-        """Whether a call is that of a function that is as harmless as what it is given."""
+    def _is_indirect(self, function: Name, given: Any) -> bool:
+        """Record what a function calls; return whether the call itself needs no record."""
         full, first = function.full, given[0] if isinstance(given, tuple) and given else None
         if full in {"copyreg._reconstructor", "copyreg.__newobj__"}:
             self._use(first, "built")
@@ -303,7 +303,7 @@ class Machine:
         return False
 
     def _use(self, what: Any, how: Use, depth: int = 0) -> None:
-        """Note that something is called or built."""
+        """Record that something is called or built."""
         match what:
             case Name():
                 self.followed.use(what, how)
@@ -319,7 +319,7 @@ class Machine:
                 self.followed.hidden.append("a call of something that is not a name")
 
     def build(self, state: Any) -> None:
-        """Give the object on top its attributes."""
+        """Set the attributes of the object on top."""
         self.followed.calls = True
         target = self.top()
         if isinstance(target, Made):
@@ -331,7 +331,7 @@ class Machine:
             self.followed.changed.append(named)
 
     def _read_array(self, state: Any) -> None:
-        """Pass by the array that joblib keeps behind this opcode, and follow what else reads it."""
+        """Skip the array that joblib stores here, but follow it as other unpicklers would."""
         reader, place = self.reader, self.reader.at
         if reader.frame_end is not None and place < reader.frame_end:
             self.note("an array inside a frame")
@@ -352,11 +352,11 @@ class Machine:
             reader.jump(reader.at + size)
 
     def _read_as_opcodes(self, place: int, *, are_opcodes: bool) -> None:
-        """Follow what other unpicklers than joblib's would run where it keeps an array.
+        """Follow what unpicklers other than joblib's would run where it stores an array.
 
         Args:
-            place: Where they go on.
-            are_opcodes: Whether joblib unpickles what stands there as well, on a stack of its own.
+            place: Where they continue.
+            are_opcodes: Whether joblib unpickles these bytes as well, on its own stack.
         """
         fork = Machine(
             Reader(self.reader.file, place, self.reader.size),
@@ -386,17 +386,17 @@ def _looks_pickled(value: str | bytes) -> bool:
 
 _WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _OF_TYPES = {"numpy.dtype", "_codecs.encode"}
-_GIVING_BACK = {
+_RETURNED_ARGUMENTS = {
     "torch.jit._pickle.restore_type_tag": 0,
     "numpy.core.multiarray.scalar": 1,
     "numpy._core.multiarray.scalar": 1,
 }
-"""Functions that give back an argument, and which: the one of NumPy if it is no bytes."""
+"""Functions that return an argument, and its position; NumPy's does so unless it is bytes."""
 
 
 def _result(function: Any, given: Any) -> Any:
-    """Return what a call makes; some functions give back what they are given."""
-    place = _GIVING_BACK.get(function.full) if isinstance(function, Name) else None
+    """Return the result of a call; some functions return one of their arguments."""
+    place = _RETURNED_ARGUMENTS.get(function.full) if isinstance(function, Name) else None
     if place is not None and isinstance(given, tuple) and len(given) > place:
         back = given[place]
         return back if isinstance(back, Name | Made) else Made(function, given)
@@ -404,7 +404,7 @@ def _result(function: Any, given: Any) -> Any:
 
 
 def _is_wrapper(target: Made) -> bool:
-    """Whether an object is joblib's wrapper of an array, by whichever way it is built."""
+    """Return whether an object is joblib's wrapper of an array, however it is built."""
     named = (target.by, _first_of(target.given))
     return any(isinstance(one, Name) and one.full == _WRAPPER for one in named)
 
@@ -414,7 +414,7 @@ def _first_of(values: Any) -> Any:
 
 
 def _is_plain_member(full: str, given: Any) -> bool:
-    """Whether a member of an enumeration is got by its name, or a type of ``typing`` is spelled."""
+    """Return whether a call gets an enumeration member by name or subscripts a typing type."""
     match given:
         case (Name() as owner, str(key)) if full == "builtins.getattr":
             return owner.full in ENUMS and key.isidentifier() and key.isupper()
@@ -424,9 +424,9 @@ def _is_plain_member(full: str, given: Any) -> bool:
 
 
 def _array_size(state: Any, reader: Reader) -> int | None:
-    """Return the bytes of the array that joblib's wrapper describes; none where it is a pickle.
+    """Return the bytes of the array that joblib's wrapper describes; None if it is a pickle.
 
-    The padding before it is passed by.
+    The padding before it is skipped.
 
     Raises:
         ValueError: If they cannot be determined.
@@ -455,7 +455,7 @@ def _array_size(state: Any, reader: Reader) -> int | None:
 
 
 def _keeps_size(state: Any, size: int) -> bool:
-    """Whether the state of a type of NumPy's leaves the size of an item as it is."""
+    """Return whether the state of a NumPy dtype keeps the size of an item."""
     if state is None:
         return True
     given = state[5] if isinstance(state, tuple) and len(state) > 5 else None
@@ -463,7 +463,7 @@ def _keeps_size(state: Any, size: int) -> bool:
 
 
 def _holds_objects(kind: Made) -> bool:
-    """Whether a type of NumPy's, as it is pickled, is or has a field of objects."""
+    """Return whether a pickled NumPy dtype is, or has a field of, objects."""
     left: list[Any] = [kind]
     seen: set[int] = set()
     while left:

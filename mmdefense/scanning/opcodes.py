@@ -20,10 +20,10 @@ def follow(
     """Follow the pickle at ``start`` of a file, to its STOP or to where every unpickler breaks.
 
     Args:
-        file: A binary file that can be searched.
+        file: A seekable binary file.
         start: Where the pickle starts.
-        size: Of the whole, where ``file`` is only its beginning.
-        steps: Opcodes that are followed at most.
+        size: Size of the whole, if ``file`` is only its beginning.
+        steps: Most opcodes to follow.
     """
     return Machine(Reader(file, start, size), _HANDLERS, steps).run()
 
@@ -34,11 +34,11 @@ _Handler = Callable[[Machine], None]
 
 
 def _opcode(*codes: bytes) -> Callable[[_Handler], _Handler]:
-    def note(handler: _Handler) -> _Handler:
+    def register(handler: _Handler) -> _Handler:
         _HANDLERS.update(dict.fromkeys((code[0] for code in codes), handler))
         return handler
 
-    return note
+    return register
 
 
 @_opcode(b".")
@@ -162,7 +162,7 @@ def _integer(machine: Machine) -> None:
 
 
 def _whole(text: bytes, base: int) -> Any:
-    """Return a number, or some value where it is written in another way than Python's."""
+    """Return an integer, or some value if it is not written as in Python."""
     try:
         return int(text[:64], base) if len(text) <= 64 else DATA
     except ValueError:

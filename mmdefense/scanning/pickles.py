@@ -1,8 +1,8 @@
 """Report what a pickle would look up, build and call, without doing any of it.
 
-Levels follow one rule: a name that is not known to be harmless in the way that it is used is
-``high``; see :mod:`mmdefense.checkpoints.names` for what is known. What cannot be read to its end
-is at least ``medium``, and ``high`` where a loader would unpickle it.
+Levels follow one rule: a name that is not known to be harmless in this use is ``high``; see
+:mod:`mmdefense.checkpoints.names` for what is known. A pickle that cannot be read to its end is at
+least ``medium``, and ``high`` if a loader would unpickle it.
 
 References:
     picklescan's issues 14 and 22 for the memo decoys; protectai/modelscan's issues 85, 330 and 338
@@ -88,7 +88,7 @@ _MAX_BASE64 = 1_000_000
 _TORCH_MAGIC, _TORCH_PICKLES = 0x1950A86A20F9469CFC6C, 5
 _PROTO = 0x80
 _BY_CHANCE = 8
-"""Opcodes after which it is not chance: random bytes break sooner."""
+"""Opcodes after which it cannot be chance: random bytes break sooner."""
 _HELD = frozenset(
     {
         *("builtins.getattr", "operator.getitem", "_operator.getitem"),
@@ -139,7 +139,7 @@ def _is_proper(found: Name) -> bool:
 
 
 def _is_begun(followed: Followed) -> bool:
-    """Whether a pickle that breaks says that it is one."""
+    """Return whether a broken pickle is clearly one."""
     return bool(followed.error) and followed.first == _PROTO and followed.steps >= _BY_CHANCE
 
 
@@ -155,12 +155,12 @@ def scan_pickles(
     PyTorch's older format and some trainers write several; readers differ in how many they load.
 
     Args:
-        stream: A binary file that can be searched, where they start.
+        stream: A seekable binary file, at their start.
         subject: Its name in the findings.
-        declared: Whether a loader would take it for a pickle. Of other bytes, such as the raw
-            storages behind the pickles of the older format, only what cannot be chance is reported.
-        loose: Whether its name is one that files of numbers bear as often.
-        depth: How many pickles and archives it lies in.
+        declared: Whether a loader would read it as a pickle. In other bytes, such as the raw
+            storages after the pickles of the older format, only what cannot be chance is reported.
+        loose: Whether files of numbers have such names as often as pickles.
+        depth: Number of pickles and archives around it.
     """
     if depth > MAX_DEPTH:
         yield NESTED_TOO_DEEP.found(subject, depth)
@@ -191,7 +191,7 @@ def scan_pickles(
 
 
 def _broken_level(followed: Followed, loose: bool) -> Level:
-    """Return the level of a break: numbers under a name that they share with pickles are none."""
+    """Return the level of a break: lower if it is more likely a file of numbers than a pickle."""
     is_named = any(_is_proper(found) for found in followed.uses)
     is_none = not is_named and not followed.hidden and followed.first != _PROTO
     return "medium" if loose and is_none and followed.steps < _BY_CHANCE else "high"

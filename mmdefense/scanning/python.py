@@ -30,7 +30,7 @@ STARTED = Rule(
 )
 
 MAX_PYTHON = 1 << 19
-"""Bytes of Python that is parsed; the longest file of Transformers has 300,000. Our choice."""
+"""Most bytes of Python to parse; the longest file of Transformers has 300,000. Our choice."""
 
 _CALLS = {
     *("eval", "exec", "compile", "__import__", "system", "popen", "Popen", "check_output", "call"),
@@ -50,13 +50,13 @@ def scan_python(source: str | bytes, subject: str, name: str) -> Iterator[Findin
     Args:
         source: Its text.
         subject: Where it was found.
-        name: Of the file.
+        name: Name of the file.
     """
     if name in _AT_START:
         yield STARTED.found(subject, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on its escapes
+            warnings.simplefilter("ignore")  # about its escapes
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError, LookupError):
         yield CODE.found(subject, "Python that cannot be parsed", level="high")
@@ -81,7 +81,7 @@ def _calls(tree: ast.AST) -> Iterator[str]:
 
 
 def _is_method_of_model(node: ast.Call) -> bool:
-    """Whether it is ``model.eval()`` or ``torch.compile(model)``, and no built-in function."""
+    """Return whether it is a method such as ``model.eval()``, not a built-in function."""
     name = getattr(node.func, "attr", None)
     return name in {"eval", "compile", "call"} and isinstance(node.func, ast.Attribute)
 
@@ -111,7 +111,7 @@ def scan_path_file(head: bytes, subject: str) -> Iterator[Finding]:
     """Yield whether a file called ``.pth`` is one of Python's path files, and whether it runs code.
 
     Args:
-        head: How it starts.
+        head: Its first bytes.
         subject: Where it was found.
 
     References:

@@ -9,27 +9,27 @@ from typing import IO
 __all__ = ["MAX_CONSTANT", "CutError", "Reader"]
 
 MAX_CONSTANT = 1 << 24
-"""Bytes of an item that are kept. Our choice."""
+"""Most bytes of an item to keep. Our choice."""
 _MAX_LINE, _MAX_ITEM = 1 << 20, 1 << 26
 _CHUNK = 1 << 16
 
 
 class CutError(Exception):
-    """The bytes at hand end here."""
+    """The available bytes end here."""
 
 
 class Reader:
-    """The bytes of a file from a place on."""
+    """The bytes of a file from some position."""
 
     def __init__(self, file: IO[bytes], start: int, size: int | None = None) -> None:
         self.file, self.at, self.buffer = file, start, b""
-        self.there = file.seek(0, io.SEEK_END)
-        self.size = self.there if size is None else size
+        self.available = file.seek(0, io.SEEK_END)
+        self.size = self.available if size is None else size
         self.offset = start
         self.frame_end: int | None = None
 
     def jump(self, place: int) -> None:
-        """Go on at another place."""
+        """Continue at another position."""
         self.at = place
 
     def read(self, count: int) -> bytes:
@@ -37,14 +37,14 @@ class Reader:
 
         Raises:
             CutError: If there are fewer.
-            ValueError: If there would be fewer in the whole as well.
+            ValueError: If the whole file has fewer as well.
         """
         begin = self.at - self.offset
         if begin >= 0 and begin + count <= len(self.buffer):
             self.at += count
             return self.buffer[begin : begin + count]
-        if self.at + count > self.there:
-            if self.at + count > self.size and self.at < self.there:
+        if self.at + count > self.available:
+            if self.at + count > self.size and self.at < self.available:
                 raise ValueError(f"an item of {count} bytes reaches past the end")
             raise CutError
         self.file.seek(self.at)
@@ -75,13 +75,13 @@ class Reader:
         text = self.file.readline(_MAX_LINE)
         if len(text) == _MAX_LINE:
             raise ValueError(f"a line of more than {_MAX_LINE} bytes")
-        if not text.endswith(b"\n") and self.there < self.size:
+        if not text.endswith(b"\n") and self.available < self.size:
             raise CutError
         self.at += len(text)
         return text[:-1], text.endswith(b"\n")
 
     def sized(self, code: str) -> bytes:
-        """Return the bytes behind a length; those of a very long item are passed by.
+        """Return the bytes after a length; of a very long item, only the first ones.
 
         Raises:
             ValueError: If they reach past the end.
@@ -93,6 +93,6 @@ class Reader:
             return self.read(count)
         if self.at + count > self.size:
             raise ValueError(f"an item of {count} bytes reaches past the end")
-        start = self.read(min(MAX_CONSTANT, self.there - self.at))
+        start = self.read(min(MAX_CONSTANT, self.available - self.at))
         self.jump(self.at + count - len(start))
         return start

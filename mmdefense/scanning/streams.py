@@ -21,14 +21,14 @@ from mmdefense.errors import one_line
 __all__ = ["DAMAGE", "MAX_UNPACKED", "PACKED", "Copy", "copied", "unpacker"]
 
 MAX_UNPACKED = 1 << 32
-"""Bytes that a stream is unpacked to at most. Our choice."""
+"""Most bytes to unpack a stream to. Our choice."""
 _IN_MEMORY = 1 << 26
 
 DAMAGE = (
     *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, MemoryError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
 )
-"""What a damaged stream or archive raises."""
+"""Errors that a damaged stream or archive raises."""
 
 PACKED: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
@@ -36,13 +36,13 @@ PACKED: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"\x5d\x00": lzma.LZMAFile,
 }
-"""How streams are unpacked, by their first bytes."""
+"""Functions that unpack streams, by their first bytes."""
 _OLD_JOBLIB = b"ZF0x"
 _OLD_HEADERS = (21, 22)
 
 
 def unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
-    """Return what unpacks a stream that starts with these bytes; none where nothing does."""
+    """Return the function that unpacks a stream with this start, or None if there is none."""
     for magic, opener in PACKED.items():
         if head.startswith(magic) and _starts(opener, head):
             return opener
@@ -67,7 +67,7 @@ def _starts(opener: Callable[[IO[bytes]], Any], head: bytes) -> bool:
 
 
 def _inflates(head: bytes) -> bool:
-    if head[:1] != b"\x78":  # what joblib goes by
+    if head[:1] != b"\x78":  # by which joblib recognises it
         return False
     try:
         zlib.decompressobj().decompress(head, 1)
@@ -103,12 +103,12 @@ class _Inflated:
 
 @dataclass
 class Copy:
-    """A copy of a stream that can be searched.
+    """A seekable copy of a stream.
 
     Attributes:
-        file: At its start, in memory or beyond a size on disk.
+        file: The copy, at its start; in memory, or on disk if it is large.
         checksum: CRC-32 of its content.
-        damage: Why the stream could not be read to its end; empty where it could.
+        damage: Why the stream could not be read to its end; empty if it could.
     """
 
     file: IO[bytes]
@@ -118,12 +118,12 @@ class Copy:
 
 @contextmanager
 def copied(stream: Any, head: bytes = b"", limit: int = MAX_UNPACKED) -> Iterator[Copy]:
-    """Copy a stream as far as it can be read, for an unpickler would run what stands there.
+    """Copy a stream as far as it can be read, since an unpickler would run that part.
 
     Args:
-        stream: What is copied; it has ``read1``, which loses nothing before a break.
-        head: What was read of it before.
-        limit: Bytes that are copied at most.
+        stream: The stream, whose ``read1`` loses nothing before a break.
+        head: Bytes that were read from it before.
+        limit: Most bytes to copy.
 
     Yields:
         The copy.

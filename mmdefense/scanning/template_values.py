@@ -1,8 +1,8 @@
-"""Which values the expressions of a Jinja template can have, as far as its own text decides them.
+"""The values that expressions of a Jinja template can have, as far as its text determines them.
 
-Nothing is rendered: a few pure operations on texts, numbers and lists are followed, so that a name
-that is put together from pieces is seen as what it becomes. Each expression has a set of values;
-two marks stand for those that the text does not decide.
+Nothing is rendered: a few pure operations on texts, numbers and lists are evaluated, so that a name
+that is assembled from pieces is recognised. Each expression has a set of values; marks stand for
+those that the text does not determine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class _Mark(Enum):
 
 
 INPUT, LETTERS, MADE = _Mark.INPUT, _Mark.LETTERS, _Mark.MADE
-"""Not known: given by whoever renders; an object written as text, of which letters can be taken; or
-made by the template in a way that is not followed."""
+"""Unknown values: given by the renderer; an object written as text, of which letters can be taken;
+or made by the template in a way that is not evaluated."""
 
 _MOST_VALUES, _LONGEST, _MOST_STEPS, _PASSES = 32, 4096, 400_000, 4
 _TEXT_METHODS = {
@@ -108,7 +108,7 @@ class Values:
         self._follow(tree)
 
     def _follow(self, tree: nodes.Template) -> None:
-        """Assign until nothing changes; what still does then is a mark."""
+        """Assign until nothing changes; names that still change get a mark."""
         before: dict[str, list[Any]] = {}
         for _ in range(_PASSES):
             before = {name: list(values) for name, values in self._held.items()}
@@ -123,11 +123,11 @@ class Values:
 
     @property
     def names(self) -> set[str]:
-        """The names that the template itself gives a value."""
+        """The names that the template itself assigns."""
         return set(self._held) | self._macros
 
     def of(self, node: nodes.Node | None) -> list[Any]:
-        """Return the values that an expression can have; marks among them where others can be."""
+        """Return the values that an expression can have, with a mark if there may be others."""
         if node is None:
             return [None]
         if id(node) not in self._seen:
@@ -172,7 +172,7 @@ class Values:
             return self._filter(node)
         if isinstance(node, nodes.Call):
             return self._call(node)
-        return [INPUT]  # of tests and comparisons: neither has a text
+        return [INPUT]  # tests and comparisons, which have no text
 
     def _apply(
         self,
@@ -182,7 +182,7 @@ class Values:
         *,
         follow_marks: bool = True,
     ) -> list[Any]:
-        """Return what a pure function gives for all values of its arguments."""
+        """Return the results of a pure function for all values of its arguments."""
         keys = list(named or {})
         given = [self.of(node) for node in [*arguments, *(named or {}).values()]]
         found = []
@@ -253,7 +253,7 @@ class Values:
     def _unfollowed(
         self, given: Sequence[nodes.Node], named: Mapping[str, nodes.Node], name: str
     ) -> Any:
-        """Return the mark of what a filter or method gives that is not followed here."""
+        """Return the mark of the result of a filter or method that is not evaluated."""
         is_field = name == "map" and len(given) == 1  # map(attribute=...)
         if name in _TAKING or is_field:
             mark = _unknown(self.of(given[0]) if given else [])
@@ -301,7 +301,7 @@ class Values:
         return _unknown([value for argument in given for value in self.of(argument)])
 
     def _assign(self, tree: nodes.Template) -> None:
-        """Add to what names hold, from each place that gives them a value."""
+        """Add to the values of names, from each place that assigns them."""
         for node in tree.find_all(nodes.Node):
             if isinstance(node, nodes.Assign):
                 self._hold(node.target, self.of(node.node))
@@ -336,7 +336,7 @@ class Values:
                 self._hold(nodes.NSRef(node.target.name, keyword.key), self.of(keyword.value))
 
     def _hold_arguments(self, node: nodes.Macro | nodes.CallBlock) -> None:
-        """Give the arguments of a macro the values that its calls and its defaults have."""
+        """Assign the arguments of a macro the values of its calls and of its defaults."""
         offset = len(node.args) - len(node.defaults)
         for argument, default in zip(node.args[offset:], node.defaults, strict=True):
             self._hold(argument, self.of(default))
@@ -353,7 +353,7 @@ class Values:
                     self._hold(argument, self.of(named[argument.name]))
 
     def _text_of(self, body: Sequence[nodes.Node], filter_: nodes.Node | None) -> list[Any]:
-        """Return the text of a block that has a name, where it is made of expressions alone."""
+        """Return the text of a named block, if it consists of expressions alone."""
         if filter_ is not None or not all(isinstance(node, nodes.Output) for node in body):
             return [MADE]
         parts = [part for node in body if isinstance(node, nodes.Output) for part in node.nodes]
@@ -369,7 +369,7 @@ def _method(node: nodes.Node) -> str | None:
 
 
 def _few(values: Iterable[Any]) -> list[Any]:
-    """Return different values, at most so many; beyond that the rest is a mark."""
+    """Return the distinct values; those beyond a limit become a mark."""
     found: dict[str, Any] = {}
     for value in values:
         found.setdefault(repr(value), value)
@@ -387,7 +387,7 @@ def _is_marked(value: Any) -> bool:
 
 
 def _unknown(values: Iterable[Any]) -> _Mark:
-    """Return the mark of what is made from values by an operation that is not followed."""
+    """Return the mark of the result of an operation on values that is not evaluated."""
     held = list(values)
     if any(_gives_text(value) for value in held):
         return MADE
@@ -395,12 +395,12 @@ def _unknown(values: Iterable[Any]) -> _Mark:
 
 
 def _part(mark: _Mark) -> _Mark:
-    """Return the mark of a piece that is taken out of what is not known."""
+    """Return the mark of a piece of an unknown value."""
     return MADE if mark is LETTERS else mark
 
 
 def _gives_text(value: Any) -> bool:
-    """Whether a value has text that could be a piece of a name of Python's own."""
+    """Return whether a value has text that could be part of a Python-internal name."""
     if isinstance(value, str):
         return any(c in "_%&" or c.isalpha() for c in value)
     if isinstance(value, (list, tuple)):
@@ -419,7 +419,7 @@ def _elements(value: Any) -> list[Any]:
 
 
 def _entries(value: Any) -> list[Any]:
-    """Return what ``get`` can give of a map."""
+    """Return what ``get`` can return from a map."""
     return list(value.values()) if isinstance(value, dict) else [_unknown([value])]
 
 
@@ -430,7 +430,7 @@ def _has(value: Any, index: int) -> bool:
 def _tried(
     call: Callable[..., Any], values: Sequence[Any], named: Mapping[str, Any] | None = None
 ) -> list[Any]:
-    """Return what a call gives, in a list; nothing where rendering would end there."""
+    """Return the result of a call in a list, which is empty if rendering would fail there."""
     if sum(len(value) for value in values if isinstance(value, (str, list))) > _LONGEST:
         return [MADE]
     try:
@@ -471,7 +471,7 @@ def _text_method(text: Any, name: str, *more: Any) -> Any:
 
 
 def is_plain_format(text: str) -> bool:
-    """Whether a format string takes its arguments as they are, not an attribute or item of them."""
+    """Return whether a format string uses no attribute or item of its arguments."""
     rest = _FIELD.sub("", text.replace("{{", "").replace("}}", ""))
     return "{" not in rest and "}" not in rest and not _WIDE.search(text)
 

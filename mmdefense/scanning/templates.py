@@ -1,8 +1,9 @@
 """Find what a chat template does beyond formatting, from its syntax tree, without rendering.
 
-What formatting needs is named, and the rest is a finding: attributes without a leading underscore,
-the filters and tests of Jinja, methods of texts, lists and maps, macros, and a few functions. Names
-that are put together from pieces are followed; see :mod:`mmdefense.scanning.template_values`.
+What formatting needs is listed, and everything else is a finding. The list has attributes without a
+leading underscore, the filters and tests of Jinja, methods of texts, lists and maps, macros, and a
+few functions. Names that are assembled from pieces are recognised; see
+:mod:`mmdefense.scanning.template_values`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ UNPARSED = Rule(
 )
 
 MAX_TEMPLATE = 1 << 18
-"""Characters of a template that is parsed; the longest of known models has 50,000. Our choice."""
+"""Most characters of a template to parse; the longest in known models has 50,000. Our choice."""
 _MOST = 20
 
 _METHODS = {
@@ -95,17 +96,17 @@ _Found = tuple[Rule, Level, str]
 
 
 def scan_template(template: str, subject: str, *, is_template: bool = True) -> Iterator[Finding]:
-    """Yield what a Jinja template has beyond what formatting messages needs.
+    """Yield what a Jinja template contains beyond the needs of formatting messages.
 
     Args:
         template: Its text.
         subject: Where it was found.
-        is_template: Whether it is known to be one. Of another text, which may have braces of its
-            own, only access to Python's internals is reported.
+        is_template: Whether it is known to be one. In another text, which may contain braces, only
+            access to Python's internals is reported.
 
     References:
         The sandbox of Jinja2 refuses attributes that start with an underscore; so does this,
-        unrendered.
+        without rendering.
     """
     if len(template) > MAX_TEMPLATE:
         if not is_template and not _WALK.search(template):
@@ -115,7 +116,7 @@ def scan_template(template: str, subject: str, *, is_template: bool = True) -> I
     from jinja2 import TemplateError
 
     try:
-        found = list(dict.fromkeys(_look(_environment().parse(template))))
+        found = list(dict.fromkeys(_scan(_environment().parse(template))))
     except (TemplateError, RecursionError, ValueError) as error:
         walk = _WALK.search(template)
         if walk:
@@ -138,7 +139,7 @@ def _environment() -> Environment:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """Reads ``{% generation %}``, which marks what the model is to say."""
+        """Parses ``{% generation %}``, which marks the model's own text."""
 
         tags = {"generation"}  # noqa: RUF012  that is how Jinja declares it
 
@@ -155,7 +156,7 @@ def _environment() -> Environment:
     return Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
 
-def _look(tree: nodes.Template) -> Iterator[_Found]:
+def _scan(tree: nodes.Template) -> Iterator[_Found]:
     from jinja2 import nodes
 
     from mmdefense.scanning.template_values import Values
@@ -177,7 +178,7 @@ def _look(tree: nodes.Template) -> Iterator[_Found]:
 
 
 def _tag(node: nodes.Node) -> Iterator[_Found]:
-    """Yield what is wrong with a part of a template whatever its values are."""
+    """Yield the findings on a part of a template that do not depend on its values."""
     from jinja2 import nodes
 
     if isinstance(node, (nodes.Include, nodes.Extends, nodes.Import, nodes.FromImport)):
@@ -193,13 +194,13 @@ def _tag(node: nodes.Node) -> Iterator[_Found]:
 
 
 def _key(name: str) -> Iterator[_Found]:
-    """Yield that an attribute is none that data has."""
+    """Yield a finding on an attribute that plain data does not have."""
     if name.startswith("_") or name in _INTERNAL:
         yield TEMPLATE, "high", name
 
 
 def _keys(found: Sequence[Any], what: str) -> Iterator[_Found]:
-    """Yield what is wrong with the values of a key, which Jinja takes for an attribute too."""
+    """Yield the findings on the values of a key, which Jinja looks up as an attribute too."""
     from mmdefense.scanning.template_values import MADE
 
     for value in found:
@@ -210,7 +211,7 @@ def _keys(found: Sequence[Any], what: str) -> Iterator[_Found]:
 
 
 def _texts(found: Sequence[Any]) -> Iterator[_Found]:
-    """Yield the texts that are names of Python's internals, put together or not."""
+    """Yield the texts that are names of Python's internals, assembled or not."""
     for value in found:
         if isinstance(value, str) and (walk := _WALK.search(value)) and not _is_prose(value):
             yield TEMPLATE, "high", walk[0]
@@ -236,7 +237,7 @@ def _name(node: nodes.Name, values: Values, *, is_called: bool) -> Iterator[_Fou
 
 
 def _call(node: nodes.Call, values: Values) -> Iterator[_Found]:
-    """Yield that something is called that formatting does not call."""
+    """Yield the calls that formatting does not need."""
     from jinja2 import nodes
 
     called = node.node
@@ -265,7 +266,7 @@ def _method(name: Any, of: nodes.Node, values: Values) -> Iterator[_Found]:
 
 
 def _format(found: Sequence[Any]) -> Iterator[_Found]:
-    """Yield that ``str.format`` is given fields that walk along attributes, or unknown ones."""
+    """Yield the fields of ``str.format`` that follow attributes, or are unknown."""
     from mmdefense.scanning.template_values import is_plain_format
 
     for value in found:
@@ -277,7 +278,7 @@ def _format(found: Sequence[Any]) -> Iterator[_Found]:
 
 
 def _filter(node: nodes.Filter | nodes.Test, values: Values) -> Iterator[_Found]:
-    """Yield that a filter or test is none of Jinja's, or reads attributes by unusual names."""
+    """Yield the findings on a filter or test that is not Jinja's or reads unusual attributes."""
     from jinja2 import nodes
     from jinja2.filters import FILTERS
     from jinja2.tests import TESTS
@@ -309,7 +310,7 @@ def _filter(node: nodes.Filter | nodes.Test, values: Values) -> Iterator[_Found]
 
 
 def _path(found: Sequence[Any]) -> Iterator[_Found]:
-    """Yield what is wrong with a dotted path of attributes that a filter follows."""
+    """Yield the findings on a dotted path of attributes that a filter follows."""
     for value in found:
         if isinstance(value, str):
             for part in re.split(r"[.,]", value):
@@ -331,7 +332,7 @@ def _mapped(node: nodes.Filter | nodes.Test, values: Values) -> Iterator[_Found]
 
 
 def _applied(values: Values, arguments: Sequence[nodes.Node], kind: str) -> Iterator[_Found]:
-    """Yield that the name of a filter or test that another one applies is not known, or none."""
+    """Yield a finding if a filter applies a filter or test of an unknown name."""
     from jinja2.filters import FILTERS
     from jinja2.tests import TESTS
 

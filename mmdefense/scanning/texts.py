@@ -68,7 +68,7 @@ _HEAD, _MOST_PAGE = 1 << 16, 1 << 26
 
 
 def is_text(name: str) -> bool:
-    """Whether a file of this name is looked into by :func:`scan_text`."""
+    """Return whether :func:`scan_text` scans a file of this name."""
     suffix = _suffix(name)
     kinds = _CONFIGS | _TEMPLATES | _LIKE_TEMPLATES | _PYTHON | _PAGES | _SCRIPTS
     return suffix in kinds or suffix in {".pth", ".gguf"}
@@ -78,8 +78,8 @@ def is_unknown(name: str, head: bytes) -> bool:
     """Return whether a file has no type that a scan reads, judging by its name and its start.
 
     Args:
-        name: Of the file; those of archives and pickles are known elsewhere.
-        head: How it starts.
+        name: Name of the file; archives and pickles are recognised elsewhere.
+        head: Its first bytes.
     """
     suffix = _suffix(name)
     base = PurePosixPath(name).name.lower()
@@ -97,13 +97,13 @@ def _suffix(name: str) -> str:
 def scan_text(
     file: IO[bytes], subject: str, name: str, folder: Path | None = None
 ) -> Iterator[Finding]:
-    """Yield the findings on a text; none for a file that is not one.
+    """Yield the findings on a text file; none for any other file.
 
     Args:
-        file: A binary file that can be searched.
+        file: A seekable binary file.
         subject: Its name in the findings.
         name: Its own name, without the folders above it.
-        folder: In which it lies, where it is no part of an archive.
+        folder: Its folder, if it is not inside an archive.
     """
     suffix = _suffix(name)
     size = file.seek(0, 2)
@@ -146,7 +146,7 @@ def _parsed(
 
 
 def _read(data: bytes, subject: str, suffix: str) -> Any:
-    """Return the values of a configuration, or that there are none."""
+    """Return the values of a configuration, or a finding if it cannot be read."""
     try:
         return parse_config(data, suffix)
     except BadInputError as error:

@@ -1,15 +1,15 @@
 """Find outliers among a model's weights: no data is needed, and nothing is run.
 
-Three measures, each of them a hint and no proof. Any model has outliers of the first two, also one
-that was never trained: they are for information. A row of the head that is an outlier beyond chance
-is a low-level finding:
+Three measures, each of them a hint, not a proof. Any model has outliers of the first two, even an
+untrained one: they are for information. A row of the head that is an outlier beyond chance is a
+low-level finding:
 
 - channels whose Lipschitz constant exceeds their layer's mean by u deviations (CLP),
 - layers whose largest singular value is large against the same layer of other blocks,
 - rows of the output head whose norm or bias is far from the other classes'.
 
-A model is read as its state dict, in the order of registration where that is known, so that CNNs,
-ViTs and transformers look the same; a matrix has one row a channel.
+A model is read as its state dict, in the order of registration if that is known, so that CNNs,
+ViTs and transformers look the same; a matrix has one row per channel.
 
 References:
     [CLP] Zheng, Tang, Li, Liu. *Data-free Backdoor Removal based on Channel Lipschitzness*. ECCV
@@ -129,7 +129,7 @@ def _strongest(findings: Iterator[Finding]) -> list[Finding]:
 
 
 def _transposed(model: nn.Module | Mapping[str, Tensor]) -> set[str]:
-    """Return the weights whose second axis counts the outputs, where the module says so."""
+    """Return the weights whose second axis counts the outputs, if the module says so."""
     if not isinstance(model, nn.Module):
         return set()
     kinds = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D")  # the last: GPT-2
@@ -137,9 +137,9 @@ def _transposed(model: nn.Module | Mapping[str, Tensor]) -> set[str]:
 
 
 def _matrices(state: Mapping[str, Tensor], transposed: set[str]) -> dict[str, Tensor]:
-    """Return the weights of layers, channels first, embeddings and empty ones left out.
+    """Return the weights of layers, channels first, without embeddings and empty ones.
 
-    Where no module tells, a matrix whose bias fits its second axis alone is GPT-2's kind.
+    Without a module, a matrix whose bias fits only its second axis is treated as GPT-2's kind.
     """
     found = {}
     for name, value in state.items():
@@ -154,10 +154,10 @@ def _matrices(state: Mapping[str, Tensor], transposed: set[str]) -> dict[str, Te
 
 
 def _norm_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the BatchNorm behind a convolution multiplies each of its channels by.
+    """Return the factors by which the BatchNorm after a convolution scales its channels.
 
-    A BatchNorm is behind the convolution that is registered just before it, if the widths agree:
-    ``|gamma| / sqrt(var + eps)``, with the eps of PyTorch's default.
+    A BatchNorm belongs to the convolution that is registered just before it, if the widths agree:
+    ``|gamma| / sqrt(var + eps)``, with PyTorch's default eps.
     """
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
     scales = {}
@@ -175,11 +175,11 @@ def channel_lipschitz(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return an upper bound of each channel's Lipschitz constant, shape ``(C,)``.
 
     For a kernel of shape ``(C, I, ...)`` it is the largest singular value of each channel's
-    ``(I, -1)`` matrix, times the scale of the BatchNorm behind it; of a linear row it is the norm.
+    ``(I, -1)`` matrix, times the scale of the BatchNorm after it; for a linear row it is the norm.
 
     Args:
         weight: Channels first.
-        scale: Shape ``(C,)``, where a BatchNorm follows.
+        scale: Shape ``(C,)``, if a BatchNorm follows.
     """
     kernels = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
     narrow = kernels if kernels.shape[1] >= kernels.shape[2] else kernels.mT
@@ -212,7 +212,7 @@ def _channels(
 
 
 def largest_singular_value(matrix: Tensor, block: int = 8, steps: int = 20) -> float:
-    """Return the largest singular value, by block power iteration where a matrix is large.
+    """Return the largest singular value, by block power iteration for a large matrix.
 
     References:
         Halko, Martinsson, Tropp. *Finding Structure with Randomness*. SIAM Review 53(2), 2011.
@@ -228,14 +228,14 @@ def largest_singular_value(matrix: Tensor, block: int = 8, steps: int = 20) -> f
 
 
 def spectral_excess(weight: Tensor) -> float:
-    """Return the largest singular value over the root mean square of all, free of any scale."""
+    """Return the largest singular value over the root mean square of all, independent of scale."""
     matrix = weight.flatten(1)
     typical = float(matrix.norm()) / min(matrix.shape) ** 0.5
     return largest_singular_value(matrix) / typical if typical > 0 else 0.0
 
 
 def _spectra(layers: Mapping[str, Tensor]) -> Iterator[Finding]:
-    """Yield the layers that exceed those of their name in the other blocks, of the same kind."""
+    """Yield the layers that stand out among the same layers of the other blocks."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name, weight in layers.items():
         groups.setdefault((re.sub(r"\d+", "*", name), weight.ndim), []).append(name)
@@ -262,7 +262,7 @@ def _head(
 
 
 def _beyond_chance(count: int) -> float:
-    """Return the index that the furthest of so many normal values exceeds in one of 20 cases.
+    """Return the index that the furthest of ``count`` normal values exceeds in one of 20 cases.
 
     At least the threshold of [IH]; 3.5 would always be exceeded over the rows of a vocabulary. Our
     choice.

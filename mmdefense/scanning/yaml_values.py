@@ -10,7 +10,7 @@ from mmdefense.errors import BadInputError, one_line
 __all__ = ["MAX_YAML", "Tagged", "parse_yaml"]
 
 MAX_YAML, _DEEPEST = 1 << 20, 100
-"""Bytes that are parsed, and levels of nesting. Our choice."""
+"""Most bytes to parse, and most levels of nesting. Our choice."""
 _PLAIN = {
     *("str", "int", "float", "bool", "null", "map", "seq", "binary", "timestamp", "set", "omap"),
     *("pairs", "merge", "value"),
@@ -22,8 +22,8 @@ class Tagged:
     """A value with a tag that asks the reader for more than plain data.
 
     Attributes:
-        tag: As YAML spells it out.
-        value: What it is put on.
+        tag: The full tag.
+        value: The tagged value.
     """
 
     tag: str
@@ -37,8 +37,8 @@ def parse_yaml(data: bytes) -> list[Any]:
         data: Its bytes.
 
     Raises:
-        BadInputError: If it is no YAML, or nested too deep.
-        OverflowError: If it is larger than what is parsed.
+        BadInputError: If it is not YAML, or nested too deeply.
+        OverflowError: If it is too large to parse.
         ImportError: If PyYAML is not installed.
     """
     import yaml
@@ -46,17 +46,17 @@ def parse_yaml(data: bytes) -> list[Any]:
     if len(data) > MAX_YAML:
         raise OverflowError(f"{len(data)} bytes of YAML")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    building = _Building()
+    builder = _Builder()
     try:
         for event in yaml.parse(data, Loader=loader):
-            building.take(event)
+            builder.take(event)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadInputError(f"it must be YAML: {one_line(error)}") from error
-    return building.documents
+    return builder.documents
 
 
-class _Building:
-    """Puts events together to values."""
+class _Builder:
+    """Builds values from events."""
 
     def __init__(self) -> None:
         self.documents: list[Any] = []
@@ -107,7 +107,7 @@ class _Building:
 
 
 def _put(held: dict[Any, Any], key: Any, value: Any) -> None:
-    """Put a pair into a map; a name that stands twice and a key that is no text are kept too."""
+    """Add a pair to a map; duplicate names and keys that are not strings are kept too."""
     name = key if isinstance(key, str) else f"?{len(held)}"
     while name in held:
         name = f"{name}?"

@@ -218,7 +218,7 @@ def test_of_many_answers_the_cheapest_and_some_others_are_searched_in_full(monke
         return [replace(found, targets=targets, size=cost)]
 
     monkeypatch.setattr(behaviour, "recover", recover)
-    monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
+    monkeypatch.setattr(behaviour, "_untriggered", lambda *_: 0.0)
     monkeypatch.setattr(behaviour, "missing_members", lambda *_: ["words"])
     monkeypatch.setattr(behaviour, "_picture", lambda *_: "")
     (finding,) = behaviour._triggers(model, [], behaviour.SEARCH, Run(0))
@@ -271,7 +271,7 @@ def test_the_words_of_a_trigger_are_shown(monkeypatch):
     found = recovered([0.0, 0.0, 1.0, 0.0, 0.0], [0.05] * 5)
     monkeypatch.setattr(behaviour, "recover", lambda *_, **__: [found])
     monkeypatch.setattr(behaviour, "missing_members", lambda *_: [])
-    monkeypatch.setattr(behaviour, "_unasked", lambda *_: 0.0)
+    monkeypatch.setattr(behaviour, "_untriggered", lambda *_: 0.0)
     model = SimpleNamespace(
         trigger_targets=lambda: 5,
         trigger_words=lambda trigger: "cf mn",
