@@ -1,7 +1,7 @@
 """How often a scan is right: whether it finds the backdoors of victims, and none in clean twins.
 
-A twin is trained as its victim is, from the same first weights on the same data, without an attack.
-Victims of one net and one data set share theirs.
+A twin is trained like its victim, from the same initial weights on the same data, but without an
+attack. Victims with the same network, data and training share a twin.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Scanned:
     Attributes:
         case: The name of the victim, or of the twin.
         planted: Whether there is a backdoor.
-        seed: Of the model, the clean samples and the scan.
+        seed: Seed of the model, the clean samples and the scan.
         acc: Task metric of the model on test data.
-        asr: Success of the true trigger; NaN where there is none.
+        asr: Success of the true trigger; NaN if there is none.
         outliers: Outliers among the targets, each with its rates: a detection or a false alarm.
-        works: Triggers that work, and are no outliers.
+        works: Triggers that work but are not outliers.
         others: The ids of all other findings.
-        seconds: Of the scan.
-        settings: Of the case and the search.
-        versions: Of what computed it.
+        seconds: Duration of the scan.
+        settings: Settings of the case and the search.
+        versions: Versions of the software, and the device.
     """
 
     case: str
@@ -62,7 +62,7 @@ class Scanned:
 
 
 def clean_twin(case: Case) -> Case:
-    """Return the case without its attack, under a name that tells data, net and training alone."""
+    """Return the case without its attack, named after its data, network and training alone."""
     twin = replace(case, name="", attack=None, settings={})
     digest = hashlib.sha256(json.dumps(plain(twin)).encode()).hexdigest()
     return replace(twin, name=f"{case.data}-clean-{digest[:6]}")
@@ -76,12 +76,12 @@ def calibrate(
 ) -> list[Scanned]:
     """Scan the victim of every case and every clean twin, with every seed.
 
-    Models and scans are kept in a store; what is there is not done again.
+    Models and scans are kept in a store and not computed again.
 
     Args:
         cases: The victims; one without an attack is a clean model.
-        seeds: One model and one scan each. Take seeds that nothing was chosen on.
-        folder: Of the store; made where it is missing.
+        seeds: Seeds, with one model and one scan each; use seeds on which nothing was tuned.
+        folder: Folder of the store; created if it is missing.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
 
     Raises:
@@ -116,7 +116,7 @@ def _scanned(case: Case, victim: Victim, seed: int, show: Progress) -> Scanned:
         victim.clean,
         seed=seed,
         progress=show,
-        accept_low_utility=True,  # it was trained on data of this very form
+        accept_low_utility=True,  # it was trained on data of this kind
     ).findings
     return Scanned(
         case=case.name,

@@ -1,4 +1,4 @@
-"""Cases by name, and cases that differ from a known one: other data, net, attack or ratio."""
+"""Cases by name, and cases that differ from a known one in data, network, attack or ratio."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mmdefense.training import Training
 __all__ = ["KINDS", "Change", "CleanData", "all_cases", "described_case", "named_cases"]
 
 Change = Literal[Shift, "other"]
-"""How clean data differs from what the victim was trained on."""
+"""How clean data differs from the victim's training data."""
 
 Kind = Literal["seen", "unseen", Change]
-"""What clean data is like.
+"""Kind of clean data.
 
-``"seen"`` and ``"unseen"``: the victim was trained on these samples too, or was not. ``"noisy"``
-and ``"blurred"``: as the case has it, but altered; see :mod:`mmdefense.data.shifts`. ``"other"``:
+``"seen"`` and ``"unseen"``: the victim was, or was not, trained on these samples too. ``"noisy"``
+and ``"blurred"``: the samples of the case, altered; see :mod:`mmdefense.data.shifts`. ``"other"``:
 images of other classes, labelled by the victim; see :mod:`mmdefense.evaluation.others`.
 """
 
@@ -36,11 +36,11 @@ _CHANGEABLE = {*_NEEDED, "base", "attack", "ratio", "settings", "seen"}
 
 @dataclass(frozen=True, kw_only=True)
 class CleanData:
-    """What the defenses of a grid are given.
+    """The clean data that the defenses of a grid get.
 
     Attributes:
-        share: Of the training set; by default as the case says.
-        kind: What it is like; by default ``"seen"`` or ``"unseen"``, as the case says.
+        share: Share of the training set; by default that of the case.
+        kind: Kind of data; by default ``"seen"`` or ``"unseen"``, as the case says.
     """
 
     share: OpenShare | None = None
@@ -51,17 +51,17 @@ class CleanData:
 
     @property
     def change(self) -> Change | None:
-        """How the samples differ from what the victim was trained on, where they do."""
+        """How the samples differ from the victim's training data; None if they do not."""
         return None if self.kind in {"seen", "unseen"} else self.kind  # type: ignore[return-value]
 
     def of(self, case: Case) -> Case:
-        """Return a case whose defenses are given that share, seen by the victim or not."""
+        """Return the case with this share of clean data, seen by the victim or not."""
         seen = self.kind == "seen" if self.kind in {"seen", "unseen"} else case.seen
         return replace(case, clean=self.share or case.clean, seen=seen)
 
 
 def all_cases() -> dict[str, Case]:
-    """Return the cases of every task, by name; of those whose libraries are installed."""
+    """Return the cases of all tasks whose libraries are installed, by name."""
     found: dict[str, Case] = {}
     for name in registry.names("tasks"):
         with suppress(UnsupportedError):
@@ -82,7 +82,7 @@ def named_cases(names: Sequence[str] | None = None) -> list[Case]:
 
 
 def described_case(given: Mapping[str, Any]) -> Case:
-    """Return a case as a file or an option describes it.
+    """Return the case that a file or an option describes.
 
     Args:
         given: ``base``, the name of a known case, and what differs from it: ``data``, ``model``,
@@ -113,15 +113,15 @@ def described_case(given: Mapping[str, Any]) -> Case:
     if base is None:
         case = Case(**kept, training=Training(**trained), attack=attack, settings=settings)
     else:
-        said = ", ".join(f"{key}={value}" for key, value in given.items() if key != "base")
-        kept.setdefault("name", f"{base.name} ({said})" if said else base.name)
+        changes = ", ".join(f"{key}={value}" for key, value in given.items() if key != "base")
+        kept.setdefault("name", f"{base.name} ({changes})" if changes else base.name)
         training = replace(base.training, **trained)
         case = replace(base, **kept, training=training, attack=attack, settings=settings)
     return _checked(case)
 
 
 def _checked(case: Case) -> Case:
-    """Return a case whose task and attack are known and fit each other, settings included."""
+    """Return a case if its task, attack and settings are known and fit together."""
     checked_settings(Case, {name: getattr(case, name) for name in _PLAIN})
     registry.load("tasks", case.task)
     if case.attack is None:

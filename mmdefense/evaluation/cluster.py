@@ -1,7 +1,7 @@
 """A grid on a Ray cluster: Ray schedules, retries and moves data; results go to the same store.
 
-A node needs mmdefense of the same version and the same data, found as on any machine; one whose
-code or data differs is named. Where a node dies, Ray runs its tasks again on another one.
+Each node needs the same version of mmdefense and the same data, found as on any machine; the error
+names a node whose code or data differs. If a node dies, Ray runs its tasks again on another one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmdefense.store import Identity, Store
 __all__ = ["run_on_ray"]
 
 Kept = tuple[dict[str, Any], dict[str, Tensor]]
-"""A victim as it lies in a store: its JSON content and its tensors."""
+"""A victim as it is stored: its JSON content and its tensors."""
 
 
 def run_on_ray(
@@ -41,10 +41,10 @@ def run_on_ray(
     """Measure the cells of a grid that the store lacks on an existing Ray cluster.
 
     Args:
-        grid: What is measured.
-        folder: Of the store, on this machine.
-        address: Of the cluster, such as ``"auto"`` or ``"ray://head:10001"``.
-        threads: Of each task, which asks for as many CPUs.
+        grid: The grid.
+        folder: Folder of the store, on this machine.
+        address: Address of the cluster, such as ``"auto"`` or ``"ray://head:10001"``.
+        threads: Threads of each task, which requests as many CPUs.
         progress: Called with one event whenever a cell is done.
 
     Raises:
@@ -66,11 +66,11 @@ def run_on_ray(
 
 
 def _collect(
-    ray: Any, store: Store, left: Sequence[Planned], threads: int, total: int, tell: Progress
+    ray: Any, store: Store, left: Sequence[Planned], threads: int, total: int, report: Progress
 ) -> None:
-    """Give every victim and cell to the cluster, and keep what comes back."""
+    """Submit every victim and cell to the cluster, and store the results."""
     options = {"num_cpus": threads, "max_retries": -1}
-    train, try_out = (ray.remote(**options)(call) for call in (_train, _try_out))
+    train, measure_cell = (ray.remote(**options)(call) for call in (_train, _measure_cell))
     victims: dict[str, Any] = {}
     waiting: dict[Any, Any] = {}
 
@@ -91,7 +91,8 @@ def _collect(
         model, twin = victim(cell.victim, cell.case, *where), None
         if cell.twin is not None:
             twin = victim(victim_identity(cell.twin, *where), cell.twin, *where)
-        waiting[try_out.remote(model, twin, cell, cell.identity.digest, threads)] = cell.identity
+        reference = measure_cell.remote(model, twin, cell, cell.identity.digest, threads)
+        waiting[reference] = cell.identity
     while waiting:
         (reference,), _ = ray.wait(list(waiting), num_returns=1)
         identity = waiting.pop(reference)
@@ -101,17 +102,17 @@ def _collect(
             store.fail(identity, error)
         else:
             store.put(identity, content, tensors)
-        tell(Event("cells", total - sum(i.kind == "cell" for i in waiting.values()), total))
+        report(Event("cells", total - sum(i.kind == "cell" for i in waiting.values()), total))
 
 
 def _train(case: Case, seed: int, device: str, digest: str, threads: int) -> Kept:
     """Train a victim on a node."""
-    _alike(victim_identity(case, seed, device).digest, digest, threads)
+    _check_same(victim_identity(case, seed, device).digest, digest, threads)
     with tempfile.TemporaryDirectory() as folder:
         return train_and_describe(case, seed, lambda _: None, device, Path(folder))
 
 
-def _try_out(
+def _measure_cell(
     victim: Kept, twin: Kept | None, cell: Planned, digest: str, threads: int
 ) -> tuple[dict[str, Any], None]:
     """Measure a cell on a node."""
@@ -119,19 +120,19 @@ def _try_out(
     found = cell_identity(
         mine, cell.case, cell.label, cell.defense, cell.views, cell.change, cell.retune
     )
-    _alike(found.digest, digest, threads)
+    _check_same(found.digest, digest, threads)
     model = restored(cell.case, cell.defense.seed, *victim, cell.device)
     if cell.twin is not None and twin is not None:
-        beside = restored(cell.twin, cell.defense.seed, *twin, cell.device)
-        model = replace(model, retune=cell.retune, twin=beside.adapter)
+        twin_model = restored(cell.twin, cell.defense.seed, *twin, cell.device)
+        model = replace(model, retune=cell.retune, twin=twin_model.adapter)
     return plain(measure(cell, model, lambda _: None)), None
 
 
-def _alike(found: str, wanted: str, threads: int) -> None:
-    """Refuse to compute where code, data or libraries are others than where the grid was planned.
+def _check_same(found: str, wanted: str, threads: int) -> None:
+    """Refuse to compute if code, data or libraries differ from where the grid was planned.
 
     Raises:
-        BadInputError: If so.
+        BadInputError: If they differ.
     """
     import socket
 

@@ -40,7 +40,7 @@ __all__ = ["DEFENSES", "run_demo"]
 
 DEFENSES = ("fip", "fast-fip", "tsbd", "fine-pruning", "baeraser")
 _BASELINE = "fine-tuning"
-_CURVED = 32  # samples that the curvature of each model is measured on; ours
+_CURVATURE_SAMPLES = 32  # ours: to measure the curvature of each model on
 
 
 def run_demo(
@@ -59,12 +59,12 @@ def run_demo(
     page ``report.html``.
 
     Args:
-        out: The folder to make.
-        seed: Of the victim and of the defenses.
-        force: Whether an earlier output at ``out`` is replaced.
-        progress: Called with each sign of progress; stages are named after the defense.
-        task: The name of a task, whose case for the demo is the victim, or its first.
-        case: Another victim in its place.
+        out: The folder to create.
+        seed: Seed of the victim and of the defenses.
+        force: Whether to replace an earlier output at ``out``.
+        progress: Called with each event; stages are named after the defense.
+        task: The name of a task, whose demo case, or else first case, is the victim.
+        case: Another victim instead.
         defenses: Names of defenses; plain fine-tuning with the budget of the first is added.
 
     Raises:
@@ -90,9 +90,9 @@ def _demo_case(task: str) -> Case:
 def _purified(
     victim: Victim, defenses: Sequence[str], seed: int, progress: Progress | None
 ) -> tuple[list[Row], dict[str, Result]]:
-    """Return a line for each defense and for plain fine-tuning with the budget of the first.
+    """Return a row for each defense, and for plain fine-tuning with the budget of the first.
 
-    Beside them stand the results of those that the model supports.
+    Also return the results of the defenses that the model supports.
     """
     chosen = {name: registry.load("defenses", name)(seed=seed) for name in defenses}
     chosen[_BASELINE] = FineTuning.like(chosen[defenses[0]])
@@ -151,11 +151,11 @@ def _plots(victim: Victim, results: dict[str, Result]) -> Iterator[Plot]:
 
 
 def _smoothness(victim: Victim, results: dict[str, Result]) -> LossSmoothness:
-    """Return the curvature of the victim and of what each defense made of it, side by side.
+    """Return the curvature of the victim and of each purified model, side by side.
 
-    Of few samples, for there are many models.
+    Few samples are used, since there are many models.
     """
-    some = victim.adapter.samples(few(victim.clean, _CURVED))
+    some = victim.adapter.samples(few(victim.clean, _CURVATURE_SAMPLES))
     adapters = {"before": victim.adapter, **{name: r.adapter for name, r in results.items()}}
     measured = {name: sharpness(adapter, some) for name, adapter in adapters.items()}
     found = {name: value for name, value in measured.items() if value is not None}
@@ -169,7 +169,7 @@ def _smoothness(victim: Victim, results: dict[str, Result]) -> LossSmoothness:
 def _embedding(
     victim: Victim, triggered: TriggeredSamples[Any], result: Result
 ) -> EmbeddingMap | None:
-    """Map clean and triggered test samples, before and after, where there is a map to make."""
+    """Map clean and triggered test samples, before and after; None without embeddings."""
     clean, stamped, truth = (
         few(part, count)
         for part, count in ((victim.test, 200), (triggered.samples, 90), (triggered.clean, 90))

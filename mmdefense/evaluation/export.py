@@ -16,9 +16,9 @@ __all__ = ["FORMATS", "exported", "rows_of"]
 
 
 def rows_of(store: Store) -> list[dict[str, Any]]:
-    """Return a row for each cell that is done; rates are fractions, none where not measured.
+    """Return a row for each cell that is done; rates are fractions, or None if not measured.
 
-    ``record`` is the JSON file with all that was measured, within the store.
+    ``record`` is the JSON file with all measurements, as a path within the store.
     """
     rows = []
     for entry in store.entries("cell"):
@@ -63,7 +63,7 @@ def exported(store: Store, form: str) -> bytes:
     """Return the cells of a store in one of :data:`FORMATS`.
 
     Raises:
-        UnsupportedError: If a library that the format takes is not installed.
+        UnsupportedError: If a library that the format needs is not installed.
     """
     return FORMATS[form](rows_of(store))
 
@@ -114,4 +114,4 @@ FORMATS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], bytes]] = {
     "latex": _latex,
     "parquet": _parquet,
 }
-"""Each format and what writes it."""
+"""The formats and the functions that write them."""

@@ -1,7 +1,7 @@
 """A grid of measurements: cases x defenses x views x shares of clean data x seeds.
 
-Each victim is trained once and each cell is measured once; both are kept in a store under all that
-they depend on. Any number of processes may work on one grid: each claims a cell before it begins.
+Each victim is trained once and each cell is measured once; both are stored under everything that
+they depend on. Any number of processes may work on one grid: each claims a cell first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VIEWS: tuple[Views, ...] = get_args(Views)
 """How clean samples may be augmented."""
 
 _POLL = 0.5
-"""Seconds between two looks at cells that other processes are at work on."""
+"""Seconds between two checks of cells that other processes are working on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class Cell:
     """One defense against one victim, with one seed.
 
     Attributes:
-        seed: Of the victim, the clean samples and the defense.
+        seed: Seed of the victim, the clean samples and the defense.
         row: What was measured; its ``victim`` is the name of the case.
         case: The description of the victim, as plain values.
-        versions: Of what computed it.
+        versions: Versions of the software, and the device.
         views: How the clean samples were augmented.
-        kind: What the clean samples were like; see :data:`mmdefense.evaluation.cases.Kind`.
-        threads: Of each process that computed it.
+        kind: Kind of the clean samples; see :data:`mmdefense.evaluation.cases.Kind`.
+        threads: Threads of each process that computed it.
     """
 
     seed: int
@@ -70,15 +70,15 @@ class Planned:
 
     Attributes:
         case: The victim.
-        label: What tables call the defense.
-        defense: With its settings and the seed, which is the victim's as well.
-        baseline: The label of plain fine-tuning with its budget; empty where there is none.
+        label: Name of the defense in tables.
+        defense: The defense with its settings and the seed, which is also the victim's.
+        baseline: The label of plain fine-tuning with its budget; empty if there is none.
         views: How the clean samples are augmented.
-        change: How they differ from what the victim was trained on, if they do.
-        device: What computes, for example ``"cuda:1"``.
-        victim: All that its victim depends on.
-        identity: All that the cell depends on.
-        retune: Poisoned samples that the purified model is retuned on; 0 does not try.
+        change: How they differ from the victim's training data, if they do.
+        device: The device to compute on, for example ``"cuda:1"``.
+        victim: Everything that its victim depends on.
+        identity: Everything that the cell depends on.
+        retune: Poisoned samples that the purified model is retuned on; 0 leaves this out.
     """
 
     case: Case
@@ -94,38 +94,38 @@ class Planned:
 
     @property
     def twin(self) -> Case | None:
-        """The clean twin of the victim, where purified models are retuned beside it."""
+        """The clean twin of the victim, which is retuned for comparison; None without retuning."""
         if not self.retune:
             return None
         return replace(self.case, name=f"{self.case.name}, clean twin", attack=None, settings={})
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What cells that differ in their seeds alone have in common."""
+        """What cells that differ only in their seeds have in common."""
         return self.case.name, self.label, self.views, self.case.clean, self.kind
 
     @property
     def kind(self) -> Kind:
-        """What the clean samples are like."""
+        """Kind of the clean samples."""
         return self.change or ("seen" if self.case.seen else "unseen")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is measured: every combination of the axes.
+    """What to measure: every combination of the axes.
 
     Attributes:
         cases: The victims.
-        defenses: Defenses with their settings; a name alone stands for its defaults.
-        seeds: One victim and one purification each.
-        baselines: Whether each defense that trains gets plain fine-tuning with the same steps,
-            learning rate and augmentation beside it.
+        defenses: Defenses with their settings; a name alone means its defaults.
+        seeds: Seeds, with one victim and one purification each.
+        baselines: Whether each defense that trains is followed by fine-tuning and FT-SAM with the
+            same steps, learning rate and augmentation.
         views: How the clean samples are augmented.
-        clean: What the defenses are given: shares of the training set and kinds; by default as
-            each case says.
-        retune: Number of poisoned samples on which each purified model is retuned, beside a clean
-            twin of its victim, to see whether the backdoor comes back; 0 does not try.
-        device: What computes.
+        clean: Clean data that the defenses get: shares of the training set and kinds; by default
+            as each case says.
+        retune: Number of poisoned samples on which each purified model and a clean twin of its
+            victim are retuned, to see whether the backdoor comes back; 0 leaves this out.
+        device: The device to compute on.
     """
 
     cases: Sequence[Case]
@@ -138,10 +138,10 @@ class Grid:
     device: str = "cpu"
 
     def planned(self) -> list[Planned]:
-        """Return the cells in order, those of one victim beside each other.
+        """Return the cells in order, grouped by victim.
 
         Raises:
-            BadInputError: If a name or setting is unknown, or two cases or defenses bear one name.
+            BadInputError: If a name or setting is unknown, or two cases or defenses have one name.
         """
         _check_names("cases", [case.name for case in self.cases])
         return [
@@ -154,7 +154,7 @@ class Grid:
         ]
 
     def _of(self, case: Case, seed: int, views: Views, change: Change | None) -> Iterator[Planned]:
-        """Yield each defense, with the baselines of its budget right after it."""
+        """Yield each defense, followed by the baselines of its budget."""
         entries = [Lineup(defense=one) if isinstance(one, str) else one for one in self.defenses]
         defenses = {entry.name: entry.build(seed) for entry in entries}
         _check_names("defenses", [entry.name for entry in entries])
@@ -186,12 +186,12 @@ class Grid:
     ) -> list[Cell]:
         """Measure every cell that the store lacks, in this process, and return those that are done.
 
-        A cell that failed is kept with its error, and is not tried again unless that is asked for.
+        A cell that fails is kept with its error, and by default not tried again.
 
         Args:
-            folder: Of the store; made where it is missing.
+            folder: Folder of the store; created if it is missing.
             progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-            retry_failed: Whether cells and victims that failed are tried again.
+            retry_failed: Whether to try failed cells and victims again.
 
         Raises:
             BadInputError: If a name is unknown, or a kept file is damaged.
@@ -232,7 +232,7 @@ def cell_of(store: Store, entry: Entry) -> Cell:
 
 
 def forget_failures(store: Store, cells: Sequence[Planned]) -> None:
-    """Forget what failed of these cells and their victims, so that it is tried again."""
+    """Remove failures of these cells and their victims, so that they are tried again."""
     for cell in cells:
         for identity in (cell.identity, cell.victim):
             entry = store.find(identity)
@@ -241,12 +241,12 @@ def forget_failures(store: Store, cells: Sequence[Planned]) -> None:
 
 
 def work(store: Store, cells: Sequence[Planned], progress: Progress | None = None) -> None:
-    """Measure the cells that nobody has measured, until there is none left.
+    """Measure cells until none is left.
 
-    Victims are trained first. Then one cell of each kind is measured, and behind these the rest,
-    those first whose kind takes longest, so that no process is left alone with a long one.
-    A cell that another process is at work on, or whose victim it is training, is left to it; this
-    returns when all of them are done or failed.
+    Victims are trained first. Then one cell of each kind is measured, and after these the others,
+    the slowest kinds first, so that no process is left alone with a slow one. A cell that another
+    process is working on, or whose victim it is training, is left to that process; this returns
+    when all cells are done or failed.
     """
     victims, seconds = _Victims(store), dict[tuple[Any, ...], float]()
     left = _left(store, cells, seconds)
@@ -258,18 +258,18 @@ def work(store: Store, cells: Sequence[Planned], progress: Progress | None = Non
             trained(store, twin, cell.twin, cell.defense.seed, show, cell.device)
     while left := _left(store, cells, seconds):
         if not any(_measured(store, cell, victims, progress) for cell in left):
-            time.sleep(_POLL)  # others are at work on all of them
+            time.sleep(_POLL)  # other processes are working on all of them
 
 
 def _left(
     store: Store, cells: Sequence[Planned], seconds: dict[tuple[Any, ...], float]
 ) -> list[Planned]:
-    """Return the cells that the store lacks, those first of which none of their kind is done.
+    """Return the cells that the store lacks, those of kinds without a result first.
 
     Args:
-        store: Where cells are kept.
-        cells: All of them.
-        seconds: How long a cell of each kind takes; what the store knows is added.
+        store: The store of cells.
+        cells: All cells.
+        seconds: How long a cell of each kind takes; filled with what the store has.
     """
     entries = {entry.digest: entry for entry in store.entries("cell")}
     for cell in cells:
@@ -282,7 +282,7 @@ def _left(
 
 
 def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress | None) -> bool:
-    """Measure a cell and keep it, or its failure; say no where it is not this process's turn."""
+    """Measure a cell and store it or its failure; return False if another process is first."""
     with store.claim(cell.identity) as mine:
         if not mine:
             return False
@@ -296,19 +296,19 @@ def _measured(store: Store, cell: Planned, victims: _Victims, progress: Progress
             store.put(cell.identity, plain(measure(cell, victim, show)))
         except OSError:  # a full disk ends the grid
             raise
-        except Exception as error:  # whatever else ends this cell alone
+        except Exception as error:  # anything else ends only this cell
             store.fail(cell.identity, error)
         return True
 
 
 def _viewing(defense: Defense, views: Views) -> Defense:
-    """Return the defense with these views, where it has them as a setting to choose."""
+    """Return the defense with these views, if it has them as a free setting."""
     fixed = isinstance(defense, RandomInsertion) or not hasattr(defense, "views")
     return defense if fixed else replace(defense, views=views)  # type: ignore[call-arg]
 
 
 def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
-    """Measure a cell on its victim; where its clean samples cannot be altered so, it says that."""
+    """Measure a cell on its victim; note it if there are no clean samples of its kind."""
     seed = cell.defense.seed
     try:
         given = for_defenses(victim, cell.case, cell.change, seed)
@@ -334,7 +334,7 @@ def measure(cell: Planned, victim: Victim, progress: Progress) -> Cell:
 
 
 class _Victims:
-    """The victims of a grid; the last one stays at hand."""
+    """The victims of a grid; the last one stays in memory."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -342,12 +342,12 @@ class _Victims:
         self._last: Victim | None = None
 
     def of(self, cell: Planned, progress: Progress) -> Victim | None:
-        """Return the victim of a cell; none while another process trains it.
+        """Return the victim of a cell; None while another process trains it.
 
         Raises:
             DivergenceError: If its training has failed, now or earlier.
         """
-        # the share of clean samples is no part of a victim that saw all samples
+        # the share of clean samples is not part of a victim that saw all samples
         key = (cell.victim.digest, cell.case.clean, cell.retune)
         if key != self._key:
             seed, device = cell.defense.seed, cell.device

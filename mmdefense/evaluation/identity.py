@@ -1,4 +1,4 @@
-"""What a measured figure depends on: data, settings, seed, device and code, as one identity."""
+"""What a measurement depends on: data, settings, seed, device and code, as one identity."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from mmdefense.store import Identity
 
 __all__ = ["cell_identity", "data_fingerprint", "loaded", "victim_identity"]
 
-_TALKING = {
+_NOT_MEASURING = {
     *("analysis", "arguments", "catalogue", "cli", "cli_grid", "doctor", "libraries", "notes"),
     *("report", "sandbox", "scanning", "shown", "store"),
 }
-"""Rooms of mmdefense that change no figure of a grid."""
+"""Modules and packages of mmdefense that do not affect measurements."""
 
-_DEFENDING = {"defenses", "pipeline"}
-"""Rooms that no victim depends on."""
+_AFTER_VICTIMS = {"defenses", "pipeline"}
+"""Packages that no victim depends on."""
 
 _SETS = 4
-"""Parts of data sets that stay in memory, such as the two of two data sets."""
+"""Parts of data sets to keep in memory, such as both parts of two data sets."""
 
 
 def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
     """Return what the trained victim of a case depends on.
 
-    Its name is no part of that; nor is the share of clean samples where the victim is trained on
-    these as well, so that cells of several shares have one victim.
+    That does not include its name, nor the share of clean samples if the victim is trained on these
+    as well, so that cells of several shares have one victim.
     """
     described = plain(case)
     for name in ("name", "demo", *(["clean"] if case.seen else [])):
@@ -48,7 +48,7 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
             "seed": seed,
             "data": data_fingerprint(case.task, case.data),
             "device": device.partition(":")[0],
-            "code": code_version(*_TALKING, *_DEFENDING),
+            "code": code_version(*_NOT_MEASURING, *_AFTER_VICTIMS),
             "libraries": library_versions(),
         },
     )
@@ -68,10 +68,10 @@ def cell_identity(
     Args:
         victim: What the victim depends on.
         case: The victim.
-        label: What tables call the defense.
-        defense: With its settings and the seed, which is the victim's as well.
+        label: Name of the defense in tables.
+        defense: The defense with its settings and the seed, which is also the victim's.
         views: How the clean samples are augmented.
-        change: How they differ from what the victim was trained on, if they do.
+        change: How they differ from the victim's training data, if they do.
         retune: Poisoned samples that the purified model is retuned on.
     """
     return Identity(
@@ -79,7 +79,7 @@ def cell_identity(
         f"{case.name}/{defense.seed}: {label}, {views} views",
         {
             "victim": victim.digest,
-            "called": [case.name, label],  # the row bears these names
+            "called": [case.name, label],  # the row has these names
             "defense": f"{type(defense).__module__}:{type(defense).__qualname__}",
             "settings": plain(asdict(defense)),
             "views": views,
@@ -87,14 +87,14 @@ def cell_identity(
             "change": change,
             "foreign": _foreign(case.task, case.data) if change == "other" else None,
             "retune": retune,
-            "code": code_version(*_TALKING),
+            "code": code_version(*_NOT_MEASURING),
         },
     )
 
 
 @cache
 def _foreign(task: str, data: str) -> tuple[str, str] | None:
-    """Return the name and the hash of the images of other classes; none where there are none."""
+    """Return the name and the hash of the images of other classes; None if there are none."""
     try:
         name, samples = foreign_images(task, data)
     except UnsupportedError:

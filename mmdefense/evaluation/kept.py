@@ -24,17 +24,17 @@ __all__ = ["kept_victim", "restored", "train_and_describe", "trained"]
 def kept_victim(
     store: Store, identity: Identity, case: Case, seed: int, progress: Progress, device: str = "cpu"
 ) -> Victim | None:
-    """Return the victim of a case from the store; it is trained first where it is not there.
+    """Return the victim of a case from the store; it is trained first if it is missing.
 
     A victim that was just trained is read back as well, so that every process sees the same one.
 
     Args:
-        store: Where it is kept.
-        identity: What it depends on.
-        case: What is trained.
-        seed: Of the weights, the poisoned samples and the training.
+        store: The store.
+        identity: What the victim depends on.
+        case: The victim to train.
+        seed: Seed of the weights, the poisoned samples and the training.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-        device: What computes.
+        device: The device to compute on.
 
     Returns:
         None while another process trains it.
@@ -53,7 +53,7 @@ def kept_victim(
 def restored(
     case: Case, seed: int, content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str
 ) -> Victim:
-    """Return a victim from what :func:`train_and_describe` returned."""
+    """Return a victim from the values of :func:`train_and_describe`."""
     before: Rates = build(Rates, content["before"], f"victim {case.name}/{seed}")
     return restore_victim(case, seed, tensors, before, device)
 
@@ -64,11 +64,11 @@ def train_and_describe(
     """Train a victim; return its rates as JSON values, and its tensors.
 
     Args:
-        case: What to train.
-        seed: Of the weights, the poisoned samples and the training.
+        case: The victim to train.
+        seed: Seed of the weights, the poisoned samples and the training.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-        device: Where.
-        folder: For states; a training that was cut off goes on from those in it.
+        device: The device to compute on.
+        folder: Folder of states, from which an interrupted training resumes.
     """
     victim = train_victim(case, Run(seed, progress, RunStore(folder)), device)
     return {"case": plain(case), "before": plain(victim.before)}, kept_tensors(victim)
@@ -77,7 +77,7 @@ def train_and_describe(
 def trained(
     store: Store, identity: Identity, case: Case, seed: int, progress: Progress, device: str
 ) -> Entry | None:
-    """Train the victim that the store lacks, and return its entry, or that of its failure.
+    """Train a victim unless it is in the store; return its entry, or that of its failure.
 
     Returns:
         None while another process trains it.

@@ -1,4 +1,4 @@
-"""Which defenses stand in a table, with fine-tuning and FT-SAM of the same budget beside them."""
+"""The rows of a table: defenses, and fine-tuning and FT-SAM with the same budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Contender", "Lineup", "with_baselines"]
 
 _BASELINE = "fine-tuning"
 _BASELINES = (_BASELINE, "ft-sam")
-"""What every defense stands beside: what the field compares with first."""
+"""The baselines of every defense: what the field compares with first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Lineup:
 
     Attributes:
         defense: Its registered name.
-        settings: Those that are not at their defaults.
-        label: What tables call it; by default its name, with the settings behind it.
+        settings: Settings that differ from the defaults.
+        label: Name in tables; by default the name of the defense and its settings.
     """
 
     defense: str
@@ -33,7 +33,7 @@ class Lineup:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         given = ", ".join(f"{key}={value}" for key, value in self.settings.items())
         return self.label or (f"{self.defense} ({given})" if given else self.defense)
 
@@ -51,9 +51,9 @@ class Contender:
     """A row of a table.
 
     Attributes:
-        label: What the table calls it.
-        defense: With its settings.
-        baseline: The label of plain fine-tuning with its budget; empty where there is none.
+        label: Name in the table.
+        defense: The defense with its settings.
+        baseline: The label of plain fine-tuning with its budget; empty if there is none.
     """
 
     label: str
@@ -62,34 +62,34 @@ class Contender:
 
 
 def with_baselines(defenses: Mapping[str, Defense]) -> list[Contender]:
-    """Return defenses with plain fine-tuning and FT-SAM of the same budget behind each.
+    """Return the defenses, each followed by plain fine-tuning and FT-SAM with the same budget.
 
-    A budget is steps, learning rates, batch size and clipping. Each budget has its baselines once,
-    and none that stands among the defenses already. Where no defense trains, the baselines
-    have their own budgets.
+    A budget is steps, learning rates, batch size and clipping. Each budget gets its baselines once,
+    except those that are among the defenses already. If no defense trains, the baselines have
+    their own budgets.
 
     Args:
-        defenses: By the name that the table gives them.
+        defenses: Defenses by their name in the table.
     """
     rows: list[Contender] = []
     labels = [(defense, label) for label, defense in defenses.items()]
     for label, defense in defenses.items():
-        beside, behind = "", []
-        for name, baseline in _like(defense):
+        baseline_label, added = "", []
+        for name, baseline in _baselines_of(defense):
             known = next((known for other, known in labels if other == baseline), "")
             if not known:
                 known = f"{name} like {label}"
                 labels.append((baseline, known))
-                behind.append(Contender(known, baseline))
-            beside = known if name == _BASELINE else beside
-        rows += [Contender(label, defense, beside), *behind]
+                added.append(Contender(known, baseline))
+            baseline_label = known if name == _BASELINE else baseline_label
+        rows += [Contender(label, defense, baseline_label), *added]
     if defenses and not any(isinstance(defense, TrainingDefense) for defense in defenses.values()):
         seed = next(iter(defenses.values())).seed
         rows += [Contender(name, configured(name, {"seed": seed})) for name in _registered()]
     return rows
 
 
-def _like(defense: Defense) -> Iterator[tuple[str, Defense]]:
+def _baselines_of(defense: Defense) -> Iterator[tuple[str, Defense]]:
     """Yield the baselines with the budget of a defense that trains, each with its name."""
     if not isinstance(defense, TrainingDefense):
         return

@@ -1,9 +1,8 @@
 """Clean data of classes that a victim does not know: images of another data set.
 
-Nobody has right labels for them, so the victim itself gives each its label, backdoor and all, as a
-user would who has images of the right size and nothing else. (BackdoorBenchER, arXiv:2502.07231,
-goes less far: its foreign images are of the victim's own classes, from another source, and have
-right labels.)
+They have no right labels, so the victim itself labels them, backdoor included, as a user would do
+who has nothing but images of the right size. (BackdoorBenchER, arXiv:2502.07231, goes less far: its
+foreign images are of the victim's own classes, from another source, and have right labels.)
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ __all__ = ["foreign_images", "labelled_by_the_model"]
 
 @lru_cache(maxsize=1)
 def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
-    """Return another data set of a task, none of whose classes is one of ``data``, and its name.
+    """Return the name and the images of a data set of the task that shares no class with ``data``.
 
-    It is the first in the order of ``mmdefense list data`` that is at hand.
+    It is the first available one in the order of ``mmdefense list data``.
 
     Raises:
-        UnsupportedError: If the data is no images of classes, or there is no such data set.
+        UnsupportedError: If ``data`` is not for image classification, or no such data set is
+            available.
     """
     reader = registry.load("tasks", task)()
     own = reader.load(data, split="train").in_memory()
@@ -46,7 +46,7 @@ def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
         try:
             found = reader.load(name, split="train").in_memory()
         except (BadInputError, UnsupportedError):
-            continue  # not at hand
+            continue  # not available
         if found.classes and not set(found.classes) & set(own.classes):
             return name, found
     raise UnsupportedError(
@@ -58,16 +58,16 @@ def foreign_images(task: str, data: str) -> tuple[str, LabelledSamples]:
 def labelled_by_the_model(
     adapter: Any, clean: LabelledSamples, foreign: LabelledSamples, generator: torch.Generator
 ) -> LabelledSamples:
-    """Return as many foreign images as there are clean samples, in their place.
+    """Return foreign images instead of the clean samples, as many of them, labelled by the model.
 
     Args:
-        adapter: The model, whose answers become the labels.
-        clean: The clean samples, whose augmentation and class names stay.
-        foreign: Images, which are given the size and the number of channels of the clean ones.
+        adapter: The model, whose predictions become the labels.
+        clean: The clean samples, whose augmentation and class names are kept.
+        foreign: Images, which get the size and the number of channels of the clean ones.
         generator: Draws the images.
 
     Raises:
-        UnsupportedError: If the adapter does not tell how likely each class is.
+        UnsupportedError: If the adapter does not return class probabilities.
     """
     if missing := missing_members(adapter, TriggerAdapter):
         raise UnsupportedError(
@@ -77,7 +77,7 @@ def labelled_by_the_model(
     chosen = torch.randperm(len(foreign), generator=generator)[: len(clean)]
     samples = replace(
         clean,
-        inputs=_formed_like(clean.inputs, as_float(foreign.inputs[chosen])),
+        inputs=_resized_like(clean.inputs, as_float(foreign.inputs[chosen])),
         labels=torch.zeros(len(chosen), dtype=torch.int64, device=clean.labels.device),
     )
     labels = []
@@ -91,9 +91,9 @@ def labelled_by_the_model(
     return replace(samples, labels=torch.cat(labels))
 
 
-def _formed_like(clean: Tensor, images: Tensor) -> Tensor:
-    """Return images with the size and the channels of others, ``(N, C, H, W)``, on their device."""
-    if images.shape[1] != clean.shape[1]:  # grey, then as many channels as the others have
+def _resized_like(clean: Tensor, images: Tensor) -> Tensor:
+    """Return images with the size, channels and device of ``clean``, ``(N, C, H, W)``."""
+    if images.shape[1] != clean.shape[1]:  # grey, repeated over the channels of the clean ones
         images = images.mean(1, keepdim=True).expand(-1, clean.shape[1], -1, -1)
     if images.shape[-2:] != clean.shape[-2:]:
         images = F.interpolate(images, size=clean.shape[-2:], mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak."""
+"""The peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _PROCESS = Path("/proc/self")
 
 
 def peak_growth(work: Callable[[], Any], device: torch.device) -> int:
-    """Return by how many bytes memory in use grows at its peak while ``work`` is done.
+    """Return by how many bytes the memory in use grows, at its peak, during ``work``.
 
-    On a GPU that is what the allocator has given out, which is exact. On a CPU it is the resident
-    set of this process, whose peak Linux is asked to forget before: right to a few MiB for what is
-    allocated in large pieces, as tensors are. What is loaded at first use counts too, so do a
-    little of the work once before; and let memory that is freed go back to the system at once
-    (``MALLOC_MMAP_THRESHOLD_=65536`` in the environment), or gaps are counted that nothing uses.
+    On a GPU it is the memory of the allocator, which is exact. On a CPU it is the resident set of
+    this process, after a reset of its peak: accurate to a few MiB for large allocations, such as
+    tensors. What is loaded on first use counts too, so run a little of the work once before. Let
+    the process return freed memory to the system at once (``MALLOC_MMAP_THRESHOLD_=65536`` in the
+    environment), or unused gaps are counted.
 
     Raises:
-        UnsupportedError: If the system keeps no such peak.
+        UnsupportedError: If the system does not record such a peak.
     """
     gc.collect()
     if device.type == "cuda":
@@ -38,8 +38,8 @@ def peak_growth(work: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _give_back()
-        (_PROCESS / "clear_refs").write_text("5")  # the peak is the present from now on
+        _trim()
+        (_PROCESS / "clear_refs").write_text("5")  # reset the peak to the current size
         before = _status("VmRSS")
     except OSError as error:
         raise UnsupportedError(
@@ -50,8 +50,8 @@ def peak_growth(work: Callable[[], Any], device: torch.device) -> int:
     return max(0, _status("VmHWM") - before)
 
 
-def _give_back() -> None:
-    """Let the C library give freed memory back to the system, where it can."""
+def _trim() -> None:
+    """Let the C library return freed memory to the system, if it can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

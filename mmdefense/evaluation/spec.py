@@ -27,11 +27,11 @@ def read_spec(path: Path) -> Grid:
         path: TOML such as::
 
             cases = ["digits-badnets", { base = "digits-badnets", ratio = 0.01 }]
-            shared = { training = { steps = 500 } }  # of each case that is a table
+            shared = { training = { steps = 500 } }  # defaults of each case that is a table
             seeds = 3                     # a number, or a list of seeds
             views = ["standard"]
             clean = [0.05, { share = 0.05, kind = "unseen" }]
-            retune = 5                    # poisoned samples; leave it out, and it is not tried
+            retune = 5                    # poisoned samples; left out if not given
             defenses = ["tsbd", { name = "fip", settings = { strength = 0.5 } }]
 
     Raises:
@@ -41,7 +41,7 @@ def read_spec(path: Path) -> Grid:
         held = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInputError(f"grid {path} cannot be read as TOML: {error}") from error
-    _known(held, _KEYS, path)
+    _check_keys(held, _KEYS, path)
     if "defenses" not in held or not isinstance(held["defenses"], list):
         raise BadInputError(f"grid {path} must list its defenses, such as defenses = ['fip']")
     seeds = held.get("seeds", 3)
@@ -75,13 +75,13 @@ def read_spec(path: Path) -> Grid:
 
 
 def _entries(held: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    """Return the entries of an axis; one alone may stand without brackets."""
+    """Return the entries of an axis; a single one may be given without brackets."""
     values = held.get(key, [])
     return values if isinstance(values, list) else [values]
 
 
 def _shared(held: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what each case that is a table has, unless it says otherwise."""
+    """Return the defaults of each case that is a table."""
     shared = held.get("shared", {})
     if not isinstance(shared, Mapping):
         raise BadInputError(f"shared must be a table of keys of a case, got {shared!r}")
@@ -95,12 +95,12 @@ def _case(entry: Any, shared: Mapping[str, Any]) -> Case:
 
 
 def _clean(entry: Any) -> CleanData:
-    """Return what the defenses are given, from a share or a table of share and kind."""
+    """Return clean data from a share or a table of share and kind."""
     given = entry if isinstance(entry, Mapping) else {"share": entry}
     return CleanData(**checked_settings(CleanData, given))
 
 
-def _known(held: Mapping[str, Any], keys: set[str], path: Path) -> None:
+def _check_keys(held: Mapping[str, Any], keys: set[str], path: Path) -> None:
     for key in held:
         if key not in keys:
             raise BadInputError(
@@ -127,7 +127,7 @@ def _lineup(entry: Any, path: Path) -> Lineup:
         raise BadInputError(
             f"a defense in {path} must be a name or a table with a name, got {entry!r}"
         )
-    _known(entry, _OF_DEFENSE, path)
+    _check_keys(entry, _OF_DEFENSE, path)
     return Lineup(
         defense=str(entry["name"]),
         settings=dict(entry.get("settings", {})),

@@ -20,10 +20,10 @@ _COLUMNS = ("acc", "asr", "ra", "der")
 def markdown(cells: Iterable[Cell]) -> str:
     """Return the table of a grid as Markdown: rates in percent, mean and standard deviation.
 
-    Where the victims are of tasks with other metrics than accuracy, these stand by the victim.
+    If the victims' tasks have different metrics, each is named with its victim.
 
     Args:
-        cells: In the order of the table; those that differ in their seeds alone are averaged.
+        cells: In the order of the table; those that differ only in their seeds are averaged.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     metrics: dict[str, str] = {}
@@ -66,7 +66,7 @@ def markdown(cells: Iterable[Cell]) -> str:
 
 
 def _victims(cells: Sequence[Cell]) -> list[str]:
-    """Return the victim of each cell, and what its defenses were given where cells differ in it."""
+    """Return the victim of each cell, with its views and clean data if the cells differ in them."""
     axes = [
         [f", {cell.views} views" for cell in cells],
         [f", {100 * float(cell.case.get('clean', 0)):g} % {cell.kind}" for cell in cells],
@@ -76,7 +76,7 @@ def _victims(cells: Sequence[Cell]) -> list[str]:
 
 
 def _metric(cell: Cell) -> str:
-    """Return the metric of a cell's task; of a task that is not known here, the accuracy."""
+    """Return the metric of a cell's task; accuracy if the task is not installed."""
     task = str(cell.case.get("task"))
     known = task in registry.names("tasks")
     return str(registry.load("tasks", task).metric) if known else "accuracy"
@@ -99,7 +99,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _beats(rows: Sequence[Row], baseline: Sequence[Row] | None) -> str:
-    """Say whether the mean DER is above that of plain fine-tuning with the same budget."""
+    """Return whether the mean DER is above that of plain fine-tuning with the same budget."""
     own, other = ([r.after.der for r in part if r.after.der is not None]
                   for part in (rows, baseline or ()))  # fmt: skip
     if not own or not other:

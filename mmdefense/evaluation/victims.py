@@ -1,4 +1,4 @@
-"""Victims by description: which data, which net, which attack; trained once and kept."""
+"""Victims, described by their data, network and attack: trained, restored and purified."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Victim:
-    """A trained victim, and what defenses and judges are given of it.
+    """A trained victim, with the data of defenses and of their evaluation.
 
     Attributes:
-        task: Whose metric a judge measures.
-        adapter: Around the model.
-        attack: The attack to stamp with; none for a clean model.
-        clean: What a defense is given.
-        test: What a judge measures on; no defense sees it.
-        known: The rates of the victim, where they were measured before.
-        retune: Poisoned samples that purified models are retuned on; 0 does not try. See
+        task: The task, whose metric is measured.
+        adapter: The adapter around the model.
+        attack: The attack; None for a clean model.
+        clean: Clean samples that defenses get.
+        test: Test samples, which no defense sees.
+        known: The rates of the victim, if they were measured before.
+        retune: Poisoned samples that purified models are retuned on; 0 leaves this out. See
             :mod:`mmdefense.metrics.permanence`.
-        twin: A model of the same data, net and seed that never had the backdoor.
+        twin: A model of the same data, network and seed that never had the backdoor.
     """
 
     task: Task
@@ -78,9 +78,9 @@ class Victim:
         return replace(rates, der=defense_effectiveness_rating(self.before, rates))
 
     def retuned(self, adapter: TaskAdapter[Any]) -> Retuning | None:
-        """Return what a few poisoned samples bring back; none where that is not asked for.
+        """Return the result of retuning on a few poisoned samples; None if it is not requested.
 
-        The samples are those that the defense was given, some of them poisoned.
+        The samples are the clean ones of the defense, some of them poisoned.
 
         Raises:
             BadInputError: If too few of them can be poisoned.
@@ -100,7 +100,7 @@ class Victim:
 
 
 def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
-    """Train the victim of a case; a training that was cut off goes on from the store of ``run``."""
+    """Train the victim of a case; an interrupted training resumes from the store of ``run``."""
     victim, planted = _untrained(case, run, device)
     adapter = victim.adapter
     if victim.attack is None:
@@ -110,7 +110,7 @@ def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
 
 
 def kept_tensors(victim: Victim) -> dict[str, Tensor]:
-    """Return what training has made of a victim: its weights, and what its attack has learnt."""
+    """Return the trained tensors of a victim: its weights, and what its attack has learnt."""
     state = {f"model.{name}": value for name, value in victim.adapter.model.state_dict().items()}
     learnt = victim.attack.fitted if victim.attack else {}
     return state | {f"attack.{name}": value for name, value in learnt.items()}
@@ -119,7 +119,7 @@ def kept_tensors(victim: Victim) -> dict[str, Tensor]:
 def restore_victim(
     case: Case, seed: int, tensors: Mapping[str, Tensor], before: Rates, device: str = "cpu"
 ) -> Victim:
-    """Return a trained victim from what :func:`kept_tensors` returned, and its rates."""
+    """Return a trained victim from its rates and the tensors of :func:`kept_tensors`."""
     victim, _ = _untrained(case, Run(seed), device)
     victim.adapter.model.load_state_dict(_within("model.", tensors))
     victim.adapter.model.eval()
@@ -128,13 +128,13 @@ def restore_victim(
 
 
 def for_defenses(victim: Victim, case: Case, change: Change | None, seed: int) -> Victim:
-    """Return a victim whose clean samples are as the defenses of a grid are given them.
+    """Return a victim with the clean samples that the defenses of a grid get.
 
     Args:
-        victim: With clean samples as the task loads them.
-        case: Which victim that is.
-        change: How they differ from what the victim was trained on, if they do.
-        seed: Of the noise, and of the choice of other images.
+        victim: The victim, with clean samples as the task loads them.
+        case: Its case.
+        change: How they differ from the victim's training data, if they do.
+        seed: Seed of the noise, and of the choice of other images.
 
     Raises:
         UnsupportedError: If there are no samples of this kind.
@@ -154,7 +154,7 @@ def _within(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _untrained(case: Case, run: Run, device: str) -> tuple[Victim, Samples[Any]]:
-    """Return the victim of a case before its training, and what it is trained on."""
+    """Return the victim of a case before its training, and its training samples."""
     place = torch.device(device)
     task: Task = registry.load("tasks", case.task)()
     train_set, test = (loaded(case.task, case.data, part) for part in ("train", "test"))
@@ -170,7 +170,7 @@ def _untrained(case: Case, run: Run, device: str) -> tuple[Victim, Samples[Any]]
 
 
 def _fresh_model(case: Case, filled: Mapping[str, Any], run: Run) -> nn.Module:
-    """Return the net of a case with random weights that depend on the seed alone."""
+    """Return the network of a case with random weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(run.seed_for("weights"))
         return build_architecture(case.model.format(**filled))
@@ -196,9 +196,9 @@ def purified_row(
     baseline: str = "",
     progress: Progress | None = None,
 ) -> tuple[Row, Purification | None]:
-    """Return what a defense makes of a victim, as a line of a table, and the purification.
+    """Purify a victim; return the row of a table, and the purification.
 
-    Where the model lacks what the defense needs, the line says so, and there is none.
+    If the model lacks what the defense needs, the row says so, and the purification is None.
     """
     kept: dict[str, Any] = {"defense": name, "before": victim.before}
     try:
@@ -208,7 +208,7 @@ def purified_row(
             defense,
             progress=progress,
             evidence="none",
-            accept_low_utility=True,  # the victim was trained on data of this very form
+            accept_low_utility=True,  # the victim was trained on data of this kind
         )
     except UnsupportedError as error:
         settings = dataclasses.asdict(defense)
@@ -238,11 +238,11 @@ def purified_row(
 def compared(
     victim: Victim, defenses: Mapping[str, Defense], progress: Progress | None = None
 ) -> Iterator[tuple[Row, Purification | None]]:
-    """Yield what each defense makes of a victim, and the baselines with its budget behind it.
+    """Yield the row and purification of each defense, and then of the baselines of its budget.
 
     Args:
         victim: The victim.
-        defenses: By the name that the table gives them.
+        defenses: Defenses by their name in the table.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
     """
     for row in with_baselines(defenses):

@@ -1,4 +1,4 @@
-"""A grid over several processes of one machine. They share nothing but the store."""
+"""A grid on several processes of one machine, which share nothing but the store."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from mmdefense.store import Store
 __all__ = ["Standing", "run_workers", "standing"]
 
 _LOOK = 0.5
-"""Seconds between two looks at the store."""
+"""Seconds between two checks of the store."""
 
 _DEATHS = 3
-"""Workers that may be killed, one after the other, without a cell done in between."""
+"""Workers that may be killed one after the other without a finished cell in between."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a grid is.
+    """The progress of a grid.
 
     Attributes:
         total: Number of cells.
-        done: Of them, measured.
-        failed: Of them, those that ended in an error.
-        running: Names of the cells that processes are at work on.
+        done: Number of measured cells.
+        failed: Number of cells that ended in an error.
+        running: Names of the cells that processes are working on.
     """
 
     total: int
@@ -49,7 +49,7 @@ class Standing:
 
 
 def standing(store: Store, cells: Sequence[Planned]) -> Standing:
-    """Return how far the cells of a grid are."""
+    """Return the progress of the cells of a grid."""
     status = {entry.digest: entry.status for entry in store.entries("cell")}
     claimed = store.claimed()
     found = [status.get(cell.identity.digest) for cell in cells]
@@ -73,12 +73,12 @@ def run_workers(
     """Measure a grid with ``count`` processes; one that is killed is replaced.
 
     Args:
-        grid: What is measured.
-        folder: Of the store.
+        grid: The grid.
+        folder: Folder of the store.
         count: Number of processes.
-        display: Shows how far the grid is, and what the workers have to say.
-        devices: Dealt out to the processes in turn; by default that of the grid.
-        threads: Of each process.
+        display: Shows the progress of the grid, and messages of the workers.
+        devices: Assigned to the processes in turn; by default that of the grid.
+        threads: Threads of each process.
 
     Raises:
         BadInputError: If a name is unknown, devices are of two kinds, or workers are killed again
@@ -91,16 +91,16 @@ def run_workers(
     def start(index: int) -> _Worker:
         device = devices[index % len(devices)] if devices else grid.device
         mine = [replace(cell, device=device) for cell in cells]
-        heard, sender = context.Pipe(duplex=False)  # each has its own: no lock to be killed with
+        receiver, sender = context.Pipe(duplex=False)  # one each: no shared lock
         given = (mine, str(folder), threads, sender, os.getpid())
         process = context.Process(target=_work, args=given, name=f"worker {index}")
         process.start()
         sender.close()
-        return _Worker(process, heard)
+        return _Worker(process, receiver)
 
     workers = {index: start(index) for index in range(count)}
     say = display.say if display is not None else note
-    tell = _once(say)
+    say_once = _without_repeats(say)
     deaths, reached = 0, 0
     try:
         while workers:
@@ -111,7 +111,7 @@ def run_workers(
             if now.done + now.failed > reached:
                 deaths, reached = 0, now.done + now.failed
             for index, worker in list(workers.items()):
-                worker.pass_on(tell)
+                worker.forward(say_once)
                 code = worker.process.exitcode
                 if code is None:
                     continue
@@ -142,44 +142,44 @@ def _check_one_kind(devices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A process, and the end of the pipe that its messages come out of."""
+    """A process, and the pipe that its messages come from."""
 
     process: Any
-    heard: Any
+    receiver: Any
 
-    def pass_on(self, tell: Callable[[str], None]) -> None:
-        """Tell what it has to say."""
+    def forward(self, say: Callable[[str], None]) -> None:
+        """Pass its messages to ``say``."""
         try:
-            while self.heard.poll():
-                tell(self.heard.recv())
+            while self.receiver.poll():
+                say(self.receiver.recv())
         except EOFError:  # it has ended
             return
 
 
-def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """Return what tells each sentence once, though all workers say it."""
-    said: set[str] = set()
+def _without_repeats(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that shows each message once, even if all workers send it."""
+    seen: set[str] = set()
 
-    def tell_once(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            tell(text)
+    def say_once(text: str) -> None:
+        if text not in seen:
+            seen.add(text)
+            say(text)
 
-    return tell_once
+    return say_once
 
 
 def _can_fork(grid: Grid, threads: int) -> bool:
-    """Say whether workers can be forks, which have all libraries and data sets of this process.
+    """Return whether workers can be forks, which inherit all libraries and data sets.
 
-    CUDA does not survive a fork, nor do the threads of PyTorch; and a lock that another thread
-    holds would be held forever.
+    CUDA does not survive a fork, nor do PyTorch's threads; and a lock that another thread holds
+    would never be released.
     """
     single = threads == 1 and threading.active_count() == 1
     return single and sys.platform == "linux" and grid.device == "cpu"
 
 
 def _work(cells: Sequence[Planned], folder: str, threads: int, sender: Any, parent: int) -> None:
-    """Measure cells in a process of its own, for as long as the one that started it lives."""
+    """Measure cells in a worker process, as long as the process that started it lives."""
     torch.set_num_threads(threads)
 
     def warned(message: Warning | str, *_: Any) -> None:
