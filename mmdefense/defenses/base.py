@@ -55,8 +55,8 @@ class Result(Shown):
 
     Attributes:
         model: The purified copy.
-        adapter: An adapter around it; where it is in half precision, around a copy of the same
-            values in float32.
+        adapter: An adapter around it; for a model in half precision, around a float32 copy of the
+            same values.
         defense: Name of the defense's class.
         settings: All settings of the defense, seed included.
         guard: The verdict of the utility guard.

@@ -30,7 +30,7 @@ class TriggerSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which of several defenses was chosen, by what a defender can measure.
+    """The choice among several defenses, by what a defender can measure.
 
     Attributes:
         defense: The one that was chosen.

@@ -271,7 +271,7 @@ class Purification:
 
     @property
     def guard(self) -> Guard:
-        """How much utility was lost on held-out clean data, and whether that is too much."""
+        """The utility lost on held-out clean data, and whether that is too much."""
         return self.result.guard
 
     @property

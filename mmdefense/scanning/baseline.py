@@ -1,4 +1,4 @@
-"""Which findings an earlier report, the baseline, has already."""
+"""The findings that an earlier report, the baseline, already has."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from mmdefense.report.encoding import plain
 __all__ = ["FINGERPRINT", "compared", "file_of", "fingerprint", "is_of_file", "read_baseline"]
 
 FINGERPRINT = "mmdefense/v1"
-"""The key of the fingerprint in a SARIF log; the number counts its definitions."""
+"""The key of the fingerprint in a SARIF log; the number is the version of its definition."""
 
 
 def is_of_file(found: Finding) -> bool:
-    """Say whether a finding is on a file, and not on weights or behaviour."""
+    """Return whether a finding is on a file, not on weights or behaviour."""
     return found.id.split("-")[0] not in {"weights", "behaviour"}
 
 
 def file_of(subject: str, files: Mapping[str, str]) -> str:
-    """Return the file that a subject is in; what lies in an archive stands behind an ``!``."""
+    """Return the file that a subject is in; what is in an archive follows an ``!``."""
     names = (name for name in files if f"{subject}!".startswith(f"{name}!"))
     return max(names, key=len, default=subject.split("!")[0])
 
 
 def fingerprint(found: Finding, files: Mapping[str, str]) -> str:
-    """Return a SHA-256 by which a finding is known again in a later scan.
+    """Return a SHA-256 that identifies a finding in later scans.
 
-    It is of the rule, the level and the subject. On a file it is also of the value and of the
-    file's own SHA-256: a file that has changed is to be looked at anew. Weights and behaviour are
-    measured with some noise, and their values are left out.
+    It covers the rule, the level and the subject. For a finding on a file, it also covers the value
+    and the file's SHA-256, so that a changed file is reviewed again. Weights and behaviour are
+    measured with some noise, so their values are left out.
 
     Args:
         found: The finding.
         files: SHA-256 of each scanned file by its name.
     """
-    known_by = [found.id, found.level, found.subject]
+    identity = [found.id, found.level, found.subject]
     if is_of_file(found):
-        known_by += [str(found.value), files.get(file_of(found.subject, files), "")]
-    return hashlib.sha256(json.dumps(plain(known_by)).encode()).hexdigest()
+        identity += [str(found.value), files.get(file_of(found.subject, files), "")]
+    return hashlib.sha256(json.dumps(plain(identity)).encode()).hexdigest()
 
 
 def read_baseline(path: Path) -> frozenset[str]:
     """Return the fingerprints of the findings in an earlier report.
 
     Args:
-        path: What ``mmdefense scan --format json`` or ``--format sarif`` wrote.
+        path: A report of ``mmdefense scan --format json`` or ``--format sarif``.
 
     Raises:
         BadInputError: If it is neither.
@@ -78,7 +78,7 @@ def compared(record: ScanRecord, baseline: frozenset[str]) -> ScanRecord:
     """Return a record whose findings say whether the baseline has them.
 
     Args:
-        record: Of a scan.
+        record: The record of a scan.
         baseline: Fingerprints, as :func:`read_baseline` returns them.
     """
     findings = [

@@ -176,7 +176,7 @@ def _dotted(where: Any) -> str:
 
 
 def _is_template(where: Any) -> bool:
-    """Whether any name above a text says that it is a template."""
+    """Return whether any name above a text says that it is a template."""
     while where is not None:
         name, where = where
         if isinstance(name, str) and "chat_template" in name.lower():

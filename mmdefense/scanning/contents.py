@@ -345,7 +345,7 @@ def _scan_tar(file: IO[bytes], subject: str, depth: int) -> Iterator[Finding]:
 
 
 def _has_more(file: IO[bytes], start: int) -> bool:
-    """Whether anything but zeros follows."""
+    """Return whether anything but zeros follows."""
     file.seek(start)
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""What each opcode of a pickle does to the stack, its argument read as unpicklers read it."""
+"""What each opcode of a pickle does to the stack, with arguments read as unpicklers do."""
 
 from __future__ import annotations
 

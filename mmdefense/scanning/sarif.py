@@ -17,19 +17,19 @@ from mmdefense.scanning.baseline import FINGERPRINT, file_of, fingerprint, is_of
 __all__ = ["HOMEPAGE", "to_sarif"]
 
 HOMEPAGE = "https://github.com/mmdefense/mmdefense"
-"""Where the project and its documents are."""
+"""The project and its documentation."""
 
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS: Mapping[Level, str] = {"info": "none", "low": "note", "medium": "warning", "high": "error"}
 _SEVERITIES: Mapping[Level, str] = {"info": "0.0", "low": "2.0", "medium": "5.5", "high": "8.0"}
-"""The middle of the range that GitHub shows as a level of the same name. Ours."""
+"""Ours: the middle of the range that GitHub shows as the level of the same name."""
 
 
 def to_sarif(record: ScanRecord) -> str:
     """Return the findings as a SARIF 2.1.0 log.
 
-    Paths are relative to the working folder where the model is below it; files of a model of the
-    hub have its id before their name.
+    Paths are relative to the working folder if the model is below it; files of a model from the hub
+    have its id before their name.
 
     References:
         OASIS. *Static Analysis Results Interchange Format (SARIF) Version 2.1.0*. 2020.
@@ -48,7 +48,7 @@ def to_sarif(record: ScanRecord) -> str:
                 "rules": [_rule(findings) for findings in rules.values()],
             }
         },
-        # Scans of several models in one repository are told apart by this id.
+        # This id distinguishes scans of several models in one repository.
         "automationDetails": {"id": f"mmdefense/{_uri(record.model)}/"},
         "artifacts": [
             {
@@ -97,7 +97,7 @@ def _result(found: Finding, rule: int, record: ScanRecord) -> dict[str, Any]:
             "text": f"{found.subject}: {printable(found.shown)}; compared with {found.reference}"
         },
         "locations": [location],
-        # GitHub tells alerts apart by the second key alone.
+        # GitHub distinguishes alerts by the second key only.
         "partialFingerprints": {FINGERPRINT: known_by, "primaryLocationLineHash": known_by},
         "properties": {key: value for key, value in plain(found).items() if key != "picture"},
     }

@@ -56,7 +56,7 @@ def unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
 
 
 def _starts(opener: Callable[[IO[bytes]], Any], head: bytes) -> bool:
-    """Whether something can be unpacked, or only the end is missing."""
+    """Return whether something can be unpacked, or only the end is missing."""
     try:
         opener(io.BytesIO(head)).read1(1)
     except EOFError:
