@@ -105,6 +105,13 @@ NOT_RUN = {
     "--seeds 3": "many minutes",
     "pip install .": "installs from a package index; `make` does it with pinned versions",
     'pip install ".[huggingface,timm]"': "the same, with extras",
+    "docker build -t mmdefense .": "needs Docker; tests/test_container.py runs its steps",
+    "docker build --build-arg EXTRAS=huggingface,timm -t mmdefense .": "the same",
+    "docker build --build-arg EXTRAS= -t mmdefense .": "the same",
+    'docker run --rm --network none -v "$PWD:/data:ro" mmdefense scan my-vit --data '
+    "images": "needs Docker",
+    'docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" mmdefense purify my-vit '
+    "--data images -o purified": "needs Docker",
     "make setup": "installs from a package index",
     "make test-matrix": "installs from a package index",
     "torchrun --nproc-per-node 2 -m mmdefense purify my-vit --data images -o shared-vit "
@@ -297,7 +304,9 @@ def test_command_that_is_not_run_exists(command):
         assert set(re.findall(r"\w+", words[2])) <= set(project["optional-dependencies"])
     elif words[0] == "mmdefense":
         parse_cli(words[1:])
-    elif words[0] == "torchrun":
+    elif words[:2] == ["docker", "build"]:
+        assert (ROOT / words[-1] / "Dockerfile").is_file()
+    elif words[0] in {"torchrun", "docker"}:
         parse_cli(words[words.index("mmdefense") + 1 :])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
