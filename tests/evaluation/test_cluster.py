@@ -55,7 +55,7 @@ def test_a_cluster_that_loses_a_node_gives_the_cells_of_one_process(tmp_path):
 
 def test_a_node_of_other_code_or_data_is_refused():
     with pytest.raises(BadInputError, match="has a different version of mmdefense"):
-        cluster_module._alike("a", "b", torch.get_num_threads())
+        cluster_module._check_same("a", "b", torch.get_num_threads())
 
 
 def test_a_cluster_without_ray_is_not_supported(monkeypatch, tmp_path):
