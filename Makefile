@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, and again only when the dependencies change.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix check bench results-check clean
+.PHONY: help setup demo test test-slow test-matrix check bench dist results-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -66,6 +66,11 @@ check: $(READY)  ## lint, types, and the arrows between the packages
 
 bench: $(READY)  ## measure the kernels against plain versions, write out/bench
 	@$(BIN)/python recipes/bench.py -o out/bench $(ARGS)
+
+dist: $(READY)  ## build the distributions, and check them as the package index does
+	@rm -rf dist
+	@$(BIN)/uv build --quiet
+	@$(BIN)/uv tool run twine check --strict dist/*
 
 results-check: $(READY)  ## measure three random cells of the published tables again: minutes to hours
 	@$(BIN)/python recipes/results.py check $(ARGS)

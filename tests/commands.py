@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,3 +181,17 @@ def mmdefense(monkeypatch, capsys):
         return Outcome(0 if code is None else code, *capsys.readouterr())
 
     return run
+
+
+def tool(*words, folder=None):
+    """Run a tool of this environment; return its exit code and what it wrote."""
+    folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": os.pathsep.join(folders)},
+    )
+    return done.returncode, done.stdout + done.stderr

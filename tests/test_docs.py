@@ -27,6 +27,7 @@ from mmdefense import registry
 from mmdefense.evaluation.spec import read_spec
 from mmdefense.kernels.loop import train
 from mmdefense.runtime.run import Run
+from mmdefense.scanning.sarif import HOMEPAGE
 from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_data
 from mmdefense_tasks.victims import vit_classifier
@@ -112,6 +113,8 @@ NOT_RUN = {
     "images": "needs Docker",
     'docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" mmdefense purify my-vit '
     "--data images -o purified": "needs Docker",
+    "uv pip install --torch-backend cpu .": "the same, with PyTorch's own index",
+    "make dist": "installs from a package index; tests/test_package.py does the same",
     "make setup": "installs from a package index",
     "make test-matrix": "installs from a package index",
     "torchrun --nproc-per-node 2 -m mmdefense purify my-vit --data images -o shared-vit "
@@ -299,9 +302,9 @@ def test_command_that_is_not_run_exists(command):
     words = shlex.split(command)
     if words[0] == "make":
         check_target(words)
-    elif words[:2] == ["pip", "install"]:
+    elif "install" in words[:3]:  # of pip or uv
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        assert set(re.findall(r"\w+", words[2])) <= set(project["optional-dependencies"])
+        assert set(re.findall(r"\w+", words[-1])) <= set(project["optional-dependencies"])
     elif words[0] == "mmdefense":
         parse_cli(words[1:])
     elif words[:2] == ["docker", "build"]:
@@ -339,11 +342,16 @@ def parse_cli(arguments: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", prose, re.MULTILINE))
+    assert set(re.findall(r"\]\[([^\]]+)\]", prose)) <= defined.keys()
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", prose), *defined.values()]:
         path, _, anchor = target.partition("#")
-        if path.startswith("http"):
+        if own := re.match(rf"{HOMEPAGE}/(?:blob|tree|raw)/main/", path):
+            there = ROOT / path[own.end() :]
+        elif path.startswith("http"):
             continue
-        there = (page.parent / path).resolve() if path else page
+        else:
+            there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         if anchor:
             assert anchor in anchors(there), target

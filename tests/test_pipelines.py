@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import tool
 
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -21,20 +22,6 @@ WORKFLOW, PRE_COMMIT = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.
 STEPS = {step.get("name") or step.get("id"): step for step in ACTION["runs"]["steps"]}
 # What an earlier or a foreign step gives to a later one.
 GIVEN = {"steps.python.outputs.python-path": "python3"}
-
-
-def tool(*words, folder=None):
-    """Run a tool of this environment; return its exit code and what it wrote."""
-    folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PATH": os.pathsep.join(folders)},
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
