@@ -111,7 +111,7 @@ class ANP(Defense):
         """Return the mean loss of a batch, and the gradient of the objective.
 
         Args:
-            adapter: The model; BatchNorm statistics are updated by the clean pass alone.
+            adapter: The model; only the clean pass updates BatchNorm statistics.
             batch: N samples.
             space: The masks of units, with biases of their own.
             generator: Draws where the perturbation starts.

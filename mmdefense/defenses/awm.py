@@ -39,7 +39,7 @@ class AWM(TrainingDefense):
         beta: Weight of the loss under the change.
         gamma: Weight of the masks' L1 norm.
         trigger_size: Largest mean change of an input value, as a share of the inputs' range, or of
-            their standard deviation where they have no bounds: the released code's L1 norm of
+            their standard deviation if they have no bounds: the released code's L1 norm of
             1,000 over the 3,072 values of a CIFAR-10 image.
         inner_steps: Steps of gradient ascent on the change.
 

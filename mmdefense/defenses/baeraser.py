@@ -242,7 +242,7 @@ _Pool = tuple[TriggerFamily, int, Tensor]
 
 
 def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
-    """Return a message that no trigger was accepted, and how near the best one came."""
+    """Return that no trigger was accepted, and how near the best one came, as a message."""
     success = max((float(record.success.max()) for record in found), default=0.0)
     if success < tau:
         best = f"the best one works on {success:.0%} of the samples, and tau is {tau:.0%}"

@@ -22,7 +22,7 @@ class CLP(Defense):
     """Prune the units whose Lipschitz bound stands out in their layer; nothing is trained.
 
     A unit's bound is the largest singular value of its weights, a filter's as a matrix of input
-    channels by kernel positions, times the factor of the BatchNorm behind it. A unit is suspect if
+    channels by kernel positions, times the factor of the BatchNorm after it. A unit is suspect if
     its bound exceeds the mean of its layer by ``spread`` standard deviations. In a layer of n
     units no bound can exceed it by more than ``(n - 1) / sqrt(n)``: 3 needs 11 units.
 

@@ -38,7 +38,7 @@ class Pruning(Defense):
     ``layers="last"`` prunes the features that the output layer reads, which every classifier has,
     by the mean magnitude of their clean activation; the whole curve of accuracy against pruned
     units comes from one pass. (The paper prunes the filters of the last convolution; the feature
-    behind it is the same unit unless a shortcut joins in between. BackdoorBench ranks the same
+    after it is the same unit unless a shortcut joins in between. BackdoorBench ranks the same
     features by signed mean.) ``layers="all"`` ranks the units of all groups together.
 
     Attributes:

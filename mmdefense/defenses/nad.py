@@ -92,7 +92,7 @@ class NAD(TrainingDefense):
 def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[str]:
     """Return up to ``count`` layers that have more than one position.
 
-    Filters are preferred if there are enough of them: rows behind a region proposal have no fixed
+    Filters are preferred if there are enough of them: rows after a region proposal have no fixed
     position.
 
     Raises:
@@ -118,7 +118,7 @@ def attention_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tens
 
     Args:
         student: Activations ``(N, L, C)`` by layer.
-        teacher: Those of the same layers and samples.
+        teacher: Activations of the same layers and samples.
     """
     distances = []
     for name, values in student.items():

@@ -129,7 +129,7 @@ def outlying(record: Recovered, anomaly: float) -> Recovered:
 
 
 def _none_outlying(recovered: Sequence[Recovered], anomaly: float) -> str:
-    """Return a message why no target stands out."""
+    """Return the reason why no target stands out."""
     every = [answer for record in recovered for answer in cheapest_triggers(record)]
     targets = len({answer.target for answer in every})
     if targets < CROWD:

@@ -122,9 +122,9 @@ def run_workers(
                 if code > 0 or deaths > _DEATHS:
                     raise BadInputError(
                         f"{worker.process.name} ended with exit code {code}; finished cells are "
-                        f"kept in {folder}; the same command continues"
+                        f"kept in {folder}; repeat the command to continue"
                     )
-                say(f"{worker.process.name} was killed (signal {-code}); another takes over")
+                say(f"{worker.process.name} was killed (signal {-code}); another one takes over")
                 workers[index] = start(index)
     finally:
         for worker in workers.values():

@@ -108,8 +108,8 @@ def _content(data: Any) -> dict[str, Any]:
     known = [task for task in tasks if str(data) in task.data()]
     if not known:
         raise BadInputError(
-            f"data {data} is neither at a path nor known by name, so a scan of it cannot be kept "
-            "in a store; leave --store out, or give a path"
+            f"data {data} is neither a path nor a known name, so a scan of it cannot be kept in a "
+            "store; leave --store out, or give a path"
         )
     return {task.name: task.load(data).in_memory().fingerprint() for task in known}
 

@@ -206,7 +206,7 @@ def assist(source: Source, defense: Defense, processes: Processes) -> None:
         prepared = open_vetted(source).opened.prepare()
         if processes.from_main(False):
             return  # the main process has found the result in a store
-        store = RunStore(Path())  # stands for that of the main process
+        store = RunStore(Path())  # replaced by the main process's
         defense.purify(prepared, store=store, processes=processes)
 
 

@@ -127,7 +127,9 @@ def purify(
     if isinstance(model, nn.Module) and (adapter is not None or not names):
         model = registry.adapt(model, adapter, task=None if task == AUTO else task)
     elif adapter is not None:
-        raise BadInputError(f"adapter {adapter!r} is for a module, got {model!r}; name the task")
+        raise BadInputError(
+            f"adapter {adapter!r} is for a module, got {model!r}; set task= instead"
+        )
     if names:
         source = Source(
             model=model,
