@@ -277,11 +277,11 @@ class Machine:
     def call(self, function: Any, given: Any, how: Use = "called") -> None:
         """Push the result of a call, or of building an instance."""
         self.followed.calls = True
-        if not (isinstance(function, Name) and self._is_indirect(function, given)):
+        if not (isinstance(function, Name) and self._record_indirect(function, given)):
             self._use(function, how)
         self.stack.append(_result(function, given))
 
-    def _is_indirect(self, function: Name, given: Any) -> bool:
+    def _record_indirect(self, function: Name, given: Any) -> bool:
         """Record what a function calls; return whether the call itself needs no record."""
         full, first = function.full, given[0] if isinstance(given, tuple) and given else None
         if full in {"copyreg._reconstructor", "copyreg.__newobj__"}:
