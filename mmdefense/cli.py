@@ -388,16 +388,31 @@ def report(
     page: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="PAGE", help="The HTML file. Default: the page of the one OUT."
+            "--out", "-o", metavar="FILE", help="The file to write. Default: in the one OUT."
         ),
     ] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="html, a page; or cyclonedx, a bill of materials of the model (ML-BOM).",
+        ),
+    ] = "html",
 ) -> None:
     """Rebuild the page of an output from its record, or compare several on one page."""
+    from mmdefense.report.bom import write_bom
     from mmdefense.report.compare import compare, rebuild
     from mmdefense.report.statement import differing
 
+    if format_ not in {"html", "cyclonedx"}:
+        raise BadInputError(f"--format must be html or cyclonedx, got {format_!r}")
+    if format_ == "cyclonedx" and len(outs) > 1:
+        raise BadInputError(f"--format cyclonedx takes one OUT, got {len(outs)}")
+
     faults = [f"{out}: {fault}" for out in outs for fault in differing(out)]
-    if len(outs) == 1:
+    if format_ == "cyclonedx":
+        page = write_bom(outs[0], page)
+    elif len(outs) == 1:
         page = rebuild(outs[0], page)
     elif page is None:
         raise BadInputError("to compare several outputs, name the page to write: -o PAGE")

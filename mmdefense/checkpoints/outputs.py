@@ -15,6 +15,8 @@ from pathlib import Path
 from mmdefense.errors import BadInputError
 
 __all__ = [
+    "BOM",
+    "BOM_MARK",
     "CARD",
     "COMPARISON",
     "EVALUATION_MARK",
@@ -32,12 +34,13 @@ __all__ = [
 
 RECORD, PAGE, CARD, PLOTS = "purification.json", "report.html", "README.md", "report.npz"
 """Names of the files written next to the model: record, page, model card, data of plots."""
-SCAN, COMPARISON = "scan.json", "comparison.json"
-"""Names of the record of a scan that is kept with an output, and of that of a demo."""
+SCAN, COMPARISON, BOM = "scan.json", "comparison.json", "bom.cdx.json"
+"""Names of what may stand beside them: a scan, the record of a demo, a bill of materials."""
 PREDICATE_TYPE = "urn:mmdefense:purification:1"
 PAGE_MARK = '<meta name="generator" content="mmdefense">'
 EVALUATION_MARK = '"kind": "evaluation"'
-"""Marks at the beginning of every page and every evaluation record, which identify them."""
+BOM_MARK = '"bom-ref": "mmdefense"'
+"""Marks near the beginning of every page, evaluation and bill of materials, to identify them."""
 
 _HEAD = 2048
 _LARGEST_RECORD = 1 << 28
@@ -45,7 +48,7 @@ _LARGEST_RECORD = 1 << 28
 
 def is_record(name: str) -> bool:
     """Return whether a file of that name in an output is taken for one of our records."""
-    return name.casefold() in {RECORD, SCAN, COMPARISON, PAGE, PLOTS}
+    return name.casefold() in {RECORD, SCAN, COMPARISON, BOM, PAGE, PLOTS}
 
 
 def is_output(folder: Path) -> bool:

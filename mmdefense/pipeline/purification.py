@@ -380,7 +380,8 @@ class Purification:
         if self.unchanged:
             clear_card(folder / CARD)
         else:
-            write_card(record, folder / CARD)
+            of_hub = source is not None and not Path(source).exists()
+            write_card(record, folder / CARD, base_model=str(source) if of_hub else "")
         write_plots(self.plots(), folder / PLOTS)
         written = hash_all(folder)
         of_weights = [] if source is None else weight_names(source)

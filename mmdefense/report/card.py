@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mmdefense.report.formats import percent, points
+from mmdefense.report.front_matter import with_entries
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.verdict import limits, verdict
 
@@ -42,15 +43,22 @@ all settings, seeds and versions, so that the purification can be repeated. `rep
 """
 
 
-def write_card(record: PurificationRecord, path: Path) -> None:
+_TAGS = ("mmdefense", "backdoor-defense")
+
+
+def write_card(record: PurificationRecord, path: Path, base_model: str = "") -> None:
     """Append the section to a model card, or replace the one that is there; the rest stays.
+
+    Its front matter gets tags and the base model.
 
     Args:
         record: What is known.
         path: The model card; made where there is none.
+        base_model: The id on the hub of the given model; empty where it is of no hub.
     """
     before = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
-    path.write_bytes(_with_section(before, card_section(record)).encode("utf-8", "surrogateescape"))
+    card = _with_section(with_entries(before, _TAGS, base_model), card_section(record))
+    path.write_bytes(card.encode("utf-8", "surrogateescape"))
 
 
 def clear_card(path: Path) -> None:

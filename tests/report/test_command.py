@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 
+import huggingface_hub
 import pytest
 
 from mmdefense.report.statement import differing
+from mmdefense_tasks.victims import vit_classifier
 
 
 @pytest.fixture
@@ -65,3 +67,20 @@ def test_a_folder_without_a_record_is_bad_input(mmdefense, tmp_path):
     assert outcome.code == 2
     assert "purification.json" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_the_model_of_the_hub_that_was_given(place, mmdefense, monkeypatch):
+    folder = place.folder / "cached"
+    vit_classifier(3, 8, hidden=16, layers=1, heads=2).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: other/one\n---\n\n# A net\n")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    fast = ("--defense", "fine-tuning", "--set", "steps=1", "--evidence", "none")
+    more = ("--accept-low-utility", "--data", place.data, "-o", place.out)
+    outcome = mmdefense("purify", "owner/net", *fast, *more)
+    assert outcome.code == 0, outcome.err
+    data = huggingface_hub.ModelCard.load(place.out / "README.md").data
+    assert (data.base_model, data.license) == ("owner/net", "mit")
+    assert "mmdefense" in data.tags
+    assert mmdefense("purify", folder, *fast, *more, "--force").code == 0
+    data = huggingface_hub.ModelCard.load(place.out / "README.md").data
+    assert data.base_model == "other/one"

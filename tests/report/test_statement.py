@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 import pytest
+import yaml
 from records import CHOICE, purification
 
 from mmdefense.checkpoints.outputs import PREDICATE_TYPE
@@ -104,6 +105,7 @@ def test_the_command_of_the_model_card_verifies_the_files(out):
 
 
 CARD = "---\nlicense: mit\ntags:\n- vision\n---\n\n# My net\n\nWhat it is.\n"
+TAGGED = CARD.replace("- vision\n", "- vision\n- mmdefense\n- backdoor-defense\n")
 
 
 def test_the_section_is_appended_and_then_replaced(tmp_path):
@@ -113,13 +115,13 @@ def test_the_section_is_appended_and_then_replaced(tmp_path):
     path.write_text(CARD)
     write_card(record, path)
     first = path.read_text()
-    assert first == CARD + "\n" + card_section(record)
+    assert first == TAGGED + "\n" + card_section(record)
     write_card(record, path)
     assert path.read_text() == first
     path.write_text(first + "\nAdded by hand.\n")
     write_card(dataclasses.replace(record, defense=_other(record)), path)
     text = path.read_text()
-    assert text.startswith(CARD)
+    assert text.startswith(TAGGED)
     assert "Added by hand." in text
     assert text.count("## Purified with mmdefense") == 1
     assert "`tsbd`" in text
@@ -134,11 +136,73 @@ def test_a_card_is_made_where_there_is_none_and_bytes_of_others_stay(tmp_path):
     from mmdefense.report.card import card_section, write_card
 
     write_card(purification(), tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == card_section(purification())
-    odd = b"---\r\nlicense: mit\r\n---\r\nCaf\xe9"
-    (tmp_path / "odd.md").write_bytes(odd)
+    assert (tmp_path / "README.md").read_text() == (
+        "---\ntags:\n- mmdefense\n- backdoor-defense\n---\n\n" + card_section(purification())
+    )
+    odd = b"---\r\nlicense: mit\r\n%b---\r\nCaf\xe9"
+    (tmp_path / "odd.md").write_bytes(odd % b"")
     write_card(purification(), tmp_path / "odd.md")
-    assert (tmp_path / "odd.md").read_bytes().startswith(odd)
+    tags = b"tags:\r\n- mmdefense\r\n- backdoor-defense\r\n"
+    assert (tmp_path / "odd.md").read_bytes().startswith(odd % tags)
+
+
+@pytest.mark.parametrize(
+    ("before", "tags"),
+    [
+        ("", ["mmdefense", "backdoor-defense"]),
+        ("# A card\n", ["mmdefense", "backdoor-defense"]),
+        ("---\n---\ntext", ["mmdefense", "backdoor-defense"]),
+        ("---\ntags: [a, 'b']  # c\nx: 1\n---\n", ["a", "b", "mmdefense", "backdoor-defense"]),
+        ("---\ntags: []\n---\n", ["mmdefense", "backdoor-defense"]),
+        ("---\ntags:\n  - a\n\n  - mmdefense\nx: 1\n---", ["a", "mmdefense", "backdoor-defense"]),
+        ("---\ntags: a\n---\n", "a"),
+        ("---\ntags: &t [a, [b]]\n---\n", ["a", ["b"]]),
+    ],
+)
+@pytest.mark.parametrize("base", ["", "owner/net"])
+def test_the_hub_reads_the_tags_and_the_base_model(tmp_path, before, tags, base):
+    from mmdefense.report.card import write_card
+
+    path = tmp_path / "README.md"
+    path.write_text(before)
+    for _ in range(2):  # a second time changes nothing
+        write_card(purification(), path, base_model=base)
+        _, front, text = path.read_text().split("---\n", 2)
+        held = yaml.safe_load(front)
+        assert held["tags"] == tags
+        assert held.get("base_model") == (base or None)
+        assert text.count("## Purified with mmdefense") == 1
+    assert (held.get("x"), "# A card" in text) == (1 if "x: 1" in before else None, "A" in before)
+
+
+def test_the_base_model_is_the_one_that_was_given(tmp_path):
+    from huggingface_hub import ModelCard
+
+    from mmdefense.report.card import write_card
+
+    path = tmp_path / "README.md"
+    path.write_text("---\nbase_model:\n- other/one\n- other/two\nlicense: mit\n---\n\nWords.\n")
+    write_card(purification(), path)
+    assert ModelCard.load(path).data.base_model == ["other/one", "other/two"]
+    write_card(purification(), path, base_model="owner/net")
+    data = ModelCard.load(path).data
+    assert (data.base_model, data.license) == ("owner/net", "mit")
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert data.tags == ["mmdefense", "backdoor-defense"]
+
+
+def test_hostile_front_matter_is_not_expanded(tmp_path):
+    from mmdefense.report.card import write_card
+
+    pairs = zip("abcdefgh", "bcdefghi", strict=True)
+    bomb = "---\na: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairs
+    )
+    path = tmp_path / "README.md"
+    path.write_text(f"{bomb}---\n")
+    write_card(purification(), path)
+    assert path.read_text().startswith(f"{bomb}tags:\n- mmdefense\n")
+    assert path.stat().st_size < 10_000
 
 
 def test_the_section_has_figures_and_limits():
