@@ -223,6 +223,53 @@ def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], 
         >>> len(samples), len(fit), len(holdout)
         (30, 24, 6)
     """
+    order, held = _split_order(samples, fraction, seed)
+    return samples.subset(order[~held]), samples.subset(order[held])
+
+
+def folds(
+    samples: Samples[B], fraction: float, seed: int, most: int = 5
+) -> list[tuple[Samples[B], Samples[B]]]:
+    """Split ``samples`` several times, so that each is held out once (cross-validation).
+
+    Args:
+        samples: The set to split.
+        fraction: Share that the first split holds out, in ``(0, 1)``.
+        seed: Makes the splits reproducible.
+        most: Largest number of splits.
+
+    Returns:
+        Pairs of a part to fit and a part that is held out, the first as :func:`split` gives it;
+        the others hold out the rest in equal parts, each stratum in the same proportion.
+
+    Raises:
+        BadInputError: If there are fewer than two samples.
+
+    Example:
+        >>> [len(holdout) for _, holdout in folds(samples, 0.2, seed=0)]
+        [6, 6, 6, 6, 6]
+    """
+    order, held = _split_order(samples, fraction, seed)
+    parts = [held]
+    rest = (~held).nonzero().squeeze(1)
+    others = min(most, max(2, round(1 / fraction)), len(order)) - 1
+    for first in range(others):
+        part = torch.zeros_like(held)
+        part[rest[first::others]] = True
+        parts.append(part)
+    return [
+        (samples.subset(order[~part]), samples.subset(order[part]))
+        for part in parts
+        if part.any() and not part.all()
+    ]
+
+
+def _split_order(samples: Samples[B], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the samples' indices, stratum by stratum, and a mask over these of what is held out.
+
+    Raises:
+        BadInputError: If there are fewer than two samples.
+    """
     total = len(samples)
     if total < 2:
         raise BadInputError(f"clean data must hold at least 2 samples, got {total}")
@@ -234,4 +281,4 @@ def split(samples: Samples[B], fraction: float, seed: int) -> tuple[Samples[B], 
     held = torch.linspace(0, total - 1, max(1, round(fraction * total))).round().long()
     mask = torch.zeros(total, dtype=torch.bool)
     mask[held] = True
-    return samples.subset(order[~mask]), samples.subset(order[mask])
+    return order, mask

@@ -85,7 +85,7 @@ class Auto(Defense):
         assert best.work is not None
         why.append(f"chosen: {best.name}; a trigger of a kind that is not searched for is not seen")
         work.adapter.model.load_state_dict(best.work.adapter.model.state_dict())
-        work.stopped = trial.stopped
+        work.stopped, work.guard = trial.stopped, best.guard
         work.adopt(best.work)
         work.choice = Choice(
             defense=best.name,
@@ -148,7 +148,14 @@ class Auto(Defense):
 
     def _try(self, work: Purifying[Any], name: str, pools: Sequence[_Pool]) -> _Trial:
         """Run a candidate on a fork, and measure what it leaves."""
-        part = Purifying(work.adapter.fork(), work.fit, work.holdout, work.run.part(name))
+        part = Purifying(
+            work.adapter.fork(),
+            work.fit,
+            work.holdout,
+            work.run.part(name),
+            types=work.types,
+            folds=work.folds,
+        )
         candidate = self._made(name)
         try:
             if missing := missing_members(part.adapter, candidate.requires):
@@ -191,10 +198,10 @@ class _Trial:
     @property
     def rank(self) -> tuple[bool, bool, float]:
         """Smaller is better: any outcome, the guard kept, the least success."""
-        return self.guard is None, self.guard is None or self.guard.violated, self.success
+        return self.guard is None, self.guard is None or not self.guard.passes, self.success
 
     def is_good(self, tolerated: float) -> bool:
-        return self.guard is not None and not self.guard.violated and self.success <= tolerated
+        return self.guard is not None and self.guard.passes and self.success <= tolerated
 
     def words(self, tolerated: float) -> str:
         if self.guard is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -13,15 +13,15 @@ from itertools import chain
 from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
-from mmdefense.data.batch import Batch, Samples, Views, split
-from mmdefense.defenses.guard import Guard, State, at_rate, between, judge
+from mmdefense.data.batch import Batch, Samples, Views, folds
+from mmdefense.defenses.guard import Guard, State, at_rate
+from mmdefense.defenses.judging import Candidate, Chosen, Fold, Judging
 from mmdefense.defenses.outcome import Choice, TriggerSearch
 from mmdefense.errors import DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
-from mmdefense.kernels.loop import scores
 from mmdefense.kernels.precision import half_types, rounded, typed_like
 from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
@@ -97,6 +97,8 @@ class Purifying(Generic[B]):
         adapter: Wraps a private copy of the model, which is edited in place.
         fit: Samples to train on.
         holdout: Samples to select by; disjoint from ``fit``.
+        folds: Other splits of the clean data, for the guard; none where there are none.
+        guard: Set to the verdict by a defense that consists of others, which have been judged.
         run: Seed, progress, states and store.
         plots: Plots for the report, filled by the defense.
         search: What the search for triggers found, if there was one.
@@ -116,6 +118,12 @@ class Purifying(Generic[B]):
     why_unchanged: str = ""
     stopped: str = ""
     types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    folds: Sequence[tuple[Samples[B], Samples[B]]] = ()
+    guard: Guard | None = None
+
+    def on(self, fit: Samples[B], holdout: Samples[B], run: Run) -> Purifying[B]:
+        """Return the same with other parts of the clean data and another run."""
+        return Purifying(self.adapter, fit, holdout, run, types=self.types)
 
     def adopt(self, other: Purifying[B]) -> None:
         """Take over the results of the run whose model is returned."""
@@ -201,13 +209,15 @@ class Defense(ABC):
         deadline = processes.deadline(Deadline.after(max_seconds))
         begin = deadline.clock()
         prepared = model if isinstance(model, Prepared) else prepare(model, clean)
-        fit, held = split(prepared.samples, self.holdout, self.seed)
+        (fit, held), *others = folds(prepared.samples, self.holdout, self.seed)
         parts = Parts(deadline.clock, begin)
         run = Run(seed=self.seed, store=processes.store(store), deadline=deadline, parts=parts)
         if progress is not None:
             run.progress = progress
         given = prepared.model
-        work = Purifying(prepared.adapter.fork(), fit, held, run, types=half_types(given))
+        work = Purifying(
+            prepared.adapter.fork(), fit, held, run, types=half_types(given), folds=others
+        )
         with together(processes):
             guard = self.attempt(work)
         for module, one in zip(work.adapter.model.modules(), given.modules(), strict=True):
@@ -249,29 +259,34 @@ class Defense(ABC):
         Raises:
             DivergenceError: If the loss stopped being finite at every rate.
         """
-        work.fit = viewed(work.adapter, work.fit, getattr(self, "views", "given"))
+        work.fit = self._viewed(work, work.fit)
         recompute = getattr(self, "gradient_checkpointing", False)
         activations = recomputed(work.adapter.model) if recompute else nullcontext()
         with roomy(work.run.room), _explained_out_of_memory(), activations:
             deadline, begin = work.run.deadline, work.run.deadline.clock()
             work.run.progress(Event("utility before", 0, 1))
-            given, before = copy_state(work.adapter.model), scores(work.adapter, work.holdout)
+            given = copy_state(work.adapter.model)
+            others = [Fold(self._viewed(work, fit), held) for fit, held in work.folds]
+            judging = Judging(work, given, self.max_utility_drop, deadline, others)
             work.run.progress(Event("utility before", 1, 1))
             work.run.deadline = _before_the_guard(deadline, deadline.clock() - begin)
-            judging = _Judging(work, before, self.max_utility_drop, deadline)
             self._run_until_kept(work, given, judging)
-            chosen = judging.best
+            chosen = judging.chosen
+            assert chosen is not None
             work.adapter.model.load_state_dict(rounded(chosen.state, work.types))
         if chosen.part is not work:
             work.run.adopt(at_rate(chosen.guard.rate), chosen.part.run)
             work.adopt(chosen.part)
         return replace(chosen.guard, metric=traits(work.adapter).score_name)
 
-    def _run_until_kept(self, work: Purifying[Any], given: State, judging: _Judging) -> None:
+    def _viewed(self, work: Purifying[B], samples: Samples[B]) -> Samples[B]:
+        return viewed(work.adapter, samples, getattr(self, "views", "given"))
+
+    def _run_until_kept(self, work: Purifying[Any], given: State, judging: Judging) -> None:
         """Run at one rate after another until a state keeps the utility bound.
 
-        Tried at each rate: the final state, and states on the line from it to the given one, down
-        to 60 % of the way. Where none of them keeps the bound, or the loss stopped being finite,
+        At each rate the final state is tried, then states on the line from it to the given one,
+        down to 60 % of the way. If none of them keeps the bound, or the loss stopped being finite,
         the next rate is that of :meth:`milder`. In the end come the states that the defense kept on
         its way at the first rate, latest first, and the rest of its line.
 
@@ -301,19 +316,24 @@ class Defense(ABC):
                 failure = error
             if failure is None and (part is work or not work.stopped):
                 final = copy_state(work.adapter.model)
+                if part.guard is not None:
+                    judging.chosen = Chosen(part.guard, part, final)
+                    return
                 ended.append((part, rate, final))
                 label = f"{work.stopped}, when time ran out" if work.stopped else "final"
-                near = between(given, final, (0.9, 0.8, 0.7, 0.6))
-                if judging.settles(part, rate, chain([(label, final)], near)):
+                near = Candidate.line(given, final, (0.9, 0.8, 0.7, 0.6))
+                if judging.settles(
+                    part, rate, chain([Candidate(label, final, 1.0)], near), defense._run
+                ):
                     return
             defense, rate = defense.milder(), rate / 2
-            milder = work.run.milder(at_rate(rate))
-            part = Purifying(work.adapter, work.fit, work.holdout, milder, types=work.types)
+            part = work.on(work.fit, work.holdout, work.run.milder(at_rate(rate)))
         if failure is not None and not ended:
             raise failure
         part, rate, final = ended[0]
-        far = between(given, final, (0.5, 0.4, 0.3, 0.2, 0.1))
-        judging.settles(part, rate, chain(reversed(part.run.states), far))
+        kept = [Candidate(label, state) for label, state in reversed(part.run.states)]
+        far = Candidate.line(given, final, (0.5, 0.4, 0.3, 0.2, 0.1))
+        judging.settles(part, rate, chain(kept, far), self._run)
 
     def milder(self) -> Defense | None:
         """Return the defense to try if this one costs too much utility, or None."""
@@ -419,71 +439,6 @@ def _same(given: nn.Module, purified: nn.Module) -> bool:
     return before.keys() == after.keys() and all(
         torch.equal(value, after[name].to(value.device)) for name, value in before.items()
     )
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A state that was judged, with its verdict and the part of the run that reached it."""
-
-    guard: Guard
-    part: Purifying[Any]
-    state: State
-
-
-@dataclass
-class _Judging:
-    """Judges one state after another on the hold-out part, and keeps the best of them.
-
-    Attributes:
-        work: Around the model that the states are of.
-        before: Each held-out sample's share of the task metric under the given model, ``(N,)``.
-        bound: The largest drop that is allowed.
-        deadline: Once it has passed, no further state is judged.
-        judged: What was judged so far: none, or the best.
-        count: How many states were judged.
-    """
-
-    work: Purifying[Any]
-    before: Tensor
-    bound: float
-    deadline: Deadline
-    judged: _Chosen | None = None
-    count: int = 0
-
-    @property
-    def best(self) -> _Chosen:
-        """The state that keeps the bound, or else the one with the smallest drop."""
-        assert self.judged is not None
-        return self.judged
-
-    def settles(
-        self, part: Purifying[Any], rate: float, states: Iterable[tuple[str, State]]
-    ) -> bool:
-        """Judge states in turn; return whether one keeps the bound, or the time is up.
-
-        Args:
-            part: The part of the run that reached them.
-            rate: The share of the learning rate at which it did.
-            states: Each with its label.
-        """
-        for label, state in states:
-            if self.judged is not None and self.deadline.passed:
-                return True
-            self.work.run.progress(Event("guard", self.count, 0))
-            guard = judge(self.before, _scores(self.work, state), self.bound, label, rate)
-            self.count += 1
-            self.work.run.progress(Event("guard", self.count, 0))
-            if self.judged is None or guard.drop < self.judged.guard.drop or not guard.violated:
-                self.judged = _Chosen(guard, part, state)
-            if not guard.violated:
-                return True
-        return False
-
-
-def _scores(work: Purifying[Any], state: State) -> Tensor:
-    """Return each held-out sample's share of the task metric under a state, as it is rounded."""
-    work.adapter.model.load_state_dict(rounded(state, work.types))
-    return scores(work.adapter, work.holdout)
 
 
 def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,10 +43,13 @@ class Guard:
         drop: ``before - after``.
         spread: Standard deviation of the drop of single samples.
         bound: The largest drop that was allowed.
-        samples: Size of the hold-out part.
+        samples: Number of samples that were held out, in all folds together.
         state: Which state was returned: ``"final"`` or an earlier one.
         rate: The share of the defense's learning rate at which that state was reached.
         metric: What is measured: what the adapter's score is called.
+        folds: Number of folds that the samples were held out in, one after the other; with more
+            than one, the returned state is that of the first, and before, after and drop are means
+            over it and its counterparts.
     """
 
     before: float
@@ -59,6 +61,7 @@ class Guard:
     state: str
     rate: float = 1.0
     metric: str = "accuracy"
+    folds: int = 1
 
     @property
     def margin(self) -> float:
@@ -91,6 +94,11 @@ class Guard:
         return self.verdict == VIOLATED
 
     @property
+    def passes(self) -> bool:
+        """Whether the state may be returned: its drop is within the bound, certainly or not."""
+        return self.drop <= self.bound + 1e-6
+
+    @property
     def needed(self) -> int | None:
         """Number of held-out samples that would decide, if drop and spread stay as they are.
 
@@ -117,9 +125,11 @@ class Guard:
     @property
     def message(self) -> str:
         """One sentence for a person."""
+        turns = f" of {self.folds} folds" if self.folds > 1 else ""
         change = (
             f"{self.metric} went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
-            f"held-out samples (drop {self.drop:+.3f} ± {self.margin:.3f}, bound {self.bound:g})"
+            f"held-out samples{turns} (drop {self.drop:+.3f} ± {self.margin:.3f}, "
+            f"bound {self.bound:g})"
         )
         taken = f"; taken is the state {self.instead!r}" if self.instead else ""
         return f"utility guard: {self._words()}{taken}: {change}"
@@ -129,7 +139,8 @@ class Guard:
             return "bound VIOLATED by every state, the smallest drop is returned"
         if self.verdict == KEPT:
             return "bound kept"
-        return f"bound {self.undecided}"
+        least = "" if self.passes else ", the smallest drop is returned"
+        return f"bound {self.undecided}{least}"
 
 
 def not_decidable(samples: int, needed: int | None) -> str:
@@ -143,7 +154,9 @@ def at_rate(rate: float) -> str:
     return f"at {rate:g} times the learning rate"
 
 
-def judge(before: Tensor, after: Tensor, bound: float, state: str, rate: float = 1.0) -> Guard:
+def judge(
+    before: Tensor, after: Tensor, bound: float, state: str, rate: float = 1.0, folds: int = 1
+) -> Guard:
     """Return the verdict on a state.
 
     Args:
@@ -152,6 +165,7 @@ def judge(before: Tensor, after: Tensor, bound: float, state: str, rate: float =
         bound: The largest drop of the mean that is allowed, in ``[0, 1]``.
         state: What the state is called.
         rate: The share of the learning rate at which it was reached.
+        folds: Number of folds that the samples were held out in.
     """
     difference = (before - after).double()
     count = len(difference)
@@ -164,14 +178,13 @@ def judge(before: Tensor, after: Tensor, bound: float, state: str, rate: float =
         samples=count,
         state=state,
         rate=rate,
+        folds=folds,
     )
 
 
-def between(given: State, final: State, shares: Iterable[float]) -> Iterator[tuple[str, State]]:
-    """Yield the states at shares of the way from the given one to the final one, with labels."""
-    for share in shares:
-        mixed = {
-            name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
-            for name, value in final.items()
-        }
-        yield f"{share:.0%} of the way to the final state", mixed
+def between(given: State, final: State, share: float) -> State:
+    """Return the state at a share of the way from the given one to the final one."""
+    return {
+        name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
+        for name, value in final.items()
+    }

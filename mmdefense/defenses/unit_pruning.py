@@ -29,10 +29,12 @@ def prune_within(
     bound: float,
     prune: Callable[[nn.Module, Sequence[UnitGroup], Sequence[Unit]], None],
 ) -> None:
-    """Prune the first units of an order, up to the last count before one that the guard refuses.
+    """Prune the first units of an order, up to the last count before one that costs too much.
+
+    All clean samples judge: the order may be learnt from some of them, the count is not.
 
     Args:
-        work: Its model is pruned in place, and its hold-out part decides.
+        work: Its model is pruned in place, and its clean samples decide.
         groups: The unit groups.
         order: Suspect units, the most suspect first.
         counts: Numbers of units to try; 0 is skipped.
@@ -43,15 +45,15 @@ def prune_within(
     tried = sorted({count for count in counts if count})
     total = sum(group.size for group in groups)
     given = parameters_by_name(model)
-    before = scores(work.adapter, work.holdout)
+    before = _all_scores(work)
     curve, pruned, chosen = [float(before.mean())], 0, 0
     most = tried[-1] if tried else 0
     work.run.report("choose units", 0, most)
     for count in tried:
         prune(model, groups, order[pruned:count])
-        after, pruned = scores(work.adapter, work.holdout), count
+        after, pruned = _all_scores(work), count
         curve.append(float(after.mean()))
-        if judge(before, after, bound, "").violated:
+        if not judge(before, after, bound, "").passes:
             break
         chosen = count
         work.run.report("choose units", count, most)
@@ -62,6 +64,10 @@ def prune_within(
     work.plots.append(PruningCurve(fractions, curve, chosen / total))
     if not chosen:
         work.why_unchanged = "no unit was pruned"
+
+
+def _all_scores(work: Purifying[Any]) -> Tensor:
+    return torch.cat([scores(work.adapter, part) for part in (work.holdout, work.fit)])
 
 
 def prune_by_mask(

@@ -143,8 +143,7 @@ def test_as_many_units_are_pruned_as_the_guard_lets_pass(learnt, corners, bound)
         mean, deviation = statistics.mean(bounds), statistics.stdev(bounds)
         outlying += [((b - mean) / deviation, group, unit) for unit, b in enumerate(bounds)]
     suspects = sorted((entry for entry in outlying if entry[0] > 0.01), reverse=True)
-    held = split(corners, 0.5, 0)[1]
-    before, kept = scores(learnt, held), 0
+    before, kept = scores(learnt, corners), 0
     names = (("0", "1"), ("4",))
     for count in range(1, len(suspects) + 1):
         twin = learnt.fork()
@@ -153,7 +152,7 @@ def test_as_many_units_are_pruned_as_the_guard_lets_pass(learnt, corners, bound)
                 for name in names[group]:
                     for parameter in twin.model.get_submodule(name).parameters():
                         parameter[unit] = 0
-        if judge(before, scores(twin, held), bound, "").violated:
+        if not judge(before, scores(twin, corners), bound, "").passes:
             break
         kept = count
     assert result.plots[0].chosen == pytest.approx(kept / 7)
@@ -298,8 +297,7 @@ def test_units_without_batch_norm_are_told_of_before_the_start(taught):
     for defense in (ANP(steps=2, batch_size=8), RNP(unlearn_epochs=1, epochs=1)):
         events = []
         defense.purify(adapter, samples, progress=events.append)
-        told = [place for place, event in enumerate(events) if event.note]
-        assert len(told) == 1
+        told = [place for place, event in enumerate(events) if "BatchNorm" in event.note]
         assert "26 of 26 units have no BatchNorm" in events[told[0]].note
         begun = next(n for n, event in enumerate(events) if event.stage in ("masks", "unlearn"))
         assert told[0] < begun

@@ -69,18 +69,17 @@ class Case:
 
 @pytest.fixture(scope="module", params=[0, 1])
 def case(request):
-    """A victim of BadNets on the digits, and a tenth of the training set as clean data."""
+    """A victim of BadNets on the digits, and a tenth of the data, unseen, as clean data."""
     seed = request.param
     train_set, test = load_digits()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapter = adapt(SmallResNet(10, 1, width=8))
     attack = BadNets(seed=seed)
-    shifted = replace(train_set, augmentation=random_shift)
-    attack.plant(adapter, shifted, VICTIM, Run(seed))
+    rest, clean = split(train_set, 0.1, seed)  # the victim never sees what the guard judges by
+    attack.plant(adapter, replace(rest, augmentation=random_shift), VICTIM, Run(seed))
     adapter.model.eval()
-    clean = replace(split(train_set, 0.1, seed)[1], augmentation=random_view)
-    return Case(adapter, attack, clean, test)
+    return Case(adapter, attack, replace(clean, augmentation=random_view), test)
 
 
 def test_the_victim_serves_its_attacker_and_its_owner(case):

@@ -12,6 +12,7 @@ from clocks import Clock
 from torch import nn
 
 from mmdefense.checkpoints.runs import RunStore
+from mmdefense.data.batch import folds, split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
@@ -173,7 +174,8 @@ def test_the_guard_has_three_verdicts(adapter, clean, wrong, bound, verdict):
 
 @pytest.mark.parametrize("wrong", [1, 3, 4])
 def test_as_many_samples_as_it_names_decide(adapter, clean, wrong):
-    guard, _ = purify(adapter, clean, 1 - wrong / 100)
+    whole, _ = purify(adapter, clean, 1 - wrong / 100, bound=1.0)
+    guard = replace(whole, bound=0.02)
     assert guard.verdict == "not decidable"
     fewer, enough = (replace(guard, samples=count) for count in (guard.needed - 2, guard.needed))
     assert fewer.verdict == "not decidable"
@@ -191,9 +193,9 @@ def test_a_drop_at_the_bound_is_decided_by_no_number(adapter, clean):
 # 100 - k zeros, and the half-width of the one-sided 95 % interval 1.645 of that.
 @pytest.mark.parametrize(
     ("wrong", "margin", "passes"),
-    [(5, 0.036033, True), (6, 0.039263, False), (30, 0.075763, False)],
+    [(2, 0.023146, True), (3, 0.028203, False), (30, 0.075763, False)],
 )
-def test_the_bound_is_judged_with_the_interval_of_paired_samples(
+def test_a_state_passes_by_its_mean_drop_and_the_interval_is_that_of_paired_samples(
     adapter, clean, wrong, margin, passes
 ):
     guard, _ = purify(adapter, clean, 1 - wrong / 100)
@@ -230,7 +232,7 @@ def test_the_latest_state_that_keeps_the_bound_comes_next(adapter, clean):
     assert "taken is the state 'at 0.98'" in guard.message
 
 
-@pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 80, 0.2), (0.45, 50, 0.5)])
+@pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 70, 0.3), (0.45, 40, 0.6)])
 def test_then_states_between_the_given_and_the_final_one(adapter, clean, bound, share, level):
     guard, found = purify(adapter, clean, 0.0, bound=bound)
     assert guard.state == f"{share}% of the way to the final state"
@@ -326,9 +328,9 @@ class Rated(TrainingDefense):
 
 
 def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clean):
-    events, defense = [], Rated(lr=0.4, max_utility_drop=0.06)
+    events, defense = [], Rated(lr=0.4, max_utility_drop=0.1)
     result = defense.purify(adapter, clean, progress=events.append)
-    assert defense.tried == [0.4, 0.2, 0.1]
+    assert defense.tried == [0.4, 0.2, 0.2, 0.1]  # 60 % of 0.2 is judged on the other half as well
     assert result.model.level.item() == pytest.approx(0.9)
     assert (result.guard.state, result.guard.rate) == ("final", 0.25)
     assert result.guard.instead == "final, at 0.25 times the learning rate"
@@ -336,6 +338,7 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
     assert [plot.change for plot in result.plots] == [[0.1]]
     assert [event.note for event in events if event.note] == [
         "too much utility is lost; beginning again at 0.5 times the learning rate",
+        "100 held-out samples do not decide; fold 2 of 2",
         "too much utility is lost; beginning again at 0.25 times the learning rate",
     ]
     told = [(entry["stage"], entry["lr"]) for entry in result.history]
@@ -343,16 +346,16 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
 
 
 def test_a_state_near_to_the_final_one_comes_before_a_smaller_rate(adapter, clean):
-    defense = Rated(lr=0.4, max_utility_drop=0.3)
+    defense = Rated(lr=0.4, max_utility_drop=0.37)
     result = defense.purify(adapter, clean)
-    assert defense.tried == [0.4]
+    assert defense.tried == [0.4, 0.4]  # the other half does not decide either
     assert result.guard.instead == "90% of the way to the final state"
 
 
 def test_where_every_rate_costs_too_much_a_state_on_the_way_is_taken(adapter, clean):
     defense = Rated(lr=0.8, max_utility_drop=0.06, restarts=1)
     result = defense.purify(adapter, clean)
-    assert defense.tried == [0.8, 0.4]
+    assert defense.tried == [0.8, 0.4, 0.8]  # the last on the other half
     assert (result.guard.rate, result.guard.violated) == (1.0, False)
     assert result.guard.state == "10% of the way to the final state"
     assert [plot.change for plot in result.plots] == [[0.8]]
@@ -387,6 +390,83 @@ def test_a_milder_run_that_is_cut_off_is_not_taken(adapter, clean):
     assert result.model.level.item() == pytest.approx(0.92)
     assert result.guard.state == "10% of the way to the final state"
     assert result.stopped == "purify, step 1 of 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lucky(TrainingDefense):
+    """Costs a share of the metric that depends on the fold: ``drops`` in the order of the calls."""
+
+    drops: tuple[float, ...]
+    tried: list[int] = field(default_factory=list)
+    restarts: int = 0
+
+    def _run(self, work):
+        assert work.adapter.model.level == 1  # each begins with the given model
+        self.tried.append(len(work.fit))
+        levels(1 - self.drops[len(self.tried) - 1])(work)
+
+
+@pytest.fixture
+def few():
+    """Seventy classes of one sample, of which 14 are held out at a time."""
+    labels = torch.arange(70)
+    return LabelledSamples(((labels + 0.5) / 70).view(-1, 1, 1, 1), labels)
+
+
+def test_what_one_fold_leaves_open_the_others_decide(few):
+    """One of 14 turns wrong, 7 points; of the other 56 none does."""
+    defense = Lucky(drops=(0.05, 0.0, 0.0, 0.0, 0.0))
+    guard = defense.purify(DialAdapter(Dial(classes=70)), few).guard
+    assert defense.tried == [56] * 5
+    assert (guard.state, guard.samples, guard.folds) == ("final", 70, 5)
+    assert guard.drop == pytest.approx(1 / 70)
+    assert "on 70 held-out samples of 5 folds" in guard.message
+
+
+def test_a_drop_on_every_fold_does_not_pass_for_chance(few):
+    """Two or three of 14 turn wrong, which alone could be chance with a bound of 7 points."""
+    defense = Lucky(drops=(0.18,) * 5, max_utility_drop=0.07)
+    guard = defense.purify(DialAdapter(Dial(classes=70)), few).guard
+    assert guard.state == "30% of the way to the final state"
+    assert guard.drop <= 0.07
+    assert guard.folds == 5
+
+
+def test_a_clear_verdict_needs_no_other_fold(few):
+    defense = Lucky(drops=(0.0,))
+    defense.purify(DialAdapter(Dial(classes=70)), few)
+    assert defense.tried == [56]
+
+
+def test_a_fold_that_the_time_cuts_off_does_not_count(few):
+    class Slow(Lucky):
+        def _run(self, work):
+            if self.tried:
+                work.run.deadline = Deadline(0.0)
+                work.run.report("purify", 1, 2)
+            super()._run(work)
+
+    guard = Slow(drops=(0.05,)).purify(DialAdapter(Dial(classes=70)), few, max_seconds=3600).guard
+    assert (guard.folds, guard.samples) == (1, 14)
+    assert guard.drop <= 0.02
+
+
+def test_each_sample_is_held_out_once(few):
+    parts = folds(few, 0.2, seed=3)
+    held = torch.cat([holdout.labels for _, holdout in parts])
+    assert held.sort().values.tolist() == list(range(70))
+    for fit, holdout in parts:
+        both = torch.cat([fit.labels, holdout.labels])
+        assert both.sort().values.tolist() == list(range(70))
+    first = split(few, 0.2, seed=3)
+    assert torch.equal(first[1].labels, parts[0][1].labels)
+
+
+@pytest.mark.parametrize(("total", "share", "count"), [(2, 0.2, 2), (3, 0.5, 2), (9, 0.9, 2)])
+def test_folds_of_few_samples_are_never_empty(few, total, share, count):
+    parts = folds(few.subset(torch.arange(total)), share, seed=0)
+    assert len(parts) == count
+    assert all(len(fit) and len(holdout) for fit, holdout in parts)
 
 
 def test_what_does_not_depend_on_the_rate_is_computed_once(adapter, clean, tmp_path):
@@ -431,7 +511,7 @@ def test_one_that_diverges_at_every_rate_says_so(adapter, clean):
 
 def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
     for _ in range(2):  # the second time all is read from the store
-        defense = Rated(lr=0.2, max_utility_drop=0.06)
+        defense = Rated(lr=0.2, max_utility_drop=0.1)
         result = defense.purify(adapter, clean, store=RunStore(tmp_path))
         assert result.model.level.item() == pytest.approx(0.9)
     part = RunStore(tmp_path / "at 0.5 times the learning rate")

@@ -45,9 +45,9 @@ def case():
         torch.manual_seed(0)
         adapter = adapt(PointNet(KINDS, width=8, dropout=0.0))
     attack = PointPBA(center=(0.5, 0.0, -1.0))
-    attack.plant(adapter, replace(train_set, augmentation=random_jitter), VICTIM, Run())
+    rest, clean = split(train_set, 1 / 6, 0)  # the victim never sees what the guard judges by
+    attack.plant(adapter, replace(rest, augmentation=random_jitter), VICTIM, Run())
     adapter.model.eval()
-    clean = split(train_set, 1 / 6, 0)[1]
 
     def measured(adapter):
         return measure(adapter, adapter.samples(test), attack.triggered(test, adapter))

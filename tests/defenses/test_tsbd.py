@@ -155,8 +155,9 @@ def test_milder_runs_neither_unlearn_nor_choose_again(learnt, corners):
     harmful.purify(learnt, corners, progress=events.append)
     assert any("beginning again at 0.25 times" in event.note for event in events)
     stages = [stage for stage, _ in groupby(event.stage for event in events)]
-    assert [stage for stage in stages if "unlearn" in stage] == ["unlearn"]
-    assert [stage for stage in stages if "choose" in stage] == ["choose a ratio"]
+    first = [stage for stage in stages if "fold" not in stage]
+    assert [stage for stage in first if "unlearn" in stage] == ["unlearn"]
+    assert [stage for stage in first if "choose" in stage] == ["choose a ratio"]
 
 
 def test_a_given_ratio_is_not_chosen(learnt, corners):
