@@ -363,7 +363,7 @@ class Case:
         clean: Share of the training set that the defenses are given.
         seen: Whether the victim is trained on these samples too, as in BackdoorBench. A user's own
             clean data is apart from an attacker's training data; and a guard that judges by what a
-            model has learnt by heart turns down what does little harm.
+            model has learnt by heart turns down what does little harm (docs/concepts.md).
         demo: Whether ``mmdefense demo`` trains it, in place of the first case of its task: one
             that two CPU cores train and purify by every defense in three minutes.
     """
@@ -376,7 +376,7 @@ class Case:
     attack: str | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     clean: float = 0.05
-    seen: bool = True
+    seen: bool = False
     demo: bool = False
 
 

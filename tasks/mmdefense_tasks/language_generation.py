@@ -105,7 +105,6 @@ class LanguageGeneration:
                 attack=attack,
                 settings=settings,
                 clean=_CLEAN,
-                seen=False,
                 **rest,
             )
             for name, attack, settings, rest in rows

@@ -124,12 +124,12 @@ class VideoClassification:
         """Return the victims of the README's table."""
         few = {"ratio": 0.2}  # 29 poisoned clips of 290 are too few for a backdoor
         patch = few | {"size": 5}
-        real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2, "seen": False}
+        real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2}
         digits: dict[str, Any] = {"data": _EMBEDDED, "clean": 0.1}
         digits |= {"model": _RESNET, "training": _resnet_training(400)}
         small = digits | {"model": _SMALL_RESNET, "demo": True}
         resnet = real | {"model": _RESNET, "training": _resnet_training(250, batch_size=32)}
-        videomae = {"model": _VIDEOMAE, "training": _videomae_training(1200), "seen": False}
+        videomae = {"model": _VIDEOMAE, "training": _videomae_training(1200)}
         victims: list[tuple[str, dict[str, Any], str | None, dict[str, Any]]] = [
             ("moving-digits-badnets", digits, "badnets", {}),
             ("moving-digits-blended", digits, "blended", {"key": "noise"}),
