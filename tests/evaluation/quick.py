@@ -19,6 +19,7 @@ CASE = Case(
     attack="badnets",
     model="commands:Net(classes={classes})",
     training=Training(steps=40, lr=0.1, batch_size=64),
+    seen=True,
 )
 
 CLOUDS = replace(

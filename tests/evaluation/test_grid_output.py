@@ -176,12 +176,12 @@ def test_a_spec_says_what_is_measured(tmp_path):
     assert {(c.label, c.case.clean, c.kind, c.defense.seed) for c in cells} == {
         (label, share, kind, seed)
         for label in ("tsbd", "strong")
-        for share, kind in ((0.05, "seen"), (0.1, "noisy"))
+        for share, kind in ((0.05, "unseen"), (0.1, "noisy"))
         for seed in (0, 1)
     }
     assert next(cell for cell in cells if cell.label == "strong").defense.strength == 0.5
     assert len({cell.identity.digest for cell in cells}) == 8
-    assert len({cell.victim.digest for cell in cells}) == 2
+    assert len({cell.victim.digest for cell in cells}) == 4  # two seeds, two shares kept apart
 
 
 def test_cases_have_what_is_shared_unless_they_say_otherwise(tmp_path):
