@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from mmdefense.data.labelled import LabelledSamples
+from mmdefense.defenses.awm import AWM
 from mmdefense.defenses.baeraser import BaEraser
+from mmdefense.defenses.clp import CLP
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP
+from mmdefense.defenses.nft import NFT
 from mmdefense.defenses.tsbd import TSBD
 
 
@@ -47,3 +50,11 @@ def test_updates_below_the_last_digit_of_bfloat16_add_up(adapter, corners):
     found = tiny.purify(adapter, clean).model[4].weight
     assert found.dtype == torch.bfloat16
     assert (found != start).float().mean() > 0.1  # each update is below half of a last digit
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [(FineTuning, "values"), (NFT, "unit masks"), (AWM, "weight masks"), (CLP, "nothing")],
+)
+def test_a_plan_names_what_a_defense_trains(adapter, kind, what):
+    assert kind().trains(adapter).endswith(what)
