@@ -70,6 +70,7 @@ def _rule(findings: list[Finding]) -> dict[str, Any]:
     worst = worst_level(findings) or "info"
     return {
         "id": first.id,
+        "name": "".join(word.capitalize() for word in first.id.split("-")),
         "shortDescription": {"text": first.measured},
         "fullDescription": {"text": first.meaning},
         "help": {"text": f"Cannot see: {first.blind_spot}"},
@@ -84,7 +85,9 @@ def _result(found: Finding, rule: int, record: ScanRecord) -> dict[str, Any]:
     place: dict[str, Any] = {"uri": _uri(record.model, name)}
     if name in record.files:
         place["index"] = list(record.files).index(name)
-    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": place}}
+    # A finding is on the file as a whole, but many readers want a line to show it at.
+    region = {"startLine": 1, "endLine": 1}
+    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": place, "region": region}}
     if not name:  # a layer or a target, of the model as a whole
         location["logicalLocations"] = [{"fullyQualifiedName": found.subject}]
     known_by = fingerprint(found, record.files)
