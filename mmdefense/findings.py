@@ -51,7 +51,7 @@ class Finding:
         meaning: What it means.
         blind_spot: What the rule cannot see.
         numbers: Numbers behind the value, as JSON has them.
-        picture: A trigger as a picture, as a ``data:`` address; empty where there is none.
+        pictures: Pictures of the triggers that were found, as ``data:`` addresses by caption.
         known: Whether a baseline, an earlier report, has it; none where there is no baseline.
     """
 
@@ -64,7 +64,7 @@ class Finding:
     meaning: str
     blind_spot: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    picture: str = ""
+    pictures: Mapping[str, str] = field(default_factory=dict)
     known: bool | None = None
 
     @property
@@ -110,7 +110,7 @@ class Rule:
         level: Level | None = None,
         reference: str | None = None,
         numbers: Mapping[str, Any] | None = None,
-        picture: str = "",
+        pictures: Mapping[str, str] | None = None,
     ) -> Finding:
         """Return a finding of this rule."""
         return Finding(
@@ -123,7 +123,7 @@ class Rule:
             meaning=self.meaning,
             blind_spot=self.blind_spot,
             numbers=numbers or {},
-            picture=picture,
+            pictures=pictures or {},
         )
 
 

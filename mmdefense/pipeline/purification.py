@@ -468,6 +468,7 @@ def _recorded(guard: Guard) -> records.GuardInfo:
         confidence=0.9,  # each end is a one-sided 95 % bound
         verdict=guard.verdict,
         needed=guard.needed,
+        folds=guard.folds,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mmdefense.plots.base import Numbers, Plot
+from mmdefense.plots.base import Numbers, Plot, as_array
 from mmdefense.plots.panels import Histogram
 
 __all__ = ["Activeness"]
@@ -23,13 +23,21 @@ class Activeness(Plot):
     after: Numbers | None = None
 
     title = "Neuron activeness"
-    caption = (
-        "Gradient norm of each unit on clean data, on a logarithmic scale; zeros stand in the "
-        "first bin. A backdoored model has more units that are very active; purified, the tail at "
-        "the right should be shorter."
-    )
+
+    @property
+    def caption(self) -> str:
+        """How to read it, with what is there of zeros and of a model after."""
+        zeros = any((as_array(values) == 0).any() for values in self._series().values())
+        return (
+            "Gradient norm of each unit on clean data, on a logarithmic scale"
+            f"{'; zeros stand in the first bin' * zeros}. A backdoored model has more units that "
+            "are very active"
+            f"{'; purified, the tail at the right should be shorter' * (self.after is not None)}."
+        )
 
     def panels(self) -> list[Histogram]:
         """Return a histogram of the norms."""
-        series = {"before": self.before} | ({} if self.after is None else {"after": self.after})
-        return [Histogram(series, "gradient norm per unit", log=True)]
+        return [Histogram(self._series(), "gradient norm per unit", log=True)]
+
+    def _series(self) -> dict[str, Numbers]:
+        return {"before": self.before} | ({} if self.after is None else {"after": self.after})

@@ -14,5 +14,17 @@ SERIES = (
     "#0b7285",
     "#b32d68",
     "#5c7a12",
+    "#8c564b",
+    "#4f6bd8",
+    "#e0457b",
+    "#2f9e8f",
+    "#c77d0a",
+    "#9b59d0",
+    "#3f9c35",
+    "#d6594c",
+    "#4a90b8",
+    "#a07d5a",
+    "#8a8f2a",
+    "#b05fb5",
 )
 AFTER, ATTACK, BEFORE = SERIES[0], SERIES[1], MUTED  # ACC and "after" are blue, ASR is orange

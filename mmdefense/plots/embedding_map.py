@@ -81,13 +81,20 @@ class EmbeddingMap(Plot):
     @property
     def caption(self) -> str:
         """How to read it, and how many samples it is of."""
-        return (
-            "Each point is a sample, coloured by its true class; crosses carry the trigger. With a "
-            "working backdoor the crosses gather in a cluster of their own; without one they lie "
-            "among their true classes. In a t-SNE map neighbourhoods mean something, but distances "
-            f"between clusters do not. {len(self.labels)} of {self.total or len(self.labels)} "
-            "samples."
+        crosses = (
+            " Crosses carry the trigger: with a working backdoor they gather in a cluster of their "
+            "own; without one they lie among their true classes."
         )
+        shown, total = len(self.labels), self.total or len(self.labels)
+        return (
+            f"Each point is a sample, coloured by its true class.{crosses * self._triggered} In a "
+            "t-SNE map neighbourhoods mean something, but distances between clusters do not. "
+            + (f"{shown} of {total} samples." if shown < total else f"{total} samples.")
+        )
+
+    @property
+    def _triggered(self) -> bool:
+        return self.triggered is not None and bool(as_array(self.triggered).any())
 
     def panels(self) -> list[Scatter]:
         """Return the maps before and after."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmdefense.plots.base import Plot
-from mmdefense.plots.panels import Bars
+from mmdefense.plots.panels import LABEL, Bars
 
 __all__ = ["LayerChanges"]
 
@@ -36,10 +36,12 @@ class LayerChanges(Plot):
         """How to read it, and how many layers and units that is about."""
         shown, layers = len(self._shown()), len(self.layers)
         cut = f", the {shown} of {layers} that moved most" if shown < layers else ""
+        order = f", input side first{cut}" if layers > 1 else ""
+        pruned, units = sum(self.pruned), sum(self.units)
         return (
-            "Distance between a layer's weights after and before, relative to the norm before: "
-            f"layers in order, input side first{cut}. {sum(self.pruned)} of {sum(self.units)} "
-            "units were pruned."
+            "Distance between a layer's weights after and before, relative to the norm "
+            f"before{order}. "
+            + (f"{pruned} of {units} units were pruned." if pruned else "No unit was pruned.")
         )
 
     def panels(self) -> list[Bars]:
@@ -47,12 +49,28 @@ class LayerChanges(Plot):
         shown = self._shown()
         if not shown:
             return []
+        pruned = [f" ({self.pruned[n]} pruned)" * bool(self.pruned[n]) for n in shown]
         names = [
-            f"{self.layers[n]} ({self.pruned[n]} pruned)" if self.pruned[n] else self.layers[n]
-            for n in shown
+            _shortened(self.layers[n], LABEL - len(note)) + note
+            for n, note in zip(shown, pruned, strict=True)
         ]
         return [Bars(names, [self.changes[n] for n in shown], "relative weight change")]
 
     def _shown(self) -> list[int]:
         order = sorted(range(len(self.layers)), key=lambda n: -self.changes[n])
         return sorted(order[:_MOST])
+
+
+def _shortened(name: str, most: int) -> str:
+    """Return a dotted name with its first parts cut to a letter each, as many as it takes to fit.
+
+    So ``encoder.stages.0.layers.1.convolution`` becomes ``e.s.0.l.1.convolution``. Where that is
+    too long as well, its end is cut.
+    """
+    parts = name.split(".")
+    for number in range(len(parts) - 1):
+        if len(".".join(parts)) <= most:
+            break
+        parts[number] = parts[number][:1] if parts[number].isalpha() else parts[number]
+    short = ".".join(parts)
+    return short if len(short) <= most else f"{short[: most - 1]}…"

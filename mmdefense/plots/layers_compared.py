@@ -24,9 +24,8 @@ class LayersCompared(Plot):
     title = "What was changed"
     caption = (
         "Distance between a layer's weights after and before, relative to the norm before; layers "
-        "are numbered from the input side as in the table of layers below."
+        "are numbered from the input side as in the table of layers."
     )
-    wide = True
 
     def panels(self) -> list[Curves]:
         """Return a line for each purification; nothing where no layer is known."""

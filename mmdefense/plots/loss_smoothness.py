@@ -44,11 +44,12 @@ class LossSmoothness(Plot):
     @property
     def caption(self) -> str:
         """How to read the bars and, where there is one, the spectrum."""
+        errors = self.trace_error is not None and np.isfinite(as_array(self.trace_error)).any()
         return (
             "Curvature of the clean loss at the model's weights; smaller is smoother. Backdoored "
             "models were found to sit in sharper minima than clean ones (FIP, arXiv:2409.00863). "
-            "Compare before with after only: the scale depends on the model. A standard error "
-            "stands behind the ± where the trace was measured with several probes."
+            "The scale depends on the model: compare it with itself alone."
+            f"{' Behind the ± stands the standard error over several probes.' if errors else ''}"
             f"{_SPECTRUM if self.spectra else ''}"
         )
 

@@ -6,6 +6,7 @@ Another kind is another :class:`~mmdefense.plots.base.Panel`.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdefense.errors import BadInputError
-from mmdefense.plots.base import Array, Panel, as_array, say
+from mmdefense.plots.base import WIDTH, Array, Panel, as_array, say
 from mmdefense.plots.colors import AFTER, ATTACK, BEFORE, INK, MUTED, PAPER, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Bars", "Curve", "Curves", "Histogram", "Interval", "Scatter", "tick"]
+__all__ = ["LABEL", "Bars", "Curve", "Curves", "Histogram", "Interval", "Scatter", "tick"]
 
+LABEL = 28
+"""Letters of the name of a bar; ours."""
 _MINUS = "\N{MINUS SIGN}"
 _CURVE_POINTS, _SCATTER_POINTS = 400, 1200  # ours; keep a page small
-_LINE = 62  # letters of a legend side by side, its signs included
+_LINE = 46  # letters of a legend side by side, its signs included
 _LABEL_BOX: Any = {"boxstyle": "round,pad=0.15", "fc": PAPER, "ec": "none", "alpha": 0.75}
 
 
@@ -102,7 +105,7 @@ class Curves(Panel):
 
     def draw(self, axes: Axes) -> None:
         """Draw on a pair of axes."""
-        from matplotlib.ticker import PercentFormatter
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         for number, curve in enumerate(self.curves):
             color = curve.color or SERIES[number % len(SERIES)]
@@ -117,6 +120,8 @@ class Curves(Panel):
             axes.set_ylim(-0.03, 1.03)
         if "x" in self.percent:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        elif all((curve.x == np.round(curve.x)).all() for curve in self.curves):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if self.mark is not None:
             axes.axvline(self.mark, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
             left = self.mark < float(np.mean(axes.get_xlim()))
@@ -128,13 +133,13 @@ class Curves(Panel):
                 textcoords="offset points",
                 ha="left" if left else "right",
                 va="top",
-                fontsize=8.5,
+                fontsize=9,
                 bbox=_LABEL_BOX,
             )
         if self.log:
             self._stretch(axes)
         axes.margins(x=0.02)
-        axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.set(xlabel=_wrapped(self.xlabel), ylabel=_wrapped(self.ylabel, 34))
         _legend(axes)
 
     def _stretch(self, axes: Axes) -> None:
@@ -216,7 +221,7 @@ class Histogram(Panel):
             axes.xaxis.set_minor_formatter(lambda *_: "")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(visible=False, axis="x")
-        axes.set(xlabel=self.xlabel, ylabel=self.ylabel)
+        axes.set(xlabel=_wrapped(self.xlabel), ylabel=_wrapped(self.ylabel, 34))
         _legend(axes)
 
 
@@ -262,13 +267,13 @@ class Bars(Panel):
     @property
     def size(self) -> tuple[float, float]:
         """Width and height on a page, in inches."""
-        return 4.6, 0.55 + 0.24 * max(2, len(self.values))
+        return WIDTH, 0.6 + 0.25 * max(2, len(self.values))
 
     def draw(self, axes: Axes) -> None:
         """Draw on a pair of axes."""
         from matplotlib.ticker import MaxNLocator
 
-        names = [_short(label) for label in self.labels]
+        names = [_short(label, LABEL) for label in self.labels]
         places = np.arange(len(names))
         colors = [BEFORE if name == "before" else AFTER for name in names]
         axes.barh(places, np.nan_to_num(self.values, posinf=0, neginf=0), 0.62, color=colors)
@@ -281,7 +286,7 @@ class Bars(Panel):
                 textcoords="offset points",
                 ha="left" if start >= 0 else "right",
                 va="center",
-                fontsize=8.5,
+                fontsize=9,
             )
         axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0)
@@ -290,7 +295,7 @@ class Bars(Panel):
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(tick)
-        axes.set_xlabel(self.xlabel)
+        axes.set_xlabel(_wrapped(self.xlabel))
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,6 @@ class Interval(Panel):
         high: Upper end.
         bound: The line that should not be crossed.
         xlabel: Name and unit.
-        verdict: What follows for the bound, written into the drawing; may be empty.
     """
 
     value: float
@@ -311,21 +315,19 @@ class Interval(Panel):
     high: float
     bound: float
     xlabel: str
-    verdict: str = ""
 
     def describe(self) -> str:
-        """Return the numbers, and the verdict."""
-        said = f"; {self.verdict}" if self.verdict else ""
+        """Return the numbers."""
         return say(
             self.title,
             f"{self.xlabel}: {_show(self.value)}, interval {_show(self.low)} to "
-            f"{_show(self.high)}, bound {_show(self.bound)}{said}.",
+            f"{_show(self.high)}, bound {_show(self.bound)}.",
         )
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height on a page, in inches."""
-        return 4.6, 1.15
+        return WIDTH, 1.05
 
     def draw(self, axes: Axes) -> None:
         """Draw on a pair of axes."""
@@ -345,14 +347,13 @@ class Interval(Panel):
             va="top",
             color=ATTACK,
         )
-        axes.set_title(self.verdict, fontsize="medium", color=MUTED)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylim(-1, 1.6)
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(tick)
-        axes.set_xlabel(self.xlabel)
+        axes.set_xlabel(_wrapped(self.xlabel))
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,7 +400,7 @@ class Scatter(Panel):
     @property
     def size(self) -> tuple[float, float]:
         """Width and height on a page, in inches."""
-        return 4.6, 3.7
+        return WIDTH, 3.2
 
     def draw(self, axes: Axes) -> None:
         """Draw on a pair of axes."""
@@ -407,7 +408,8 @@ class Scatter(Panel):
         for number, group in enumerate(present):
             x, y = self.points[(self.groups == group) & ~self.crossed].T
             color = SERIES[number % len(SERIES)]
-            axes.plot(x, y, "o", color=color, markersize=3.4, markeredgewidth=0, alpha=0.75)
+            shape = "os^D"[number // len(SERIES) % 4]  # beyond the colours there are
+            axes.plot(x, y, shape, color=color, markersize=3.4, markeredgewidth=0, alpha=0.75)
         if self.crossed.any():
             x, y = self.points[self.crossed].T
             name = _short(self.crossed_name)
@@ -446,7 +448,7 @@ def _columns(names: Sequence[str]) -> int:
 def _with_legend(names: Sequence[str]) -> tuple[float, float]:
     """Return the size in inches of a panel with a legend of such names above it."""
     rows = -(-len(names) // _columns(names)) if names else 0
-    return 4.6, 2.7 + 0.19 * max(0, rows - 2)
+    return WIDTH, 2.4 + 0.19 * max(0, rows - 1)
 
 
 def _legend(axes: Axes) -> None:
@@ -458,6 +460,11 @@ def _legend(axes: Axes) -> None:
             ncols=_columns(names),
             columnspacing=1.4,
         )
+
+
+def _wrapped(label: str, width: int = 48) -> str:
+    """Return the name of an axis in lines that fit beside it."""
+    return "\n".join(textwrap.wrap(label, width))
 
 
 def _short(text: str, most: int = 34) -> str:

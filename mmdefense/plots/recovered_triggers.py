@@ -41,13 +41,26 @@ class RecoveredTriggers(Plot):
     works: Sequence[bool] = ()
 
     title = "Recovered triggers"
-    caption = (
-        "Sampled from the trigger generators, with no knowledge of the true trigger or target. "
-        "They need not look like the true trigger to undo its effect. A trigger that works and was "
-        "not accepted may be a backdoor's: models that nobody tampered with have such triggers, "
-        "too. That none was accepted is not proof that there is none."
-    )
     wide = True
+
+    @property
+    def caption(self) -> str:
+        """How to read it, with what is there of each fate."""
+        fates = {self._fate(index) for index in range(len(self.images))}
+        said = [
+            "Sampled from the trigger generators, with no knowledge of the true trigger or target; "
+            "the share is of the clean samples that each leads to its target."
+        ]
+        if 0 in fates:
+            said.append("They need not look like the true trigger to undo its effect.")
+        else:
+            said.append("That none was accepted is not proof that there is none.")
+        if 1 in fates:
+            said.append(
+                "A trigger that works and was not accepted may be a backdoor's: models that nobody "
+                "tampered with have such triggers, too."
+            )
+        return " ".join(said)
 
     def __post_init__(self) -> None:
         columns = (self.images, self.names, self.success, self.accepted)
@@ -67,9 +80,7 @@ class RecoveredTriggers(Plot):
         """Return a row of images for each fate and size of image; none where there is no image."""
         alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for index, image in enumerate(self.images):
-            works = bool(self.works) and self.works[index]
-            fate = 0 if self.accepted[index] else 1 if works else 2
-            alike.setdefault((fate, np.shape(image)), []).append(index)
+            alike.setdefault((self._fate(index), np.shape(image)), []).append(index)
         rows = [
             ImageRow(
                 _FATES[fate],
@@ -79,6 +90,11 @@ class RecoveredTriggers(Plot):
             for (fate, _), chosen in sorted(alike.items())
         ]
         return [ImageGrid(rows)] if rows else []
+
+    def _fate(self, index: int) -> int:
+        """Return which of the fates a trigger has."""
+        works = bool(self.works) and self.works[index]
+        return 0 if self.accepted[index] else 1 if works else 2
 
 
 def _in_bytes(image: Numbers) -> Numbers:

@@ -34,12 +34,17 @@ class SmoothnessCourse(Plot):
     spectra: Mapping[str, tuple[Numbers, Numbers]]
 
     title = "Loss smoothness along the training"
-    caption = (
-        "Curvature of the clean loss after a number of updates, beside ACC and ASR (FIP, "
-        "arXiv:2409.00863, Fig. 1 and 3). The density is how many eigenvalues of the Hessian lie "
-        "where."
-    )
     wide = True
+
+    @property
+    def caption(self) -> str:
+        """How to read it, with the rates that are shown."""
+        rates = "ACC" if self.asr is None else "ACC and ASR"
+        return (
+            f"Curvature of the clean loss after a number of updates, beside {rates} (FIP, "
+            "arXiv:2409.00863, Fig. 1 and 3). The density is how many eigenvalues of the Hessian "
+            "lie where."
+        )
 
     def panels(self) -> list[Panel]:
         """Return the rates, the curvature and the spectra."""

@@ -26,10 +26,18 @@ class TrainingCurves(Plot):
     history: Sequence[Mapping[str, Any]]
 
     title = "Training curves"
-    caption = (
-        "What each stage of the defense reported as it ran. A stage that is meant to unlearn "
-        "raises its loss on purpose."
-    )
+
+    @property
+    def caption(self) -> str:
+        """How to read them, and a word on a stage that unlearns, where there is one."""
+        curves = [curve for panel in self.panels() for curve in panel.curves]
+        unlearns = any("unlearn" in curve.name for curve in curves)
+        return (
+            "What the defense reported as it ran"
+            + (", a line for each stage" if len({curve.name for curve in curves}) > 1 else "")
+            + "."
+            + (" A stage that unlearns raises its loss on purpose." if unlearns else "")
+        )
 
     @property
     def wide(self) -> bool:

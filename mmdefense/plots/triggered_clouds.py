@@ -30,18 +30,21 @@ class TriggeredClouds(Plot):
     names: Sequence[str] = ()
 
     title = "The trigger"
-    caption = (
-        "Each column is one test sample without and with the trigger, on the unit sphere; near "
-        "points are dark. Points that the trigger put there are orange. A model with a working "
-        "backdoor gives every triggered sample the attacker's label."
-    )
     wide = True
+
+    @property
+    def caption(self) -> str:
+        """How to read it, and what is orange, if anything is."""
+        orange = " Points that the trigger put there are orange." * bool(self._marked().any())
+        return (
+            "Each column is one test sample without and with the trigger, on the unit sphere; near "
+            f"points are dark.{orange} A model with a working backdoor gives every triggered "
+            "sample the attacker's label."
+        )
 
     def panels(self) -> list[ImageGrid]:
         """Return rows of pictures of the clouds."""
-        altered = (self.clean != self.triggered).any(2)
-        partial = altered.float().mean() < 0.5  # else the whole cloud moved: mark nothing
-        marked = altered if partial else torch.zeros_like(altered)
+        marked = self._marked()
         return [
             ImageGrid(
                 [
@@ -52,3 +55,8 @@ class TriggeredClouds(Plot):
                 columns=len(self.clean),
             )
         ]
+
+    def _marked(self) -> Tensor:
+        """Return which points the trigger put there, bool ``(N, P)``; none if all moved."""
+        altered = (self.clean != self.triggered).any(2)
+        return altered if altered.float().mean() < 0.5 else torch.zeros_like(altered)

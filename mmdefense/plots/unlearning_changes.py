@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmdefense.errors import BadInputError
-from mmdefense.plots.base import Numbers, Panel, Plot, as_array, say
+from mmdefense.plots.base import WIDTH, Numbers, Panel, Plot, as_array, say
 from mmdefense.plots.colors import AFTER
 from mmdefense.plots.panels import Histogram, tick
 
@@ -43,7 +43,7 @@ class Points(Panel):
     @property
     def size(self) -> tuple[float, float]:
         """Width and height on a page, in inches."""
-        return 4.6, 3.7
+        return WIDTH, 3.2
 
     def describe(self) -> str:
         """Return how many points there are, and of what."""

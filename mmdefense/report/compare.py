@@ -25,7 +25,7 @@ from mmdefense.report.formats import DASH, duration, percent, points
 from mmdefense.report.page import provenance, render_page, template
 from mmdefense.report.panels import shown_plots
 from mmdefense.report.record import PurificationRecord, read_record
-from mmdefense.report.verdict import verdict
+from mmdefense.report.verdict import MARKS, remarks, verdict
 
 __all__ = ["Entry", "compare", "comparison_page", "purification_record", "rebuild"]
 
@@ -147,11 +147,21 @@ def comparison_page(records: Sequence[PurificationRecord], names: Sequence[str])
     ]
     return template("compare.html.j2").render(
         names=names,
-        records=records,
-        verdicts=[verdict(record) for record in records],
+        remarks=[part for part in _remarks(records, names) if part[1]],
         plots=shown_plots([compared] if compared.panels() else []),
         tables=[table for table in tables if table[3]],
     )
+
+
+def _remarks(
+    records: Sequence[PurificationRecord], names: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield what is to be said of all, and then of each alone, under a heading each."""
+    said = [remarks(record) for record in records]
+    common = [line for line in said[0] if all(line in lines for lines in said)]
+    yield "Of all", common
+    for name, lines in zip(names, said, strict=True):
+        yield name, [line for line in lines if line not in common]
 
 
 def _side_by_side(columns: Iterator[Mapping[str, str]] | Any) -> list[Entry]:
@@ -162,9 +172,10 @@ def _side_by_side(columns: Iterator[Mapping[str, str]] | Any) -> list[Entry]:
 
 
 def _measured(record: PurificationRecord) -> dict[str, str]:
-    guard = record.guard
+    guard, found = record.guard, verdict(record)
     interval = f"{points(guard.drop_low)} to {points(guard.drop_high)}"
     shown = {
+        "Verdict": f"{MARKS[found.level]} {found.label}",
         "Method": record.defense.name,
         f"Hold-out {guard.metric} before": percent(guard.before),
         f"Hold-out {guard.metric} after (higher is better)": percent(guard.after),

@@ -22,10 +22,10 @@ _TILE_PX = 144  # ours; a tile is shown at half that, so it is sharp on fine scr
 
 def image_markup(grid: ImageGrid) -> Markup:
     """Return a table-like group of ``<img>`` elements."""
-    form = "row aligned" if grid.columns else "row"
+    form, kind = ("row aligned", "images scroll") if grid.columns else ("row", "images")
     rows = Markup().join(_row_markup(row, grid.most, form) for row in grid.rows)
-    return Markup('<div class="images" role="group" aria-label="{}">{}</div>').format(
-        grid.describe(), rows
+    return Markup('<div class="{}" role="group" aria-label="{}"{}>{}</div>').format(
+        kind, grid.describe(), Markup(' tabindex="0"') if grid.columns else "", rows
     )
 
 

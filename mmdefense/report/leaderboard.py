@@ -39,7 +39,8 @@ _COLUMNS = (
 
 _RATES = ("acc_after", "asr_after", "ra_after", "der", "acc_before", "asr_before", "seconds")
 _RETUNED = ("asr_retuned", "asr_retuned_twin")
-"""Rates that have a column where they were measured for some cell."""
+_MEASURED = (*_RATES, *_RETUNED)
+"""What has a column where it was measured for some cell."""
 
 
 def write_leaderboard(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
@@ -61,7 +62,7 @@ def leaderboard(rows: Iterable[Mapping[str, Any]]) -> str:
     varied = {axis for axis in _AXES if len({group[axis] for group in groups}) > 1}
     varied |= {"case", "defense"}
     hidden = {axis for axis in _AXES if axis not in varied}
-    hidden |= {name for name in _RETUNED if all(group[name] is None for group in groups)}
+    hidden |= {name for name in _MEASURED if all(group[name] is None for group in groups)}
     # '<' would end the element that holds the data
     data = json.dumps(groups).replace("<", "\\u003c")
     return template("leaderboard.html.j2").render(
@@ -93,7 +94,7 @@ def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         seeds = sorted(seeds, key=lambda row: int(row["seed"]))
         yield {
             **dict(zip(_AXES, key, strict=True)),
-            **{name: _mean(seeds, name) for name in (*_RATES, *_RETUNED)},
+            **{name: _mean(seeds, name) for name in _MEASURED},
             "records": [[str(row["seed"]), row["record"]] for row in seeds],
         }
 

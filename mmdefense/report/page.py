@@ -25,7 +25,7 @@ from mmdefense.plots.panels import Interval
 from mmdefense.plots.training_curves import TrainingCurves
 from mmdefense.report.encoding import build
 from mmdefense.report.findings import Alike, alike
-from mmdefense.report.formats import duration
+from mmdefense.report.formats import DASH, duration
 from mmdefense.report.images import is_picture
 from mmdefense.report.panels import markup, shown_plots
 from mmdefense.report.record import GuardInfo, PurificationRecord, Record, SpectrumInfo
@@ -65,6 +65,7 @@ def page(record: Record, plots: Sequence[Plot] = (), scan: ScanRecord | None = N
     Raises:
         BadInputError: If one of ``plots`` is no plot.
     """
+    shown = list(lines(record.rows))
     return template("page.html.j2").render(
         record=record,
         scans=list(_scans(record, scan)),
@@ -72,7 +73,8 @@ def page(record: Record, plots: Sequence[Plot] = (), scan: ScanRecord | None = N
         guard=_guard_drawing(record.guard) if isinstance(record, PurificationRecord) else "",
         columns=columns(record.metric, record.rows),
         metric=DEFINITIONS.get(record.metric, f"The task's metric, {record.metric}."),
-        lines=list(lines(record.rows)),
+        lines=shown,
+        dashes=any(cell.value == DASH for line in shown for cell in line.cells),
         plots=shown_plots([*plots, *_own_plots(record)]),
         settings=list(_settings(record)),
         provenance=list(provenance(record)),
@@ -126,7 +128,6 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         finalize=_without_steering,
     )
-    environment.tests["picture"] = is_picture
     return environment.get_template(name)
 
 
@@ -159,6 +160,12 @@ class ScanEntry:
     def alike(self) -> list[Alike]:
         """The findings, those alike as one."""
         return alike(self.findings)
+
+    @property
+    def pictures(self) -> list[tuple[str, str]]:
+        """Caption and address of the triggers that were found; what is no picture is left out."""
+        every = (pair for found in self.findings for pair in found.pictures.items())
+        return [(caption, address) for caption, address in every if is_picture(address)]
 
 
 def _scans(record: Record, kept: ScanRecord | None) -> Iterator[ScanEntry]:
@@ -222,8 +229,7 @@ def _guard_drawing(guard: GuardInfo) -> Markup:
     value, low, high, bound = (
         100 * rate for rate in (guard.drop, guard.drop_low, guard.drop_high, guard.bound)
     )
-    verdict = f"bound {guard.verdict}"
-    return markup(Interval(value, low, high, bound, label, verdict=verdict), "guard")
+    return markup(Interval(value, low, high, bound, label), "guard")
 
 
 def _settings(record: Record) -> Iterator[tuple[str, Mapping[str, Any]]]:

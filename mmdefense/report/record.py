@@ -108,12 +108,13 @@ class GuardInfo:
         bound: Largest drop allowed.
         state: Label of the state that was returned.
         violated: Whether that state breaks the bound, beyond the error of the hold-out part.
-        samples: Size of the hold-out part.
+        samples: Number of held-out samples, of all folds.
         message: The guard's own words.
         metric: What is measured: the name of the adapter's score.
         confidence: Level of the interval.
         verdict: ``"kept"``, ``"violated"`` or ``"not decidable"``; by default as the interval says.
         needed: Held-out samples that would decide; none where these do, or no number would.
+        folds: Number of hold-out parts, each measured on a purification of its own.
     """
 
     before: float
@@ -130,6 +131,7 @@ class GuardInfo:
     confidence: float = 0.95
     verdict: str = ""
     needed: int | None = None
+    folds: int = 1
 
     def __post_init__(self) -> None:
         if not self.verdict:  # a record of before there were three

@@ -26,7 +26,7 @@ COLUMNS = (
 )
 """Field of :class:`Rates`, heading, arrow and its meaning, in the order of the columns.
 
-The last stands where it was measured for some row.
+Those behind the first stand where they were measured for some row.
 """
 
 
@@ -78,10 +78,12 @@ def lines(rows: Sequence[Row]) -> Iterator[TableLine]:
 
 def columns(metric: str, rows: Sequence[Row]) -> tuple[tuple[str, str, str, str], ...]:
     """Return the columns of a table, where another metric may stand in place of the accuracy."""
+    every = [rates for row in rows for rates in (replace(row.before, der=None), row.after)]
     (field, _, *rest), *others = COLUMNS
-    if all(rates.retuned is None for row in rows for rates in (row.before, row.after)):
-        others.pop()
-    return ((field, heading(metric), rest[0], rest[1]), *others)
+    measured = [
+        column for column in others if any(getattr(one, column[0]) is not None for one in every)
+    ]
+    return ((field, heading(metric), rest[0], rest[1]), *measured)
 
 
 def results_table(rows: Sequence[Row], title: str = "", metric: str = "accuracy") -> Table:

@@ -10,9 +10,21 @@ from mmdefense.report.evaluation import ASR_GOAL
 from mmdefense.report.formats import percent, points
 from mmdefense.report.record import ComparisonRecord, GuardInfo, PurificationRecord, Record, Row
 
-__all__ = ["ASR_GOAL", "Verdict", "beats_baseline", "limits", "row_name", "verdict"]
+__all__ = [
+    "ASR_GOAL",
+    "MARKS",
+    "Verdict",
+    "beats_baseline",
+    "limits",
+    "remarks",
+    "row_name",
+    "verdict",
+]
 
 Level = Literal["pass", "open", "fail"]
+
+MARKS = {"pass": "✓", "open": "○", "fail": "✕"}
+"""Signs of the levels, so that colour is never the only difference."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,7 @@ def verdict(record: Record) -> Verdict:
     if isinstance(record, ComparisonRecord):
         return _of_comparison(record)
     level, label, headline = _backdoor(record)
-    lines = (
-        *_guard_lines(record.guard),
-        *_choice_lines(record),
-        *_scan_lines(record),
-        *limits(record),
-    )
+    lines = (*_guard_lines(record.guard), *remarks(record)[1:])
     guard = record.guard
     if record.unchanged:
         headline = f"Nothing was changed: {record.unchanged}. {headline}"
@@ -55,6 +62,12 @@ def verdict(record: Record) -> Verdict:
     if guard.undecided and level == "pass":
         return Verdict("open", f"{label}, utility bound not decidable", headline, lines)
     return Verdict(level, label, headline, lines)
+
+
+def remarks(record: PurificationRecord) -> list[str]:
+    """Return what is known beside the guard's figures: the first sentence is of the backdoor."""
+    *_, headline = _backdoor(record)
+    return [headline, *_choice_lines(record), *_scan_lines(record), *limits(record)]
 
 
 def _backdoor(record: PurificationRecord) -> tuple[Level, str, str]:
@@ -76,15 +89,15 @@ def _measured_asr(record: PurificationRecord) -> tuple[float | None, float | Non
 
 
 def _guard_lines(guard: GuardInfo) -> list[str]:
-    level = f"{100 * guard.confidence:.0f}%"
-    lines = [
-        f"Hold-out {guard.metric} on {guard.samples} samples: {percent(guard.before)} before, "
-        f"{percent(guard.after)} after. The drop is {points(guard.drop)} points ({level} "
+    level, folds = f"{100 * guard.confidence:.0f}%", f" of {guard.folds} folds" * (guard.folds > 1)
+    smallest = ", which has the smallest drop" * (guard.drop > guard.bound + 1e-6)
+    return [
+        f"Hold-out {guard.metric} on {guard.samples} samples{folds}: {percent(guard.before)} "
+        f"before, {percent(guard.after)} after. The drop is {points(guard.drop)} points ({level} "
         f"confidence interval {points(guard.drop_low)} to {points(guard.drop_high)}); the bound "
         f"is {points(guard.bound)}.",
-        f"State that was returned: {guard.state}.",
+        f"State that was returned: {guard.state}{smallest}.",
     ]
-    return lines + ([guard.message] if guard.message else [])
 
 
 def _choice_lines(record: PurificationRecord) -> list[str]:

@@ -137,6 +137,8 @@ SCREEN = replace(SEARCH, steps=16, batch_size=2, judged=16)
 PROBES, TRACE_ERROR = 3, 0.05
 """Start vectors of the Lanczos quadrature, 48 Hessian-vector products; and the standard error of
 Tr(H) as a share of it, which takes 8 to 64 more. Our choice."""
+PICTURED = 12
+"""Triggers of a family that are shown, the cheapest first. Our choice."""
 SAMPLES, SIDE_BY_SIDE, UNLEARNT, EPOCHS = 512, 512, 256, 20
 """Samples used, inputs per search step, samples and epochs of unlearning. Our choice."""
 
@@ -223,18 +225,19 @@ def _triggers(
             a for a in every if a.works and _untriggered(adapter, samples, a.target) <= COLLAPSED
         ]
         outliers = [trigger for trigger in works if trigger.is_outlier and found.family.diagnostic]
-        best = min(works, key=lambda trigger: 1 - trigger.success + trigger.size, default=None)
+        works.sort(key=lambda trigger: 1 - trigger.success + trigger.size)
+        best = works[0] if works else None
         reference = _reference(every, total)
         for trigger in outliers:
-            text, picture = _described(adapter, found, trigger), _picture(adapter, found, trigger)
-            place = _place(found, trigger, names)
-            yield OUTLIER.found(place, text, reference=reference, picture=picture)
+            text, place = _described(adapter, found, trigger), _place(found, trigger, names)
+            pictures = _pictures(adapter, found, [trigger], names)
+            yield OUTLIER.found(place, text, reference=reference, pictures=pictures)
         if best is not None and not outliers:
             many = f"{len(works)} of {len(every)} targets have one; the cheapest: "
             value = many + _described(adapter, found, best)
             rule = TRIGGER if found.family.diagnostic else COMMON
-            place, picture = _place(found, best, names), _picture(adapter, found, best)
-            yield rule.found(place, value, reference=reference, picture=picture)
+            place, pictures = _place(found, best, names), _pictures(adapter, found, works, names)
+            yield rule.found(place, value, reference=reference, pictures=pictures)
         if best is None:
             yield NONE.found(found.family.name, f"none of {_searched(every, total)}")
 
@@ -261,11 +264,22 @@ def _place(found: Recovered, trigger: TargetTrigger, names: tuple[str, ...]) -> 
     return f"{found.family.name} to {target}"
 
 
-def _picture(adapter: TriggerAdapter[Any], found: Recovered, trigger: TargetTrigger) -> str:
-    """Return a trigger as a picture; empty for words, which are shown as text."""
+def _pictures(
+    adapter: TriggerAdapter[Any],
+    found: Recovered,
+    triggers: list[TargetTrigger],
+    names: tuple[str, ...],
+) -> dict[str, str]:
+    """Return pictures of the first triggers by caption; none of words, which are shown as text."""
     if not missing_members(adapter, WordedAdapter):
-        return ""
-    return data_address(adapter.trigger_picture(found.family, found.pool[trigger.row, 0]))
+        return {}
+    pictures = {}
+    for trigger in triggers[:PICTURED]:
+        place = _place(found, trigger, names)
+        caption = f"{place}: success {trigger.success:.0%}, size {trigger.size:.3f}"
+        image = adapter.trigger_picture(found.family, found.pool[trigger.row, 0])
+        pictures[caption] = data_address(image)
+    return pictures
 
 
 def _described(adapter: TriggerAdapter[Any], found: Recovered, trigger: TargetTrigger) -> str:

@@ -102,7 +102,7 @@ def _result(found: Finding, rule: int, record: ScanRecord) -> dict[str, Any]:
         "locations": [location],
         # GitHub distinguishes alerts by the second key only.
         "partialFingerprints": {FINGERPRINT: known_by, "primaryLocationLineHash": known_by},
-        "properties": {key: value for key, value in plain(found).items() if key != "picture"},
+        "properties": {key: value for key, value in plain(found).items() if key != "pictures"},
     }
     if found.known is not None:
         result["baselineState"] = "unchanged" if found.known else "new"

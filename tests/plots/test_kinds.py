@@ -47,7 +47,11 @@ def test_recovered_triggers_stand_under_accepted_or_rejected_with_their_names():
     assert (accepted.label, accepted.names) == ("accepted", ["b, 50%"])
     assert accepted.images.item() == pytest.approx(0.5, abs=1 / 255)
     assert (rejected.names, rejected.images.ravel().tolist()) == (["a, 50%", "c, 50%"], [0.0, 1.0])
-    assert "not proof" in plot.caption
+    assert "not proof" not in plot.caption  # one was accepted
+    none = RecoveredTriggers(images, ["a", "b", "c"], [0.5] * 3, [False] * 3, [True, False, False])
+    assert "not proof" in none.caption
+    assert "models that nobody tampered with have such triggers" in none.caption
+    assert "nobody" not in plot.caption
 
 
 def test_triggers_of_several_sizes_stand_in_rows_of_their_own():
@@ -141,3 +145,35 @@ def test_layer_changes_keep_the_order_and_the_largest():
     assert "60 of 240 units" in plot.caption
     assert "24 of 60" in plot.caption
     assert not LayerChanges([], [], [], []).panels()
+
+
+def test_crosses_are_spoken_of_where_there_are_some():
+    places = np.random.default_rng(0).random((4, 2))
+    plain = EmbeddingMap(places, places, [0, 1, 0, 1])
+    untouched = EmbeddingMap(places, places, [0, 1, 0, 1], [False] * 4)
+    crossed = EmbeddingMap(places, places, [0, 1, 0, 1], [False] * 3 + [True])
+    assert ["rosses" in plot.caption for plot in (plain, untouched, crossed)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_captions_fit_what_is_shown():
+    still = LayerChanges(["stem", "head"], [0.1, 0.2], [0, 0], [4, 4])
+    assert "No unit was pruned" in still.caption
+    tuned = [{"stage": "fine-tune", "step": step, "loss": 1.0} for step in (1, 2)]
+    unlearnt = [{"stage": "unlearn", "step": step, "loss": 1.0} for step in (1, 2)]
+    assert "on purpose" not in TrainingCurves(tuned).caption
+    assert "on purpose" in TrainingCurves(tuned + unlearnt).caption
+    assert "zeros" not in Activeness([1.0, 2.0]).caption
+    assert "zeros" in Activeness([0.0, 2.0]).caption
+    assert "standard error" not in LossSmoothness(["before"], [9.0]).caption
+    assert "standard error" in LossSmoothness(["before"], [9.0], trace_error=[1.0]).caption
+
+
+def test_layers_of_long_names_stay_apart():
+    names = [f"encoder.stages.{n}.layers.0.layer.1.convolution" for n in range(12)]
+    (bars,) = LayerChanges(names, [0.1] * 12, [3] * 12, [4] * 12).panels()
+    assert len(set(bars.labels)) == 12
+    assert all(len(label) <= 28 and label.endswith("(3 pruned)") for label in bars.labels)

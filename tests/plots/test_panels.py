@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mmdefense.errors import BadInputError
@@ -79,6 +80,28 @@ def test_hostile_labels_are_text_and_neither_markup_nor_mathematics():
 def test_the_words_for_a_curve_give_its_ends_and_its_range():
     words = Curves([Curve("ASR", [0, 0.5, 1], [0.9, 0.95, 0.1])], "x", "y", percent="y").describe()
     assert "ASR: 90.0% at 0, 10.0% at 1, from 10.0% to 95.0%" in words
+
+
+def axes_of(panel):
+    figure = Figure(figsize=panel.size)
+    axes = figure.add_subplot()
+    panel.draw(axes)
+    figure.canvas.draw()
+    return axes
+
+
+@pytest.mark.parametrize("steps", [[1, 2, 3], [20], [0, 40, 80, 120]])
+def test_an_axis_of_whole_numbers_has_whole_ticks(steps):
+    axes = axes_of(Curves([Curve("loss", steps, [0.5] * len(steps))], "step", "loss"))
+    assert all(value == round(value) for value in axes.get_xticks())
+
+
+def test_no_two_classes_look_alike():
+    groups = np.arange(43)
+    axes = axes_of(Scatter(np.random.default_rng(0).random((43, 2)), groups))
+    looks = [(line.get_color(), line.get_marker()) for line in axes.get_lines()]
+    assert len(set(looks)) == 43
+    assert len({color for color, _ in looks[:20]}) == 20
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_ends():

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +67,46 @@ def shown(html: str, folder: Path) -> Seen:
     assert found is not None
     seen = json.loads(unescape(found[1]))
     return Seen([line for line in complaints if "CONSOLE" in line], **seen)
+
+
+_MEASURED = """<script>addEventListener("load", () => {
+  const wide = document.documentElement.clientWidth;
+  const sized = text => {
+    const { a, b } = text.getScreenCTM();
+    return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(a, b);
+  };
+  const out = [...document.querySelectorAll("body *")].filter(element => {
+    const box = element.getBoundingClientRect();
+    return box.width > 1 && box.right > wide + 1 && !element.closest(".results, .images.scroll");
+  });
+  parent.postMessage({
+    wide,
+    page: document.documentElement.scrollWidth,
+    beyond: out.map(element => element.outerHTML.slice(0, 80)),
+    text: [...document.querySelectorAll("svg:not(#plot) text")].map(sized),
+  }, "*");
+})</script>"""
+_FRAME = """<body><iframe src="inner.html" width="{width}" height="800" style="border: 0"></iframe>
+<script>addEventListener("message", event => {{
+  document.body.dataset.seen = JSON.stringify(event.data);
+}})</script></body>"""
+
+
+def measured(html: str, folder: Path, width: int) -> dict[str, Any]:
+    """Return how a page lies in a window of a width in pixels, as narrow as on a phone.
+
+    ``page`` is the width that it takes, ``beyond`` what leaves the window at its right where
+    nothing scrolls, and ``text`` the height of each letter in a drawing, in pixels.
+    """
+    inner, outer = folder / "inner.html", folder / "outer.html"
+    unlocked = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", html)
+    inner.write_text(unlocked.replace("</body>", f"{_MEASURED}</body>"), encoding="utf-8")
+    outer.write_text(_FRAME.format(width=width), encoding="utf-8")
+    told = chromium(
+        outer, folder, "--dump-dom", "--hide-scrollbars", "--virtual-time-budget=5000"
+    ).stdout
+    found = re.search(r'data-seen="([^"]*)"', told)
+    assert found is not None
+    seen: dict[str, Any] = json.loads(unescape(found[1]))
+    assert seen["wide"] == width
+    return seen

@@ -162,8 +162,9 @@ def test_a_comparison_shows_all_side_by_side():
     document = Document(comparison_page(two_records(), ["a", HOSTILE]))
     assert not document.all("script", "img")
     for text in (
-        "Utility bound kept",
-        "Utility bound violated",
+        "Utility bound",
+        "kept",
+        "✕ Utility bound violated",
         "97.0%",
         "50.0%",
         "stem",
@@ -176,6 +177,17 @@ def test_a_comparison_shows_all_side_by_side():
     assert len(document.all("svg")) == 1
     bold = [row for row in document.all("tr") if row.get("class") == "differs"]
     assert bold
+
+
+def test_a_comparison_opens_with_the_table_and_says_what_is_alike_once():
+    names = ["a", "b", "c"]
+    html = comparison_page([purification()] * 3, names)
+    assert html.index('id="before-after"') < html.index("Whether a backdoor was removed")
+    assert html.count("Whether a backdoor was removed") == 1
+    assert html.count("No attack success rate") == 1
+    assert html.count("Removal not measured") == 1  # a value that all have stands once
+    one, *others = two_records()
+    assert "differs" in comparison_page([one, *others, one], names)
 
 
 def test_outputs_of_one_name_are_told_apart(tmp_path):

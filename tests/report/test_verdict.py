@@ -80,11 +80,13 @@ def test_a_choice_says_what_was_taken_and_what_the_known_triggers_reach():
 
 
 def test_the_guard_is_shown_with_its_interval_and_bound_in_points():
-    said = words(purification(guard={"message": "kept step 40 of 60"}))
+    said = words(purification(guard={"folds": 5}))
     assert "97.0% before, 96.0% after" in said
     assert "1.0 points (95% confidence interval \N{MINUS SIGN}0.4 to 1.8); the bound is 2.0" in said
     assert "fip, step 40" in said
-    assert "kept step 40 of 60" in said
+    assert "on 36 samples of 5 folds" in said
+    assert "smallest drop" not in said
+    assert "which has the smallest drop" in words(purification(guard={"drop": 0.05}))
 
 
 def test_no_trigger_found_is_said_to_be_no_proof():

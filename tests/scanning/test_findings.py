@@ -110,9 +110,9 @@ def test_a_few_findings_stand_alone():
 
 def test_a_picture_is_its_own_bytes_or_is_not_shown():
     address = "data:image/png;base64,aGVsbG8="
-    assert address in to_html(record(replace(finding(), picture=address)))
+    assert address in to_html(record(replace(finding(), pictures={"patch to 2": address})))
     for other in ("https://example.org/a.png", "data:text/html;base64,aGVsbG8=", 'data:" onload='):
-        assert "<img" not in to_html(record(replace(finding(), picture=other)))
+        assert "<img" not in to_html(record(replace(finding(), pictures={"patch to 2": other})))
 
 
 def test_json_holds_the_whole_record():

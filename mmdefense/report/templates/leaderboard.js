@@ -21,7 +21,10 @@ function shown(held, kind) {
   const scale = kind === "rate" ? 100 : 1;
   const [mean, spread] = typeof held === "object" ? [held.mean, held.sd] : [held, undefined];
   const text = (scale * mean).toFixed(1);
-  return spread === undefined ? text : `${text} ± ${(scale * spread).toFixed(1)}`;
+  if (spread === undefined) return text;
+  const small = document.createElement("small");
+  small.textContent = ` ± ${(scale * spread).toFixed(1)}`;
+  return [text, small];
 }
 
 function element(name, attributes, text) {
@@ -61,7 +64,7 @@ function table(kept) {
       const cell = document.createElement(key === "case" ? "th" : "td");
       if (key === "case") cell.scope = "row";
       if (kind !== "text") cell.className = "number";
-      cell.textContent = shown(row[key], kind);
+      cell.append(...[shown(row[key], kind)].flat());
       line.append(cell);
     }
     const links = document.createElement("td");
