@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ import typer
 
 from mmdefense.errors import BadInputError, one_line, printable
 from mmdefense.files import read_bytes
+from mmdefense.tabular import Table, Value
 
 if TYPE_CHECKING:
     from mmdefense.pipeline.evaluating import AttackChoice
@@ -38,16 +39,22 @@ __all__ = [
     "Reading",
     "Seed",
     "Settings",
+    "TableFormat",
     "Task",
     "Weights",
     "aligned",
+    "check_form",
     "chosen_attack",
     "duration",
     "key_values",
     "opened",
     "reading_options",
     "say",
+    "say_table",
 ]
+
+FORMS = ("text", "csv", "json")
+"""Formats of what is printed as a table."""
 
 
 def _not_empty(text: str | None) -> str | None:
@@ -109,6 +116,7 @@ def _check_value(value: Any, option: Any, what: str) -> None:
         raise BadInputError(f"{what} must be {needed}, got {value!r:.80}")
 
 
+TableFormat = Annotated[str, typer.Option("--format", help="text, csv or json.")]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -323,6 +331,32 @@ def say(text: str, *, err: bool = False) -> None:
         err: Whether they go to standard error.
     """
     typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
+
+
+def say_table(rows: Sequence[Mapping[str, Value]], form: str) -> None:
+    """Print rows as CSV or JSON, or as text in aligned columns without their names.
+
+    Raises:
+        BadInputError: If the format is unknown.
+    """
+    check_form(form)
+    if form == "text":
+        cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+        if cells:
+            say(aligned(cells))
+    else:
+        table = Table(rows)
+        typer.echo(table.to_csv() if form == "csv" else table.to_json(), nl=False)
+
+
+def check_form(form: str) -> None:
+    """Check the value of ``--format``.
+
+    Raises:
+        BadInputError: If it is unknown.
+    """
+    if form not in FORMS:
+        raise BadInputError(f"--format must be one of {', '.join(FORMS)}, got {form!r}")
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:

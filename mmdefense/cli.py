@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -33,15 +34,18 @@ from mmdefense.arguments import (
     Reading,
     Seed,
     Settings,
+    TableFormat,
     Task,
     Weights,
     aligned,
+    check_form,
     chosen_attack,
     duration,
     key_values,
     opened,
     reading_options,
     say,
+    say_table,
 )
 from mmdefense.cli_grid import grid_app, store_app
 from mmdefense.cli_scan import scan
@@ -335,6 +339,7 @@ def evaluate(
     ] = None,
     accept_low_utility: AcceptLowUtility = False,
     accept_findings: AcceptFindings = False,
+    form: TableFormat = "text",
     config: Config = None,
 ) -> None:
     """Measure a model on clean data and, if a trigger or an attack is given, with the trigger."""
@@ -345,6 +350,7 @@ def evaluate(
     from mmdefense.runtime.processes import refuse_launcher
 
     refuse_launcher("evaluate")
+    check_form(form)
     reading = reading_options(mean, std, image_size, channels, classes, read)
     source = Source(
         model=model,
@@ -370,9 +376,12 @@ def evaluate(
     found = evaluate_files(source, choice, retune=asked, record=record, command=command)
     if out is not None:
         write_atomically(out, lambda file: file.write(found.to_json().encode()))
-    for line in found.lines():
-        say(line)
-    if record is not None:
+    if form != "text":
+        say_table(found.table().rows, form)
+    else:
+        for line in found.lines():
+            say(line)
+    if record is not None and form == "text":
         say(f"recorded in {record}, as of the {' and the '.join(found.recorded_as)}")
     raise typer.Exit(int(found.finding))
 
@@ -395,22 +404,34 @@ def report(
         str,
         typer.Option(
             "--format",
-            help="html, a page; or cyclonedx, a bill of materials of the model (ML-BOM).",
+            help="html, a page; cyclonedx, a bill of materials of the model (ML-BOM); csv or json, "
+            "a row for each OUT.",
         ),
     ] = "html",
 ) -> None:
     """Rebuild the page of an output from its record, or compare several on one page."""
+    from mmdefense.checkpoints.outputs import check_replaceable_file
+    from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.report.bom import write_bom
-    from mmdefense.report.compare import compare, rebuild
+    from mmdefense.report.compare import compare, comparison_table, rebuild
     from mmdefense.report.statement import differing
 
-    if format_ not in {"html", "cyclonedx"}:
-        raise BadInputError(f"--format must be html or cyclonedx, got {format_!r}")
+    forms = ("html", "cyclonedx", "csv", "json")
+    if format_ not in forms:
+        raise BadInputError(f"--format must be one of {', '.join(forms)}, got {format_!r}")
     if format_ == "cyclonedx" and len(outs) > 1:
         raise BadInputError(f"--format cyclonedx takes one OUT, got {len(outs)}")
 
     faults = [f"{out}: {fault}" for out in outs for fault in differing(out)]
-    if format_ == "cyclonedx":
+    if format_ in {"csv", "json"}:
+        table = comparison_table(outs)
+        text = table.to_csv() if format_ == "csv" else table.to_json()
+        if page is None:
+            typer.echo(text, nl=False)
+            raise typer.Exit(int(bool(faults)))
+        check_replaceable_file(page, None)
+        write_atomically(page, lambda file: file.write(text.encode()))
+    elif format_ == "cyclonedx":
         page = write_bom(outs[0], page)
     elif len(outs) == 1:
         page = rebuild(outs[0], page)
@@ -436,6 +457,7 @@ def list_(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Show one of them with its settings.")
     ] = None,
+    form: TableFormat = "text",
 ) -> None:
     """List everything that has a name, plug-ins included, or the settings of one of them."""
     from mmdefense.catalogue import KINDS, details, known
@@ -444,12 +466,29 @@ def list_(
         raise BadInputError(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind is not None and name is not None:
         about, option, settings = details(kind, name)
+        if form != "text":
+            say_table(
+                [
+                    {"name": s.name, "default": s.default, "kind": s.kind, "about": s.about}
+                    for s in settings
+                ],
+                form,
+            )
+            return
         say(about)
         if settings:
             say(f"\nSettings, each {option} NAME=VALUE:")
         rows = [(s.name, s.default or "-", s.kind, s.about) for s in settings]
         if rows:
             say(aligned(rows, indent="  "))
+        return
+    if form != "text":
+        every = [
+            {"kind": one, "name": held, "about": about}
+            for one in ([kind] if kind else KINDS)
+            for held, about in known(one)
+        ]
+        say_table(every, form)
         return
     for one in [kind] if kind else KINDS:
         if kind is None:
@@ -458,15 +497,18 @@ def list_(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(form: TableFormat = "text") -> None:
     """Show what this installation has and what is missing."""
     from mmdefense.doctor import examine
 
-    rows = [
-        (found.subject, f"{found.state}; {found.remedy}" if found.remedy else found.state)
-        for found in examine()
-    ]
-    say(aligned(rows))
+    if form == "text":
+        rows = [
+            (found.subject, f"{found.state}; {found.remedy}" if found.remedy else found.state)
+            for found in examine()
+        ]
+        say(aligned(rows))
+    else:
+        say_table([asdict(found) for found in examine()], form)
 
 
 @app.command()
@@ -475,6 +517,7 @@ def demo(
     task: Annotated[str, typer.Option(help="A task, from `list tasks`.")] = "image-classification",
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    form: TableFormat = "text",
 ) -> None:
     """Plant a real backdoor in a small model, remove it with several defenses, and compare."""
     from rich.console import Console
@@ -483,8 +526,12 @@ def demo(
     from mmdefense.report.tables import results_table
     from mmdefense.report.terminal import ProgressDisplay
 
+    check_form(form)
     with ProgressDisplay() as progress:
         record = run_demo(out, task=task, seed=seed, force=force, progress=progress)
+    if form != "text":
+        say_table(record.table().rows, form)
+        return
     console = Console()
     if not console.is_terminal:  # a log has no edge to wrap at
         console = Console(width=110)

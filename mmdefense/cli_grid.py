@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.arguments import aligned, key_values, say
+from mmdefense.arguments import TableFormat, aligned, check_form, key_values, say, say_table
 from mmdefense.errors import BadInputError
+from mmdefense.tabular import Value
 
 if TYPE_CHECKING:
     from mmdefense.evaluation.cases import CleanData
@@ -225,8 +226,9 @@ def run(
 
 
 @grid_app.command("status")
-def status(out: Out) -> None:
+def status(out: Out, form: TableFormat = "text") -> None:
     """Say how many cells of the last run are done, failed and running."""
+    check_form(form)
     store = _opened(out)
     try:
         planned = json.loads((out / "grid.json").read_text("utf-8"))
@@ -240,6 +242,18 @@ def status(out: Out) -> None:
         else ("running" if digest in claimed else "to do")
         for digest, _ in planned
     }
+    if form != "text":
+        every: list[dict[str, Value]] = [
+            {
+                "digest": digest,
+                "name": name,
+                "state": states[digest],
+                "error": entries[digest].error if digest in entries else "",
+            }
+            for digest, name in planned
+        ]
+        say_table(every, form)
+        return
     reached = list(states.values())
     shown = [f"{reached.count(state)} {state}" for state in ("done", "failed", "running", "to do")]
     say(", ".join(shown))
@@ -295,14 +309,20 @@ Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="The beginning of 
 
 
 @store_app.command("ls")
-def list_entries(folder: Folder) -> None:
+def list_entries(folder: Folder, form: TableFormat = "text") -> None:
     """List the entries: digest, kind, state, time and name."""
-    rows = [
-        (entry.digest[:12], entry.kind, entry.status, entry.created[:19], entry.name)
+    whole = form != "text"  # a program wants all of it
+    rows: list[dict[str, Value]] = [
+        {
+            "digest": entry.digest if whole else entry.digest[:12],
+            "kind": entry.kind,
+            "status": entry.status,
+            "created": entry.created if whole else entry.created[:19],
+            "name": entry.name,
+        }
         for entry in _opened(folder).entries()
     ]
-    if rows:
-        say(aligned(rows))
+    say_table(rows, form)
 
 
 @store_app.command("show")

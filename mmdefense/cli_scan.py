@@ -43,7 +43,9 @@ def scan(
     task: Task = "auto",
     arch: Arch = None,
     weights: Weights = None,
-    format_: Annotated[str, typer.Option("--format", help="text, json, sarif or html.")] = "text",
+    format_: Annotated[
+        str, typer.Option("--format", help="text, csv, json, sarif or html.")
+    ] = "text",
     fail_on: Annotated[
         str,
         typer.Option(help="Exit with 1 on a finding of this level or above: low, medium or high."),

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from mmdefense.errors import BadInputError, printable
 from mmdefense.shown import as_html
+from mmdefense.tabular import Table
 
 __all__ = [
     "FAILING",
@@ -181,6 +182,15 @@ class ScanRecord:
 
     def _repr_html_(self) -> str:
         return as_html(repr(self))
+
+    def table(self) -> Table:
+        """Return the findings, a row each, to write as CSV or JSON or to read by pandas."""
+        names = ("level", "id", "subject", "value", "measured", "reference", "meaning", "known")
+        rows = [
+            {"model": self.model, **{name: getattr(found, name) for name in names}}
+            for found in self.findings
+        ]
+        return Table(rows, f"Scan of {self.model}")
 
     @property
     def verdict(self) -> ScanVerdict:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmdefense.evaluation.grid import cell_of
 from mmdefense.libraries import needed
 from mmdefense.store import Store
+from mmdefense.tabular import Table
 
-__all__ = ["FORMATS", "exported", "rows_of"]
+__all__ = ["FORMATS", "cells_table", "exported", "rows_of"]
 
 
 def rows_of(store: Store) -> list[dict[str, Any]]:
@@ -59,31 +58,21 @@ def rows_of(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
+def cells_table(store: Store) -> Table:
+    """Return the cells of a store that are done as a table; see :func:`rows_of`."""
+    return Table(rows_of(store), f"Cells of {store.folder}")
+
+
 def exported(store: Store, form: str) -> bytes:
     """Return the cells of a store in one of :data:`FORMATS`.
 
     Raises:
         UnsupportedError: If a library that the format needs is not installed.
     """
-    return FORMATS[form](rows_of(store))
+    return FORMATS[form](cells_table(store))
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _json(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return (json.dumps(rows, indent=1) + "\n").encode()
-
-
-def _latex(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    with needed("LaTeX tables"):
-        import pandas as pd
+def _latex(table: Table) -> bytes:
     shown = [
         "case",
         "defense",
@@ -95,22 +84,24 @@ def _latex(rows: Sequence[Mapping[str, Any]]) -> bytes:
         "der",
         "asr_retuned",
     ]
-    frame = pd.DataFrame(rows, columns=shown)
-    text: str = frame.to_latex(index=False, escape=True, float_format="%.3f")
+    text: str = (
+        table.to_pandas()
+        .reindex(columns=shown)
+        .to_latex(index=False, escape=True, float_format="%.3f")
+    )
     return text.encode()
 
 
-def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _parquet(table: Table) -> bytes:
     with needed("Parquet files"):
-        import pandas as pd
         import pyarrow  # noqa: F401
-    data: bytes = pd.DataFrame(rows).to_parquet(index=False)
+    data: bytes = table.to_pandas().to_parquet(index=False)
     return data
 
 
-FORMATS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], bytes]] = {
-    "csv": _csv,
-    "json": _json,
+FORMATS: Mapping[str, Callable[[Table], bytes]] = {
+    "csv": lambda table: table.to_csv().encode(),
+    "json": lambda table: table.to_json().encode(),
     "latex": _latex,
     "parquet": _parquet,
 }

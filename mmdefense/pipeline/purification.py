@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,11 +42,13 @@ from mmdefense.report.formats import duration
 from mmdefense.report.record import PurificationRecord
 from mmdefense.report.statement import write_statement
 from mmdefense.report.terminal import shown
+from mmdefense.runtime.callbacks import Callback, told
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.processes import Processes
 from mmdefense.runtime.run import Progress
 from mmdefense.settings import checked_settings, fields_of
 from mmdefense.shown import as_html
+from mmdefense.tabular import Table, Value
 
 __all__ = ["Purification", "configured", "purify", "purify_prepared"]
 
@@ -70,6 +72,7 @@ def purify(
     accept_low_utility: bool = False,
     accept_findings: bool = False,
     processes: Processes | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Purification:
     """Remove a backdoor that may be in ``model`` from a copy; the given model stays as it is.
@@ -103,6 +106,8 @@ def purify(
         accept_findings: Whether to continue if the scan of the files of a model at a path, before
             it is loaded, has high-level findings.
         processes: The processes that compute the result together; see :meth:`Defense.purify`.
+        callbacks: Told of start, stages, steps, result and end; trackers such as TensorBoard are in
+            ``mmdefense_adapters.tracking``.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
@@ -151,17 +156,21 @@ def purify(
         )
     else:
         prepared = prepare(cast("TaskAdapter[Any]", model), clean)
-    with shown(progress) as display:
+    name = registry.name_of("defenses", type(chosen))
+    told_of = {"defense": name, **dataclasses.asdict(chosen)}
+    with shown(progress) as display, told(callbacks, display, told_of) as listener:
         purified = purify_prepared(
             prepared,
             chosen,
-            progress=display,
+            progress=listener,
             store=store,
             deadline=deadline,
             evidence=level,
             accept_low_utility=accept_low_utility,
             processes=processes,
         )
+        for callback in callbacks:
+            callback.on_evaluate(purified.values())
     accepted = "" if vetted is None else vetted.accepted
     return dataclasses.replace(purified, names=names, seal=seal, accepted_findings=accepted)
 
@@ -285,6 +294,26 @@ class Purification:
     def choice(self) -> Choice | None:
         """Which defense was chosen, and why; None if there was no choice."""
         return self.result.choice
+
+    def values(self) -> dict[str, float]:
+        """Return what was measured, by name: rates in ``[0, 1]``, seconds, and the curvature."""
+        guard = self.guard
+        return {
+            "utility_before": guard.before,
+            "utility_after": guard.after,
+            "utility_drop": guard.drop,
+            "utility_drop_low": guard.low,
+            "utility_drop_high": guard.high,
+            "seconds": self.result.seconds,
+            **self._measured,
+        }
+
+    def table(self) -> Table:
+        """Return the result as a table of one row, to write as CSV or JSON or to read by pandas."""
+        of = self.names.get("model", type(self.model).__name__)
+        verdict: dict[str, Value] = {"verdict": self.guard.verdict, "state": self.guard.state}
+        row = {"model": of, "defense": self.result.defense, **self.values(), **verdict}
+        return Table([row], f"Purification of {of}")
 
     def record(self) -> PurificationRecord:
         """Return the record of the purification, as in ``purification.json``."""

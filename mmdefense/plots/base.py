@@ -88,8 +88,19 @@ class Plot(ABC):
     def panels(self) -> Sequence[Panel]:
         """Return what stands side by side; nothing where there is nothing to show."""
 
-    def draw(self, axes: Axes) -> None:
-        """Draw on a pair of axes, in a notebook for example; several panels share its place."""
+    def draw(self, axes: Axes | None = None) -> Axes:
+        """Draw on a pair of axes, in a notebook for example; several panels share its place.
+
+        Args:
+            axes: Of matplotlib; by default pyplot's current ones.
+
+        Returns:
+            The axes.
+        """
+        if axes is None:
+            from matplotlib import pyplot
+
+            axes = pyplot.gca()
         panels = self.panels()
         if len(panels) == 1:
             panels[0].draw(axes)
@@ -104,6 +115,7 @@ class Plot(ABC):
         above = axes.get_legend()
         lines = 0 if above is None else len(above.get_texts())
         axes.set_title(self.heading, pad=6.0 + 14 * lines)
+        return axes
 
 
 def as_array(values: Any) -> Array:

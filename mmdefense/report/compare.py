@@ -26,8 +26,16 @@ from mmdefense.report.page import provenance, render_page, template
 from mmdefense.report.panels import shown_plots
 from mmdefense.report.record import PurificationRecord, read_record
 from mmdefense.report.verdict import MARKS, remarks, verdict
+from mmdefense.tabular import Table, Value
 
-__all__ = ["Entry", "compare", "comparison_page", "purification_record", "rebuild"]
+__all__ = [
+    "Entry",
+    "compare",
+    "comparison_page",
+    "comparison_table",
+    "purification_record",
+    "rebuild",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,27 @@ def compare(outs: Sequence[str | Path], page: str | Path) -> None:
     check_replaceable_file(Path(page), PAGE_MARK)
     html = comparison_page([purification_record(Path(out)) for out in outs], _names(outs))
     write_atomically(Path(page), lambda file: file.write(html.encode()))
+
+
+def comparison_table(outs: Sequence[str | Path]) -> Table:
+    """Return several outputs as a table, a row each; rates are fractions.
+
+    Raises:
+        BadInputError: If one of them has no record.
+    """
+    rows: list[dict[str, Value]] = []
+    for name, out in zip(_names(outs), outs, strict=True):
+        record = purification_record(Path(out))
+        guard, attack = record.guard, record.attack
+        row: dict[str, Value] = {"output": name, "defense": record.defense.name}
+        for field in ("metric", "before", "after", "drop", "drop_low", "drop_high", "bound"):
+            row[field] = getattr(guard, field)
+        row |= {"verdict": guard.verdict, "state": guard.state}
+        if attack is not None:
+            row |= {"asr_before": attack.before.asr, "asr_after": attack.after.asr}
+        pruned = sum(layer.pruned for layer in record.layers)
+        rows.append({**row, "units_pruned": pruned, "seconds": record.seconds, **record.measured})
+    return Table(rows)
 
 
 def purification_record(folder: Path) -> PurificationRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from mmdefense.metrics.definitions import heading
 from mmdefense.metrics.permanence import Retuning
 from mmdefense.report.encoding import JsonRecord, plain
+from mmdefense.tabular import Table, Value
 
 __all__ = ["ASR_GOAL", "EvaluatedData", "EvaluatedModel", "Evaluation", "Proportion", "TriedAttack"]
 
@@ -197,6 +199,21 @@ class Evaluation(JsonRecord):
             yield from self.retuning.lines()
         if self.twin is not None:
             yield "clean twin", f"{self.twin.name} (SHA-256 {self.twin.sha256[:12]})"
+
+    def table(self) -> Table:
+        """Return a row for each rate: its value in ``[0, 1]``, 95 % interval and samples."""
+        single = {self.metric: self.value} if self.metric != self.score_name else {}
+        rows: list[dict[str, Value]] = [
+            {"name": name, "value": value} for name, value in {**single, **self.also}.items()
+        ]
+        rates = {self.score_name: self.score, "ASR": self.asr, "RA": self.ra}
+        rows += [
+            {"name": name, **dataclasses.asdict(rate)}
+            for name, rate in rates.items()
+            if rate is not None
+        ]
+        of = {"model": self.model.name, "data": self.data.name}
+        return Table([{**of, **row} for row in rows], f"Evaluation of {self.model.name}")
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

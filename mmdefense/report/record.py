@@ -6,7 +6,7 @@ person is in percent. A figure that was not measured is none, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from mmdefense.findings import ScanRecord
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.encoding import JsonRecord, parse_record, plain
 from mmdefense.report.evaluation import Evaluation
+from mmdefense.tabular import Table
 
 __all__ = [
     "AttackInfo",
@@ -349,6 +350,18 @@ class PurificationRecord(JsonRecord):
         )
         return (row,)
 
+    def table(self) -> Table:
+        """Return the results as a table of one row; rates are fractions."""
+        return _table(self.title, self.rows)
+
+    def __repr__(self) -> str:
+        guard = self.guard
+        words = f"{guard.metric} {guard.before:.3f} to {guard.after:.3f}, {guard.verdict}"
+        return f"PurificationRecord of {self.title} by {self.defense.name}: {words}"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRecord(JsonRecord):
@@ -378,8 +391,42 @@ class ComparisonRecord(JsonRecord):
     acc_bound: float = 0.02
     metric: str = "accuracy"
 
+    def table(self) -> Table:
+        """Return the results, a row for each victim and defense; rates are fractions."""
+        return _table(self.title, self.rows)
+
+    def __repr__(self) -> str:
+        return repr(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
 
 Record = PurificationRecord | ComparisonRecord
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Return rows of results as a table: rates as fractions, before and after."""
+    rates = ("acc", "asr", "ra")
+    return Table(
+        [
+            {
+                "victim": row.victim,
+                "defense": row.defense,
+                **{f"{name}_before": getattr(row.before, name) for name in rates},
+                **{f"{name}_after": getattr(row.after, name) for name in rates},
+                "der": row.after.der,
+                "asr_retuned": row.after.retuned,
+                "asr_retuned_twin": row.retuned_twin,
+                "seconds": row.seconds,
+                "baseline": row.baseline,
+                "guard_violated": row.violated,
+                "note": row.note,
+            }
+            for row in rows
+        ],
+        title,
+    )
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -17,7 +17,17 @@ from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import Room
 from mmdefense.runtime.parts import Parts
 
-__all__ = ["Event", "OutOfTime", "Progress", "Run", "copy_state", "named", "put_state", "whole"]
+__all__ = [
+    "Event",
+    "OutOfTime",
+    "Progress",
+    "Run",
+    "copy_state",
+    "named",
+    "put_state",
+    "silent",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,7 @@ class Event:
 Progress = Callable[[Event], None]
 
 
-def _silent(event: Event) -> None:
+def silent(event: Event) -> None:
     """Show nothing but the notes, as warnings."""
     if event.note:
         warnings.warn(event.note, RuntimeWarning, stacklevel=2)
@@ -105,7 +115,7 @@ class Run:
     """
 
     seed: int = 0
-    progress: Progress = _silent
+    progress: Progress = silent
     store: RunStore | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     states: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)

@@ -17,7 +17,7 @@ from mmdefense.report.page import scan_page
 from mmdefense.scanning.baseline import fingerprint
 from mmdefense.scanning.sarif import to_sarif
 
-__all__ = ["FORMATS", "to_html", "to_json", "to_sarif", "to_text"]
+__all__ = ["FORMATS", "to_csv", "to_html", "to_json", "to_sarif", "to_text"]
 
 _STYLES: Mapping[Level, str] = {
     "info": "dim",
@@ -71,8 +71,14 @@ def to_html(record: ScanRecord) -> str:
     return scan_page(record)
 
 
+def to_csv(record: ScanRecord) -> str:
+    """Return a row for each finding."""
+    return record.table().to_csv().rstrip("\n")
+
+
 FORMATS: Mapping[str, Callable[[ScanRecord], str]] = {
     "text": to_text,
+    "csv": to_csv,
     "json": to_json,
     "sarif": to_sarif,
     "html": to_html,
