@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mmdefense.errors import BadInputError, printable
-from mmdefense.shown import as_html
+from mmdefense.shown import Shown, as_html
 from mmdefense.tabular import Table
 
 __all__ = [
@@ -36,8 +36,8 @@ MAX_TEXT = 2000
 PARTS = ("files", "weights", "behaviour")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Finding(Shown):
     """One thing that a reviewer should know.
 
     Attributes:

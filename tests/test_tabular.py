@@ -97,6 +97,16 @@ def test_a_scan_is_a_row_for_each_finding():
     assert rows_in(table.to_csv())[0]["subject"] == "'=s"
 
 
+def test_a_finding_does_not_print_its_pictures():
+    address = "data:image/png;base64," + "A" * 9000
+    found = Finding(
+        id="x", level="low", subject="s", measured="m", value=1.5, reference="r", meaning="",
+        blind_spot="", pictures={"patch to 2": address},
+    )  # fmt: skip
+    assert len(repr(found)) < 400
+    assert "patch to 2" in repr(found)
+
+
 def test_a_purification_and_an_evaluation_in_memory_are_tables():
     images, labels = small_images()
     purified = mmd.purify(fitted_net(), (images, labels), "fine-tuning", steps=2, progress=False)

@@ -7,15 +7,20 @@ shows it, and the archive beside the page keeps its fields.
 
 from __future__ import annotations
 
+import base64
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mmdefense.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,8 +59,8 @@ class Panel(ABC):
         """Draw on a pair of matplotlib's axes."""
 
 
-@dataclass(frozen=True, eq=False)
-class Plot(ABC):
+@dataclass(frozen=True, eq=False, repr=False)
+class Plot(Shown, ABC):
     """Data for a reader to look at, and how it is shown.
 
     Attributes:
@@ -63,6 +68,10 @@ class Plot(ABC):
     """
 
     of: str = field(default="", kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__repr__ = Shown.__repr__  # type: ignore[method-assign]  # before a dataclass makes one
 
     @property
     @abstractmethod
@@ -116,6 +125,23 @@ class Plot(ABC):
         lines = 0 if above is None else len(above.get_texts())
         axes.set_title(self.heading, pad=6.0 + 14 * lines)
         return axes
+
+    def _repr_html_(self) -> str:
+        """Return a picture with the caption below it, for a notebook."""
+        from matplotlib.figure import Figure
+
+        sizes = [panel.size for panel in self.panels()]
+        if not sizes:
+            return super()._repr_html_()
+        width, height = sum(width for width, _ in sizes), max(height for _, height in sizes)
+        figure, picture = Figure(figsize=(1.4 * width, 1.4 * height)), io.BytesIO()
+        self.draw(figure.add_subplot())
+        figure.savefig(picture, format="png", bbox_inches="tight")
+        return (
+            f'<figure><img alt="{escape(self.heading)}" src="data:image/png;base64,'
+            f'{base64.b64encode(picture.getvalue()).decode()}">'
+            f"<figcaption>{escape(self.caption)}</figcaption></figure>"
+        )
 
 
 def as_array(values: Any) -> Array:

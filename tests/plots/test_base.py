@@ -109,6 +109,25 @@ def test_a_plot_comes_back_from_the_archive_as_it_is_shown(plot, tmp_path):
 
 
 @each_plot
+def test_a_plot_is_short_as_text_and_a_picture_in_a_notebook(plot):
+    assert repr(plot).startswith(f"{type(plot).__name__}(")
+    assert len(repr(plot)) < 600
+    html = plot._repr_html_()
+    assert '<img alt="' in html
+    assert "data:image/png;base64," in html
+
+
+def test_a_plot_draws_on_the_current_axes_by_default():
+    from matplotlib import pyplot
+
+    matplotlib.use("agg")
+    figure, axes = pyplot.subplots()
+    assert Mine([1.0, 2.0]).draw() is axes
+    assert axes.get_title() == "Mine"
+    pyplot.close(figure)
+
+
+@each_plot
 def test_every_panel_says_in_words_what_it_shows(plot):
     for panel in plot.panels():
         assert panel.describe() in markup(panel, "p").unescape()

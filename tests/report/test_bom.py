@@ -88,7 +88,7 @@ def test_files_that_are_others_are_told(out, mmdefense):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--format", "spdx"), "--format must be html or cyclonedx, got 'spdx'"),
+        (("--format", "spdx"), "--format must be one of html, cyclonedx, csv, json, got 'spdx'"),
         (("--format", "cyclonedx", "-o", "net.safetensors"), "is not an earlier output"),
         (("--format", "cyclonedx", "out"), "takes one OUT, got 2"),
     ],
