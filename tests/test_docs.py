@@ -67,7 +67,7 @@ NOT_RUN = {
     "--case multi30k-clean": "many minutes",
     "mmdefense grid run grid.toml -o out/bench --workers 2": "many minutes",
     "mmdefense grid run -o out/grid --case digits-badnets --case digits-badnets,ratio=0.01 "
-    "--defense tsbd --defense fip,strength=0.5 --clean 0.05 --clean 0.05:unseen "
+    "--defense tsbd --defense fip,radius=1 --clean 0.05 --clean 0.05:unseen "
     "--seeds 2": "many minutes",
     "mmdefense grid run recipes/grids/five_domains.toml -o out/five-domains --workers 2": "an hour",
     "mmdefense grid run recipes/grids/clean_data.toml -o out/clean-data": "many minutes",

@@ -68,12 +68,15 @@ TOLD = {"task": "t", "adapter": "A", "architecture": "N", "parameters": 2000, "t
 def test_what_is_not_told_is_said():
     plan = Plan(**TOLD, fit=4, holdout=1, defense=FineTuning(), seconds=70, memory=2**30)
     assert "trains    nothing" in plan.lines()
-    longer = "up to 4 times as long if the rate has to be lowered"
-    assert f"time      about 70 s; {longer}" in plan.lines()
+    longer = (
+        "the rate is halved, up to 6 times, until the utility guard passes, and where few samples "
+        "are held out it runs on up to four other splits"
+    )
+    assert f"time      about 70 s a run; {longer}" in plan.lines()
     assert "evidence  none" in plan.lines()
     assert "memory    1.00 GiB at its peak" in plan.lines()
     unsure = replace(plan, at_least=True, evidence="fast", evidence_seconds=10.5)
-    assert f"time      at least 70 s; {longer}" in unsure.lines()
+    assert f"time      at least 70 s a run; {longer}" in unsure.lines()
     assert "evidence  fast, at most about 10 s more" in unsure.lines()
 
 

@@ -350,11 +350,13 @@ class TrainingDefense(Defense):
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
-        lr: Peak learning rate of SGD.
+        lr: Peak learning rate of SGD that the search for the rate begins with. Removal grows with
+            the rate, so it begins above what most models stand, and ``restarts`` halve it until
+            the utility guard passes: the largest such rate is found, not fixed (ours).
         layer_norm_factor: Multiplies ``lr``, and divides ``adamw_lr``, if the adapter says that
             the model is normalised by LayerNorm, as transformers are: at SGD's rate for networks
             with BatchNorm a transformer hardly moves, and at AdamW's it forgets its task (ours).
-        adamw_lr: Peak learning rate of AdamW.
+        adamw_lr: The same of AdamW.
         optimizer: ``"auto"`` uses the one that the adapter names for its kind of model: the rate
             of SGD that suits all others moves a detector too little (ours).
         momentum: Momentum of SGD.
@@ -377,7 +379,7 @@ class TrainingDefense(Defense):
     batch_size: BatchSize = 64
     max_norm: Positive | None = 5.0
     gradient_checkpointing: bool = False
-    restarts: Whole = 3
+    restarts: Whole = 6
 
     def milder(self) -> Defense | None:
         """Return this defense at half its rate, as long as ``restarts`` allow it."""

@@ -23,7 +23,7 @@ class FineTuning(TrainingDefense):
 
     can_split: ClassVar[bool] = True
 
-    lr: NotNegative = 0.02
+    lr: NotNegative = 0.16
     steps: Whole = 150
 
     @classmethod

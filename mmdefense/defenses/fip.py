@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
+from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Coordinates, SingularValues, Weights, trainable
 from mmdefense.kernels.fisher import (
     Form,
@@ -22,6 +23,7 @@ from mmdefense.kernels.fisher import (
 )
 from mmdefense.kernels.hooks import second_derivatives
 from mmdefense.kernels.loop import Gradients, mean_loss_gradient, optimise
+from mmdefense.kernels.perturbations import ASAM_ETA, sharpness_aware_gradient
 from mmdefense.protocol import TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts
 from mmdefense.settings import BatchSize, Count, NotNegative, Positive, Share, Whole
@@ -30,8 +32,18 @@ from mmdefense.training import Training
 __all__ = ["FIP", "FastFIP"]
 
 _PAPER_ETA_F = 0.5
+_PAPER: dict[str, Any] = {
+    "trace": "true",
+    "eta_f": _PAPER_ETA_F,
+    "eta_r": 5.0,
+    "fade": 0.0,
+    "trace_every": 5,
+    "steps": 2000,
+    "batch_size": 128,
+    "lr": 0.005,
+}
 
-Trace = Literal["true", "empirical", "released", "none"]
+Trace = Literal["perturbation", "true", "empirical", "released", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +57,15 @@ class _FisherPurification(TrainingDefense):
             ``layer_norm_factor`` times as large it is as many times smaller, so that a step of the
             penalty is as long. Never above the code's 0.5.
         eta_f: The paper's weight of Tr(F); overrides ``strength``.
-        eta_r: The paper's weight of the anchor.
-        trace: ``"true"`` is Tr(F) with labels from the model, ``"empirical"`` with the given ones,
-            ``"released"`` the released code's term (see :meth:`_released`), ``"none"`` no term.
+        anchor: ``eta_r Tr(Fbar)``, which fixes ``eta_r`` where that is not given, and rises from
+            zero on a line, so that the model is held where it has come to, and not where it was
+            given. Ours, for the reason of ``strength``.
+        eta_r: The paper's weight of the anchor, constant; overrides ``anchor``.
+        trace: ``"perturbation"`` descends the loss at the worst weights within ``radius``, as SAM
+            does; ``"true"`` is Tr(F) with labels from the model, ``"empirical"`` with the given
+            ones, ``"released"`` the released code's term (see :meth:`_released`), ``"none"`` no
+            term.
+        radius: Of that perturbation, in units of the weights' own size (ASAM).
         fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
             recovers accuracy; 0 keeps it constant, as the paper does (ours).
         trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.
@@ -60,11 +78,13 @@ class _FisherPurification(TrainingDefense):
 
     strength: NotNegative = 0.05
     eta_f: NotNegative | None = None
-    eta_r: NotNegative = 2.0
+    anchor: NotNegative = 1.0
+    eta_r: NotNegative | None = None
     trace: Trace = "true"
+    radius: NotNegative = 2.0
     fade: Share = 0.5
     trace_every: Count = 1
-    lr: NotNegative = 0.02
+    lr: NotNegative = 0.16
     steps: Whole = 150
     average: Share = 0.0
     batch_norm: Literal["train", "eval"] = "train"
@@ -97,9 +117,12 @@ class _FisherPurification(TrainingDefense):
         ]
         trace = float(torch.stack([value.sum() for value in importance]).sum())
         eta = self._eta(trace, self.factor(adapter))
+        eta_r = self.eta_r
+        if eta_r is None:
+            eta_r = self.anchor / trace if trace > 0 else 0.0
         training = self._bounded(self.training(adapter), trace)
-        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, lr=training.lr)
-        compute = self._gradients(work, space, start, importance, eta)
+        run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, eta_r=eta_r, lr=training.lr)
+        compute = self._gradients(work, space, start, importance, eta, eta_r)
         compute = self._preconditioned(compute, space, importance, training)
 
         def after_step(step: int) -> None:
@@ -132,7 +155,7 @@ class _FisherPurification(TrainingDefense):
         return {"diagonal": diagonal}
 
     def _eta(self, trace: float, factor: float) -> float:
-        if self.trace == "none":
+        if self.trace in ("none", "perturbation"):
             return 0.0
         if self.eta_f is not None:
             return self.eta_f
@@ -159,6 +182,7 @@ class _FisherPurification(TrainingDefense):
         start: Sequence[Tensor],
         importance: Sequence[Tensor],
         eta: float,
+        eta_r: float,
     ) -> Gradients:
         adapter, run = work.adapter, work.run
         generator = torch.Generator(space.weights[0].device)
@@ -167,6 +191,13 @@ class _FisherPurification(TrainingDefense):
             generator.manual_seed(run.seed_for(f"purify/labels{step}"))
             now = eta * self.trace_every * self._share(step)
             weights = space.weights
+            held = eta_r if self.eta_r is not None else eta_r * step / self.steps
+            if self.trace == "perturbation":
+                loss, pulled = sharpness_aware_gradient(
+                    adapter, batch, space, radius=self.radius, eta=ASAM_ETA
+                )
+                self._assign(space, pulled, start, importance, held)
+                return loss
             if not now or step % self.trace_every:
                 loss, gradients = mean_loss_gradient(adapter, batch, weights)
             elif self.trace == "released":
@@ -177,7 +208,7 @@ class _FisherPurification(TrainingDefense):
                     loss, gradients = penalised_gradient(
                         adapter, batch, weights, generator, now, form, space.pull_back
                     )
-            self._assign(space, gradients, start, importance)
+            self._assign(space, space.pull_back(gradients), start, importance, held)
             return loss
 
         return compute
@@ -209,14 +240,15 @@ class _FisherPurification(TrainingDefense):
         gradients: Sequence[Tensor],
         start: Sequence[Tensor],
         importance: Sequence[Tensor],
+        eta_r: float,
     ) -> None:
         """Set ``.grad``, with the anchor's ``eta_r Fbar (theta - thetabar)`` added directly."""
         with torch.no_grad():
-            total = [g.clone() for g in space.pull_back(gradients)]
-            if self.eta_r:
+            total = [g.clone() for g in gradients]
+            if eta_r:
                 drift = torch._foreach_sub(space.parameters, list(start))
                 torch._foreach_mul_(drift, list(importance))
-                torch._foreach_add_(total, drift, alpha=self.eta_r)
+                torch._foreach_add_(total, drift, alpha=eta_r)
             for tensor, gradient in zip(space.parameters, total, strict=True):
                 tensor.grad = gradient
 
@@ -251,18 +283,53 @@ class FIP(_FisherPurification):
 
     Minimises ``CE + eta_F Tr(F) + (eta_r / 2) sum_i Fbar_i (theta_i - thetabar_i)^2`` over all
     weights, F the Fisher information of the moving model on clean data, Fbar the diagonal of that
-    of the given model thetabar. Tr(F) comes from one backward pass without per-sample gradients and
-    is differentiated exactly (a second backward pass).
+    of the given model thetabar.
 
-    Ours, found on victims of this project's own (docs/results.md): ``strength`` in place of a fixed
-    ``eta_F`` (the code's 0.5), fading over the first half; ``eta_r`` 2 (the code's 5, commented
-    out there); 150 steps of batch 64 at 0.02 on a cosine (the code: 2000 of 128 at 0.005,
-    constant); Tr(F) in every step (the code: every fifth).
+    By default Tr(F) is lowered by a perturbation of the weights, as SAM does: each step follows the
+    gradient at the worst weights within ``radius``. To first order that adds the norm of the batch
+    gradient to the loss, which is what Tr(F) squares. It takes two forward and two backward passes
+    and no second derivative, so that every model is served. With ``trace="true"`` Tr(F) is the
+    paper's: from one backward pass without per-sample gradients, and differentiated exactly by a
+    second one.
+
+    Ours (docs/papers.md): that perturbation; ``strength`` in place of a fixed ``eta_F`` (the code's
+    0.5), fading over the first half; ``anchor`` in place of a fixed ``eta_r`` (the code's 5,
+    commented out there); 150 steps of
+    batch 64 on a cosine (the code: 2000 of 128 at 0.005, constant); Tr(F) in every step (the code:
+    every fifth). ``preset="paper"`` takes the paper's objective and the code's schedule.
+
+    Attributes:
+        preset: ``"paper"`` sets what is left at its default to the paper's exact Tr(F), ``eta_f``
+            0.5, ``eta_r`` 5 and no fading, and to the released code's schedule: 2000 steps of 128
+            at 0.005, constant, with the trace in every fifth.
 
     References:
         Karim, Arafat, Rakin, Guo, Rahnavard. *Fisher Information guided Purification against
         Backdoor Attacks*. CCS 2024. arXiv:2409.00863
     """
+
+    trace: Trace = "perturbation"
+    preset: Literal["ours", "paper"] = "ours"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = {field.name: field.default for field in fields(self)}
+        if self.preset == "paper":
+            for name, value in _PAPER.items():
+                if getattr(self, name) == defaults[name]:
+                    object.__setattr__(self, name, value)
+        if self.trace == "perturbation":
+            for name in ("strength", "eta_f", "fade", "trace_every"):
+                if getattr(self, name) != defaults[name]:
+                    raise BadInputError(
+                        f"{name}={getattr(self, name)} of FIP has no effect with "
+                        "trace='perturbation'; set trace='true', or radius in its place"
+                    )
+
+    def training(self, adapter: TaskAdapter[Any]) -> Training:
+        """Return the updates of the adapter's model, as the loop takes them."""
+        training = super().training(adapter)
+        return replace(training, schedule="constant") if self.preset == "paper" else training
 
     def _coordinates(self, model: nn.Module) -> Coordinates:
         return Weights(trainable(model))
@@ -300,7 +367,7 @@ class FastFIP(_FisherPurification):
     """
 
     strength: NotNegative = 0.005
-    eta_r: NotNegative = 0.01
+    eta_r: NotNegative | None = 0.01
     lr: NotNegative = 0.3
     layer_norm_factor: Positive = 1.0
     adamw_lr: NotNegative = 0.02

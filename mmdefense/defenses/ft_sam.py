@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.loop import optimise
-from mmdefense.kernels.perturbations import sharpness_aware_gradient
+from mmdefense.kernels.perturbations import ASAM_ETA, sharpness_aware_gradient
 from mmdefense.settings import NotNegative, Whole
 
 __all__ = ["FTSAM"]
@@ -37,8 +37,8 @@ class FTSAM(TrainingDefense):
     """
 
     radius: NotNegative = 2.0
-    eta: NotNegative = 0.01
-    lr: NotNegative = 0.02
+    eta: NotNegative = ASAM_ETA
+    lr: NotNegative = 0.16
     steps: Whole = 150
 
     def _run(self, work: Purifying[Any]) -> None:

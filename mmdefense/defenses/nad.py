@@ -48,7 +48,7 @@ class NAD(TrainingDefense):
     beta: NotNegative = 20.0
     layers: Count = 3
     teacher_steps: Whole = 50
-    lr: NotNegative = 0.02
+    lr: NotNegative = 0.16
     steps: Whole = 150
 
     def _run(self, work: Purifying[Any]) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mmdefense.defenses.base import Purifying, TrainingDefense
 from mmdefense.errors import BadInputError
+from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.curvature import gradient_norm_penalty
 from mmdefense.kernels.hooks import mode
 from mmdefense.kernels.loop import Gradients, loss_gradients, mean_score, optimise
+from mmdefense.kernels.perturbations import ASAM_ETA, sharpness_aware_gradient
 from mmdefense.kernels.units import (
     Unit,
     gradient_norms,
@@ -87,7 +89,9 @@ class TSBD(TrainingDefense):
         candidates: Neuron ratios to choose among, ascending: the released code's sweep, and smaller
             ones (ours), since a deep net may be at chance with the hundredth part zeroed.
         sub_ratio: The paper's sub-weight ratio m.
-        fine_tuning: ``"activeness-aware"``, ``"vanilla"`` (alpha 0) or ``"none"``.
+        fine_tuning: ``"activeness-aware"``, ``"sharpness-aware"`` (at the worst weights within
+            ``sam_radius``, as in FT-SAM; ours), ``"vanilla"`` (alpha 0) or ``"none"``.
+        sam_radius: Of the sharpness-aware fine-tuning.
         unlearn_lr: Learning rate of the ascent; ten times the code's, which takes hundreds of
             epochs to the same ranking on a small clean set (ours).
         unlearn_stop: Score at which the ascent ends; none is chance: 1/C, or the share of the most
@@ -98,7 +102,7 @@ class TSBD(TrainingDefense):
         mix: The paper's alpha.
         norm: ``"global"`` as in the formula; ``"tensor"`` as in the released code, where every
             tensor moves by r.
-        lr: Peak learning rate of stage 2 (the code: 0.01, constant).
+        lr: As for every defense that trains; the code has 0.01, constant.
         steps: Updates of stage 2. Detectors need the time to recover (ours).
 
     References:
@@ -125,7 +129,10 @@ class TSBD(TrainingDefense):
         0.9,
     )
     sub_ratio: Annotated[float, Interval(gt=0, le=1)] = 0.7
-    fine_tuning: Literal["activeness-aware", "vanilla", "none"] = "activeness-aware"
+    fine_tuning: Literal["activeness-aware", "sharpness-aware", "vanilla", "none"] = (
+        "activeness-aware"
+    )
+    sam_radius: NotNegative = 2.0
     unlearn_lr: NotNegative = 1e-3
     unlearn_stop: NotNegative | None = None
     unlearn_epochs: Whole = 1000
@@ -133,7 +140,7 @@ class TSBD(TrainingDefense):
     radius: NotNegative = 0.05
     mix: Share = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: NotNegative = 0.01
+    lr: NotNegative = 0.16
     steps: Whole = 250
 
     def __post_init__(self) -> None:
@@ -221,12 +228,26 @@ class TSBD(TrainingDefense):
     def _gradients(self, adapter: TaskAdapter[Any]) -> Gradients:
         if self.fine_tuning == "vanilla":
             return loss_gradients(adapter)
+        if self.fine_tuning == "sharpness-aware":
+            return self._sharpness_aware(adapter)
         parameters = [p for p in adapter.model.parameters() if p.requires_grad]
 
         def compute(batch: Any, _: int) -> Tensor:
             return gradient_norm_penalty(
                 adapter, batch, parameters, radius=self.radius, mix=self.mix, norm=self.norm
             )
+
+        return compute
+
+    def _sharpness_aware(self, adapter: TaskAdapter[Any]) -> Gradients:
+        space = Weights(trainable(adapter.model))
+
+        def compute(batch: Any, _: int) -> Tensor:
+            loss, found = sharpness_aware_gradient(
+                adapter, batch, space, radius=self.sam_radius, eta=ASAM_ETA
+            )
+            space.assign(found)
+            return loss
 
         return compute
 

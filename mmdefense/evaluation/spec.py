@@ -32,7 +32,7 @@ def read_spec(path: Path) -> Grid:
             views = ["standard"]
             clean = [0.05, { share = 0.05, kind = "unseen" }]
             retune = 5                    # poisoned samples; left out if not given
-            defenses = ["tsbd", { name = "fip", settings = { strength = 0.5 } }]
+            defenses = ["tsbd", { name = "fip", settings = { radius = 4.0 } }]
 
     Raises:
         BadInputError: If it cannot be read, or a key, name or value is unknown.

@@ -28,6 +28,7 @@ from mmdefense.protocol import InputAdapter, TaskAdapter
 from mmdefense.runtime.memory import gradient_in_parts
 
 __all__ = [
+    "ASAM_ETA",
     "adversarial_noise",
     "moved",
     "perturbed",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 B = TypeVar("B", bound=Batch)
+
+ASAM_ETA = 0.01
+"""Added to each absolute weight, so that small ones move too; the value of [ASAM]."""
 
 
 @contextmanager

@@ -79,7 +79,10 @@ class Plan:
         """Return the plan as lines of text."""
         takes = _duration(self.seconds, "at least" if self.at_least else "about")
         if more := getattr(self.defense, "restarts", 0):
-            takes += f"; up to {1 + more} times as long if the rate has to be lowered"
+            takes += (
+                f" a run; the rate is halved, up to {more} times, until the utility guard passes, "
+                "and where few samples are held out it runs on up to four other splits"
+            )
         beyond = "none"
         if self.evidence != "none":
             beyond = f"{self.evidence}, {_duration(self.evidence_seconds, 'at most about')} more"

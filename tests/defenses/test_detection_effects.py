@@ -22,7 +22,9 @@ from mmdefense_tasks.detection_victims import small_fcos
 
 SIDE = 32
 DEFENSES = [
-    FIP(steps=60, batch_size=32, lr=0.2, strength=0.2, eta_r=0.1, max_utility_drop=0.1),
+    FIP(
+        trace="true", steps=60, batch_size=32, lr=0.2, strength=0.2, eta_r=0.1, max_utility_drop=0.1
+    ),
     TSBD(steps=60, batch_size=32, lr=0.1, unlearn_lr=1e-2, max_utility_drop=0.1),
 ]
 

@@ -31,6 +31,7 @@ from mmdefense.attacks.badnets import BadNets
 from mmdefense.data.batch import split
 from mmdefense.data.images import random_shift, random_view
 from mmdefense.defenses.baeraser import BaEraser
+from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.fst import FST
 from mmdefense.defenses.i_bau import IBAU
@@ -48,7 +49,7 @@ VICTIM = Training(
     steps=150, batch_size=64, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0
 )
 DEFENSES = [
-    FIP(steps=100, lr=0.1, strength=3.0, eta_r=1.0),
+    FIP(trace="true", steps=100, lr=0.1, strength=3.0, eta_r=1.0),
     FastFIP(steps=200, lr=0.3, step=30.0, damping=0.1),
     TSBD(steps=60, lr=0.01, unlearn_lr=3e-3),
     BaEraser(steps=80, lr=0.04, rounds=1, levels=(0.8,), search_steps=60),
@@ -97,6 +98,28 @@ def test_the_backdoor_is_removed_and_the_task_kept(case, defense):
     assert after.ra >= 0.75
     assert not result.guard.violated
     assert result.guard.state == "final"
+
+
+@pytest.mark.parametrize(
+    ("defense", "ablation"),
+    [
+        (FIP(lr=0.02), {"radius": 0.0}),
+        (FineTuning(lr=0.16), {"lr": 0.02}),
+    ],
+    ids=["FIP, perturbation", "fine-tuning, rate"],
+)
+def test_without_its_mechanism_the_backdoor_stays(case, defense, ablation):
+    """On shifted images, which imitate no trigger, with the same draws."""
+    clean = replace(case.clean, augmentation=random_shift)
+    defense = replace(defense, seed=case.attack.seed)
+    with_it, without_it = (
+        case.measured(replace(defense, **change).purify(case.adapter, clean).adapter)
+        for change in ({}, ablation)
+    )
+    print(case.attack.seed, type(defense).__name__, with_it, without_it)
+    assert with_it.asr < 0.5 * without_it.asr
+    assert with_it.ra > without_it.ra + 0.3
+    assert with_it.acc >= 0.95 * case.measured(case.adapter).acc
 
 
 BASELINES = {

@@ -6,6 +6,8 @@ a step is the exact ``||grad CE||^2``, and a few equally likely sign patterns gi
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import reference
 import torch
@@ -64,7 +66,7 @@ def test_a_step_descends_ce_and_the_true_trace_in_the_mean_over_signs(adapter, o
     trace = reference.trace_gradient(adapter, one.subset(torch.tensor([0])), parameters, "true")
     found = {}
     for seed in range(40):  # three signs, alike when all are turned: four patterns
-        step = gradient_of_a_step(FIP(eta_f=ETA, seed=seed, **ONE_STEP), adapter, one)
+        step = gradient_of_a_step(FIP(eta_f=ETA, trace="true", seed=seed, **ONE_STEP), adapter, one)
         found.setdefault(tuple(step[:20].mul(1e8).round().tolist()), step)
         if len(found) == 4:
             break
@@ -139,12 +141,55 @@ def recorded(monkeypatch):
 def test_the_anchor_is_weighted_by_the_fisher_information_of_the_given_model(
     adapter, corners, recorded
 ):
-    FIP(**ONE_STEP | {"steps": 0}).purify(adapter, corners)
+    FIP(**ONE_STEP | {"steps": 0, "trace": "true"}).purify(adapter, corners)
     fit = split(corners, 0.2, 0)[0]
     exact = reference.fisher(adapter, fit, list(adapter.model.parameters()), "true").diagonal()
     found = reference.flat(recorded[0])
     assert torch.cosine_similarity(found, exact, dim=0) > 0.9  # an unbiased estimate of one pass
     assert 0.5 < found.sum() / exact.sum() < 2
+
+
+def test_two_steps_follow_the_gradient_at_the_worst_weights_and_the_anchor(
+    adapter, corners, recorded
+):
+    """On one long vector, with explicit autograd."""
+    settings = {"steps": 2, "batch_size": 24, "momentum": 0.0, "max_norm": None, "lr": 0.1}
+    defense = FIP(radius=0.5, eta_r=3.0, batch_norm="eval", max_utility_drop=1.0, **settings)
+    found = weights_after(defense, adapter, corners)
+    fit = split(corners, defense.holdout, defense.seed)[0].everything()
+    parameters = list(adapter.model.parameters())
+    start, importance = reference.flat(parameters).detach(), reference.flat(recorded[0])
+
+    def gradient(theta):
+        torch.nn.utils.vector_to_parameters(theta, parameters)
+        loss = F.cross_entropy(adapter.logits(fit.inputs), fit.labels)
+        return reference.gradient_of(loss, parameters)
+
+    theta = start
+    for step in range(2):
+        scale, first = theta.abs() + 0.01, gradient(theta)
+        worst = theta + 0.5 * scale.square() * first / (scale * first).norm()
+        rate = 0.1 * (1 + math.cos(math.pi * step / 2)) / 2
+        theta = theta - rate * (gradient(worst) + 3.0 * importance * (theta - start))
+    torch.testing.assert_close(found, theta, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"strength": 1.0}, {"eta_f": 0.1}, {"fade": 0.0}, {"trace_every": 5}]
+)
+def test_what_has_no_effect_on_the_perturbation_is_refused(settings):
+    (name,) = settings
+    with pytest.raises(BadInputError, match=f"{name}=.* of FIP has no effect .*set trace='true'"):
+        FIP(**settings)
+    assert getattr(FIP(trace="true", **settings), name) == settings[name]
+
+
+def test_the_papers_preset_yields_to_what_is_given(adapter):
+    paper = FIP(preset="paper", steps=7)
+    assert (paper.trace, paper.eta_f, paper.eta_r, paper.lr) == ("true", 0.5, 5.0, 0.005)
+    assert (paper.steps, paper.batch_size, paper.trace_every, paper.fade) == (7, 128, 5, 0.0)
+    assert paper.training(adapter).schedule == "constant"
+    assert FIP().training(adapter).schedule == "cosine"
 
 
 def test_a_strong_anchor_holds_the_weights_that_matter(adapter, corners, recorded):
@@ -162,7 +207,7 @@ def history_of(defense, adapter, samples):
 
 
 def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
-    idle = {"steps": 0}
+    idle = {"steps": 0, "trace": "true"}
     at_one = history_of(FIP(strength=1e-3, **idle), adapter, corners)
     assert at_one["eta_f"] * at_one["fisher_trace"] == pytest.approx(1e-3)
     assert history_of(FIP(strength=1e9, **idle), adapter, corners)["eta_f"] == 0.5
@@ -173,7 +218,7 @@ def test_strength_is_the_penalty_of_the_given_model(adapter, corners):
     other = history_of(FIP(strength=1e-3, optimizer="adamw", **idle), adapter, corners)
     assert other["eta_f"] == pytest.approx(at_one["eta_f"])  # its rate is not multiplied
     assert history_of(FIP(eta_f=0.7, **idle), adapter, corners)["eta_f"] == 0.7
-    assert history_of(FIP(eta_f=0.7, trace="none", **idle), adapter, corners)["eta_f"] == 0
+    assert history_of(FIP(eta_f=0.7, **idle | {"trace": "none"}), adapter, corners)["eta_f"] == 0
 
 
 def test_a_sharp_model_is_moved_by_small_steps_of_fast_fip(adapter, corners):

@@ -315,6 +315,7 @@ class Rated(TrainingDefense):
     limit: float = 1.0
     tried: list[float] = field(default_factory=list)
     holdout: float = 0.5
+    restarts: int = 3
 
     def _run(self, work):
         self.tried.append(self.lr)
@@ -522,5 +523,5 @@ def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
 
 
 def test_the_bound_of_fast_fip_is_halved_with_its_rate():
-    milder = FastFIP(lr=0.4, step=8.0).milder()
+    milder = FastFIP(lr=0.4, step=8.0, restarts=3).milder()
     assert (milder.lr, milder.step, milder.restarts) == (0.2, 4.0, 2)

@@ -34,7 +34,7 @@ VICTIM = Training(
     optimizer="adamw",
     max_norm=5.0,
 )
-FAST = FIP(steps=80, lr=0.05, strength=0.7, eta_r=1.0)
+FAST = FIP(trace="true", steps=80, lr=0.05, strength=0.7, eta_r=1.0)
 
 
 @pytest.fixture(scope="module")

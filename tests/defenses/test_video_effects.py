@@ -29,7 +29,7 @@ VICTIM = Training(
     steps=160, batch_size=48, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0
 )
 DEFENSES = [
-    FIP(steps=100, batch_size=32, lr=0.05, strength=0.3, eta_r=1.0),
+    FIP(trace="true", steps=100, batch_size=32, lr=0.05, strength=0.3, eta_r=1.0),
     TSBD(steps=60, batch_size=32, lr=0.02, unlearn_lr=0.01),
 ]
 

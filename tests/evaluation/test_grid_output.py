@@ -169,7 +169,7 @@ def test_a_spec_says_what_is_measured(tmp_path):
         "cases = ['digits-clean']\nseeds = 2\nviews = ['standard']\n"
         "clean = [0.05, { share = 0.1, kind = 'noisy' }]\n"
         "baselines = false\n"
-        "defenses = ['tsbd', { name = 'fip', label = 'strong', settings = { strength = 0.5 } }]\n"
+        "defenses = ['tsbd', { name = 'fip', label = 'strong', settings = { radius = 4.0 } }]\n"
     )
     cells = read_spec(path).planned()
     assert len(cells) == 8
@@ -179,7 +179,7 @@ def test_a_spec_says_what_is_measured(tmp_path):
         for share, kind in ((0.05, "unseen"), (0.1, "noisy"))
         for seed in (0, 1)
     }
-    assert next(cell for cell in cells if cell.label == "strong").defense.strength == 0.5
+    assert next(cell for cell in cells if cell.label == "strong").defense.radius == 4.0
     assert len({cell.identity.digest for cell in cells}) == 8
     assert len({cell.victim.digest for cell in cells}) == 4  # two seeds, two shares kept apart
 
