@@ -328,7 +328,7 @@ def steps_of(setting: Setting) -> dict[str, Step]:
     """Return what is timed, by name; without utility guard, for the nets are untrained."""
     common: Any = {"steps": setting.steps, "batch_size": setting.batch, "lr": 0.01}
     tsbd = TSBD(ratio=0.0, unlearn_epochs=1, max_utility_drop=1.0, **common)
-    each = FIP(fade=0.0, max_utility_drop=1.0, **common)
+    each = FIP(trace="true", fade=0.0, max_utility_drop=1.0, **common)
     fifth = replace(each, trace_every=5)
     idle: Any = {"eta_f": 1e-12, "eta_r": 0.0, "steps": IDLE_STEPS}
     return {

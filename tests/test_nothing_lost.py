@@ -460,7 +460,8 @@ def test_a_section_that_came_with_a_model_is_not_taken_for_ours(place, mmdefense
     assert (place.out / "README.md").read_text() == "# A net\n"
     assert mmdefense(*purify(place, "--force", model=vit)).code == 0
     text = (place.out / "README.md").read_text()
-    assert text.startswith("# A net\n")
+    assert text.startswith("---\n")  # tags
+    assert text.partition("\n---\n\n")[2].startswith("# A net\n")
     assert "CLEAN" not in text
     assert "came with the given model, and was not checked" in " ".join(text.split())
 

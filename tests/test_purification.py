@@ -115,7 +115,9 @@ def test_a_setting_that_cannot_be_is_named(net, clean, settings, message):
 
 
 def test_modes_and_optional_settings_are_checked(net, clean):
-    with pytest.raises(mmd.BadInputError, match="trace of FIP must be 'true' or 'empirical'"):
+    with pytest.raises(
+        mmd.BadInputError, match="trace of FIP must be 'perturbation' or 'true' or 'empirical'"
+    ):
         mmd.purify(net, clean, "fip", trace="guessed")
     with pytest.raises(mmd.BadInputError, match="max_norm of FIP must be a number or None"):
         mmd.purify(net, clean, "fip", max_norm="none")

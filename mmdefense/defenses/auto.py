@@ -18,7 +18,7 @@ from mmdefense.defenses.guard import KEPT, Guard
 from mmdefense.defenses.outcome import Choice
 from mmdefense.errors import BadInputError, DivergenceError, UnsupportedError
 from mmdefense.kernels.inversion import Search, recover, success_of
-from mmdefense.protocol import TriggerAdapter, TriggerFamily, missing_members
+from mmdefense.protocol import TaskAdapter, TriggerAdapter, TriggerFamily, missing_members
 from mmdefense.runtime.run import OutOfTime, Run
 from mmdefense.settings import BatchSize, Share, Whole
 
@@ -32,25 +32,25 @@ _Pool = tuple[TriggerFamily, int, Tensor]
 class Auto(Defense):
     """Try defenses, cheap ones first, and return the first that is good enough.
 
-    Good enough is: the utility guard is kept, and no trigger that a defender can know of succeeds
-    on more than ``tolerated`` of the held-out samples. Known are triggers that a search finds in
-    the given model, those that it finds in the purified one, and a bank of random ones. Where none
-    is, the one that leaves least success within the guard is returned.
+    A defense is good enough if the utility guard passes and no known trigger succeeds on more than
+    ``tolerated`` of the held-out samples. The known triggers are those that a search finds in the
+    given model, those that it finds in the purified one, and a bank of random ones. If no defense
+    is good enough, the one that leaves the least success within the guard is returned.
 
-    A given model in which no trigger is found gives nothing to choose by; ``fallback`` is taken
-    then. **Triggers of a kind that is not searched for are not seen**, here as everywhere.
+    If no trigger is found in the given model, there is nothing to choose by, and ``fallback`` runs
+    alone. **Triggers of a kind that is not searched for are not seen**, here as everywhere.
 
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
-        fallback: What is taken where nothing can be told apart; by default what left least on this
-            project's victims over the domains (docs/results.md).
+        fallback: The defense that runs if no trigger is found; by default the one that left the
+            least on this project's victims over the domains (docs/results.md).
         tolerated: Largest success of a known trigger, in ``[0, 1]``.
         search_steps: Updates of the search for triggers.
         bank: Random triggers of each family.
         views: How each candidate augments the clean samples.
         steps: Updates of each candidate; none leaves it to the candidate.
         batch_size: Clean samples per update; none leaves it to the candidate.
-        gradient_checkpointing: As a candidate has it: less memory, more time.
+        gradient_checkpointing: The setting of the candidates that have it: less memory, more time.
     """
 
     candidates: Annotated[tuple[str, ...], MinLen(1)] = ("fine-tuning", "fip", "tsbd", "baeraser")
@@ -68,6 +68,11 @@ class Auto(Defense):
         for name in (*self.candidates, self.fallback):
             if registry.load("defenses", name) is Auto:
                 raise BadInputError("candidates must be other defenses, got 'auto' itself")
+
+    def trains(self, adapter: TaskAdapter[Any]) -> str:
+        """Return which defenses train copies of the model."""
+        names = ", ".join(self.candidates)
+        return f"copies, by {names} in turn until one is good enough, or by {self.fallback} alone"
 
     def _run(self, work: Purifying[Any]) -> None:
         names, pools, why, success = self._plan(work)

@@ -261,10 +261,11 @@ def scanned(_: Path) -> object:
         findings = list(behaviour._triggers(adapter, samples, behaviour.SEARCH, Run(0)))
     record = ScanRecord(model="m", findings=findings, parts=["behaviour"])
     (trigger,) = [f for f in findings if f.id == "behaviour-trigger"]
-    pictured = trigger.picture in to_html(record) and trigger.picture in to_json(record)
+    (picture,) = trigger.pictures.values()
+    pictured = picture in to_html(record) and picture in to_json(record)
     return (
         trigger.level == "medium"
-        and trigger.picture.startswith("data:image/png")
+        and picture.startswith("data:image/png")
         and pictured
         and "Nothing was found" not in record.verdict.text
     )
