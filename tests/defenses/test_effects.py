@@ -100,6 +100,7 @@ def test_the_backdoor_is_removed_and_the_task_kept(case, defense):
     assert result.guard.state == "final"
 
 
+@pytest.mark.parametrize("case", [0, pytest.param(1, marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize(
     ("defense", "ablation"),
     [
