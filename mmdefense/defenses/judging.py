@@ -122,7 +122,7 @@ class Judging:
             rate: The share of the learning rate at which it did.
             states: What to judge, first what to take first.
             again: Runs the defense at that rate on another fold; without it there is no
-                cross-validation.
+                cross-validation. If it diverges there, no further state of this call is judged.
         """
         for candidate in states:
             if self.chosen is not None and self.deadline.passed:
@@ -131,7 +131,10 @@ class Judging:
             after = self._scores(candidate.state, self.work.holdout)
             guard = judge(self.before, after, self.bound, candidate.label, rate)
             if again and candidate.share and self._needs_more(guard):
-                guard = self._cross_validated(guard, after, candidate.share, again)
+                try:
+                    guard = self._cross_validated(guard, after, candidate.share, again)
+                except DivergenceError:  # this rate is not to be trusted
+                    return self._refused(guard, part, candidate)
             self.count += 1
             self.work.run.progress(Event("guard", self.count, 0))
             best = self.chosen
@@ -139,6 +142,12 @@ class Judging:
                 self.chosen = Chosen(guard, part, candidate.state)
             if guard.passes:
                 return True
+        return False
+
+    def _refused(self, guard: Guard, part: Purifying[Any], candidate: Candidate) -> bool:
+        """Keep a state only if there is no other, and settle nothing."""
+        if self.chosen is None:
+            self.chosen = Chosen(guard, part, candidate.state)
         return False
 
     def _needs_more(self, guard: Guard) -> bool:
@@ -164,8 +173,6 @@ class Judging:
             except OutOfTime:
                 self.folds = ()  # no time is left for any
                 return guard
-            except DivergenceError:
-                return first
             before, after = torch.cat([before, found[0]]), torch.cat([after, found[1]])
             guard = judge(before, after, self.bound, first.state, first.rate, folds=number)
             if guard.verdict != UNDECIDED:

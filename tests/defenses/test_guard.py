@@ -452,6 +452,17 @@ def test_a_fold_that_the_time_cuts_off_does_not_count(few):
     assert guard.drop <= 0.02
 
 
+def test_a_rate_that_diverges_on_another_fold_is_not_taken(few):
+    class Wild(Lucky):
+        def _run(self, work):
+            if self.restarts == 1 and self.tried:
+                raise DivergenceError("the loss stopped being finite", {})
+            super()._run(work)
+
+    guard = Wild(drops=(0.05, 0.0), restarts=1).purify(DialAdapter(Dial(classes=70)), few).guard
+    assert (guard.state, guard.rate, guard.drop) == ("final", 0.5, 0.0)
+
+
 def test_each_sample_is_held_out_once(few):
     parts = folds(few, 0.2, seed=3)
     held = torch.cat([holdout.labels for _, holdout in parts])
