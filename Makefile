@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv, and again only when the dependencies change.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-matrix check bench dist results-check clean
+.PHONY: help setup demo test test-slow test-matrix check docs bench dist results-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -63,6 +63,10 @@ check: $(READY)  ## lint, types, and the arrows between the packages
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict $(PACKAGES)
 	@$(BIN)/lint-imports --no-logo
+
+docs: $(READY)  ## build the site of the documents into out/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open out/site/index.html in a browser"
 
 bench: $(READY)  ## measure the kernels against plain versions, write out/bench
 	@$(BIN)/python recipes/bench.py -o out/bench $(ARGS)

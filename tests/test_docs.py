@@ -43,6 +43,7 @@ NOT_RUN = {
     "make test": "would run this very test again",
     "make check": "runs beside the tests, in .ci/run",
     "make bench": "repeats each measurement",
+    "make docs": "tests/test_site.py does, as a slow test",
     ".ci/run": "runs this very test",
     "mmdefense grid run -o out/grid --case digits-badnets --case digits-blended": "many minutes",
     "mmdefense grid run -o out/grid --case mnist-badnets --case mnist-blended": "an hour",
