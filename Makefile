@@ -13,6 +13,8 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # One thread per process: two test processes on two cores would otherwise fight for them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PROCESSES ?= 2
+# Bytecode is kept: without it, each process that a test starts compiles PyTorch again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # The oldest versions of all dependencies, and the tests that they must pass.
 FLOOR := $(VENV)/floor
 MATRIX := tests/hostile tests/checkpoints tests/scanning/test_files.py \
