@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import ast
+import csv
+import dataclasses
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import griffe
 from mkdocs.structure.files import File
 
+from mmdefense import catalogue, registry
+from mmdefense.attacks.baddet import ObjectAttack
+from mmdefense.attacks.label_attack import LabelAttack
+from mmdefense.attacks.text_attack import TextAttack
+from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.protocol import TaskAdapter
 from mmdefense.scanning.sarif import HOMEPAGE
+from mmdefense.settings import described_type
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,13 +43,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links to files outside the site lead to the repository."""
-    return re.sub(
+    """Fill in what comes from the code, and let links out of the site lead to the repository."""
+    linked = re.sub(
         r"(\]\(|^\[[^\]]+\]: )((?:\.\./)+[^)\s#]+)",
         lambda found: found[1] + outside(page.file.src_uri, found[2]),
         markdown,
         flags=re.MULTILINE,
     )
+    return MARK.sub(lambda found: FILLED[found[1]](found[2]), linked)
 
 
 def outside(page: str, target: str) -> str:
@@ -74,13 +86,16 @@ def modules(folder: Path) -> Iterator[str]:
 
 
 def _page(title: str, about: str, names: Iterable[str]) -> str:
-    return f"# {title}\n\n{about}\n\n" + "".join(f"::: {name}\n\n" for name in names)
+    return f"{_BOOST}# {title}\n\n{about}\n\n" + "".join(f"::: {name}\n\n" for name in names)
+
+
+_BOOST = "---\nsearch:\n  boost: 0.3\n---\n\n"  # a search finds what is written for readers first
 
 
 _CORE = "What all packages build on: the protocol, the registry, settings, errors, the store."
 
 
-_INDEX = """# API reference
+_INDEX = f"""{_BOOST}# API reference
 
 What `import mmdefense` has; the other pages have the modules of each package. All of it is written
 from the docstrings, which give shapes in the [letters](../concepts.md#letters) of the concepts.
@@ -124,6 +139,138 @@ def about(path: str) -> str:
     first = next(found for found in paragraphs if re.match(r"[\w*`\"]", found))
     plain = re.sub(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", " ".join(first.split()))
     return re.split(r"(?<=[.!?])\s", plain.replace("*", ""))[0]
+
+
+def defense_settings(name: str) -> str:
+    """Return what a defense needs and its settings: own ones, and those of every defense."""
+    kind = registry.load("defenses", name)
+    base = TrainingDefense if issubclass(kind, TrainingDefense) else Defense
+    own, shared = _split(kind, base)
+    call = f"[`{kind.__name__}`](../api/defenses.md#{kind.__module__}.{kind.__name__})"
+    text = f"On the command line `--defense {name} --set NAME=VALUE`, in Python {call}.\n\n"
+    if kind.requires is not TaskAdapter:
+        needed = f"[`{kind.requires.__name__}`](../concepts.md#the-protocol)"
+        text += f"It needs a model whose adapter is a {needed}.\n\n"
+    if own:
+        text += f"{settings_table(kind, own)}\n\n"
+    whose = "every defense that trains" if base is TrainingDefense else "every defense"
+    folded = settings_table(kind, shared).replace("\n", "\n    ")
+    return f'{text}??? note "Settings of {whose}"\n\n    {folded}\n'
+
+
+def attack_settings(name: str) -> str:
+    """Return the tasks of an attack, and its settings beside those that all of its kind have."""
+    kind = registry.load("attacks", name)
+    (base,) = [one for one in _POISONING.values() if issubclass(kind, one)]
+    own, _ = _split(kind, base)
+    call = f"[`{kind.__name__}`](api/attacks.md#{kind.__module__}.{kind.__name__})"
+    text = f"In Python {call}; for {', '.join(f'`{task}`' for task in kind.tasks)}."
+    return f"{text}\n\n{settings_table(kind, own)}" if own else text
+
+
+def poisoning_settings(name: str) -> str:
+    """Return the settings that all attacks of a kind share."""
+    return settings_table(_POISONING[name], catalogue.settings(_POISONING[name]))
+
+
+_POISONING = {"labels": LabelAttack, "objects": ObjectAttack, "texts": TextAttack}
+
+
+def _split(kind: type, base: type) -> tuple[list[catalogue.Setting], list[catalogue.Setting]]:
+    """Return the settings of a class that are not as in a base of it, new ones first, and the rest.
+
+    Args:
+        kind: The class of a defense or an attack.
+        base: What it shares the other settings with.
+    """
+    inherited = {entry.name: entry.default for entry in dataclasses.fields(base)}
+    new, changed, shared = [], [], []
+    for one in catalogue.settings(kind):
+        if one.name not in inherited:
+            new.append(one)
+        else:
+            same = inherited[one.name] == getattr(kind, one.name)
+            (shared if same else changed).append(one)
+    return new + changed, shared
+
+
+def settings_table(kind: type, settings: Iterable[catalogue.Setting]) -> str:
+    """Return settings of a dataclass with their defaults and bounds as a Markdown table."""
+    hints = get_type_hints(kind, include_extras=True)
+    lines = ['<div class="settings" markdown>', ""]
+    lines += ["| setting | default | takes | what it is |", "|---|---|---|---|"]
+    for one in settings:
+        value = getattr(kind, one.name)
+        parts = value if isinstance(value, tuple) else [value]
+        default = ", ".join(f"`{_short(part)}`" for part in parts)
+        cells = (f"`{one.name}`", default, allowed(hints[one.name]), one.about)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, "", "</div>"])
+
+
+def allowed(hint: Any) -> str:
+    """Return in words what an annotation takes, bounds included: ``0 to 1``, ``1 or more``."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounded = ", ".join(filter(None, map(_bound, inner[1:])))
+        whole = "a whole number, " if inner[0] is int else ""
+        return f"{whole}{bounded}" if bounded else allowed(inner[0])
+    if origin in {Union, types.UnionType}:
+        return ", or ".join(map(allowed, inner))
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin is tuple:
+        return f"a list: {allowed(inner[0])}"
+    return {bool: "`True`, `False`", types.NoneType: "`None`"}.get(hint) or described_type(hint)
+
+
+def _short(default: Any) -> str:
+    return f"{default:.4g}" if isinstance(default, float) else str(default)
+
+
+def _bound(bound: Any) -> str:
+    low, high = getattr(bound, "ge", None), getattr(bound, "le", None)
+    above, below = getattr(bound, "gt", None), getattr(bound, "lt", None)
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    ends = ((above, "above {}"), (low, "{} or more"), (below, "below {}"), (high, "{} or less"))
+    return ", ".join(words.format(end) for end, words in ends if end is not None)
+
+
+def figures(name: str) -> str:
+    """Return what the published tables say about a defense: means over the victims of a domain."""
+    rows = list(csv.DictReader((DOCS / "tables" / "five_domains.csv").open()))
+    if name not in {row["defense"] for row in rows}:
+        return "No table of this project has it yet."
+    shown = dict.fromkeys(["before", "fine-tuning", name])
+    lines = [
+        "Task metric / ASR / RA in percent, the means over the victims of a domain, one seed. Read",
+        "first how they were measured, and which settings have changed since: [results][five].",
+        "",
+        "| domain | victims | " + " | ".join(shown) + " |",
+        "|---|--:|" + "--:|" * len(shown),
+    ]
+    domains = dict.fromkeys(row["victim"].partition(",")[0] for row in rows)
+    for domain in domains:
+        of = [row for row in rows if row["victim"].partition(",")[0] == domain]
+        means = [_mean([row for row in of if row["defense"] == one]) for one in shown]
+        count = len({row["victim"] for row in of})
+        lines.append(f"| {domain} | {count} | " + " | ".join(means) + " |")
+    return "\n".join([*lines, "", "[five]: ../results.md#five-domains-with-the-fields-views"])
+
+
+def _mean(rows: list[dict[str, str]]) -> str:
+    keys = ("task_metric", "asr", "ra")
+    return " / ".join(f"{fmean(float(row[key]) for row in rows):.1f}" for key in keys)
+
+
+MARK = re.compile(r"^<!-- (settings|figures|attack|poisoning): ([\w-]+) -->$", re.MULTILINE)
+FILLED = {
+    "settings": defense_settings,
+    "figures": figures,
+    "attack": attack_settings,
+    "poisoning": poisoning_settings,
+}
 
 
 class SphinxRoles(griffe.Extension):
