@@ -273,11 +273,12 @@ FILLED = {
 }
 
 
-class SphinxRoles(griffe.Extension):
-    """Make code of the roles of Sphinx in docstrings: ``:class:`~a.b.C` `` is ``C``."""
+class Docstrings(griffe.Extension):
+    """Read the docstrings as they are written here: with roles of Sphinx, and one example each."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace the roles in the docstring of an object."""
+        """Make code of roles, ``C`` of ``:class:`~a.b.C` ``, and name the part of the example."""
         if obj.docstring:
-            shorter = re.sub(r":\w+:`~[^`]*?(\w+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r":\w+:`", "`", shorter)
+            text = re.sub(r":\w+:`~[^`]*?(\w+)`", r"`\1`", obj.docstring.value)
+            text = re.sub(r":\w+:`", "`", text)
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
