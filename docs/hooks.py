@@ -132,10 +132,11 @@ def pages(nav: list[Any], section: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def about(path: str) -> str:
-    """Return the first sentence of a page's first paragraph, as plain text."""
+    """Return the first sentence of a page, or of its idea where it has one, as plain text."""
     text = reference()[path] if path.startswith("api/") else (DOCS / path).read_text()
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    paragraphs = re.split(r"\n\s*\n", prose)
+    start = text.partition("\n## Idea\n")[2] or text
+    prose = re.sub(r"^```.*?^```$", "", start, flags=re.DOTALL | re.MULTILINE)
+    paragraphs = re.split(r"\n\s*\n", prose.strip())
     first = next(found for found in paragraphs if re.match(r"[\w*`\"]", found))
     plain = re.sub(r"\[([^\]]+)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", " ".join(first.split()))
     return re.split(r"(?<=[.!?])\s", plain.replace("*", ""))[0]
@@ -184,14 +185,10 @@ def _split(kind: type, base: type) -> tuple[list[catalogue.Setting], list[catalo
         base: What it shares the other settings with.
     """
     inherited = {entry.name: entry.default for entry in dataclasses.fields(base)}
-    new, changed, shared = [], [], []
-    for one in catalogue.settings(kind):
-        if one.name not in inherited:
-            new.append(one)
-        else:
-            same = inherited[one.name] == getattr(kind, one.name)
-            (shared if same else changed).append(one)
-    return new + changed, shared
+    every = catalogue.settings(kind)
+    new = [one for one in every if one.name not in inherited]
+    shared = [s for s in every if inherited.get(s.name, inherited) == getattr(kind, s.name)]
+    return new + [one for one in every if one not in new and one not in shared], shared
 
 
 def settings_table(kind: type, settings: Iterable[catalogue.Setting]) -> str:
