@@ -151,7 +151,7 @@ def defense_settings(name: str) -> str:
     text = f"On the command line `--defense {name} --set NAME=VALUE`, in Python {call}.\n\n"
     if kind.requires is not TaskAdapter:
         needed = f"[`{kind.requires.__name__}`](../concepts.md#the-protocol)"
-        text += f"It needs a model whose adapter is a {needed}.\n\n"
+        text += f"The model's adapter must have the members of {needed}.\n\n"
     if own:
         text += f"{settings_table(kind, own)}\n\n"
     whose = "every defense that trains" if base is TrainingDefense else "every defense"
