@@ -3,6 +3,7 @@
 from __future__ import annotations
 import __future__
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +28,9 @@ from safetensors.torch import save_file
 from mmdefense import registry
 from mmdefense.evaluation.spec import read_spec
 from mmdefense.kernels.loop import train
+from mmdefense.pipeline import scan as pipeline_scan
 from mmdefense.runtime.run import Run
+from mmdefense.scanning import behaviour
 from mmdefense.scanning.sarif import HOMEPAGE
 from mmdefense.training import Training
 from mmdefense_tasks.image_classification import load_data
@@ -177,6 +181,14 @@ RUNNABLE = [
 
 
 @pytest.fixture
+def brief_searches(monkeypatch):
+    """Let scans look for triggers briefly: what a search finds is up to scanning/test_behaviour."""
+    search = dataclasses.replace(behaviour.SEARCH, steps=8)
+    brief = partial(behaviour.scan_behaviour, search=search)
+    monkeypatch.setattr(pipeline_scan, "scan_behaviour", brief)
+
+
+@pytest.fixture
 def readers_folder(tmp_path, monkeypatch):
     """A folder with what a reader has: an own model, its class, and labelled images."""
     (tmp_path / "my_models.py").write_text(MY_MODELS)
@@ -231,7 +243,7 @@ def save_other_models() -> None:
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_runs(page, readers_folder, monkeypatch):
+def test_page_runs(page, readers_folder, brief_searches, monkeypatch):
     if "my-vit" in page.read_text():
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -125,6 +125,7 @@ def grid_of(device: str, seeds: Sequence[int]) -> Grid:
 def smoke(grid: Grid) -> Grid:
     """Return a few steps of two attacks and two defenses on digits."""
     net = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
+    short = {"steps": 5, "batch_size": 64}
     return replace(
         grid,
         cases=[
@@ -133,7 +134,9 @@ def smoke(grid: Grid) -> Grid:
             )
             for case in grid.cases[:2]
         ],
-        defenses=["fine-tuning", "ft-sam"],
+        defenses=[
+            Lineup(defense=name, settings=short, label=name) for name in ("fine-tuning", "ft-sam")
+        ],
         device="cpu",
     )
 
