@@ -13,6 +13,8 @@ FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # One thread per process: two test processes on two cores would otherwise fight for them.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PROCESSES ?= 2
+# Neighbours share what their module prepares: a process keeps them, and gives away what is left.
+SHARED := -n $(PROCESSES) --dist worksteal
 # Bytecode is kept: without it, each process that a test starts compiles PyTorch again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 # The oldest versions of all dependencies, and the tests that they must pass.
@@ -49,16 +51,16 @@ demo: $(READY)  ## plant a backdoor, remove it by each defense, write out/demo/r
 	@echo "demo: open out/demo/report.html in a browser"
 
 test: $(READY)  ## run the tests
-	@$(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) $(ARGS)
+	@$(ONE_THREAD) $(BIN)/pytest $(SHARED) $(ARGS)
 
 test-slow: $(READY)  ## run the tests that take minutes each, which make test leaves out
-	@MMDEFENSE_SLOW=1 $(ONE_THREAD) $(BIN)/pytest -n $(PROCESSES) -m slow $(ARGS)
+	@MMDEFENSE_SLOW=1 $(ONE_THREAD) $(BIN)/pytest $(SHARED) -m slow $(ARGS)
 
 test-matrix: $(READY)  ## load models and refuse hostile files with the oldest versions that are admitted
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(FLOOR)
 	@UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-180} VIRTUAL_ENV=$(FLOOR) \
 	  $(BIN)/uv pip install --quiet --resolution lowest-direct -e ".[dev]"
-	@$(ONE_THREAD) $(FLOOR)/bin/pytest -n $(PROCESSES) $(MATRIX) $(ARGS)
+	@$(ONE_THREAD) $(FLOOR)/bin/pytest $(SHARED) $(MATRIX) $(ARGS)
 
 check: $(READY)  ## lint, types, and the arrows between the packages
 	@$(BIN)/ruff check .

@@ -108,7 +108,7 @@ print(
 )
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
-    defenses: dict[str, Defense] = {"fip": FIP(steps=3)}
+    defenses: dict[str, Defense] = {"fip": FIP(steps=3, max_utility_drop=1.0)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 

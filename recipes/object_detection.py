@@ -86,7 +86,7 @@ precision = mean_average_precision(detector, test)["map"]
 print(f"the victim: mAP@50 {before.acc:.1%}, mAP {precision:.1%}, ASR {before.asr:.1%}")
 names = options.defense or ["fip", "fast-fip", "tsbd", "fine-pruning", "baeraser"]
 if options.smoke:
-    defenses: dict[str, Defense] = {"fip": FIP(steps=2, batch_size=4)}
+    defenses: dict[str, Defense] = {"fip": FIP(steps=2, batch_size=4, max_utility_drop=1.0)}
 else:
     defenses = {name: configured(name, {"seed": options.seed}) for name in names}
 

@@ -120,6 +120,7 @@ def test_the_backdoor_works(case):
     assert metric >= case.made.metric
 
 
+@pytest.mark.slow  # test_domains.py has a quick scan of each kind of model
 def test_the_scan_looks_at_everything_and_calls_nothing_clean(case):
     code, said = case.run("scan", "--format", "json")
     found = json.loads(said[said.index("{") :])
