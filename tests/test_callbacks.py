@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from commands import fitted_net, small_images
-from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mmdefense as mmd
@@ -119,10 +118,16 @@ def store(tmp_path_factory):
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'runs.db'}"
 
 
+def client_of(store):
+    from mlflow.tracking import MlflowClient  # takes seconds to import
+
+    return MlflowClient(store)
+
+
 def test_mlflow_keeps_settings_values_and_result(store):
     tracker = MLflow("signs", tracking_uri=store, run_name="first")
     purified = purify(tracker)
-    client = MlflowClient(store)
+    client = client_of(store)
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert run.data.params["defense"] == "fine-tuning"
@@ -140,7 +145,7 @@ def test_an_mlflow_run_that_broke_is_marked(store):
     tracker = MLflow("signs", tracking_uri=store)  # the experiment is there by now
     with pytest.raises(ValueError, match="it breaks"):
         purify(tracker, Broken())
-    assert MlflowClient(store).get_run(tracker.run_id).info.status == "FAILED"
+    assert client_of(store).get_run(tracker.run_id).info.status == "FAILED"
 
 
 class Run:

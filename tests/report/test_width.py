@@ -32,21 +32,22 @@ def cells():
 
 
 def pages():
+    """Return what makes each page."""
     found = {**scan()["findings"][0], "subject": "encoder.stages.0.layers.1." * 4}
     rows = [row(name, asr=0.4, violated=True, undecided="not decidable") for name in NAMES]
     return {
-        "one": page(purification(choice=CHOICE), every_plot()),
-        "defenses": page(comparison(*rows)),
-        "three": comparison_page([*two_records(), purification()], NAMES),
-        "scan": scan_page(scan_of(scan(findings=[found] * 3), "scan")),
-        "leaderboard": leaderboard(cells()),
+        "one": lambda: page(purification(choice=CHOICE), every_plot()),
+        "defenses": lambda: page(comparison(*rows)),
+        "three": lambda: comparison_page([*two_records(), purification()], NAMES),
+        "scan": lambda: scan_page(scan_of(scan(findings=[found] * 3), "scan")),
+        "leaderboard": lambda: leaderboard(cells()),
     }
 
 
 @needs_chromium
 @pytest.mark.parametrize("kind", pages())
 def test_a_page_fits_a_phone(kind, tmp_path):
-    seen = measured(pages()[kind], tmp_path, PHONE)
+    seen = measured(pages()[kind](), tmp_path, PHONE)
     assert seen["page"] <= PHONE
     assert seen["beyond"] == []
     assert min(seen["text"], default=READABLE) >= READABLE

@@ -7,7 +7,6 @@ import json
 import pkgutil
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 import mmdefense as mmd
@@ -34,6 +33,8 @@ def record(*findings, model="m", files=("a.pt",)):
 
 
 def run_of(scanned):
+    import jsonschema  # takes seconds, also in a process that runs none of these tests
+
     log = json.loads(to_sarif(scanned))
     jsonschema.validate(
         log, SCHEMA, jsonschema.Draft4Validator, format_checker=jsonschema.FormatChecker()
@@ -62,6 +63,8 @@ def test_the_log_meets_the_schema(scanned):
 
 
 def test_a_log_that_does_not_meet_the_schema_is_seen(monkeypatch):
+    import jsonschema
+
     monkeypatch.setattr("mmdefense.scanning.sarif._LEVELS", {"high": "severe"})
     with pytest.raises(jsonschema.ValidationError, match="severe"):
         run_of(record(finding()))
