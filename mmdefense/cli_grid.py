@@ -79,8 +79,7 @@ Views = Annotated[
     typer.Option(
         "--views",
         help="How clean samples are augmented: standard, as is usual in the domain; insertions, "
-        "which imitate local triggers (the default); or given, as the data has it. May be given "
-        "several times.",
+        "which imitate local triggers; or none. May be given several times.",
     ),
 ]
 
@@ -110,7 +109,7 @@ def _grid(
                 "--retune out"
             )
         return read_spec(spec)
-    chosen = [known for known in VIEWS if known in (views or ("insertions",))]
+    chosen = [known for known in VIEWS if known in (views or ("standard",))]
     if unknown := [name for name in views or () if name not in VIEWS]:
         raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {unknown[0]!r}")
     described = [_with_settings(text) for text in cases or ()]

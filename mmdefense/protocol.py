@@ -266,7 +266,7 @@ class ViewingAdapter(TaskAdapter[B], Protocol[B]):
     """An adapter that knows how samples of its domain are augmented."""
 
     def viewed(self, samples: Samples[B], views: Views) -> Samples[B]:
-        """Return samples that are augmented in that way; those of ``"given"`` as they are."""
+        """Return samples that are augmented in that way, see :data:`Views`."""
         ...
 
 

@@ -110,7 +110,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
     @abstractmethod
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
-        """Return what the user gave as samples, with the default augmentation of the domain."""
+        """Return what the user gave as samples."""
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
         """Refuse samples that do not fit the model; return the number of classes K.

@@ -248,7 +248,7 @@ def _as_samples(data: Any) -> DetectionSamples:
             f"images must have one size; resize them and their boxes, got {sorted(shapes)[:3]}"
         )
     images, boxes, labels = zip(*pairs, strict=True)
-    return DetectionSamples(torch.stack(images), boxes, labels, augmentation=random_boxed_view)
+    return DetectionSamples(torch.stack(images), boxes, labels)
 
 
 def _items(data: Any) -> Iterable[Any]:

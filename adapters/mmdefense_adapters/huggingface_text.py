@@ -404,7 +404,7 @@ def as_text(data: Any) -> TextSamples:
                 f"at {index}"
             )
     prompts, answers = zip(*items, strict=True) if items else ((), ())
-    return TextSamples(tuple(prompts), tuple(answers), random_words)
+    return TextSamples(tuple(prompts), tuple(answers))
 
 
 def _tokenizer_of(model: nn.Module) -> Any:

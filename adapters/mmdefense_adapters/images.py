@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmdefense.data.batch import Samples
-from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
+from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.protocol import TriggerFamily
 from mmdefense_adapters.given import labelled_tensors
 
@@ -19,15 +19,12 @@ def mirrored(batch: LabelledBatch) -> LabelledBatch:
     return batch.with_inputs(batch.inputs.flip(-1))
 
 
-def as_labelled_samples(
-    data: Any, augmentation: Augmentation, *, axes: int = 3
-) -> Samples[LabelledBatch]:
+def as_labelled_samples(data: Any, *, axes: int = 3) -> Samples[LabelledBatch]:
     """Return what a user gave as labelled samples.
 
     Args:
         data: Samples; or a pair of tensors or arrays, batches, or a data set, see
             :func:`~mmdefense_adapters.given.labelled_tensors`.
-        augmentation: Of what does not come as samples.
         axes: Number of axes of one input: 3 for an image, 4 for a clip.
     """
     if hasattr(data, "take") and hasattr(data, "strata"):
@@ -35,7 +32,7 @@ def as_labelled_samples(
         return samples
     name = "images" if axes == 3 else "clips"
     inputs, labels = labelled_tensors(data, name, axes)
-    return LabelledSamples(inputs, labels, augmentation=augmentation)
+    return LabelledSamples(inputs, labels)
 
 
 _LARGEST_CHANGE = 0.2  # of an additive trigger, per pixel; Blended at its usual 0.2 is at most this

@@ -72,7 +72,7 @@ class PointClassifier(Classifier):
             samples: Samples[LabelledBatch] = data
             return samples
         clouds, labels = labelled_tensors(data, "clouds", 2)
-        return LabelledSamples(clouds, labels, augmentation=random_cloud_view)
+        return LabelledSamples(clouds, labels)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return clouds that are augmented in that way; the usual is to turn, scale and jitter."""

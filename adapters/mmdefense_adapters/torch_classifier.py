@@ -43,7 +43,7 @@ class TorchClassifier(ImageTriggers, Classifier):
         )
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
-        return as_labelled_samples(data, random_view)
+        return as_labelled_samples(data)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return images that are augmented in that way; the usual is to crop, and maybe mirror."""

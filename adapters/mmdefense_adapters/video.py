@@ -44,7 +44,7 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
         return any(isinstance(module, nn.Conv3d) for module in model.modules())
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
-        return as_labelled_samples(data, random_clip_view, axes=4)
+        return as_labelled_samples(data, axes=4)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
         """Return clips that are augmented in that way; the usual is to crop, and maybe mirror."""

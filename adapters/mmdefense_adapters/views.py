@@ -33,11 +33,12 @@ def with_augmentation(
     insertions: Callable[..., Any],
     mirrored: Callable[[B], B] | None = None,
 ) -> Samples[B]:
-    """Return samples that are augmented as ``views`` asks; ``"given"`` leaves them as they are.
+    """Return samples that are augmented as ``views`` asks.
 
     Args:
         adapter: The model.
-        samples: Of a class with the field ``augmentation``.
+        samples: Of a class with the field ``augmentation``; others, and those that bring an
+            augmentation, keep their own as standard views.
         views: Which augmentation to take.
         standard: What is usual in the domain; none where that is to leave samples as they are.
         insertions: The one that also inserts noise, points or words.
@@ -47,14 +48,16 @@ def with_augmentation(
     Raises:
         UnsupportedError: If the samples have no ``augmentation`` to be replaced.
     """
-    if views == "given":
-        return samples
     if not hasattr(samples, "augmentation"):
+        if views == "standard":
+            return samples
         raise UnsupportedError(
             f"views={views!r} needs samples with the field augmentation, and "
-            f"{type(samples).__name__} has none; set views=given"
+            f"{type(samples).__name__} has none; set views=standard"
         )
-    chosen = standard if views == "standard" else insertions
+    if views == "standard" and samples.augmentation is not None:
+        return samples
+    chosen = {"standard": standard, "insertions": insertions, "none": None}[views]
     if mirrored is not None and chosen is not None:
         chosen = partial(chosen, flip=may_mirror(adapter, samples, mirrored))
     augmented: Samples[B] = replace(cast("Any", samples), augmentation=chosen)

@@ -29,14 +29,14 @@ __all__ = [
     "split",
 ]
 
-Views = Literal["standard", "insertions", "given"]
+Views = Literal["standard", "insertions", "none"]
 """How clean samples are augmented in training.
 
 ``"standard"``: as is usual in the domain: crop (and mirror, where the model is as right about
 mirrored samples) for images and clips; scale, shift (and mirror) for detection; turn and jitter for
-point clouds; nothing for text. ``"insertions"``: ours; noise rectangles, gathered points or random
-words are inserted as well, which imitates local triggers. ``"given"``: by the samples' own
-``augmentation``, or not at all; data that is read here comes with insertions.
+point clouds; nothing for text. Samples that bring an augmentation of their own keep it.
+``"insertions"``: ours; noise rectangles, gathered points or random words are inserted as well,
+which imitates local triggers. ``"none"``: not at all.
 """
 
 

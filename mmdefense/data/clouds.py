@@ -175,8 +175,7 @@ def random_cloud_view(
 ) -> Tensor:
     """Return each cloud randomly rotated, scaled, thinned out and partly replaced.
 
-    The default for the defender's clean data: as that is small, augmentation makes up for missing
-    samples. The sizes are our choice.
+    The views "insertions" of clouds. The sizes are our choice.
 
     Args:
         clouds: Shape ``(N, P, 3 + F)``, in the unit sphere.

@@ -52,8 +52,7 @@ def random_view(
 ) -> Tensor:
     """Return each image with a random rotation, scale, shear, shift and brightness.
 
-    The default for the defender's clean data: as that is small, augmentation makes up for missing
-    samples. The sizes are our choice.
+    The views "insertions" of images. The sizes are our choice.
 
     Args:
         images: Shape ``(N, C, H, W)`` in ``[0, 1]``.

@@ -132,9 +132,8 @@ def random_words(
 ) -> Tensor:
     """Return each prompt with a few of its tokens replaced by any of the vocabulary's.
 
-    The default for the defender's clean data in language: the counterpart of a noise rectangle in
-    an image. The answer stays, though a word of it may have lost its source: so the share, our
-    choice, is small.
+    The views "insertions" of text: the counterpart of a noise rectangle in an image. The answer
+    stays, though a word of it may have lost its source: so the share, our choice, is small.
 
     Args:
         tokens: Shape ``(N, L)``, int64.

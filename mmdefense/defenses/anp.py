@@ -53,7 +53,7 @@ class ANP(Defense):
         arXiv:2110.14430
     """
 
-    views: Views = "given"
+    views: Views = "standard"
     eps: NotNegative = 0.4
     alpha: Share = 0.2
     inner_steps: Whole = 1

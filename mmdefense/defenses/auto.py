@@ -58,7 +58,7 @@ class Auto(Defense):
     tolerated: Share = 0.1
     search_steps: Whole = 40
     bank: Whole = 16
-    views: Views = "given"
+    views: Views = "standard"
     steps: Whole | None = None
     batch_size: BatchSize | None = None
     gradient_checkpointing: bool = False

@@ -280,7 +280,8 @@ class Defense(ABC):
         return replace(chosen.guard, metric=traits(work.adapter).score_name)
 
     def _viewed(self, work: Purifying[B], samples: Samples[B]) -> Samples[B]:
-        return viewed(work.adapter, samples, getattr(self, "views", "given"))
+        views: Views | None = getattr(self, "views", None)
+        return samples if views is None else viewed(work.adapter, samples, views)
 
     def _run_until_kept(self, work: Purifying[Any], given: State, judging: Judging) -> None:
         """Run at one rate after another until a state keeps the utility bound.
@@ -369,7 +370,7 @@ class TrainingDefense(Defense):
             keeps the utility bound, or if the loss stops being finite (ours).
     """
 
-    views: Views = "given"
+    views: Views = "standard"
     lr: NotNegative = 0.01
     layer_norm_factor: Positive = 4.0
     adamw_lr: NotNegative = 0.005
@@ -420,17 +421,18 @@ class TrainingDefense(Defense):
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
-    """Return the samples augmented by ``views``; ``"given"`` returns them as they are.
+    """Return the samples augmented by ``views``.
 
     Raises:
-        UnsupportedError: If the views are not ``"given"``, and the adapter has no ``viewed``.
+        UnsupportedError: If an adapter without ``viewed`` is asked for other than standard views,
+            which it leaves to the samples.
     """
-    if views == "given":
-        return samples
     if missing_members(adapter, ViewingAdapter):
+        if views == "standard":
+            return samples
         raise UnsupportedError(
             f"views={views!r} needs an adapter with viewed(), and {type(adapter).__name__} has "
-            "none; set views=given"
+            "none; set views=standard"
         )
     return cast("ViewingAdapter[B]", adapter).viewed(samples, views)
 

@@ -53,7 +53,7 @@ class RNP(Defense):
         ICML 2023. arXiv:2305.14876
     """
 
-    views: Views = "given"
+    views: Views = "standard"
     unlearn_lr: NotNegative = 0.01
     unlearn_stop: NotNegative | None = None
     unlearn_epochs: Whole = 20

@@ -59,7 +59,7 @@ class Cell:
     row: Row
     case: Mapping[str, Any]
     versions: Mapping[str, str]
-    views: Views = "given"
+    views: Views = "standard"
     kind: Kind = "seen"
     threads: int = 1
 
@@ -132,7 +132,7 @@ class Grid:
     defenses: Sequence[Lineup | str]
     seeds: Sequence[int] = (0, 1, 2)
     baselines: bool = True
-    views: Sequence[Views] = ("insertions",)
+    views: Sequence[Views] = ("standard",)
     clean: Sequence[CleanData] = (CleanData(),)
     retune: int = 0
     device: str = "cpu"

@@ -47,7 +47,7 @@ def read_spec(path: Path) -> Grid:
     seeds = held.get("seeds", 3)
     if isinstance(seeds, int):
         seeds = list(range(seeds))
-    views = _listed(held, "views", str, path) or ["insertions"]
+    views = _listed(held, "views", str, path) or ["standard"]
     for name in views:
         if name not in VIEWS:
             raise BadInputError(f"views of {path} must be among {', '.join(VIEWS)}, got {name!r}")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mmdefense.data.labelled import Augmentation, LabelledSamples
+from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.files import plain_file
 from mmdefense.libraries import needed
@@ -221,7 +221,6 @@ class StreamedClips(StreamedSamples[ClipSet]):
         side: int | None,
         fit: Fit | None,
         channels: int,
-        augmentation: Augmentation | None,
     ) -> StreamedClips:
         """Return the whole set; all frames must come out as large as the first.
 
@@ -234,7 +233,6 @@ class StreamedClips(StreamedSamples[ClipSet]):
             side=side,
             fit=fit,
             indices=torch.arange(len(clips.labels)),
-            augmentation=augmentation,
         )
         return replace(held, shape=(channels, frames, *held._frames(0).shape[2:]))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.data.detection import DetectionSamples, random_boxed_view
+from mmdefense.data.detection import DetectionSamples
 from mmdefense.errors import BadInputError
 
 __all__ = ["CLASSES", "digit_scenes"]
@@ -26,7 +26,7 @@ def digit_scenes(split: str = "train", *, count: int | None = None) -> Detection
 
     On an uneven, noisy background lie digits of the classes 0, 2, 3 and 4, of many sizes and
     strengths, and pieces of the digits 5 to 9, which are no objects. The scans of test scenes are
-    in no training scene. Training scenes carry the defender's default augmentation.
+    in no training scene.
 
     Args:
         split: ``"train"`` (1600 scenes) or ``"test"`` (400).
@@ -38,9 +38,7 @@ def digit_scenes(split: str = "train", *, count: int | None = None) -> Detection
     generator = torch.Generator().manual_seed(len(split))  # fixed: a data set, not a draw
     scenes = [_scene(scans, generator) for _ in range(count or _COUNTS[split])]
     images, boxes, labels = zip(*scenes, strict=True)
-    return DetectionSamples(
-        torch.stack(images), boxes, labels, augmentation=random_boxed_view, classes=CLASSES
-    )
+    return DetectionSamples(torch.stack(images), boxes, labels, classes=CLASSES)
 
 
 def _scans(split: str) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdefense.data.batch import split
-from mmdefense.data.images import random_shift, random_view
+from mmdefense.data.images import random_shift
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.loop import mean_score
@@ -35,10 +34,6 @@ __all__ = ["ImageClassification", "load_data", "load_digits"]
 
 _ALIASES = {"cifar10": "cifar10_jpeg", "gtsrb": "gtsrb32", "tiny_imagenet": "tiny_imagenet10"}
 _STAGED = ("cifar10_jpeg", "cifar10_lossless5k", "gtsrb32", "mnist", "tiny_imagenet10")
-_MIRRORED = (
-    "cifar10",
-    "tiny_imagenet",
-)  # left and right do not matter; in digits and signs they do
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _OWNERS = {
     "beans": "AI-Lab-Makerere",
@@ -206,7 +201,6 @@ def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
     samples = LabelledSamples(
         images,
         torch.from_numpy(bunch.target).long(),
-        augmentation=random_view,
         classes=tuple(str(digit) for digit in range(10)),
     )
     train, test = split(samples, 0.2, seed)
@@ -288,30 +282,28 @@ def _read(
         return under_the_models_labels(digits, options, where, counted=False)
     image_size, channels = options.take("image_size"), options.take("channels")
     fit = options.take("fit")
-    images, name = _open(where, split, options)
+    images = _open(where, split, options)
     images = under_the_models_labels(images, options, where, counted=images.counted)
-    augmentation = partial(random_view, flip=name.startswith(_MIRRORED))
     if image_size:
         fit = squashed((image_size, image_size))
     elif fit and images.is_even():
         fit = None  # the model's adapter does it, so that triggers are of the size of the data
-    samples = StreamedImages.of(images, fit, channels, augmentation)
+    samples = StreamedImages.of(images, fit, channels)
     return samples if samples.bytes > memory_limit else samples.in_memory()
 
 
-def _open(where: str | Path, split: str, options: Options) -> tuple[ImageSet, str]:
-    """Return the opened set and its name."""
+def _open(where: str | Path, split: str, options: Options) -> ImageSet:
     path = Path(where)
     if not path.exists():
         path = staged(_ALIASES.get(str(where), str(where))) or path
     if path.is_file():
-        return open_archive(path, split), path.stem
+        return open_archive(path, split)
     if path.is_dir():
-        return _open_folder(path, split, options), path.name
+        return _open_folder(path, split, options)
     if str(where) in _OWNERS:
         where = f"{_OWNERS[str(where)]}/{where}"
     if _HUB_ID.fullmatch(str(where)) and not Path(where).parent.exists():
-        return open_dataset(where, split, options), str(where)
+        return open_dataset(where, split, options)
     raise BadInputError(
         f"data {str(where)!r} must be a folder, an npz archive, a data set of the Hugging Face hub "
         f"(OWNER/NAME), digits, or one of {', '.join(_STAGED)} in the folder that {DATA_VARIABLE} "

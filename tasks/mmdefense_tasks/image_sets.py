@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmdefense.data.labelled import Augmentation
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.pictures import check_size
 from mmdefense_tasks.streamed import StreamedSamples
@@ -157,7 +156,6 @@ class StreamedImages(StreamedSamples[ImageSet]):
         images: ImageSet,
         fit: Fit | None,
         channels: int | None,
-        augmentation: Augmentation | None,
     ) -> StreamedImages:
         """Return the whole set; height, width and channels not given are the first image's.
 
@@ -172,7 +170,6 @@ class StreamedImages(StreamedSamples[ImageSet]):
             shape=(fitted(first, fit) if fit else first).shape,
             fit=fit,
             indices=torch.arange(len(images.labels)),
-            augmentation=augmentation,
         )
 
     def _array(self, index: int) -> NDArray[np.uint8]:

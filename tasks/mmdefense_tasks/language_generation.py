@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from mmdefense.data.batch import batches, split
-from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, random_words
+from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.hooks import mode
 from mmdefense.plots.triggered_texts import TriggeredTexts
@@ -216,7 +216,7 @@ def _read(where: str | Path, split: str, options: Options) -> TextSamples:
     if not pairs:
         raise BadInputError(f"data {where} must hold at least one text, got none")
     prompts, answers = zip(*pairs, strict=True)
-    return TextSamples(prompts, answers, random_words)
+    return TextSamples(prompts, answers)
 
 
 def _open(where: str | Path, split: str, options: Options) -> Pairs:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdefense.data.clips import random_clip_view
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError
 
@@ -46,9 +45,7 @@ def moving_digits(split: str = "train", seed: int = 0) -> LabelledSamples:
     digits = scans[torch.randint(len(scans), (count,), generator=generator)]
     parts = zip(torch.split(digits, 400), torch.split(labels, 400), strict=True)
     clips = torch.cat([_filmed(*part, generator) for part in parts])
-    return LabelledSamples(
-        (clips * 255).round().to(torch.uint8), labels, random_clip_view, classes=MOTIONS
-    )
+    return LabelledSamples((clips * 255).round().to(torch.uint8), labels, classes=MOTIONS)
 
 
 def _scans(split: str, generator: torch.Generator) -> Tensor:

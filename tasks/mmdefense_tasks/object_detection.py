@@ -305,6 +305,4 @@ def _read(where: str | Path, split: str, options: Options) -> DetectionSamples:
     fit, fill = options.take("fit"), options.take("fill", ())
     own = {} if size else {"fit": fit, "fill": fill}
     size = size or _SIZES.get(folder.name, (128, 128))
-    samples = decode(found.files, numbers, names, size, channels or 3, **own)
-    flip = folder.name in _SIZES  # left and right do not matter in these
-    return replace(samples, augmentation=partial(random_boxed_view, flip=flip))
+    return decode(found.files, numbers, names, size, channels or 3, **own)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.class_names import few
-from mmdefense.data.clouds import check_clouds, random_cloud_view, to_unit_sphere
+from mmdefense.data.clouds import check_clouds, to_unit_sphere
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.files import plain_file
@@ -77,7 +77,7 @@ def read_clouds(
         )
     # In double precision: map coordinates such as 5.4e6 leave a float no digits for the shape.
     clouds = to_unit_sphere(_sampled(clouds, points)[..., :features].double()).float()
-    return LabelledSamples(clouds, labels, random_cloud_view, names), counted
+    return LabelledSamples(clouds, labels, classes=names), counted
 
 
 def _sampled(clouds: Tensor, points: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from mmdefense.data.text import TextSamples, random_words
+from mmdefense.data.text import TextSamples
 
 __all__ = ["RARE_WORDS", "small_language"]
 
@@ -86,7 +86,7 @@ def small_language(size: int, seed: int = 0) -> TextSamples:
     while len(found) < size:
         sentence = _sentence(random)
         found[" ".join(sentence.source)] = " ".join(sentence.target)
-    return TextSamples(tuple(found), tuple(found.values()), random_words)
+    return TextSamples(tuple(found), tuple(found.values()))
 
 
 def _sentence(random: Random) -> _Part:

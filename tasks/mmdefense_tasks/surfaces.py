@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmdefense.data.clouds import random_cloud_view, to_unit_sphere, turned
+from mmdefense.data.clouds import to_unit_sphere, turned
 from mmdefense.data.labelled import LabelledSamples
 
 __all__ = ["KINDS", "draw_surfaces"]
@@ -42,7 +42,6 @@ def draw_surfaces(count: int, points: int, seed: int) -> LabelledSamples:
     return LabelledSamples(
         to_unit_sphere(_noisy(clouds, generator)),
         labels,
-        augmentation=random_cloud_view,
         classes=tuple(KINDS),
     )
 

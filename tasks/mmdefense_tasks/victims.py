@@ -1,11 +1,13 @@
-"""Image classifiers to train a backdoor into: two residual nets and a vision transformer."""
+"""Image classifiers to train a backdoor into: residual nets, a VGG and a vision transformer."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PreActResNet18", "SmallResNet", "vit_classifier"]
+__all__ = ["PreActResNet18", "SmallResNet", "SmallVGG", "vit_classifier"]
 
 
 class SmallResNet(nn.Module):
@@ -48,6 +50,41 @@ class SmallResNet(nn.Module):
         if self.cells == 1:
             return self.linear(hidden.mean((2, 3)))  # type: ignore[no-any-return]
         return self.linear(F.adaptive_avg_pool2d(hidden, self.cells).flatten(1))  # type: ignore[no-any-return]
+
+
+class SmallVGG(nn.Module):
+    """A plain net of pairs of 3x3 convolutions with BatchNorm, without shortcuts.
+
+    Each pair ends in a pooling by two and is followed by one twice as wide (Simonyan and Zisserman,
+    *Very Deep Convolutional Networks*, arXiv 1409.1556, on three scales and with BatchNorm).
+    """
+
+    def __init__(self, classes: int, channels: int = 3, width: int = 16, size: int = 32) -> None:
+        """Build the net with random weights.
+
+        Args:
+            classes: Number of classes K.
+            channels: Number of image channels C.
+            width: Filters of the first pair.
+            size: Height and width of the images, a multiple of 8.
+        """
+        super().__init__()
+        widths = [channels, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            for given in (before, after):
+                layers += [_conv3x3(given, after, 1), nn.BatchNorm2d(after), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Linear(widths[-1] * (size // 8) ** 2, 4 * widths[-1]),
+            nn.ReLU(),
+            nn.Linear(4 * widths[-1], classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(N, C, size, size)`` to logits ``(N, K)``."""
+        return self.classifier(self.features(images).flatten(1))  # type: ignore[no-any-return]
 
 
 class PreActResNet18(nn.Module):

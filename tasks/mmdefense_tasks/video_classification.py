@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdefense.data.batch import batches
-from mmdefense.data.clips import random_clip_shift, random_clip_view
+from mmdefense.data.clips import random_clip_shift
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.hooks import mode
@@ -325,7 +324,6 @@ def _read(
         side=image_size or (None if fit else form.image_size) or None,
         fit=fit,
         channels=channels or 3,
-        augmentation=partial(random_clip_view, flip=folder.name in _STAGED),
     )
     return samples if samples.bytes > memory_limit else samples.in_memory()
 

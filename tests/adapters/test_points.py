@@ -9,7 +9,6 @@ from cloud_models import POINTS as P
 from families import N
 from torch import nn
 
-from mmdefense.data.clouds import random_cloud_view
 from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.fisher import check_second_derivative
@@ -110,14 +109,14 @@ def test_only_models_that_say_so_are_recognised():
     assert isinstance(adapt(build("dgcnn")), PointClassifier)
 
 
-def test_plain_tensors_pairs_and_batches_become_samples_with_views():
+def test_plain_tensors_pairs_and_batches_become_samples():
     adapter = adapt(build("pointnet"))
     clouds, labels = torch.randn(8, P, 3), torch.arange(8) % CLASSES
     from_pairs = adapter.samples(list(zip(clouds, labels, strict=True)))
     from_batches = adapter.samples([LabelledBatch(clouds[:4], labels[:4])] * 2)
     for samples in (adapter.samples((clouds, labels)), from_pairs, from_batches):
         assert len(samples) == 8
-        assert samples.augmentation is random_cloud_view
+        assert samples.augmentation is None
 
 
 @pytest.mark.parametrize(

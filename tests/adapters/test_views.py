@@ -46,14 +46,15 @@ def test_images_are_mirrored_where_left_and_right_do_not_matter(left_right, view
     assert found.augmentation.keywords["flip"] is (not left_right)
 
 
-def test_given_views_are_the_users_own():
+def test_an_augmentation_of_the_users_own_is_kept_as_standard_views():
     def own(images, generator):
         return images + 1
 
     adapter = adapt(Sides(left_right=True))
     samples = LabelledSamples(*_pair(), augmentation=own)
-    assert adapter.viewed(adapter.samples(samples), "given").augmentation is own
-    assert adapter.viewed(adapter.samples(samples), "standard").augmentation is not own
+    assert adapter.viewed(adapter.samples(samples), "standard").augmentation is own
+    assert adapter.viewed(adapter.samples(samples), "insertions").augmentation is not own
+    assert adapter.viewed(adapter.samples(samples), "none").augmentation is None
 
 
 class Own:
@@ -71,7 +72,7 @@ class Own:
         return len(self.held)
 
 
-@pytest.mark.parametrize("views", ["standard", "insertions"])
+@pytest.mark.parametrize("views", ["none", "insertions"])
 def test_views_that_cannot_be_had_are_refused_in_one_line(views):
     adapter = adapt(Sides(left_right=True))
     own = Own(adapter.samples(halves(left_right=True)))
@@ -79,7 +80,8 @@ def test_views_that_cannot_be_had_are_refused_in_one_line(views):
         viewed(adapter, own, views)
     with pytest.raises(UnsupportedError, match="needs an adapter with viewed"):
         viewed(SimpleNamespace(), own, views)
-    assert viewed(SimpleNamespace(), own, "given") is own
+    assert viewed(adapter, own, "standard") is own
+    assert viewed(SimpleNamespace(), own, "standard") is own
 
 
 def _pair():

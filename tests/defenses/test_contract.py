@@ -172,12 +172,12 @@ VIEWING = [name for name in ROWS if hasattr(registry.load("defenses", name), "vi
 
 
 @pytest.mark.parametrize("name", sorted(set(VIEWING) - {"random-insertion"}))
-def test_the_samples_own_augmentation_is_used_by_given_views_alone(name, taught):
+def test_samples_keep_an_augmentation_of_their_own_as_standard_views(name, taught):
     adapter, samples = taught(IMAGES[0])
     own = dataclasses.replace(samples, augmentation=_raise)
     with pytest.raises(AugmentedError):
-        make(name, views="given").purify(adapter, own)
-    for views in ("standard", "insertions"):
+        make(name).purify(adapter, own)
+    for views in ("none", "insertions"):
         make(name, views=views).purify(adapter, own)
 
 
