@@ -22,6 +22,7 @@ from mmdefense.defenses.judging import Candidate, Chosen, Fold, Judging
 from mmdefense.defenses.outcome import Choice, TriggerSearch
 from mmdefense.errors import DivergenceError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import recomputed
+from mmdefense.kernels.loop import mean_score
 from mmdefense.kernels.precision import half_types, rounded, typed_like
 from mmdefense.plots.base import Plot
 from mmdefense.prepared import Prepared, prepare
@@ -44,7 +45,14 @@ from mmdefense.settings import (
 from mmdefense.shown import Shown
 from mmdefense.training import Training
 
-__all__ = ["Defense", "Purifying", "Result", "TrainingDefense", "versions"]
+__all__ = [
+    "Defense",
+    "Purifying",
+    "RateFindingDefense",
+    "Result",
+    "TrainingDefense",
+    "versions",
+]
 
 B = TypeVar("B", bound=Batch)
 
@@ -286,10 +294,11 @@ class Defense(ABC):
     def _run_until_kept(self, work: Purifying[Any], given: State, judging: Judging) -> None:
         """Run at one rate after another until a state keeps the utility bound.
 
-        At each rate the final state is tried, then states on the line from it to the given one,
-        down to 60 % of the way. If none of them keeps the bound, or the loss stopped being finite,
-        the next rate is that of :meth:`milder`. In the end come the states that the defense kept on
-        its way at the first rate, latest first, and the rest of its line.
+        The first rate is that of :meth:`begins`. At each rate the final state is tried, then states
+        on the line from it to the given one, down to 60 % of the way. If none of them keeps the
+        bound, or the loss stopped being finite, the next rate is that of :meth:`milder`. In the end
+        come the states that the defense kept on its way at the first rate, latest first, and the
+        rest of its line.
 
         Args:
             work: What the defense works with at its own rate.
@@ -300,10 +309,18 @@ class Defense(ABC):
             DivergenceError: If the loss stopped being finite at every rate.
         """
         defense: Defense | None = self
-        part, rate, failure = work, 1.0, None
+        rate, failure = 1.0, None
         ended: list[tuple[Purifying[Any], float, State]] = []
+        try:
+            defense, rate = self.begins(work)
+        except OutOfTime as over:
+            work.stopped = str(over)
+            judging.settles(work, rate, [Candidate(f"{over}, when time ran out", given, 0.0)])
+            return
+        part = work
         while defense is not None and not work.stopped:
-            if part is not work:
+            if ended or failure:
+                part = work.on(work.fit, work.holdout, work.run.milder(at_rate(rate)))
                 why = "the loss stopped being finite" if failure else "too much utility is lost"
                 note = f"{why}; beginning again {at_rate(rate)}"
                 work.run.progress(Event(at_rate(rate), 0, 1, note=note))
@@ -315,7 +332,7 @@ class Defense(ABC):
                 work.stopped = str(over)
             except DivergenceError as error:
                 failure = error
-            if failure is None and (part is work or not work.stopped):
+            if failure is None and not (ended and work.stopped):
                 final = copy_state(work.adapter.model)
                 if part.guard is not None:
                     judging.chosen = Chosen(part.guard, part, final)
@@ -328,13 +345,16 @@ class Defense(ABC):
                 ):
                     return
             defense, rate = defense.milder(), rate / 2
-            part = work.on(work.fit, work.holdout, work.run.milder(at_rate(rate)))
         if failure is not None and not ended:
             raise failure
         part, rate, final = ended[0]
         kept = [Candidate(label, state) for label, state in reversed(part.run.states)]
         far = Candidate.line(given, final, (0.5, 0.4, 0.3, 0.2, 0.1))
         judging.settles(part, rate, chain(kept, far), self._run)
+
+    def begins(self, work: Purifying[Any]) -> tuple[Defense, float]:
+        """Return the defense to begin with, and its share of this one's learning rate."""
+        return self, 1.0
 
     def milder(self) -> Defense | None:
         """Return the defense to try if this one costs too much utility, or None."""
@@ -351,9 +371,7 @@ class TrainingDefense(Defense):
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
-        lr: Peak learning rate of SGD that the search for the rate begins with. Removal grows with
-            the rate, so it begins above what most models stand, and ``restarts`` halve it until
-            the utility guard passes: the largest such rate is found, not fixed (ours).
+        lr: Peak learning rate of SGD.
         layer_norm_factor: Multiplies ``lr``, and divides ``adamw_lr``, if the adapter says that
             the model is normalised by LayerNorm, as transformers are: at SGD's rate for networks
             with BatchNorm a transformer hardly moves, and at AdamW's it forgets its task (ours).
@@ -380,7 +398,7 @@ class TrainingDefense(Defense):
     batch_size: BatchSize = 64
     max_norm: Positive | None = 5.0
     gradient_checkpointing: bool = False
-    restarts: Whole = 6
+    restarts: Whole = 3
 
     def milder(self) -> Defense | None:
         """Return this defense at half its rate, as long as ``restarts`` allow it."""
@@ -418,6 +436,61 @@ class TrainingDefense(Defense):
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return the number of trained values."""
         return sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateFindingDefense(TrainingDefense):
+    """A defense that trains at the largest rate that the model stands.
+
+    Removal grows with the rate. It begins at one that no model is expected to stand, and is halved
+    until a short training keeps half of the score above chance (ours; a range test after Smith
+    2017, arXiv:1506.01186), and then until the utility guard passes.
+
+    Attributes:
+        lr: Where the search begins with SGD.
+        adamw_lr: Where it begins with AdamW.
+    """
+
+    lr: NotNegative = 1.28
+    adamw_lr: NotNegative = 0.04
+    steps: Whole = 300
+    restarts: Whole = 8
+
+    def begins(self, work: Purifying[Any]) -> tuple[Defense, float]:
+        """Return this defense at the largest rate that a short training stands, and its share."""
+        if self.milder() is None:
+            return self, 1.0
+        found = work.run.once("range test", lambda: {"halvings": self._halvings(work)})
+        halvings, defense = int(found["halvings"]), cast("Defense", self)
+        for _ in range(halvings):
+            defense = defense.milder() or defense
+        return defense, 0.5**halvings
+
+    def _halvings(self, work: Purifying[Any]) -> int:
+        """Return how often the rate is halved until a short training keeps half of the score."""
+        model, chance = work.adapter.model, work.adapter.chance
+        given, before = copy_state(model), mean_score(work.adapter, work.holdout)
+        defense: Defense | None = self
+        count = -1
+        while defense is not None:
+            count += 1
+            short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 5)))  # type: ignore[call-arg]
+            run = work.run.milder(f"range test {at_rate(0.5**count)}")
+            try:
+                short._run(work.on(work.fit, work.holdout, run))
+                stands = mean_score(work.adapter, work.holdout) - chance >= (before - chance) / 2
+            except DivergenceError:
+                stands = False
+            finally:
+                model.load_state_dict(given)
+            if stands:
+                break
+            defense = defense.milder()
+        return count
+
+
+_RANGE_STEPS = 30
+"""Updates of the range test, or a fifth of all if those are fewer. Ours."""
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:

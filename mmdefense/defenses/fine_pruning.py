@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
+from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score, train
@@ -165,7 +165,7 @@ def _show(work: Purifying[Any], curve: PruningCurve) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinePruning(Pruning, TrainingDefense):
+class FinePruning(Pruning, RateFindingDefense):
     """Prune, then fine-tune all weights with the pruned units held at zero.
 
     See :class:`Pruning` for the first part and its reference.

@@ -5,26 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Purifying, RateFindingDefense, TrainingDefense
 from mmdefense.kernels.loop import train
 from mmdefense.kernels.sharding import train_split
 from mmdefense.runtime.processes import present
-from mmdefense.settings import NotNegative, Whole
 
 __all__ = ["FineTuning", "RandomInsertion"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning(TrainingDefense):
+class FineTuning(RateFindingDefense):
     """Train all weights further on clean data, with no additional term in the loss.
 
     At a high learning rate this is a strong baseline.
     """
 
     can_split: ClassVar[bool] = True
-
-    lr: NotNegative = 0.16
-    steps: Whole = 150
 
     @classmethod
     def like(cls, defense: Any) -> Self:

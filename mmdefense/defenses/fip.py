@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
+from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Coordinates, SingularValues, Weights, trainable
 from mmdefense.kernels.fisher import (
@@ -47,7 +47,7 @@ Trace = Literal["perturbation", "true", "empirical", "released", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FisherPurification(TrainingDefense):
+class _FisherPurification(RateFindingDefense):
     """The objective that FIP and Fast FIP share, over coordinates of their own.
 
     Attributes:
@@ -84,8 +84,6 @@ class _FisherPurification(TrainingDefense):
     radius: NotNegative = 2.0
     fade: Share = 0.5
     trace_every: Count = 1
-    lr: NotNegative = 0.16
-    steps: Whole = 150
     average: Share = 0.0
     batch_norm: Literal["train", "eval"] = "train"
     importance_batch: BatchSize = 32
@@ -294,7 +292,7 @@ class FIP(_FisherPurification):
 
     Ours (docs/papers.md): that perturbation; ``strength`` in place of a fixed ``eta_F`` (the code's
     0.5), fading over the first half; ``anchor`` in place of a fixed ``eta_r`` (the code's 5,
-    commented out there); 150 steps of
+    commented out there); 300 steps of
     batch 64 on a cosine (the code: 2000 of 128 at 0.005, constant); Tr(F) in every step (the code:
     every fifth). ``preset="paper"`` takes the paper's objective and the code's schedule.
 

@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Purifying, RateFindingDefense
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.loop import optimise
 from mmdefense.kernels.perturbations import ASAM_ETA, sharpness_aware_gradient
-from mmdefense.settings import NotNegative, Whole
+from mmdefense.settings import NotNegative
 
 __all__ = ["FTSAM"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTSAM(TrainingDefense):
+class FTSAM(RateFindingDefense):
     """Fine-tune on clean data at the worst weights within a radius that scales with each weight.
 
     Minimises ``max CE(theta + e)`` over ``||T^-1 e|| <= radius``, ``T = |theta| + eta``, by the
@@ -38,8 +38,6 @@ class FTSAM(TrainingDefense):
 
     radius: NotNegative = 2.0
     eta: NotNegative = ASAM_ETA
-    lr: NotNegative = 0.16
-    steps: Whole = 150
 
     def _run(self, work: Purifying[Any]) -> None:
         adapter = work.adapter

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Purifying, RateFindingDefense
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.hooks import frozen_statistics, mode
@@ -23,7 +23,7 @@ __all__ = ["NAD", "attention_distance", "attention_layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAD(TrainingDefense):
+class NAD(RateFindingDefense):
     """Fine-tune a copy as a teacher, then train the model to attend where the teacher does.
 
     Minimises ``CE + beta sum_l d_l``; d_l is the squared distance between the attention maps of
@@ -48,8 +48,6 @@ class NAD(TrainingDefense):
     beta: NotNegative = 20.0
     layers: Count = 3
     teacher_steps: Whole = 50
-    lr: NotNegative = 0.16
-    steps: Whole = 150
 
     def _run(self, work: Purifying[Any]) -> None:
         adapter, teacher = work.adapter, work.adapter.fork()

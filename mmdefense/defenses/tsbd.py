@@ -10,7 +10,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Purifying, RateFindingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.curvature import gradient_norm_penalty
@@ -73,7 +73,7 @@ def unlearning_change(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TSBD(TrainingDefense):
+class TSBD(RateFindingDefense):
     """Zero the weights that move most when clean data is unlearnt, then fine-tune calmly.
 
     Stage 1: ascend the clean loss until the model is at chance. A unit's *neuron weight change*
@@ -103,7 +103,7 @@ class TSBD(TrainingDefense):
         norm: ``"global"`` as in the formula; ``"tensor"`` as in the released code, where every
             tensor moves by r.
         lr: As for every defense that trains; the code has 0.01, constant.
-        steps: Updates of stage 2. Detectors need the time to recover (ours).
+        steps: Updates of stage 2.
 
     References:
         Lin, Liu, Wei, Li, Xiong. *Unveiling and Mitigating Backdoor Vulnerabilities based on
@@ -140,8 +140,6 @@ class TSBD(TrainingDefense):
     radius: NotNegative = 0.05
     mix: Share = 0.7
     norm: Literal["global", "tensor"] = "global"
-    lr: NotNegative = 0.16
-    steps: Whole = 250
 
     def __post_init__(self) -> None:
         super().__post_init__()
