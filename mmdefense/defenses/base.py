@@ -475,7 +475,8 @@ class RateFindingDefense(TrainingDefense):
         while defense is not None:
             count += 1
             short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 5)))  # type: ignore[call-arg]
-            run = work.run.milder(f"range test {at_rate(0.5**count)}")
+            name = f"range test {at_rate(0.5**count)}".rstrip()
+            run = work.run.milder(name)
             try:
                 short._run(work.on(work.fit, work.holdout, run))
                 stands = mean_score(work.adapter, work.holdout) - chance >= (before - chance) / 2
@@ -483,6 +484,7 @@ class RateFindingDefense(TrainingDefense):
                 stands = False
             finally:
                 model.load_state_dict(given)
+            work.run.adopt(name, run)
             if stands:
                 break
             defense = defense.milder()

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Candidate", "Chosen", "Fold", "Judging"]
 
+_ENOUGH = 400
+"""Held-out samples that decide, whatever their interval: each fold costs a whole run. Ours."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -82,8 +85,8 @@ class Judging:
     A state passes if its drop on the held-out samples is within the bound. Where the drop is
     beyond the bound, but by no more than chance explains, the defense is run on the other folds
     of the clean data too, until the samples that were held out in turn decide or there are no
-    more; then their mean drop counts, here and for the next states at that rate
-    (cross-validation).
+    more, or until 400 were judged; then their mean drop counts, here and for the next states at
+    that rate (cross-validation).
 
     Attributes:
         work: Around the model that the states are of.
@@ -168,6 +171,8 @@ class Judging:
         """
         guard, before = first, self.before
         for number, fold in enumerate(self.folds, 2):
+            if len(before) >= _ENOUGH:
+                break
             try:
                 found = self._scores_of(fold, number, first.rate, share, again)
             except OutOfTime:

@@ -231,7 +231,6 @@ def test_pairs_of_image_and_objects_are_read(adapter, samples):
     ]
     read = adapter.samples(pairs)
     assert read.fingerprint() == samples.fingerprint()
-    assert read.augmentation is not None
 
 
 @pytest.mark.parametrize(
