@@ -460,11 +460,17 @@ class RateFindingDefense(TrainingDefense):
         """Return this defense at the largest rate that a short training stands, and its share."""
         if self.milder() is None:
             return self, 1.0
-        found = work.run.once("range test", lambda: {"halvings": self._halvings(work)})
+        found = work.run.once("range test", lambda: self._tested(work))
+        work.run.shared.update(found["shared"])
         halvings, defense = int(found["halvings"]), cast("Defense", self)
         for _ in range(halvings):
             defense = defense.milder() or defense
         return defense, 0.5**halvings
+
+    def _tested(self, work: Purifying[Any]) -> dict[str, Any]:
+        """Return the number of halvings, and what the short trainings computed for any rate."""
+        halvings = self._halvings(work)
+        return {"halvings": halvings, "shared": dict(work.run.shared)}
 
     def _halvings(self, work: Purifying[Any]) -> int:
         """Return how often the rate is halved until a short training keeps half of the score."""

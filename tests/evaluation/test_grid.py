@@ -104,9 +104,9 @@ def test_views_are_those_of_each_defense_and_cells_of_their_own(
         return genuine(adapter, clean, *rest, **more)
 
     monkeypatch.setattr(victims, "purify", purify)
-    standard = dataclasses.replace(grid, views=["standard"]).run(tmp_path)
-    assert given == ["standard"] * 3
-    assert [cell.views for cell in standard] == ["standard"] * 3
+    inserted = dataclasses.replace(grid, views=["insertions"]).run(tmp_path)
+    assert given == ["insertions"] * 3
+    assert [cell.views for cell in inserted] == ["insertions"] * 3
     both = dataclasses.replace(grid, views=["insertions", "standard"]).run(tmp_path)
     assert [cell.views for cell in both] == ["insertions"] * 3 + ["standard"] * 3
     assert (len(measured), len(trained)) == (6, 1)
