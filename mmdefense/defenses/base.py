@@ -443,8 +443,8 @@ class RateFindingDefense(TrainingDefense):
     """A defense that trains at the largest rate that the model stands.
 
     Removal grows with the rate. It begins at one that no model is expected to stand, and is halved
-    until a short training keeps half of the score above chance (ours; a range test after Smith
-    2017, arXiv:1506.01186), and then until the utility guard passes.
+    until a short training keeps three quarters of the score above chance (ours; a range test after
+    Smith 2017, arXiv:1506.01186), and then until the utility guard passes.
 
     Attributes:
         lr: Where the search begins with SGD.
@@ -473,7 +473,7 @@ class RateFindingDefense(TrainingDefense):
         return {"halvings": halvings, "shared": dict(work.run.shared)}
 
     def _halvings(self, work: Purifying[Any]) -> int:
-        """Return how often the rate is halved until a short training keeps half of the score."""
+        """Return how often the rate is halved until a short training keeps most of the score."""
         model, chance = work.adapter.model, work.adapter.chance
         given, before = copy_state(model), mean_score(work.adapter, work.holdout)
         defense: Defense | None = self
@@ -485,7 +485,8 @@ class RateFindingDefense(TrainingDefense):
             run = work.run.milder(name)
             try:
                 short._run(work.on(work.fit, work.holdout, run))
-                stands = mean_score(work.adapter, work.holdout) - chance >= (before - chance) / 2
+                left = mean_score(work.adapter, work.holdout) - chance
+                stands = left >= _KEPT_SHARE * (before - chance)
             except DivergenceError:
                 stands = False
             finally:
@@ -498,7 +499,9 @@ class RateFindingDefense(TrainingDefense):
 
 
 _RANGE_STEPS = 30
-"""Updates of the range test, or a fifth of all if those are fewer. Ours."""
+"""Updates of the range test, or a fifth of all if those are fewer."""
+_KEPT_SHARE = 0.75
+"""Share of the score above chance that the range test keeps. Both ours."""
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
