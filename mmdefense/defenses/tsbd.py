@@ -10,7 +10,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, RateFindingDefense
+from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.curvature import gradient_norm_penalty
@@ -145,6 +145,10 @@ class TSBD(RateFindingDefense):
         super().__post_init__()
         if self.ratio is None and not self.candidates:
             raise BadInputError("candidates must hold at least one ratio, got none")
+
+    def milder(self) -> Defense | None:
+        """Return this defense at half its rate, where it has one."""
+        return None if self.fine_tuning == "none" else super().milder()
 
     def _run(self, work: Purifying[Any]) -> None:
         adapter = work.adapter

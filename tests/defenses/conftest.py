@@ -24,6 +24,11 @@ from mmdefense.runtime.run import Run
 from mmdefense.training import Training
 
 
+def unaltered(inputs, generator):
+    """An augmentation that a step by hand can do without."""
+    return inputs
+
+
 def self_taught(name, size=40):
     """Return an adapter around a random model, and images that it classifies without an error.
 
@@ -126,7 +131,7 @@ def adapter():
 def corners():
     """30 images in float64 with one bright quarter that tells their class."""
     images, labels = small_images()
-    return LabelledSamples(images.double() / 255, labels)
+    return LabelledSamples(images.double() / 255, labels, augmentation=unaltered)
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,9 @@ def test_the_mask_holds_while_all_else_is_trained(taught, model, layers):
             return super().per_sample_loss(batch)
 
     adapter.__class__ = Watched
-    result = FinePruning(steps=6, lr=0.1, batch_size=8, **settings).purify(adapter, samples)
+    result = FinePruning(steps=6, lr=0.1, batch_size=8, restarts=0, **settings).purify(
+        adapter, samples
+    )
     after, given = copy_state(result.model), copy_state(adapter.model)
     assert len(seen) == 6
     assert max(seen) == 0, "a step saw a pruned unit alive"

@@ -23,7 +23,7 @@ from mmdefense.runtime.run import copy_state
 
 ONE_STEP = {
     "steps": 1, "batch_size": 1, "lr": 1.0, "momentum": 0.0, "max_norm": None,
-    "batch_norm": "eval", "fade": 0.0, "max_utility_drop": 1.0,
+    "batch_norm": "eval", "fade": 0.0, "max_utility_drop": 1.0, "restarts": 0,
 }  # fmt: skip
 ETA = 0.3
 
@@ -31,7 +31,8 @@ ETA = 0.3
 @pytest.fixture
 def one(corners):
     """Return ten times the same image, whose answer is yet to be learnt."""
-    return LabelledSamples(corners.inputs[:1].repeat(10, 1, 1, 1), torch.full((10,), 1))
+    inputs, labels = corners.inputs[:1].repeat(10, 1, 1, 1), torch.full((10,), 1)
+    return LabelledSamples(inputs, labels, corners.augmentation)
 
 
 def weights_after(defense, adapter, samples):

@@ -10,7 +10,8 @@ from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.ft_sam import FTSAM
 from mmdefense.runtime.run import copy_state
 
-ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0}
+ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0,
+       "restarts": 0}  # fmt: skip
 
 
 def test_one_update_is_that_of_the_formula(learnt, corners):

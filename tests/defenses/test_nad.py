@@ -11,7 +11,8 @@ from mmdefense.errors import UnsupportedError
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import copy_state
 
-ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0}
+ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0,
+       "restarts": 0}  # fmt: skip
 SIZES = (("a", 7), ("b", 4))
 
 

@@ -45,8 +45,10 @@ def test_updates_below_the_last_digit_of_bfloat16_add_up(adapter, corners):
     given = adapter.model[4].weight
     adapter.model.to(torch.bfloat16)
     start = given.detach().clone()
-    clean = LabelledSamples(corners.inputs.float(), corners.labels)
-    tiny = FineTuning(lr=2e-4, steps=200, momentum=0.0, max_norm=None, max_utility_drop=1.0)
+    clean = LabelledSamples(corners.inputs.float(), corners.labels, corners.augmentation)
+    tiny = FineTuning(
+        lr=2e-4, steps=200, momentum=0.0, max_norm=None, max_utility_drop=1.0, restarts=0
+    )
     found = tiny.purify(adapter, clean).model[4].weight
     assert found.dtype == torch.bfloat16
     assert (found != start).float().mean() > 0.1  # each update is below half of a last digit

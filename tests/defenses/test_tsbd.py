@@ -153,11 +153,11 @@ def test_milder_runs_neither_unlearn_nor_choose_again(learnt, corners):
     events = []
     harmful = TSBD(candidates=(1.0,), lr=0.0, steps=1, restarts=2, max_utility_drop=0, **UNLEARNING)
     harmful.purify(learnt, corners, progress=events.append)
-    assert any("beginning again at 0.25 times" in event.note for event in events)
     stages = [stage for stage, _ in groupby(event.stage for event in events)]
     first = [stage for stage in stages if "fold" not in stage]
-    assert [stage for stage in first if "unlearn" in stage] == ["unlearn"]
-    assert [stage for stage in first if "choose" in stage] == ["choose a ratio"]
+    assert sum("reinitialise" in stage for stage in first) > 1
+    assert sum("unlearn" in stage for stage in first) == 1
+    assert sum("choose" in stage for stage in first) == 1
 
 
 def test_a_given_ratio_is_not_chosen(learnt, corners):
@@ -207,7 +207,14 @@ def test_no_share_is_scored_twice(learnt, corners):
     assert scored[0] == scored[1]
 
 
-ONE_STEP = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "batch_size": 24}
+ONE_STEP = {
+    "steps": 1,
+    "lr": 0.1,
+    "momentum": 0.0,
+    "max_norm": None,
+    "batch_size": 24,
+    "restarts": 0,
+}
 
 
 def purified(adapter, samples, **settings):
