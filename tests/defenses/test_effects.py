@@ -84,7 +84,7 @@ def test_the_backdoor_is_removed_and_the_task_kept(case, defense):
 @pytest.mark.parametrize(
     ("defense", "ablation"),
     [
-        (FIP(lr=0.02), {"radius": 0.0}),
+        (FIP(lr=0.02, radius=2.0), {"radius": 0.0}),
         (FineTuning(lr=0.16), {"lr": 0.02}),
         pytest.param(BaEraser(), {"ascent_weight": 0.0}, marks=pytest.mark.slow),
     ],

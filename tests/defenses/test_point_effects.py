@@ -1,8 +1,7 @@
 """A backdoor that was really planted in a small PointNet is really removed.
 
-The settings suit a net that is trained for seconds: fewer steps at a higher rate. What matters is
-written out, so that the test stays true where a default moves. No defense sees the test set. Seen:
-ACC 0.77 and ASR 1.00 before, 0.75 and 0.08 after.
+At its defaults, on clouds that are turned and jittered. No defense sees the test set. Seen, ACC, ASR
+and RA: 0.79, 0.99 and 0.01 before, 0.77, 0.05 and 0.76 after.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from mmdefense.attacks.pointba import PointPBA
 from mmdefense.data.batch import split
 from mmdefense.data.clouds import random_jitter
-from mmdefense.defenses.fip import FIP
+from mmdefense.defenses.tsbd import TSBD
 from mmdefense.metrics.backdoor import measure
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import Run
@@ -34,7 +33,6 @@ VICTIM = Training(
     optimizer="adamw",
     max_norm=5.0,
 )
-FAST = FIP(trace="true", steps=80, lr=0.05, strength=0.7, eta_r=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def test_the_victim_serves_its_attacker_and_its_owner(case):
 
 
 def test_the_backdoor_is_removed_and_the_task_kept(case):
-    result = FAST.purify(case.adapter, case.clean)
+    result = TSBD().purify(case.adapter, case.clean)
     before, after = case.measured(case.adapter), case.measured(result.adapter)
     assert after.asr < 0.25 * before.asr
     assert after.acc >= 0.92 * before.acc
