@@ -65,8 +65,8 @@ class _FisherPurification(RateFindingDefense):
             does; ``"true"`` is Tr(F) with labels from the model, ``"empirical"`` with the given
             ones, ``"released"`` the released code's term (see :meth:`_released`), ``"none"`` no
             term.
-        radius: Of that perturbation, in units of the weights' own size (ASAM). A larger one flattens
-            more, and the model then stands a smaller rate.
+        radius: Of that perturbation, in units of the weights' own size (ASAM). With a larger one
+            the model stands a smaller rate.
         fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
             recovers accuracy; 0 keeps it constant, as the paper does (ours).
         trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.

@@ -1,7 +1,7 @@
 """A backdoor that was really planted in a small PointNet is really removed.
 
-At its defaults, on clouds that are turned and jittered. No defense sees the test set. Seen, ACC, ASR
-and RA: 0.79, 0.99 and 0.01 before, 0.77, 0.05 and 0.76 after.
+At the defaults, on clouds that are turned and jittered. No defense sees the test set. Seen: ACC
+0.79, ASR 0.99 and RA 0.01 before, 0.77, 0.05 and 0.76 after.
 """
 
 from __future__ import annotations
