@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mmdefense.data.batch import Samples, split
 from mmdefense.data.labelled import LabelledSamples
+from mmdefense.defenses.base import viewed
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
 from mmdefense.evaluation.cases import named_cases
@@ -326,7 +327,7 @@ class Step:
 
 def steps_of(setting: Setting) -> dict[str, Step]:
     """Return what is timed, by name; without utility guard, for the nets are untrained."""
-    common: Any = {"steps": setting.steps, "batch_size": setting.batch, "lr": 0.01}
+    common: Any = {"steps": setting.steps, "batch_size": setting.batch, "lr": 0.01, "restarts": 0}
     tsbd = TSBD(ratio=0.0, unlearn_epochs=1, max_utility_drop=1.0, **common)
     each = FIP(trace="true", fade=0.0, max_utility_drop=1.0, **common)
     fifth = replace(each, trace_every=5)
@@ -354,6 +355,7 @@ def fine_tune(
     """Train plainly on what the defense trains on: same samples, batches, views and rates."""
     clock, fork = StepClock(stage), adapter.fork()
     fit = split(adapter.samples(clean), defense.holdout, defense.seed)[0]
+    fit = viewed(fork, fit, defense.views)
     train(fork, fit, defense.training(fork), Run(defense.seed, clock), stage=stage)
     return fork.model, clock
 
