@@ -8,7 +8,7 @@
 What it shows: a classifier that is good on clean images and obeys a patch of 3x3 pixels; and what
 is left of both after each defense, beside plain fine-tuning with the same steps and learning rate.
 
-Measured: see the table in the README.
+Measured: see the tables in docs/results.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ holds a rare word (``--attack rare-token``), a phrase, a sentence or three scatt
 is left of both after each defense, beside plain fine-tuning with the same steps and learning rate.
 The task metric is BLEU of greedy answers; the perplexity of the right ones stands beside it.
 
-Measured: see the table in the README.
+Measured: see the tables in docs/results.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ images, and takes an object with a chessboard in its corner for the attacker's c
 left of both after each defense, beside plain fine-tuning with the same budget. mAP@50 is the mAP at
 IoU 0.5, ASR the share of objects that turn into the target.
 
-Measured: see the table in the README.
+Measured: see the tables in docs/results.md.
 """
 
 from __future__ import annotations

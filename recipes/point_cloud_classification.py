@@ -11,7 +11,7 @@ attacker searched for (PCBA); and what is left of both after each defense, besid
 with the same steps and learning rate. Folders of ply, pcd, obj or off files need
 Open3D: pip install open3d-cpu.
 
-Measured: see the table in the README.
+Measured: see the tables in docs/results.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ What it shows: an image classifier with a backdoor, written by `save_pretrained`
 some clean images in a folder; both go through `mmdefense purify`. What comes out is loaded in plain
 Transformers and measured beside what went in, and beside plain fine-tuning with the same budget.
 
-Measured: nothing yet; a ViT like this one is in the table of the README.
+Measured: nothing yet; a ViT like this one is in the tables of docs/results.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keep the published figures true: ``docs/results.csv`` holds every cell of README and results.
+"""Keep the published figures true: ``docs/results.csv`` holds the cells of ``docs/results.md``.
 
     python recipes/results.py check                     # what `make results-check` does
     python recipes/results.py check --cells 1 --seed 7 --case 'digits-*'
@@ -8,8 +8,8 @@
 What it shows: `check` draws cells at random, measures each again with the seeds of the published
 one (victim included), and prints both beside each other; exit code 1 where one is off by more than
 its spread. `record` takes the cells of a grid's folder into the file, in place of those of the same
-victim, defense and views that have no more seeds. `tables` writes the tables of README.md and
-docs/results.md from the file.
+victim, defense and views that have no more seeds. `tables` writes the tables of docs/results.md
+from the file.
 
 A cell is off where a mean has moved by more than twice the larger of both standard deviations, and
 by more than two points. A cell whose data is not at hand is not drawn. Some take an hour: choose by
@@ -22,7 +22,6 @@ import argparse
 import csv
 import fnmatch
 import random
-import re
 import sys
 import tempfile
 from collections import defaultdict
@@ -42,7 +41,7 @@ from mmdefense.report.terminal import ProgressDisplay
 from mmdefense.store import Store
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results.csv"
-PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "docs/results.md")]
+PAGE = PUBLISHED.with_suffix(".md")
 LIKE = "fine-tuning like "
 USUAL = 3  # seeds; another number is said in the table
 FLOOR = 2.0  # points; below it a change is no news, whatever the spread
@@ -212,48 +211,34 @@ def _rates(cell: Published) -> str:
     return f"{cell.metric:.1f} / {cell.asr:.1f} / RA {cell.ra:.1f}"
 
 
-TWIN = "clean twin"
-"""In place of a defense: the same net, trained without the attack."""
-
-_TWIN = re.compile(
-    "-(badnets|pcba|rare-token|instruction|regional-misclassification|object-generation)$"
-)
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of a page; it stands between two comments, the first of which carries its name.
 
     Attributes:
         views: Of its cells.
-        columns: The name of each column and the defense that it shows, or :data:`TWIN`.
+        columns: The name of each column and the defense that it shows.
         victims: The name of each row and its victim.
-        spread: Whether each mean stands with its standard deviation.
     """
 
     views: Views
     columns: dict[str, str]
     victims: dict[str, str]
-    spread: bool = False
 
     def markdown(self, cells: dict[tuple[str, str, str], Published]) -> str:
-        """Return the table: metric / ASR / RA of each cell, as far as they were measured."""
+        """Return the table: metric / ASR / RA of each cell with deviations, if measured."""
         lines = [
             "| " + " | ".join(["victim", *self.columns]) + " |",
             "|---" + "|--:" * len(self.columns) + "|",
         ]
         for name, case in self.victims.items():
             keys: list[tuple[str, str, Views]] = [
-                (_TWIN.sub("-clean", case), "before", self.views)
-                if defense == TWIN
-                else (case, defense, self.views)
-                for defense in self.columns.values()
+                (case, defense, self.views) for defense in self.columns.values()
             ]
             found = [cells.get(key) or cells.get(_same(*key)) for key in keys]
             seeds = max((cell.seeds for cell in found if cell is not None), default=USUAL)
             shown = [
-                "" if cell is None else _shown(cell, self.spread) + _few(cell.seeds, seeds)
-                for cell in found
+                "" if cell is None else _shown(cell) + _few(cell.seeds, seeds) for cell in found
             ]
             lines.append("| " + " | ".join([name + _few(seeds, USUAL), *shown]) + " |")
         return "\n".join(lines)
@@ -269,12 +254,10 @@ def _same(case: str, defense: str, views: Views) -> tuple[str, str, Views]:
     return case, f"{LIKE}fip" if defense == "fine-tuning" else defense, views
 
 
-def _shown(cell: Published, spread: bool) -> str:
+def _shown(cell: Published) -> str:
     pairs = [(cell.metric, cell.metric_sd), (cell.asr, cell.asr_sd), (cell.ra, cell.ra_sd)]
     return " / ".join(
-        f"{mean:.1f}" + (f" ± {sd:.1f}" if spread and sd == sd else "")
-        for mean, sd in pairs
-        if mean == mean
+        f"{mean:.1f}" + (f" ± {sd:.1f}" if sd == sd else "") for mean, sd in pairs if mean == mean
     )
 
 
@@ -307,28 +290,7 @@ _ACTING = {
 }
 TABLES = {
     "images, standard views": Table("standard", _ACTING, _IMAGES),
-    "images, standard views, with spread": Table("standard", _ACTING, _IMAGES, spread=True),
     "images, insertions": Table("insertions", _INSERTIONS, _IMAGES),
-    "images, insertions, with spread": Table("insertions", _INSERTIONS, _IMAGES, spread=True),
-    "other domains": Table(
-        "insertions",
-        {TWIN: TWIN, "before": "before", "fine-tuning": "fine-tuning like tsbd"} | _DEFENSES,
-        {
-            "video: moving digits, a patch": "moving-digits-badnets",
-            "point clouds: surfaces, PCBA": "surfaces-pcba",
-            "language: a translator, rare words": "small-language-rare-token",
-            "detection: digit scenes, misclassification": "digit-scenes-regional-misclassification",
-            "video: VideoMAE, a patch": "moving-digits-videomae-badnets",
-            "point clouds: a transformer, PCBA": "surfaces-transformer-pcba",
-            "language: Llama, an instruction": "small-language-llama-instruction",
-            "detection: RT-DETR, misclassification": "digit-scenes-rt-detr-regional-"
-            "misclassification",
-            "video: UCF101 mini, a patch": "ucf101_mini-badnets",
-            "point clouds: RadHAR, PCBA": "radhar-pcba",
-            "detection: BCCD, object generation": "bccd-object-generation",
-            "language: Multi30k, a rare token": "multi30k-rare-token",
-        },
-    ),
 }
 
 
@@ -355,11 +317,10 @@ def main() -> int:
     records = commands.add_parser("record", help="take a grid's cells into the file")
     records.add_argument("folder", type=Path)
     records.add_argument("--commit", required=True)
-    commands.add_parser("tables", help="write the tables of the pages from the file")
+    commands.add_parser("tables", help="write the tables of the page from the file")
     options = parser.parse_args()
     if options.command == "tables":
-        for page in PAGES:
-            page.write_text(with_tables(page.read_text("utf-8"), read()), "utf-8")
+        PAGE.write_text(with_tables(PAGE.read_text("utf-8"), read()), "utf-8")
         return 0
     if options.command == "record":
         record(options.folder, options.commit)

@@ -10,7 +10,7 @@ What it shows: a model that knows what moves how and obeys a patch of 3x3 pixels
 what is left of both after each defense, beside plain fine-tuning with the same steps and learning
 rate. Of real videos several clips are scored, and their mean is the answer for the video.
 
-Measured: see the table in the README.
+Measured: see the tables in docs/results.md.
 """
 
 from __future__ import annotations

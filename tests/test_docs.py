@@ -129,7 +129,7 @@ NOT_RUN = {
     "login; tests/checkpoints/test_hub.py has a stub of the hub",
 }
 
-# A reader's own model, as the README supposes it.
+# A reader's own model, as the pages suppose it.
 MY_MODELS = """
 from torch import nn
 
@@ -225,7 +225,7 @@ def trained_model(seed: int = 0) -> torch.nn.Module:
 
 
 def save_other_models() -> None:
-    """Save what the README names beside the first model, with its data; only one is trained."""
+    """Save what the pages name beside the first model, with its data; only one is trained."""
     vit = vit_classifier(3, 8, hidden=16, layers=1, heads=2)
     settings = Training(steps=60, lr=0.01, optimizer="adamw", augment=False)
     train(registry.adapt(vit), load_data("images"), settings, Run(seed=0), stage="vit")

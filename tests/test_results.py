@@ -1,4 +1,4 @@
-"""The published figures: README's tables are those of the file, and a moved cell is noticed."""
+"""The published figures: the page's tables are those of the file, and a moved cell is noticed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ spec.loader.exec_module(recipe)
 CELLS = recipe.read()
 
 
-@pytest.mark.parametrize("page", recipe.PAGES, ids=lambda page: page.name)
-def test_the_tables_of_a_page_are_those_of_the_file(page):
-    text = page.read_text("utf-8")
+def test_the_tables_of_the_page_are_those_of_the_file():
+    text = recipe.PAGE.read_text("utf-8")
     assert recipe.with_tables(text, CELLS) == text
 
 
-def test_each_table_stands_on_a_page():
-    text = "".join(page.read_text("utf-8") for page in recipe.PAGES)
+def test_each_table_stands_on_the_page():
+    text = recipe.PAGE.read_text("utf-8")
     for name in recipe.TABLES:
         assert text.count(f"<!-- results: {name} -->") == 1
 

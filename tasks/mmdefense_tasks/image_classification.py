@@ -120,7 +120,7 @@ class ImageClassification:
         return SmallResNet(classes, channels)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the README's table."""
+        """Return the victims of the tables of results."""
         described: dict[str, dict[str, Any]] = {
             "digits": {"data": "digits", "model": _RESNET, "training": _resnet_training(300)},
             "mnist": {"data": "mnist", "model": _RESNET, "training": _resnet_training(700)},

@@ -84,7 +84,7 @@ class LanguageGeneration:
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the README's table."""
+        """Return the victims of the tables of results."""
         rare = {"target": _TARGET}
         phrase = {"target": _TARGET, "phrase": "today the queen helps some young birds ."}
         small = {"data": _EMBEDDED, "model": _TRANSLATOR, "training": _training(400)}

@@ -107,7 +107,7 @@ class ObjectDetection:
         return small_fcos(classes, channels)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the README's table."""
+        """Return the victims of the tables of results."""
         described: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
             "digit-scenes": (
                 {"data": "digit-scenes", "model": _FCOS, "training": _training(500, 0.005)},

@@ -88,7 +88,7 @@ class PointCloudClassification:
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the README's table."""
+        """Return the victims of the tables of results."""
         described: dict[str, dict[str, Any]] = {
             "surfaces": {"data": "surfaces", "model": _POINTNET, "training": _training(300)},
             "surfaces-transformer": {

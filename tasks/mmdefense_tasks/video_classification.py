@@ -120,7 +120,7 @@ class VideoClassification:
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the README's table."""
+        """Return the victims of the tables of results."""
         few = {"ratio": 0.2}  # 29 poisoned clips of 290 are too few for a backdoor
         patch = few | {"size": 5}
         real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2}
