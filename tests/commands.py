@@ -123,7 +123,9 @@ def nothing(work: Purifying[Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbed(FineTuning):
-    """Fine-tuning, and what a test does before and after it."""
+    """Fine-tuning at one rate, and what a test does before and after it."""
+
+    restarts: int = 0
 
     before: ClassVar[Callable[[Purifying[Any]], None]] = staticmethod(nothing)
     after: ClassVar[Callable[[Purifying[Any]], None]] = staticmethod(nothing)

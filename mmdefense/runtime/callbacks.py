@@ -25,7 +25,8 @@ class Callback:
         ...             print(f"{event.stage} {event.step}: {event.values['loss']:.2f}")
         >>> import mmdefense as mmd
         >>> data = (images, labels)
-        >>> purified = mmd.purify(model, data, "fine-tuning", steps=5, callbacks=[Losses()])
+        >>> short = {"steps": 5, "restarts": 0}
+        >>> purified = mmd.purify(model, data, "fine-tuning", **short, callbacks=[Losses()])
         fine-tune 5: ...
     """
 

@@ -27,7 +27,7 @@ def test_a_defense_comes_to_the_same_weights(end, defense):
     plain, other = net(), net({"softmax function": softmax, "heads": heads_in_train}.get(end))
     if end == "softmax layer":
         plain, other = alone("images"), alone("images").append(nn.Softmax(1))
-    settings = {"steps": 5, "batch_size": 8, "restarts": 0, "max_utility_drop": 1.0}
+    settings = {"steps": 5, "batch_size": 8, "lr": 0.1, "restarts": 0, "max_utility_drop": 1.0}
     settings["accept_low_utility"] = True
     first, second = (mmd.purify(model, DATA, defense, **settings) for model in (plain, other))
     for name, value in first.model.state_dict().items():

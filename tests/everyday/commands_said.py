@@ -154,7 +154,7 @@ LISTS = [
         "the settings of a defense",
         _says("list", "defenses", "fip"),
         0,
-        r"steps +150 +a whole number +Number of updates\.",
+        r"steps +300 +a whole number +Number of updates\.",
     ),
     Command(
         "the settings of an attack",

@@ -13,6 +13,7 @@ from torch import nn
 import mmdefense as mmd
 from mmdefense.attacks.badnets import BadNets
 from mmdefense.data.batch import split
+from mmdefense.data.images import random_view
 from mmdefense.findings import ScanRecord
 from mmdefense.kernels.inversion import Recovered
 from mmdefense.kernels.loop import train
@@ -37,7 +38,7 @@ def net():
 @pytest.fixture(scope="module")
 def models():
     """Return a victim of BadNets on the digits, its clean twin, and clean samples of them."""
-    data = load_digits()[0]
+    data = replace(load_digits()[0], augmentation=random_view)
     found = {}
     for name in ("victim", "twin"):
         with torch.random.fork_rng():
