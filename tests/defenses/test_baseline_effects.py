@@ -110,19 +110,24 @@ BOUND = {"max_utility_drop": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("defense", "ablation"),
+    ("defense", "ablation", "kept"),
     [
-        (RNP(**BOUND), {"unlearn_epochs": 0}),
-        pytest.param(ANP(steps=100, **BOUND), {"eps": 0.0}, marks=pytest.mark.slow),
+        (
+            RNP(**BOUND),
+            {"unlearn_epochs": 0},
+            0.75,
+        ),  # 0.80 and 1.00 were seen, 0.07 and 0.00 with it
+        pytest.param(ANP(steps=100, **BOUND), {"eps": 0.0}, 0.8, marks=pytest.mark.slow),
         pytest.param(
             AWM(steps=80, adamw_lr=0.05, **BOUND),
             {"beta": 0.0},
+            0.8,
             marks=pytest.mark.slow,
         ),
     ],
     ids=["rnp", "anp", "awm"],
 )
-def test_it_is_removed_by_the_core_of_the_defense(case, defense, ablation):
+def test_it_is_removed_by_the_core_of_the_defense(case, defense, ablation, kept):
     removes(case, defense)
     ablated = replace(defense, seed=case.attack.seed, **ablation)
-    assert case.measured(ablated.purify(case.adapter, case.clean).adapter).asr >= 0.6
+    assert case.measured(ablated.purify(case.adapter, case.clean).adapter).asr >= kept
