@@ -444,7 +444,8 @@ class RateFindingDefense(TrainingDefense):
 
     Removal grows with the rate. It begins at one that no model is expected to stand, and is halved
     until a short training keeps three quarters of the score above chance (ours; a range test after
-    Smith 2017, arXiv:1506.01186), and then until the utility guard passes.
+    Smith 2017, arXiv:1506.01186), and then until the utility guard passes. Where no rate keeps as
+    much, the search begins at the largest that keeps three quarters of what the best one does.
 
     Attributes:
         lr: Where the search begins with SGD.
@@ -473,29 +474,36 @@ class RateFindingDefense(TrainingDefense):
         return {"halvings": halvings, "shared": dict(work.run.shared)}
 
     def _halvings(self, work: Purifying[Any]) -> int:
-        """Return how often the rate is halved until a short training keeps most of the score."""
-        model, chance = work.adapter.model, work.adapter.chance
-        given, before = copy_state(model), mean_score(work.adapter, work.holdout)
+        """Return how often the rate is halved until a short training keeps most of the score.
+
+        Where none does, as after a layer was reinitialised, it is most of what the best one keeps.
+        """
+        chance = work.adapter.chance
+        enough = _KEPT_SHARE * (mean_score(work.adapter, work.holdout) - chance)
+        kept: list[float] = []
         defense: Defense | None = self
-        count = -1
         while defense is not None:
-            count += 1
-            short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 5)))  # type: ignore[call-arg]
-            name = f"range test {at_rate(0.5**count)}".rstrip()
-            run = work.run.milder(name)
-            try:
-                short._run(work.on(work.fit, work.holdout, run))
-                left = mean_score(work.adapter, work.holdout) - chance
-                stands = left >= _KEPT_SHARE * (before - chance)
-            except DivergenceError:
-                stands = False
-            finally:
-                model.load_state_dict(given)
-            work.run.adopt(name, run)
-            if stands:
-                break
+            kept.append(self._kept(defense, work, 0.5 ** len(kept)) - chance)
+            if kept[-1] >= enough:
+                return len(kept) - 1
             defense = defense.milder()
-        return count
+        most = max(kept)
+        enough = min(most, _KEPT_SHARE * most)
+        return next(count for count, score in enumerate(kept) if score >= enough)
+
+    def _kept(self, defense: Defense, work: Purifying[Any], rate: float) -> float:
+        """Return the mean score after a short training at a share of the rate; 0 if it diverges."""
+        model, name = work.adapter.model, f"range test {at_rate(rate)}"
+        given, run = copy_state(model), work.run.milder(name)
+        short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 5)))  # type: ignore[call-arg]
+        try:
+            short._run(work.on(work.fit, work.holdout, run))
+            return mean_score(work.adapter, work.holdout)
+        except DivergenceError:
+            return 0.0
+        finally:
+            model.load_state_dict(given)
+            work.run.adopt(name, run)
 
 
 _RANGE_STEPS = 30

@@ -9,17 +9,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, TrainingDefense
+from mmdefense.defenses.base import Purifying, RateFindingDefense
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
 from mmdefense.protocol import OutputAdapter
-from mmdefense.settings import NotNegative, Whole
+from mmdefense.settings import NotNegative
 
 __all__ = ["FST", "classifier_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FST(TrainingDefense):
+class FST(RateFindingDefense):
     """Reinitialise the classifier, and tune all layers while it is kept away from the given one.
 
     Minimises ``CE + alpha <w, w_0>`` over all weights; w are the classifier's, w_0 the given ones.
@@ -31,7 +31,7 @@ class FST(TrainingDefense):
     Ours: biases stay as they are, since a detector's encode how rare objects are; in a detector all
     layers that score classes are reinitialised, each with its own norm. A language model whose
     output layer is its token embedding is refused. Steps, rate and batch are those of plain
-    fine-tuning here (the released code: 10 epochs of 128 at 0.01).
+    fine-tuning here (the released code: 10 epochs of 128 at 0.01); the rate is found.
 
     Attributes:
         alpha: Weight of the inner product; 0.2 is the released code's default, its example has 0.1.
@@ -47,8 +47,6 @@ class FST(TrainingDefense):
 
     alpha: NotNegative = 0.2
     redraw: bool = True
-    lr: NotNegative = 0.02
-    steps: Whole = 150
 
     def _run(self, work: Purifying[Any]) -> None:
         adapter = cast("OutputAdapter[Any]", work.adapter)

@@ -82,11 +82,11 @@ class Fold:
 class Judging:
     """Judges one state after another, and keeps the best of them.
 
-    A state passes if its drop on the held-out samples is within the bound. Where the drop is
-    beyond the bound, but by no more than chance explains, the defense is run on the other folds
-    of the clean data too, until the samples that were held out in turn decide or there are no
-    more, or until 400 were judged; then their mean drop counts, here and for the next states at
-    that rate (cross-validation).
+    A state passes if its drop on the held-out samples is within the bound. Where chance may
+    explain on which side of the bound the drop is, the defense is run on the other folds of the
+    clean data too, until the samples that were held out in turn decide or there are no more, or
+    until 400 were judged; then their mean drop counts, here and for the next states at that rate
+    (cross-validation).
 
     Attributes:
         work: Around the model that the states are of.
@@ -133,7 +133,7 @@ class Judging:
             self.work.run.progress(Event("guard", self.count, 0))
             after = self._scores(candidate.state, self.work.holdout)
             guard = judge(self.before, after, self.bound, candidate.label, rate)
-            if again and candidate.share and self._needs_more(guard):
+            if again and candidate.share and guard.verdict == UNDECIDED:
                 try:
                     guard = self._cross_validated(guard, after, candidate.share, again)
                 except DivergenceError:  # this rate is not to be trusted
@@ -152,11 +152,6 @@ class Judging:
         if self.chosen is None:
             self.chosen = Chosen(guard, part, candidate.state)
         return False
-
-    def _needs_more(self, guard: Guard) -> bool:
-        """Say whether other folds are to be asked, or have been asked at this rate already."""
-        asked = any(guard.rate in fold.reached for fold in self.folds)
-        return guard.verdict == UNDECIDED and (asked or not guard.passes)
 
     def _cross_validated(
         self, first: Guard, after: Tensor, share: float, again: Callable[[Purifying[Any]], None]

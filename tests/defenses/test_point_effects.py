@@ -1,7 +1,8 @@
 """A backdoor that was really planted in a small PointNet is really removed.
 
-At the defaults, on clouds that are turned and jittered. No defense sees the test set. Seen: ACC
-0.79, ASR 0.99 and RA 0.01 before, 0.77, 0.05 and 0.76 after.
+At the defaults, on clouds that are turned and jittered. No defense sees the test set. Seen with two
+seeds of the defense: ACC 0.82, ASR 0.98 and RA 0.02 before, 0.81, 0.01 and 0.66 or 0.72 after. With
+half the clean clouds and a weaker net RA went from 0.44 to 0.75 by the seed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmdefense_tasks.surfaces import draw_surfaces
 
 KINDS, POINTS = 8, 64
 VICTIM = Training(
-    steps=200,
+    steps=300,
     batch_size=64,
     lr=4e-3,
     weight_decay=1e-2,
@@ -37,13 +38,13 @@ VICTIM = Training(
 
 @pytest.fixture(scope="module")
 def case():
-    """A victim of a ball of points beside the clouds, and two hundred clean clouds."""
-    train_set, test = draw_surfaces(1200, POINTS, seed=0), draw_surfaces(400, POINTS, seed=1)
+    """A victim of a ball of points beside the clouds, and four hundred clean clouds."""
+    train_set, test = draw_surfaces(2000, POINTS, seed=0), draw_surfaces(400, POINTS, seed=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = adapt(PointNet(KINDS, width=8, dropout=0.0))
     attack = PointPBA(center=(0.5, 0.0, -1.0))
-    rest, clean = split(train_set, 1 / 6, 0)  # the victim never sees what the guard judges by
+    rest, clean = split(train_set, 1 / 5, 0)  # the victim never sees what the guard judges by
     attack.plant(adapter, replace(rest, augmentation=random_jitter), VICTIM, Run())
     adapter.model.eval()
 

@@ -1,7 +1,7 @@
 """A backdoor that was really planted in a small net of clips is really removed.
 
-Seen with seed 0, ACC / ASR: victim 0.980 / 1.000, FIP 0.990 / 0.047, TSBD 0.985 / 0.000. The
-settings suit a net that is trained for seconds; see ``test_effects.py``. No defense sees the test
+Seen with seed 0, ACC / ASR / RA: victim 0.980 / 1.000 / 0.000, FIP 0.965 / 0.007 / 0.967, TSBD
+0.965 / 0.007 / 0.980. Fewer and smaller updates than by default save time. No defense sees the test
 set.
 """
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmdefense.attacks.badnets import BadNets
+from mmdefense.data.batch import split
 from mmdefense.data.clips import random_clip_shift
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.fip import FIP
@@ -28,29 +29,28 @@ FOUR = 4  # left, right, up and down: few enough to be learnt in seconds
 VICTIM = Training(
     steps=160, batch_size=48, lr=0.1, weight_decay=5e-4, schedule="one-cycle", max_norm=5.0
 )
-DEFENSES = [
-    FIP(trace="true", steps=100, batch_size=32, lr=0.05, strength=0.3, eta_r=1.0),
-    TSBD(steps=60, batch_size=32, lr=0.02, unlearn_lr=0.01),
-]
+SHORT = {"steps": 100, "batch_size": 32}
+DEFENSES = [FIP(**SHORT), pytest.param(TSBD(**SHORT), marks=pytest.mark.slow)]
 
 
-def part(split: str, every: int) -> LabelledSamples:
-    samples = moving_digits(split)
-    shifts = (samples.labels < FOUR).nonzero().squeeze(1)[::every]
+def part(name: str) -> LabelledSamples:
+    samples = moving_digits(name)
+    shifts = (samples.labels < FOUR).nonzero().squeeze(1)
     return replace(samples.subset(shifts), classes=samples.classes[:FOUR])
 
 
 @pytest.fixture(scope="module")
 def case():
     """The victim, its attack, clean clips and test clips."""
-    train_part, test_part = part("train", 1), part("test", 1)
+    rest, clean = split(part("train"), 1 / 8, 0)  # the victim never sees what the guard judges by
+    test_part = part("test")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = adapt(SmallVideoResNet(FOUR, 1, width=8, stages=2))
     attack = BadNets(size=4, ratio=0.2).plant(
-        adapter, replace(train_part, augmentation=random_clip_shift), VICTIM, Run(0)
+        adapter, replace(rest, augmentation=random_clip_shift), VICTIM, Run(0)
     )
-    return adapter, attack, part("train", 8), test_part
+    return adapter, attack, clean, test_part
 
 
 def measured(adapter, attack, test_part):
@@ -64,7 +64,7 @@ def test_the_victim_serves_its_attacker_and_its_owner(case):
     assert victim.acc >= 0.85
 
 
-@pytest.mark.parametrize("defense", DEFENSES, ids=lambda defense: type(defense).__name__)
+@pytest.mark.parametrize("defense", DEFENSES, ids=["FIP", "TSBD"])
 def test_the_backdoor_is_removed_and_the_task_kept(case, defense):
     adapter, attack, clean, test_part = case
     before = measured(adapter, attack, test_part)
