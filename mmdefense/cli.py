@@ -1,8 +1,8 @@
 """The command line: arguments in, calls of the library, exit codes out.
 
 Exit codes: 0 ok; 1 the utility guard was violated, nothing was changed, an evaluation found a
-working trigger, a scan found what --fail-on names, or a file differs from its record; 2 bad input;
-3 not supported, or a library is missing; 70 a bug in mmdefense; 130 interrupted.
+working trigger, a scan found what --fail-on names, or a file differs from its record or signature;
+2 bad input; 3 not supported, or a library is missing; 70 a bug in mmdefense; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from mmdefense.arguments import (
 )
 from mmdefense.cli_grid import grid_app, store_app
 from mmdefense.cli_scan import scan
+from mmdefense.cli_sign import sign, verify
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
@@ -443,6 +444,10 @@ def report(
         say(f"mmdefense: {fault}", err=True)
     say(f"wrote {page}")
     raise typer.Exit(int(bool(faults)))
+
+
+app.command("sign")(sign)
+app.command("verify")(verify)
 
 
 @app.command("list")

@@ -20,7 +20,12 @@ _GROUPS = ("all", "dev")  # they combine other extras and add nothing
 _REQUIREMENT = re.compile(
     r"""(?P<package>[\w.-]+)(?P<bounds>[^;]*);.*extra\s*==\s*['"](?P<extra>[\w-]+)['"]"""
 )
-_MODULES = {"open3d-cpu": "open3d", "cyclonedx-python-lib": "cyclonedx", "mlflow-skinny": "mlflow"}
+_MODULES = {
+    "open3d-cpu": "open3d",
+    "cyclonedx-python-lib": "cyclonedx",
+    "mlflow-skinny": "mlflow",
+    "pyopenssl": "OpenSSL",
+}
 """Modules whose name differs from that of their package."""
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "PREDICATE_TYPE",
     "RECORD",
     "SCAN",
+    "SIGNATURE",
     "check_replaceable_file",
     "check_separate",
     "is_output",
@@ -35,7 +36,9 @@ __all__ = [
 RECORD, PAGE, CARD, PLOTS = "purification.json", "report.html", "README.md", "report.npz"
 """Names of the files written next to the model: record, page, model card, data of plots."""
 SCAN, COMPARISON, BOM = "scan.json", "comparison.json", "bom.cdx.json"
-"""Names of what may stand beside them: a scan, the record of a demo, a bill of materials."""
+SIGNATURE = "model.sig"
+"""Names of what may stand beside them: a scan, a demo's record, a bill of materials, a signature.
+"""
 PREDICATE_TYPE = "urn:mmdefense:purification:1"
 PAGE_MARK = '<meta name="generator" content="mmdefense">'
 EVALUATION_MARK = '"kind": "evaluation"'
@@ -48,7 +51,7 @@ _LARGEST_RECORD = 1 << 28
 
 def is_record(name: str) -> bool:
     """Return whether a file of that name in an output is taken for one of our records."""
-    return name.casefold() in {RECORD, SCAN, COMPARISON, BOM, PAGE, PLOTS}
+    return name.casefold() in {RECORD, SCAN, COMPARISON, BOM, PAGE, PLOTS, SIGNATURE}
 
 
 def is_output(folder: Path) -> bool:

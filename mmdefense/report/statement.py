@@ -1,8 +1,8 @@
 """The evidence of a purification as an in-toto statement about the files that it wrote.
 
 A statement names files by their SHA-256 (``subject``) and says something about them
-(``predicate``): here the record, and the files that it all came from (``materials``). It is not
-signed; whoever wants that signs the file as it is.
+(``predicate``): here the record, and the files that it all came from (``materials``).
+:mod:`mmdefense.report.signing` signs it together with those files.
 
 References:
     The in-toto Attestation Framework, *Statement*, version 1.
@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdefense.checkpoints.outputs import PAGE, PREDICATE_TYPE, RECORD
+from mmdefense.checkpoints.outputs import PAGE, PREDICATE_TYPE, RECORD, SIGNATURE
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.report.encoding import plain
@@ -60,10 +60,10 @@ def write_statement(
 
 
 def _hashed(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the SHA-256 of each file in a folder, but of the record and the page."""
+    """Return the SHA-256 of each file in a folder, but of the record, page and signature."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
-    hashed = {name: path for name, path in named.items() if name not in {RECORD, PAGE}}
+    hashed = {name: path for name, path in named.items() if name not in {RECORD, PAGE, SIGNATURE}}
     return {name: known.get(name) or _sha256(path) for name, path in hashed.items()}
 
 
