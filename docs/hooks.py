@@ -20,6 +20,7 @@ from mmdefense.attacks.baddet import ObjectAttack
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.text_attack import TextAttack
 from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.evaluation import zoo
 from mmdefense.protocol import TaskAdapter
 from mmdefense.scanning.sarif import HOMEPAGE
 from mmdefense.settings import described_type
@@ -261,12 +262,33 @@ def _mean(rows: list[dict[str, str]]) -> str:
     return " / ".join(f"{fmean(float(row[key]) for row in rows):.1f}" for key in keys)
 
 
-MARK = re.compile(r"^<!-- (settings|figures|attack|poisoning): ([\w-]+) -->$", re.MULTILINE)
+def victims(_: str) -> str:
+    """Return a table of the victims of the zoo, from their cards."""
+    lines = [
+        "| victim | attack | twin | trained on | ACC / ASR / RA | KB |",
+        "|---|---|---|---|--:|--:|",
+    ]
+    for name, (case, _seed) in zoo.zoo_cases().items():
+        found = zoo.find_card(name, zoo.SHIPPED)
+        if found is None:
+            cells = [case.attack or "none", "", case.data, "to build", ""]
+        else:
+            card = found[0]
+            rates = (card.rates.acc, card.rates.asr, card.rates.ra)
+            shown = " / ".join(f"{100 * rate:.1f}" for rate in rates if rate is not None)
+            twin = f"`{card.twin}`" if card.twin else ""
+            cells = [card.attack, twin, case.data, shown, str(round(card.size / 1000))]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+MARK = re.compile(r"^<!-- (settings|figures|attack|poisoning|victims): ([\w-]+) -->$", re.MULTILINE)
 FILLED = {
     "settings": defense_settings,
     "figures": figures,
     "attack": attack_settings,
     "poisoning": poisoning_settings,
+    "victims": victims,
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdefense.errors import BadInputError, DivergenceError, MMDefenseError, UnsupportedError
+    from mmdefense.evaluation.zoo import load_victim
     from mmdefense.pipeline.evaluating import evaluate
     from mmdefense.pipeline.purification import Purification, purify
     from mmdefense.pipeline.scan import scan
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "adapt",
     "evaluate",
+    "load_victim",
     "purify",
     "scan",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "adapt": "registry",
     "evaluate": "pipeline.evaluating",
+    "load_victim": "evaluation.zoo",
     "purify": "pipeline.purification",
     "scan": "pipeline.scan",
 }

@@ -50,6 +50,7 @@ from mmdefense.arguments import (
 from mmdefense.cli_grid import grid_app, store_app
 from mmdefense.cli_scan import scan
 from mmdefense.cli_sign import sign, verify
+from mmdefense.cli_zoo import zoo_app
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
@@ -71,10 +72,9 @@ app = typer.Typer(
     help="Find and remove backdoors in models that you did not train.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
 app.add_typer(grid_app, name="grid")
 app.add_typer(store_app, name="store")
+app.add_typer(zoo_app, name="zoo")
 
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]

@@ -44,6 +44,10 @@ NOT_RUN = {
     "make demo": "trains a victim and purifies it seven times",
     "mmdefense demo --task video-classification -o out/video": "as `make demo`",
     "mmdefense grid run -o out/grid --case moving-digits-small-badnets": "many minutes",
+    "mmdefense zoo build digits-wide-badnets digits-wide-clean": "minutes",
+    "mmdefense evaluate out/zoo/digits-wide-badnets.safetensors --data digits --attack badnets "
+    '--arch "mmdefense_tasks.victims:SmallResNet(classes=10, channels=1, width=32)"': "follows "
+    "minutes",
     "make test": "would run this very test again",
     "make check": "runs beside the tests, in .ci/run",
     "make bench": "repeats each measurement",

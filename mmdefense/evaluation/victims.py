@@ -30,6 +30,7 @@ from mmdefense.pipeline.purification import Purification, purify
 from mmdefense.protocol import Case, Task, TaskAdapter
 from mmdefense.report.record import Row
 from mmdefense.runtime.run import Progress, Run
+from mmdefense.shown import Shown
 
 __all__ = [
     "Victim",
@@ -42,8 +43,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Victim:
+@dataclass(frozen=True, repr=False)
+class Victim(Shown):
     """A trained victim, with the data of defenses and of their evaluation.
 
     Attributes:

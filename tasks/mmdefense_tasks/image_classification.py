@@ -111,7 +111,7 @@ class ImageClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        embedded = {"digits": "embedded: handwritten digits of scikit-learn, 16x16"}
+        embedded = {"digits": "embedded: digits of scikit-learn (CC BY 4.0), 16x16"}
         return embedded | staged_sets(_STAGED)
 
     @staticmethod

@@ -98,7 +98,7 @@ class ObjectDetection:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        embedded = {"digit-scenes": "embedded: scenes of scikit-learn's handwritten digits, 48x48"}
+        embedded = {"digit-scenes": "embedded: scenes of scikit-learn's digits (CC BY 4.0), 48x48"}
         return embedded | staged_sets(_SIZES)
 
     @staticmethod

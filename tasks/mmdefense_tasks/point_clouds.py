@@ -84,7 +84,7 @@ class PointCloudClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        embedded = {"surfaces": "embedded: eight kinds of surfaces, 256 points"}
+        embedded = {"surfaces": "embedded: eight kinds of computed surfaces, 256 points"}
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:

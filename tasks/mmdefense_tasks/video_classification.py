@@ -116,7 +116,7 @@ class VideoClassification:
     @staticmethod
     def data() -> dict[str, str]:
         """Return the names that :meth:`load` knows here, each with where it comes from."""
-        embedded = {_EMBEDDED: "embedded: scikit-learn's digits moving in eight ways, 8x24x24"}
+        embedded = {_EMBEDDED: "embedded: scikit-learn's digits (CC BY 4.0), moving, 8x24x24"}
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
