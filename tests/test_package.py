@@ -64,7 +64,8 @@ def test_the_distributions_are_what_the_index_takes(dist):
     tops = {name.partition("/")[0] for name in names}
     known = f"mmdefense-{mmdefense.__version__}.dist-info"
     assert tops == {"mmdefense", "mmdefense_adapters", "mmdefense_tasks", known}
-    assert {"mmdefense/py.typed", "mmdefense/report/templates/page.html.j2"} <= set(names)
+    needed = ("py.typed", "report/templates/page.html.j2", "evaluation/zoo.toml")
+    assert {f"mmdefense/{name}" for name in needed} <= set(names)
 
 
 MODEL = """
