@@ -56,7 +56,7 @@ _SCRIPTS = {
 _PLAIN = {
     *(".txt", ".md", ".rst", ".csv", ".tsv", ".log", ".cfg", ".ini", ".jsonl", ".ndjson", ".bpe"),
     *(".vocab", ".merges", ".codes", ".cff", ".bib", ".license", ".gitattributes", ".gitignore"),
-    *(".tex", ".conf", ".sha256", ".md5"),
+    *(".tex", ".conf", ".sha256", ".md5", ".sig"),
 }
 _PLAIN_NAMES = {
     *("readme", "license", "licence", "notice", "copying", "changelog", "authors", "citation"),

@@ -157,6 +157,7 @@ def test_hugging_face_folders_give_no_alarm(tmp_path, shard):
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     hostile.config(tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    (tmp_path / "model.sig").write_text('{"mediaType": "a signature"}')
     assert said(scan_files(tmp_path)) == ""
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "8KB")
 
