@@ -9,7 +9,9 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ import typer
 
 from mmdefense.errors import BadInputError, one_line, printable
 from mmdefense.files import read_bytes
+from mmdefense.notes import Note
 from mmdefense.tabular import Table, Value
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ __all__ = [
     "Model",
     "Models",
     "Numbers",
+    "Quiet",
     "Reading",
     "Seed",
     "Settings",
@@ -47,6 +51,7 @@ __all__ = [
     "chosen_attack",
     "duration",
     "key_values",
+    "loading",
     "opened",
     "reading_options",
     "say",
@@ -116,6 +121,21 @@ def _check_value(value: Any, option: Any, what: str) -> None:
         raise BadInputError(f"{what} must be {needed}, got {value!r:.80}")
 
 
+def _hushed(quiet: bool) -> bool:
+    if quiet:
+        warnings.simplefilter("ignore", Note)
+    return quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=_hushed,
+        help="Show no progress and no notes; results and errors are still written.",
+    ),
+]
 TableFormat = Annotated[str, typer.Option("--format", help="text, csv or json.")]
 Config = Annotated[
     Path | None,
@@ -234,6 +254,18 @@ AcceptFindings = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
+@contextmanager
+def loading(quiet: bool = False) -> Iterator[None]:
+    """Say on a terminal that libraries are being loaded, which takes seconds, until they are."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading PyTorch"):
+        yield
 
 
 def opened(store: Path | None) -> Store | None:

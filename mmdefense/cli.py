@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -31,23 +30,25 @@ from mmdefense.arguments import (
     KeptIn,
     Model,
     Numbers,
+    Quiet,
     Reading,
     Seed,
     Settings,
     TableFormat,
     Task,
     Weights,
-    aligned,
     check_form,
     chosen_attack,
     duration,
     key_values,
+    loading,
     opened,
     reading_options,
     say,
     say_table,
 )
 from mmdefense.cli_grid import grid_app, store_app
+from mmdefense.cli_list import doctor, list_
 from mmdefense.cli_scan import scan
 from mmdefense.cli_sign import sign, verify
 from mmdefense.cli_zoo import zoo_app
@@ -212,14 +213,16 @@ def purify(
         typer.Option(metavar="OWNER/NAME", help="Upload the output to the Hugging Face hub."),
     ] = None,
     config: Config = None,
+    quiet: Quiet = False,
 ) -> None:
     """Purify a model with a little clean data, and write it with its evidence to a new folder."""
     begun = time.monotonic()
-    from mmdefense.analysis.gather import check_level
-    from mmdefense.pipeline.jobs import Source, assist, partial_folder, purify_files
-    from mmdefense.pipeline.purification import configured
-    from mmdefense.report.terminal import ProgressDisplay
-    from mmdefense.runtime.deadline import Deadline
+    with loading(quiet):
+        from mmdefense.analysis.gather import check_level
+        from mmdefense.pipeline.jobs import Source, assist, partial_folder, purify_files
+        from mmdefense.pipeline.purification import configured
+        from mmdefense.report.terminal import ProgressDisplay
+        from mmdefense.runtime.deadline import Deadline
 
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
@@ -247,7 +250,7 @@ def purify(
     target = _hub_target(push_to_hub, source, force)
     command = shlex.join(["mmdefense", *sys.argv[1:]])
     try:
-        with ProgressDisplay() as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             purified = purify_files(
                 source,
                 chosen,
@@ -342,13 +345,16 @@ def evaluate(
     accept_findings: AcceptFindings = False,
     form: TableFormat = "text",
     config: Config = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a model on clean data and, if a trigger or an attack is given, with the trigger."""
-    from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
-    from mmdefense.checkpoints.runs import write_atomically
-    from mmdefense.pipeline.evaluating import Retune, evaluate_files
-    from mmdefense.pipeline.sources import Source
-    from mmdefense.runtime.processes import refuse_launcher
+    with loading(quiet):
+        from mmdefense.checkpoints.outputs import EVALUATION_MARK, check_replaceable_file
+        from mmdefense.checkpoints.runs import write_atomically
+        from mmdefense.pipeline.evaluating import Retune, evaluate_files
+        from mmdefense.pipeline.sources import Source
+        from mmdefense.report.terminal import ProgressDisplay
+        from mmdefense.runtime.processes import refuse_launcher
 
     refuse_launcher("evaluate")
     check_form(form)
@@ -374,7 +380,10 @@ def evaluate(
         read_too = [path for path in (trigger, record, clean_twin) if path is not None]
         check_replaceable_file(out, EVALUATION_MARK, [*source.inputs(), *read_too])
     command = shlex.join(["mmdefense", *sys.argv[1:]])
-    found = evaluate_files(source, choice, retune=asked, record=record, command=command)
+    with ProgressDisplay(quiet=quiet or not sys.stderr.isatty()) as progress:
+        found = evaluate_files(
+            source, choice, retune=asked, record=record, command=command, progress=progress
+        )
     if out is not None:
         write_atomically(out, lambda file: file.write(found.to_json().encode()))
     if form != "text":
@@ -448,72 +457,8 @@ def report(
 
 app.command("sign")(sign)
 app.command("verify")(verify)
-
-
-@app.command("list")
-def list_(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[KIND]",
-            help="defenses, attacks, adapters, tasks, data or cases; by default all.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show one of them with its settings.")
-    ] = None,
-    form: TableFormat = "text",
-) -> None:
-    """List everything that has a name, plug-ins included, or the settings of one of them."""
-    from mmdefense.catalogue import KINDS, details, known
-
-    if kind not in {None, *KINDS}:
-        raise BadInputError(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind is not None and name is not None:
-        about, option, settings = details(kind, name)
-        if form != "text":
-            say_table(
-                [
-                    {"name": s.name, "default": s.default, "kind": s.kind, "about": s.about}
-                    for s in settings
-                ],
-                form,
-            )
-            return
-        say(about)
-        if settings:
-            say(f"\nSettings, each {option} NAME=VALUE:")
-        rows = [(s.name, s.default or "-", s.kind, s.about) for s in settings]
-        if rows:
-            say(aligned(rows, indent="  "))
-        return
-    if form != "text":
-        every = [
-            {"kind": one, "name": held, "about": about}
-            for one in ([kind] if kind else KINDS)
-            for held, about in known(one)
-        ]
-        say_table(every, form)
-        return
-    for one in [kind] if kind else KINDS:
-        if kind is None:
-            say(f"{one}:")
-        say(aligned(list(known(one)), indent="" if kind else "  "))
-
-
-@app.command()
-def doctor(form: TableFormat = "text") -> None:
-    """Show what this installation has and what is missing."""
-    from mmdefense.doctor import examine
-
-    if form == "text":
-        rows = [
-            (found.subject, f"{found.state}; {found.remedy}" if found.remedy else found.state)
-            for found in examine()
-        ]
-        say(aligned(rows))
-    else:
-        say_table([asdict(found) for found in examine()], form)
+app.command("list")(list_)
+app.command("doctor")(doctor)
 
 
 @app.command()
@@ -523,16 +468,18 @@ def demo(
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     form: TableFormat = "text",
+    quiet: Quiet = False,
 ) -> None:
     """Plant a real backdoor in a small model, remove it with several defenses, and compare."""
-    from rich.console import Console
+    with loading(quiet):
+        from rich.console import Console
 
-    from mmdefense.evaluation.demo import run_demo
-    from mmdefense.report.tables import results_table
-    from mmdefense.report.terminal import ProgressDisplay
+        from mmdefense.evaluation.demo import run_demo
+        from mmdefense.report.tables import results_table
+        from mmdefense.report.terminal import ProgressDisplay
 
     check_form(form)
-    with ProgressDisplay() as progress:
+    with ProgressDisplay(quiet=quiet) as progress:
         record = run_demo(out, task=task, seed=seed, force=force, progress=progress)
     if form != "text":
         say_table(record.table().rows, form)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.arguments import TableFormat, aligned, check_form, key_values, say, say_table
+from mmdefense.arguments import (
+    Quiet,
+    TableFormat,
+    aligned,
+    check_form,
+    key_values,
+    loading,
+    say,
+    say_table,
+)
 from mmdefense.errors import BadInputError
 from mmdefense.tabular import Value
 
@@ -173,6 +182,7 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what ended in an error.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure what the store lacks, and print a Markdown table.
 
@@ -180,15 +190,16 @@ def run(
     """
     from dataclasses import replace
 
-    import torch
+    with loading(quiet):
+        import torch
 
-    from mmdefense.evaluation.cluster import run_on_ray
-    from mmdefense.evaluation.grid import forget_failures, work
-    from mmdefense.evaluation.tables import markdown
-    from mmdefense.evaluation.workers import run_workers
-    from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
-    from mmdefense.runtime.processes import refuse_launcher
-    from mmdefense.store import Store
+        from mmdefense.evaluation.cluster import run_on_ray
+        from mmdefense.evaluation.grid import forget_failures, work
+        from mmdefense.evaluation.tables import markdown
+        from mmdefense.evaluation.workers import run_workers
+        from mmdefense.report.terminal import CellsDisplay, ProgressDisplay
+        from mmdefense.runtime.processes import refuse_launcher
+        from mmdefense.store import Store
 
     refuse_launcher("grid run")
     devices = device.split(",")
@@ -202,14 +213,14 @@ def run(
         json.dumps([[cell.identity.digest, cell.identity.name] for cell in cells]), "utf-8"
     )
     if ray is not None:
-        with ProgressDisplay() as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             run_on_ray(grid, out, ray, threads=threads, progress=progress)
     elif workers > 1:
-        with CellsDisplay() as display:
+        with CellsDisplay(quiet=quiet) as display:
             run_workers(grid, out, workers, display, devices=devices, threads=threads)
     else:
         torch.set_num_threads(threads)
-        with ProgressDisplay() as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             work(store, cells, progress)
     say(markdown(grid.measured(store)))
     failed = [entry for cell in cells if (entry := store.find(cell.identity)) and entry.error]

@@ -18,10 +18,12 @@ from mmdefense.arguments import (
     KeptIn,
     Models,
     Numbers,
+    Quiet,
     Reading,
     Seed,
     Task,
     Weights,
+    loading,
     opened,
     reading_options,
     say,
@@ -69,18 +71,20 @@ def scan(
         ),
     ] = None,
     config: Config = None,
+    quiet: Quiet = False,
 ) -> None:
     """Scan the files and weights of models and, with clean data, their behaviour.
 
     No code that comes with a model is run.
     """
-    from mmdefense import sandbox
-    from mmdefense.findings import FAILING, reaches
-    from mmdefense.pipeline.scan import scan as look_into
-    from mmdefense.report.terminal import ProgressDisplay
-    from mmdefense.runtime.processes import refuse_launcher
-    from mmdefense.scanning.baseline import compared, read_baseline
-    from mmdefense.scanning.formats import FORMATS
+    with loading(quiet):
+        from mmdefense import sandbox
+        from mmdefense.findings import FAILING, reaches
+        from mmdefense.pipeline.scan import scan as look_into
+        from mmdefense.report.terminal import ProgressDisplay
+        from mmdefense.runtime.processes import refuse_launcher
+        from mmdefense.scanning.baseline import compared, read_baseline
+        from mmdefense.scanning.formats import FORMATS
 
     refuse_launcher("scan")
     if format_ not in FORMATS:
@@ -96,7 +100,7 @@ def scan(
     kept, failed = opened(store), False
     sandbox.fresh()
     for model in models:
-        with ProgressDisplay() as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             record = look_into(
                 model,
                 data,

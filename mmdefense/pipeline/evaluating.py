@@ -30,7 +30,7 @@ from mmdefense.prepared import Prepared
 from mmdefense.protocol import ReadingAdapter, Task, TaskAdapter, missing_members, traits
 from mmdefense.report.evaluation import EvaluatedData, EvaluatedModel, Evaluation, TriedAttack
 from mmdefense.report.recorded import add_evaluation, recordable
-from mmdefense.runtime.run import Run
+from mmdefense.runtime.run import Event, Progress, Run, silent
 from mmdefense.settings import checked_settings
 from mmdefense.training import Training
 
@@ -237,6 +237,7 @@ def evaluate_files(
     retune: Retune | None = None,
     record: str | Path | None = None,
     command: str = "",
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the model of ``source`` on its data and, if an attack is given, with its trigger.
 
@@ -247,6 +248,7 @@ def evaluate_files(
             out.
         record: The output of a purification, to whose record and page the measurements are added.
         command: The command line, for the record.
+        progress: Called as it goes on.
 
     Raises:
         LowUtilityError: If the model does not work on the data as it was read.
@@ -258,11 +260,14 @@ def evaluate_files(
         raise BadInputError(
             "a retuning attack needs the backdoor's attack or trigger; give --attack or --trigger"
         )
+    report = progress or silent
+    report(Event("reading", 0, 1))
     with read_once(source.model) as seal:
         opened = open_vetted(source).opened
     decoded = getattr(opened.data, "in_memory", None)  # decoded once, since it is read often
     if decoded is not None:
         opened = dataclasses.replace(opened, data=decoded())
+    report(Event("reading", 1, 1))
     prepared = opened.prepare(to_learn=False)
     adapter, samples = prepared.adapter, prepared.samples
     model = _model_info(source, prepared, seal)
@@ -276,14 +281,16 @@ def evaluate_files(
             f"is for {task.name}; choose an attack for that task"
         )
     raw = samples if decoded is None else opened.data
+    report(Event("measuring", 0, 1))
     found = measured(prepared, raw, tried, accept_low_utility=source.accept_low_utility)
+    report(Event("measuring", 1, 1))
     twin, twin_info = None, None
     if retune is not None and retune.twin is not None:
         twin, twin_info = _clean_twin(source, retune.twin, raw, model)
     retuning = None
     if retune is not None:
         assert tried is not None
-        retuning = _retuned(adapter, twin, raw, tried, retune.count)
+        retuning = _retuned(adapter, twin, raw, tried, retune.count, Run(tried.seed, report))
     score_name = traits(adapter).score_name
     own = task.metric == score_name
     evaluation = Evaluation(
@@ -339,6 +346,7 @@ def _retuned(
     raw: Any,
     attack: Attack[Any],
     count: int,
+    run: Run,
 ) -> Retuning:
     """Retune on up to half of the data, at most the paper's number of samples; test on the rest.
 
@@ -352,7 +360,7 @@ def _retuned(
             f"retune must be at most {len(tuning)}, the number of samples for training (the other "
             f"{len(test)} are for testing), got {count}; give more data"
         )
-    training, run = retuning_of(adapter), Run(seed)
+    training = retuning_of(adapter)
     return retuned(adapter, tuning, test, attack, count, twin=twin, training=training, run=run)
 
 

@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     Task,
     TaskID,
     TextColumn,
@@ -83,6 +84,17 @@ class _Steps(MofNCompleteColumn):
         return Text("stopped at ") + shown if task.fields.get("stopped") else shown
 
 
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step, of a stage that runs; nothing of one with few steps."""
+
+    def render(self, task: Task) -> Text:
+        rate = task.speed
+        if not rate or task.stop_time is not None or (task.total or 0) <= 1:
+            return Text("")
+        shown = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+        return Text(shown, style="progress.data.speed")
+
+
 class _Remaining(TimeRemainingColumn):
     """The time that is left; nothing of a stage that has ended."""
 
@@ -100,20 +112,26 @@ class ProgressDisplay:
     """
 
     def __init__(
-        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet: bool = False,
     ) -> None:
-        """Show progress on ``console``; by default on standard error."""
-        self.console = console or Console(stderr=True)
+        """Show progress on ``console``, by default on standard error; nothing if ``quiet``."""
+        self.console = console or Console(stderr=True, quiet=quiet)
         self.clock = clock
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             _Steps(),
             TimeElapsedColumn(),
+            _Rate(),
             _Remaining(),
             TextColumn("{task.fields[values]}", style="dim"),
             console=self.console,
             get_time=clock,
+            speed_estimate_period=600,  # seconds; a step may take minutes
         )
         self._stages: dict[str, _Stage] = {}
         self._running = ""
@@ -205,10 +223,14 @@ class CellsDisplay:
     """
 
     def __init__(
-        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet: bool = False,
     ) -> None:
-        """Show it on ``console``; by default on standard error."""
-        self.console = console or Console(stderr=True)
+        """Show it on ``console``, by default on standard error; nothing if ``quiet``."""
+        self.console = console or Console(stderr=True, quiet=quiet)
         self.clock = clock
         self._begun, self._at_first, self._last = clock(), -1, -1
         self._live = Live(console=self.console, auto_refresh=False)

@@ -73,6 +73,24 @@ def test_a_stage_that_runs_shows_the_time_that_is_left(show):
     assert "left 0:01:10" in show(*events, drawn, terminal=True)
 
 
+@pytest.mark.parametrize(("seconds", "rate"), [(0.5, "20/s"), (100, "10 s each")])
+def test_a_stage_that_runs_shows_its_rate_until_it_ends(show, seconds, rate):
+    events = ((seconds, Event("purify", step, 100)) for step in (0, 10, 20, 30))
+    drawn = (0, Event("memory", 0, 1, note="a note, with which the bars are drawn again"))
+    assert rate in show(*events, drawn, terminal=True)
+    over = [(seconds, Event("purify", step, 20)) for step in (0, 10, 20)]
+    assert rate not in show(*over, terminal=True).splitlines()[-1]
+
+
+def test_nothing_is_shown_where_it_is_to_be_quiet(capsys):
+    with ProgressDisplay(quiet=True) as progress, CellsDisplay(quiet=True) as cells:
+        progress(Event("purify", 1, 1, note="a note"))
+        progress(Event("purify", 1, 1))
+        cells.show(1, 0, 2, ["a cell"])
+        cells.say("a sentence")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_stage_that_comes_again_counts_anew(show):
     once = ((0, Event("guard", 0, 0)), (4, Event("guard", 1, 0)))
     said = show(*once, (1, Event("purify", 1, 1)), *once, terminal=False)
