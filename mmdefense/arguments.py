@@ -10,8 +10,9 @@ import sys
 import textwrap
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ __all__ = [
     "aligned",
     "check_form",
     "chosen_attack",
+    "completed",
     "duration",
     "key_values",
     "loading",
@@ -121,6 +123,16 @@ def _check_value(value: Any, option: Any, what: str) -> None:
         raise BadInputError(f"{what} must be {needed}, got {value!r:.80}")
 
 
+def completed(kind: str) -> Callable[[str], list[str]]:
+    """Return what completes a name in the shell, plug-ins included; it loads none of them."""
+
+    def complete(incomplete: str) -> list[str]:
+        names = {entry.name for entry in entry_points(group=f"mmdefense.{kind}")}
+        return sorted(name for name in names if name.startswith(incomplete))
+
+    return complete
+
+
 def _hushed(quiet: bool) -> bool:
     if quiet:
         warnings.simplefilter("ignore", Note)
@@ -173,7 +185,11 @@ Data = Annotated[
     ),
 ]
 Task = Annotated[
-    str, typer.Option(help="The task, from `list tasks`; auto infers it from the model.")
+    str,
+    typer.Option(
+        help="The task, from `list tasks`; auto infers it from the model.",
+        autocompletion=completed("tasks"),
+    ),
 ]
 Arch = Annotated[
     str | None,

@@ -39,6 +39,7 @@ from mmdefense.arguments import (
     Weights,
     check_form,
     chosen_attack,
+    completed,
     duration,
     key_values,
     loading,
@@ -48,6 +49,7 @@ from mmdefense.arguments import (
     say_table,
 )
 from mmdefense.cli_grid import grid_app, store_app
+from mmdefense.cli_help import with_groups
 from mmdefense.cli_list import doctor, list_
 from mmdefense.cli_scan import scan
 from mmdefense.cli_sign import sign, verify
@@ -67,7 +69,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Find and remove backdoors in models that you did not train.",
@@ -156,7 +157,11 @@ def purify(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")],
     defense: Annotated[
-        str, typer.Option(help="A defense, from `list defenses`; auto tries several.")
+        str,
+        typer.Option(
+            help="A defense, from `list defenses`; auto tries several.",
+            autocompletion=completed("defenses"),
+        ),
     ] = "fip",
     task: Task = "auto",
     arch: Arch = None,
@@ -214,6 +219,7 @@ def purify(
     ] = None,
     config: Config = None,
     quiet: Quiet = False,
+    form: TableFormat = "text",
 ) -> None:
     """Purify a model with a little clean data, and write it with its evidence to a new folder."""
     begun = time.monotonic()
@@ -224,6 +230,7 @@ def purify(
         from mmdefense.report.terminal import ProgressDisplay
         from mmdefense.runtime.deadline import Deadline
 
+    check_form(form)
     given = {"seed": seed, "max_utility_drop": max_utility_drop, **key_values(settings)}
     chosen = configured(defense, given)
     reading = reading_options(mean, std, image_size, channels, classes, read)
@@ -273,12 +280,11 @@ def purify(
             err=True,
         )
         raise typer.Exit(130) from None
-    _say_what_was_done(purified, out)
-    if partial_folder(out).exists():
-        say("to continue, rerun the command with more time, --resume and --force")
+    _say_what_was_done(purified, out, form)
     finding = purified.guard.violated or bool(purified.unchanged)
     if target is not None:
-        say("not pushed to the hub" if finding else f"pushed to {target.upload(out)}")
+        said = "not pushed to the hub" if finding else f"pushed to {target.upload(out)}"
+        say(said, err=form != "text")
     raise typer.Exit(int(finding))
 
 
@@ -290,7 +296,10 @@ def evaluate(
     arch: Arch = None,
     weights: Weights = None,
     split: Annotated[str, typer.Option(help="train or test, if the data is split.")] = "test",
-    attack: Annotated[str | None, typer.Option(help="An attack, from `list attacks`.")] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(help="An attack, from `list attacks`.", autocompletion=completed("attacks")),
+    ] = None,
     trigger: Annotated[
         Path | None,
         typer.Option(
@@ -491,7 +500,16 @@ def demo(
     say(f"wrote {out}/report.html")
 
 
-def _say_what_was_done(purified: PurificationRecord, out: Path) -> None:
+with_groups(app)
+
+
+def _say_what_was_done(purified: PurificationRecord, out: Path, form: str) -> None:
+    from mmdefense.pipeline.jobs import partial_folder
+    from mmdefense.report.compare import comparison_table
+
+    if form != "text":
+        say_table(comparison_table([out]).rows, form)
+        return
     if purified.scan is not None:
         say(f"the given model: {purified.scan.verdict.text}")
     if purified.unchanged:
@@ -501,6 +519,8 @@ def _say_what_was_done(purified: PurificationRecord, out: Path) -> None:
         say(f"{purified.guard.message}\nwrote {out}/report.html and the purified model")
     if purified.choice is not None:
         say("\n".join(purified.choice.why))
+    if partial_folder(out).exists():
+        say("to continue, rerun the command with more time, --resume and --force")
 
 
 def _processes(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdefense.arguments import Device, TableFormat, check_form, say, say_table
+from mmdefense.arguments import Device, Quiet, TableFormat, check_form, loading, say, say_table
 from mmdefense.tabular import Value
 
 if TYPE_CHECKING:
@@ -59,20 +59,22 @@ def build(
         "out/zoo"
     ),
     device: Device = "cpu",
+    quiet: Quiet = False,
 ) -> None:
     """Train victims and write weights and cards; by default those that are not here.
 
     A training that was interrupted goes on where it was.
     """
-    import torch
+    with loading(quiet):
+        import torch
 
-    from mmdefense.evaluation.zoo import build_victim, find_card, zoo_cases
-    from mmdefense.report.terminal import ProgressDisplay
+        from mmdefense.evaluation.zoo import build_victim, find_card, zoo_cases
+        from mmdefense.report.terminal import ProgressDisplay
 
     torch.set_num_threads(1)  # results depend on it in their last bits
     missing = [name for name in zoo_cases() if find_card(name) is None]
     for name in names or missing:
-        with ProgressDisplay() as progress:
+        with ProgressDisplay(quiet=quiet) as progress:
             card = build_victim(name, out, progress, device)
         say(f"{name}  {_in_percent(card.rates)}  {out / name}.safetensors")
 
