@@ -28,7 +28,8 @@ def weights(folder: Path) -> dict[str, list[float]]:
 def test_purify_writes_a_drop_in_model_with_its_evidence(place, mmdefense):
     outcome = mmdefense(*place.purify("--seed", "4", "--evidence", "full"))
     assert outcome.code == 0
-    assert "utility guard: bound not decidable with 6 held-out samples" in outcome.out
+    assert "utility guard: bound not decidable with 30 held-out samples" in outcome.out
+    assert "of 5 folds" in outcome.out
     assert place.files() == ["out"]
     before, after = load_file(place.model), load_file(place.out / "model.safetensors")
     assert {n: (v.shape, v.dtype) for n, v in before.items()} == {
@@ -382,7 +383,8 @@ def test_doctor_names_what_is_missing_and_what_brings_it(mmdefense, monkeypatch)
 
 def test_progress_is_a_line_per_stage_where_there_is_no_terminal(place, mmdefense):
     fixed = ("--set", "restarts=0")  # no range test
-    said = mmdefense(*place.purify("--evidence", "none", *fixed)).err.splitlines()
+    wide = ("--set", "max_utility_drop=1")  # no cross-validation
+    said = mmdefense(*place.purify("--evidence", "none", *fixed, *wide)).err.splitlines()
     stages = [line.partition(":")[0] for line in said]
     assert stages == ["reading", "scan", "utility before", "fine-tune", "guard", "writing"]
     assert re.fullmatch(r"fine-tune: 4 of 4 in \S+ s, loss \S+", said[3])
