@@ -6,7 +6,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := mmdefense tasks/mmdefense_tasks adapters/mmdefense_adapters $(wildcard recipes/*.py recipes/analyses/*.py recipes/benchmarks/*.py)
+PACKAGES := mmdefense tasks/mmdefense_tasks adapters/mmdefense_adapters $(wildcard gallery/*.py recipes/*.py recipes/analyses/*.py recipes/benchmarks/*.py)
 # The first of these that pyproject.toml admits makes the environment.
 PYTHONS ?= python3 python3.13 python3.12 python3.11
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))

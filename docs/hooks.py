@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import base64
 import csv
 import dataclasses
+import json
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,8 +38,8 @@ PACKAGES = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of the reference and llms.txt, which are in no folder."""
-    for name, text in reference().items():
+    """Add the pages of the reference, llms.txt and figures of notebooks, which are in no folder."""
+    for name, text in (reference() | gallery_figures()).items():
         files.append(File.generated(config, name, content=text))
     files.append(File.generated(config, "llms.txt", content=llms_txt(config["nav"])))
     return files
@@ -282,13 +284,35 @@ def victims(_: str) -> str:
     return "\n".join(lines)
 
 
-MARK = re.compile(r"^<!-- (settings|figures|attack|poisoning|victims): ([\w-]+) -->$", re.MULTILINE)
+def first_figure(name: str) -> str:
+    """Return the picture of the first plot of a notebook of the gallery."""
+    return f"![The first plot of the notebook](gallery/{name}.png)"
+
+
+def gallery_figures() -> dict[str, bytes]:
+    """Return the first plot of each notebook of the gallery as PNG, by path."""
+    found = {}
+    for path in sorted((ROOT / "gallery").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        pictures = (output["data"]["image/png"] for output in outputs if _is_picture(output))
+        found[f"gallery/{path.stem}.png"] = base64.b64decode(next(pictures))
+    return found
+
+
+def _is_picture(output: Mapping[str, Any]) -> bool:
+    return "image/png" in output.get("data", {})
+
+
+_KINDS = "settings|figures|attack|poisoning|victims|notebook"
+MARK = re.compile(rf"^<!-- ({_KINDS}): ([\w-]+) -->$", re.MULTILINE)
 FILLED = {
     "settings": defense_settings,
     "figures": figures,
     "attack": attack_settings,
     "poisoning": poisoning_settings,
     "victims": victims,
+    "notebook": first_figure,
 }
 
 
