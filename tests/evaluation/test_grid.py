@@ -409,7 +409,8 @@ def test_workers_on_devices_of_two_kinds_are_refused(grid, tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_give_the_cells_of_one(tmp_path):
-    grid = Grid(cases=named_cases(["digits-badnets"]), defenses=["fine-tuning"], seeds=(0, 1))
+    fast = Lineup(defense="fine-tuning", settings={"steps": 50, "restarts": 0})
+    grid = Grid(cases=named_cases(["digits-badnets"]), defenses=[fast], seeds=(0, 1))
     run_workers(grid, tmp_path / "two", 2)
     torch.set_num_threads(1)
     alone = grid.run(tmp_path / "one")
