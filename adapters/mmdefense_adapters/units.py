@@ -152,7 +152,8 @@ def _readable(block: nn.Module, projection: nn.Module, calls: Sequence[nn.Module
 
 def _head_count(module: nn.Module, projection: nn.Module) -> int | None:
     # A decoder's may differ from its config's; a block in two parts keeps the count in the first.
-    for owner in (module, getattr(module, "attention", None), getattr(module, "config", None)):
+    parts = (getattr(module, name, None) for name in ("attention", "self", "config"))
+    for owner in (module, *parts):
         for name in _HEAD_COUNTS:
             value = getattr(owner, name, None)
             if isinstance(value, int):
