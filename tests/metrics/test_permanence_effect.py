@@ -1,4 +1,4 @@
-"""A backdoor that fine-tuning has hidden comes back soon; a clean twin does not learn it."""
+"""A backdoor that a low rate has hidden comes back soon; a clean twin does not learn it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdefense.runtime.run import Run
 
 
 @pytest.mark.slow
-def test_fine_tuning_leaves_a_backdoor_that_comes_back_and_a_clean_twin_does_not_learn_it(tmp_path):
+def test_what_a_low_rate_hides_comes_back_and_a_clean_twin_does_not_learn_it(tmp_path):
     kind = BACKDOORED["image"]
     attack = kind.plant(tmp_path / "victim")
     victim = adapt(load_plainly(tmp_path / "victim", kind.loads))
@@ -26,10 +26,11 @@ def test_fine_tuning_leaves_a_backdoor_that_comes_back_and_a_clean_twin_does_not
     twin = adapt(load_plainly(tmp_path / "twin", kind.loads))
     rest, clean = kind._parts(0)
     train(twin, twin.samples(rest), kind.training, Run(0), stage="victim")
-    purified = purify(victim, clean, configured("fine-tuning", {"seed": 0}), evidence="none")
+    low = {"seed": 0, "lr": 0.02, "steps": 100, "restarts": 0, "max_utility_drop": 1.0}
+    purified = purify(victim, clean, configured("ft-sam", low), evidence="none")
     adapter, test = purified.result.adapter, kind.data()[1]
     training = retuning_of(adapter)
     found = retune(adapter, clean, test, attack, 10, twin=twin, training=training)
     assert found.model[0].asr < 0.05  # as every figure but this one would have it, it is gone
-    assert found.asr > 0.1  # 0.30 where it was measured
-    assert found.twin[-1].asr < 0.05  # 0.003 there
+    assert found.asr > 0.1  # 0.30 where it was measured; 0.03 after fine-tuning at its found rate
+    assert found.twin[-1].asr < 0.05  # 0.009 there
