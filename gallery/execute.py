@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def strip(notebook: Any) -> None:
 
 def main() -> None:
     """Execute the named notebooks, by default all."""
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, for it names a path
     for path in [HERE / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(path, Path(folder))
