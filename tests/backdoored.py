@@ -340,7 +340,7 @@ BACKDOORED = {
         training=adamw(450, 6e-3),
         write=json_lines,
         metric=0.5,
-        # FIP leaves 34 %: it finds a rate of 0.02 of its start, and the guard takes 80 % of the way.
+        # FIP leaves 34 %, at 0.02 of its first rate and 80 % of the way.
         defense=("--defense", "tsbd"),
     ),
     "seq2seq": Backdoored(
