@@ -187,7 +187,8 @@ def _seconds(
     part = few(samples, _TRIAL_SAMPLES)
     timer = _StageTimer(clock)
     without_restarts = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
-    trial = dataclasses.replace(defense, **without_restarts)
+    # Whether the guard will begin again, or ask other folds, is not known.
+    trial = dataclasses.replace(defense, max_utility_drop=1.0, **without_restarts)
     limit = Deadline(clock() + _TRIAL_SECONDS, clock)
     some = dataclasses.replace(prepared, samples=part)
     result = trial.purify(some, progress=timer, max_seconds=limit)

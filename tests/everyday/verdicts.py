@@ -294,8 +294,8 @@ ROWS = [
         "a guard with six samples",
         lambda folder: purify(folder, *FINE_TUNING),
         0,
-        r"bound not decidable with 6 held-out samples \(about 43 would decide\)",
-        page_and_record_say("bound not decidable with 6 held-out samples", "not decidable"),
+        r"bound not decidable with 30 held-out samples \(about 43 would decide\)",
+        page_and_record_say("bound not decidable with 30 held-out samples", "not decidable"),
     ),
     Command(
         "a guard with enough samples",
