@@ -43,7 +43,16 @@ from mmdefense.errors import (
 )
 from mmdefense.notes import Note, note
 
-__all__ = ["BeyondBoundsError", "Channel", "Network", "fresh", "in_child", "inside", "total_size"]
+__all__ = [
+    "BeyondBoundsError",
+    "Channel",
+    "Network",
+    "differentiates_in_child",
+    "fresh",
+    "in_child",
+    "inside",
+    "total_size",
+]
 
 SECONDS, SPEED = 60.0, 10e6
 """Seconds that a reader may take, plus one second per so many bytes. Our choice."""
@@ -181,6 +190,27 @@ def in_child(
     finally:
         receiving.close()
         _end(child)
+
+
+def differentiates_in_child() -> bool:
+    """Return whether a child can compute gradients.
+
+    It cannot if PyTorch has started threads for gradients here, as it does for the first gradient
+    on a machine with an accelerator. It does not tell, so a child tries.
+    """
+    if inside() or not sys.platform.startswith("linux"):
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on forks beside threads
+        child = os.fork()
+    if child == 0:
+        with suppress(RuntimeError):
+            import torch
+
+            torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _heard(

@@ -27,7 +27,14 @@ from mmdefense.protocol import TaskAdapter
 from mmdefense.report.encoding import build, plain
 from mmdefense.report.terminal import shown
 from mmdefense.runtime.run import Event, Progress
-from mmdefense.sandbox import BeyondBoundsError, Channel, Network, in_child, total_size
+from mmdefense.sandbox import (
+    BeyondBoundsError,
+    Channel,
+    Network,
+    differentiates_in_child,
+    in_child,
+    total_size,
+)
 from mmdefense.scanning.behaviour import NOT_LOOKED, scan_behaviour
 from mmdefense.scanning.files import BEYOND, scan_files
 from mmdefense.scanning.weights import scan_weights
@@ -172,7 +179,9 @@ class _ModelScan:
         parts: list[str] = []
         is_file = isinstance(self.model, Path)
         if is_file and worst_level(self.findings) != "high":
-            all_in_child = self.data is None or not self._uses_cuda()
+            all_in_child = self.data is None or (
+                not self._uses_cuda() and differentiates_in_child()
+            )
             self._run_in_child(parts, self._steps() if all_in_child else self._weights())
             if all_in_child:
                 return parts

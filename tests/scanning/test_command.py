@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -247,3 +252,47 @@ def test_what_takes_one_model(place, mmdefense, more):
     outcome = mmdefense("scan", place.model, evil(place), *more)
     assert (outcome.code, outcome.out) == (2, "")
     assert "takes one MODEL, got 2" in outcome.err
+
+
+NESTED = """
+import sys
+from pathlib import Path
+import torch
+import mmdefense as mmd
+from mmdefense.sandbox import differentiates_in_child
+
+class Nested(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, depth):
+        ctx.depth = depth
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.depth:
+            with torch.enable_grad():
+                value = torch.ones((), requires_grad=True)
+                Nested.apply(value, ctx.depth - 1).backward()
+        return gradient, None
+
+assert differentiates_in_child()
+Nested.apply(torch.ones((), requires_grad=True), 100).backward()
+assert not differentiates_in_child()
+found = mmd.scan(sys.argv[1], sys.argv[2], arch=sys.argv[3], accept_low_utility=True, progress=None)
+print(found.parts)
+"""
+
+
+def test_after_gradients_in_threads_the_behaviour_is_scanned_all_the_same(place):
+    """Gradients so deep start threads, as any do where there is an accelerator."""
+    command = [sys.executable, "-c", NESTED, str(place.model), str(place.data), "commands:Net"]
+    path = os.pathsep.join([str(Path(commands.__file__).parent), *sys.path])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=place.folder,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "behaviour" in done.stdout
