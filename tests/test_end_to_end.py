@@ -148,7 +148,7 @@ def test_what_comes_out_is_what_was_purified_wherever_it_is_loaded(purified):
 
 def test_a_purification_of_no_strength_changes_no_logit(case):
     out = case.folder / "untouched"
-    code, said = case.run("purify", "-o", out, *case.made.defense, "--set", "steps=0")
+    code, said = case.run("purify", "-o", out, "--defense", "fine-tuning", "--set", "steps=0")
     assert code == 1, said
     assert "nothing was changed: steps=0" in said
     given, untouched = case.plain_logits("untrusted", "untouched")
