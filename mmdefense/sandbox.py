@@ -204,12 +204,14 @@ def differentiates_in_child() -> bool:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on forks beside threads
         child = os.fork()
     if child == 0:
-        with suppress(RuntimeError):
+        code = 1
+        try:
             import torch
 
             torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
-            os._exit(0)
-        os._exit(1)
+            code = 0
+        finally:  # whatever it raises, nothing of the parent's work goes on here
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

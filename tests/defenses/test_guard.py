@@ -14,7 +14,7 @@ from torch import nn
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import folds, split
 from mmdefense.data.labelled import LabelledSamples
-from mmdefense.defenses.base import Defense, TrainingDefense
+from mmdefense.defenses.base import Defense, RateFindingDefense, TrainingDefense
 from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense.plots.weight_change import WeightChange
@@ -379,6 +379,24 @@ def test_where_none_keeps_the_bound_the_least_harmful_of_all_is_returned(clean):
     assert "VIOLATED by every state" in result.guard.message
     assert "at 0.5 times the learning rate" in result.guard.message
     assert result.model.level.item() == pytest.approx(0.6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redrawn(RateFindingDefense):
+    """Keeps half of the score below a rate of 0.5 and a tenth above, as if a layer was redrawn."""
+
+    tried: list[float] = field(default_factory=list)
+    holdout: float = 0.5
+
+    def _run(self, work):
+        self.tried.append(self.lr)
+        levels(0.5 if self.lr < 0.5 else 0.1)(work)
+
+
+def test_where_no_rate_keeps_most_of_the_score_the_best_one_is_the_measure(adapter, clean):
+    defense = Redrawn(restarts=3, max_utility_drop=1.0)
+    assert defense.purify(adapter, clean).guard.rate == 0.25
+    assert defense.tried == [1.28, 0.64, 0.32, 0.16, 0.32]  # four short trainings, then in full
 
 
 def test_a_milder_run_that_is_cut_off_is_not_taken(adapter, clean):
