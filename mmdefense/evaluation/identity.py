@@ -19,7 +19,8 @@ from mmdefense.store import Identity
 __all__ = ["cell_identity", "data_fingerprint", "loaded", "victim_identity"]
 
 _NOT_MEASURING = {
-    *("analysis", "arguments", "catalogue", "cli", "cli_grid", "cli_zoo", "doctor", "libraries"),
+    *("analysis", "arguments", "catalogue", "cli", "cli_grid", "cli_help", "cli_list"),
+    *("cli_scan", "cli_sign", "cli_zoo", "doctor", "libraries"),
     *("notes", "report", "sandbox", "scanning", "shown", "store"),
 }
 """Modules and packages of mmdefense that do not affect measurements."""
