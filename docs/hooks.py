@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import griffe
 from mkdocs.structure.files import File
 
-from mmdefense import catalogue, registry
+from mmdefense import registry
 from mmdefense.attacks.baddet import ObjectAttack
 from mmdefense.attacks.label_attack import LabelAttack
 from mmdefense.attacks.text_attack import TextAttack
+from mmdefense.cli import catalogue
 from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.evaluation import zoo
 from mmdefense.protocol import TaskAdapter

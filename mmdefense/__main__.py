@@ -1,5 +1,5 @@
 """``python -m mmdefense`` is ``mmdefense``."""
 
-from mmdefense.cli import main
+from mmdefense.cli.app import main
 
 main()

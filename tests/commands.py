@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmdefense import registry
-from mmdefense.cli import main
+from mmdefense.cli.app import main
 from mmdefense.defenses.base import Purifying
 from mmdefense.defenses.fine_tuning import FineTuning
 

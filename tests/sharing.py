@@ -122,7 +122,7 @@ def all_defenses(folder):
 
 def purify_command(folder):
     """Run the command line that the test has left beside."""
-    from mmdefense.cli import main
+    from mmdefense.cli.app import main
 
     sys.argv = ["mmdefense", *(folder / "command.txt").read_text().split("\n")]
     main()

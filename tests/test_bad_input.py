@@ -252,7 +252,7 @@ def test_pytorch_hiding_a_full_disk_is_seen_through(tmp_path, monkeypatch):
 
 def test_debug_shows_the_traceback(place, mmdefense, monkeypatch):
     monkeypatch.setenv("MMDEFENSE_DEBUG", "1")
-    from mmdefense.cli import main
+    from mmdefense.cli.app import main
     from mmdefense.errors import BadInputError
 
     monkeypatch.setattr("sys.argv", ["mmdefense", *place.purify(model="nowhere.pt")])

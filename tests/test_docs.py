@@ -354,7 +354,7 @@ def check_target(words: list[str]) -> None:
 
 def parse_cli(arguments: list[str]) -> None:
     """Parse as the command line does, and run nothing; an unknown option raises."""
-    from mmdefense.cli import app
+    from mmdefense.cli.app import app
 
     group = typer.main.get_command(app)
     with group.make_context("mmdefense", list(arguments)) as context:

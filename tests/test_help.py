@@ -11,8 +11,8 @@ import sys
 import pytest
 import typer
 
-from mmdefense.cli import app
-from mmdefense.cli_help import COMMANDS, EXAMPLES, OPTIONS
+from mmdefense.cli.app import app
+from mmdefense.cli.help import COMMANDS, EXAMPLES, OPTIONS
 
 
 def every_command():

@@ -13,7 +13,8 @@ from annotated_types import Interval
 from commands import tool
 from mkdocs.config import load_config
 
-from mmdefense import catalogue, registry
+from mmdefense import registry
+from mmdefense.cli import catalogue
 from mmdefense.scanning.sarif import HOMEPAGE
 from mmdefense.settings import Positive, Share
 

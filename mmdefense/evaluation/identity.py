@@ -19,9 +19,7 @@ from mmdefense.store import Identity
 __all__ = ["cell_identity", "data_fingerprint", "loaded", "victim_identity"]
 
 _NOT_MEASURING = {
-    *("analysis", "arguments", "catalogue", "cli", "cli_grid", "cli_help", "cli_list"),
-    *("cli_scan", "cli_sign", "cli_zoo", "doctor", "libraries"),
-    *("notes", "report", "sandbox", "scanning", "shown", "store"),
+    *("analysis", "cli", "libraries", "notes", "report", "sandbox", "scanning", "shown", "store"),
 }
 """Modules and packages of mmdefense that do not affect measurements."""
 

@@ -29,11 +29,7 @@ from mmdefense.store import Identity
 
 __all__ = ["code_version", "library_versions", "purification_parts", "scan_identity"]
 
-_ELSEWHERE = (
-    *("arguments", "catalogue", "cli", "cli_grid", "cli_help", "cli_list", "cli_scan"),
-    *("cli_sign", "cli_zoo", "doctor"),
-    *("evaluation", "store"),
-)
+_ELSEWHERE = ("cli", "evaluation", "store")
 """Modules and packages of mmdefense that do not affect purifications and scans."""
 
 _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "timm", "peft")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdefense.checkpoints.huggingface import weight_files
 from mmdefense.checkpoints.models import load_model, save_model
-from mmdefense.cli import main
+from mmdefense.cli.app import main
 
 OFF = ("steps=0", "eta_f=0.0", "eta_r=0.0", "trace='none'")
 LOGITS = """

@@ -15,7 +15,7 @@ from everyday.rows import Command, Refused, Row
 from safetensors.torch import save_file
 
 import mmdefense as mmd
-from mmdefense.cli import main
+from mmdefense.cli.app import main
 from mmdefense.defenses.guard import Guard
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mmdefense.pipeline.evaluating  # noqa: F401  # here, so that each command need not
 import mmdefense.pipeline.scan  # noqa: F401
-from mmdefense.cli import main
+from mmdefense.cli.app import main
 
 SECONDS, PATIENCE, BYTES = 30, 120, 2 << 30
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdefense.arguments import (
+from mmdefense.cli.arguments import (
     AcceptLowUtility,
     Arch,
     Channels,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdefense.arguments import (
+from mmdefense.cli.arguments import (
     Quiet,
     TableFormat,
     aligned,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdefense.arguments import TableFormat, aligned, loading, say, say_table
+from mmdefense.cli.arguments import TableFormat, aligned, loading, say, say_table
 from mmdefense.errors import BadInputError
 
 __all__ = ["doctor", "list_"]
@@ -28,7 +28,7 @@ def list_(
 ) -> None:
     """List everything that has a name, plug-ins included, or the settings of one of them."""
     with loading():
-        from mmdefense.catalogue import KINDS, details, known
+        from mmdefense.cli.catalogue import KINDS, details, known
 
     if kind not in {None, *KINDS}:
         raise BadInputError(f"KIND must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -66,7 +66,7 @@ def list_(
 
 def doctor(form: TableFormat = "text") -> None:
     """Show what this installation has and what is missing."""
-    from mmdefense.doctor import examine
+    from mmdefense.cli.doctor import examine
 
     if form == "text":
         rows = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdefense.arguments import Device, Quiet, TableFormat, check_form, loading, say, say_table
+from mmdefense.cli.arguments import Device, Quiet, TableFormat, check_form, loading, say, say_table
 from mmdefense.tabular import Value
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmdefense.arguments import say
+from mmdefense.cli.arguments import say
 from mmdefense.errors import BadInputError
 
 __all__ = ["sign", "verify"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mmdefense import __version__
-from mmdefense.arguments import (
+from mmdefense.cli.arguments import (
     AcceptFindings,
     AcceptLowUtility,
     Arch,
@@ -48,12 +48,12 @@ from mmdefense.arguments import (
     say,
     say_table,
 )
-from mmdefense.cli_grid import grid_app, store_app
-from mmdefense.cli_help import with_groups
-from mmdefense.cli_list import doctor, list_
-from mmdefense.cli_scan import scan
-from mmdefense.cli_sign import sign, verify
-from mmdefense.cli_zoo import zoo_app
+from mmdefense.cli.grid import grid_app, store_app
+from mmdefense.cli.help import with_groups
+from mmdefense.cli.list import doctor, list_
+from mmdefense.cli.scan import scan
+from mmdefense.cli.sign import sign, verify
+from mmdefense.cli.zoo import zoo_app
 from mmdefense.errors import BadInputError, MMDefenseError, UnsupportedError, one_line, printable
 from mmdefense.notes import notes_written
 
@@ -561,7 +561,3 @@ def _hub_target(repo: str | None, source: Source, force: bool) -> HubTarget | No
     from mmdefense.checkpoints.hub import HubTarget
 
     return None if repo is None else HubTarget(repo, given=str(source.model), force=force)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The command line of mmdefense; :mod:`mmdefense.cli.app` is its entrance."""
