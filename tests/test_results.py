@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("results_recipe", ROOT / "recipes" / "results.py")
-recipe = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = recipe  # dataclasses look their module up
-spec.loader.exec_module(recipe)
+recipe = load_script(ROOT / "recipes" / "results.py")
 CELLS = recipe.read()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from annotated_types import Interval
 from commands import tool
 from mkdocs.config import load_config
+from scripts import load_script
 
 from mmdefense import registry
 from mmdefense.cli import catalogue
@@ -22,14 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-def load_hooks():
-    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HOOKS = load_hooks()
+HOOKS = load_script(DOCS / "hooks.py")
 NAV = load_config(str(ROOT / "mkdocs.yml")).nav
 WRITTEN = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 
