@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "ImageGrid", "ImageRow", "visible_channels", "with_and_without"]
 
 _TILES = 96  # ours
+_LABEL_INCHES = 0.2  # a line of small type and a gap
 COLUMNS = 10
 """Ours: samples side by side, so that pages stay readable."""
 
@@ -89,8 +90,11 @@ class ImageGrid(Panel):
         """Draw on a pair of axes, a strip of images for each row; names are left out."""
         axes.set_axis_off()
         height = 1 / max(1, len(self.rows))
+        label = _LABEL_INCHES / (axes.bbox.height / axes.figure.dpi)
         for number, row in enumerate(self.rows):
-            strip = axes.inset_axes((0.0, 1 - height * (number + 1), 1.0, height * 0.8))
+            strip = axes.inset_axes(
+                (0.0, 1 - height * (number + 1), 1.0, height - min(label, height / 2))
+            )
             images = row.images[: self.most].transpose(0, 2, 3, 1)
             edged = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=np.nan)
             joined = np.concatenate(list(edged), 1)[:, :-1]
