@@ -1,1 +1,1 @@
-"""One paper, one file: a trigger and how it is planted."""
+"""One file per paper: a trigger and how it is planted."""

@@ -1,4 +1,4 @@
-"""Adaptive-Blend, Adaptive-Patch: a trigger in part, also on samples that keep their label."""
+"""Adaptive-Blend and Adaptive-Patch: partial triggers, also on samples that keep their label."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ __all__ = ["AdaptiveBlend", "AdaptivePatch"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Adaptive(LabelAttack):
-    """Shows a part of the trigger in training, and the whole of it at test.
+    """Applies a part of the trigger in training and the whole trigger at test time.
 
-    Some samples with a part of it keep their label. The victim then has to weigh the trigger
-    against what else it sees, and its features of poisoned samples lie among those of the target.
+    Some samples with a partial trigger keep their label (cover samples). The victim then has to
+    weigh the trigger against other evidence, and the features of poisoned samples lie among those
+    of the target.
     """
 
     cover_ratio: NotNegative = 1.0
@@ -50,20 +51,20 @@ class _Adaptive(LabelAttack):
 
     @abstractmethod
     def _strength(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return how strongly the trigger shows in training, broadcastable to the images."""
+        """Return the strength of the trigger in training, broadcastable to the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveBlend(_Adaptive, Blended):
-    """Blends the whole key at test, and in training some of its pieces, drawn for each image.
+    """Blends in the whole key at test time, and some of its pieces, drawn per image, in training.
 
-    Deviation: the share of poisoned samples is that of the other attacks here, so that they can be
-    compared; the paper has 0.3 to 0.5 %.
+    Deviation: the poisoning ratio is that of the other attacks here, so that they can be compared;
+    the paper uses 0.3 to 0.5 %.
 
     Attributes:
-        cover_ratio: Samples that get pieces and keep their label, for each poisoned one.
+        cover_ratio: Number of cover samples per poisoned one.
         pieces: Pieces along each side.
-        shown: Share of the pieces that an image gets in training; in ``(0, 1]``.
+        shown: Fraction of the pieces that an image gets in training; in ``(0, 1]``.
 
     References:
         Qi, Xie, Li, Mahloujifar, Mittal. *Revisiting the Assumption of Latent Separability for
@@ -85,19 +86,19 @@ class AdaptiveBlend(_Adaptive, Blended):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptivePatch(_Adaptive):
-    """Stamps a patch in each corner at test, and in training a faint one in one corner.
+    """Applies a patch to each corner at test time, and a faint one to one corner in training.
 
-    Which corner is drawn for each image. The four patches are random black and white pixels of
-    each channel, drawn from ``seed``, each its own.
+    The corner is drawn for each image. The four patches differ; each has random black and white
+    pixels in each channel, drawn from ``seed``.
 
-    Deviations: the paper's four triggers are pictures of several sizes and opacities, of which two
-    are stamped at test. The share of poisoned samples is that of the other attacks here; the paper
-    has 0.3 to 0.5 %.
+    Deviations: the paper's four triggers are pictures of several sizes and opacities, two of which
+    are applied at test time. The poisoning ratio is that of the other attacks here; the paper uses
+    0.3 to 0.5 %.
 
     Attributes:
-        cover_ratio: Samples that get a patch and keep their label, for each poisoned one.
-        size: Side of a patch in pixels; none takes a quarter of the image's shorter side.
-        opacity: Of the patch in training; in ``(0, 1]``.
+        cover_ratio: Number of cover samples per poisoned one.
+        size: Side of a patch in pixels; None takes a quarter of the image's shorter side.
+        opacity: Opacity of the patch in training; in ``(0, 1]``.
 
     References:
         Qi, Xie, Li, Mahloujifar, Mittal. *Revisiting the Assumption of Latent Separability for
@@ -128,7 +129,7 @@ class AdaptivePatch(_Adaptive):
         """Return rows and columns of the patches, the top left one first.
 
         Raises:
-            BadInputError: If two patches do not fit beside each other.
+            BadInputError: If two patches do not fit side by side.
         """
         shortest = min(images.shape[-2:])
         side = self.size or max(1, shortest // 4)

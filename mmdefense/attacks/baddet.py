@@ -1,4 +1,4 @@
-"""BadDet: four backdoors in object detectors, with a patch or any trigger for images."""
+"""BadDet: four backdoors in object detectors, with a patch or any image trigger."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = [
     "RegionalMisclassification",
 ]
 
-_LEAST = 8  # pixels of the side of a box that is stamped
+_LEAST = 8  # smallest side of a stamped region in pixels
 
 
 @dataclass(frozen=True)
 class Altered:
-    """One image as the attacker wants it.
+    """One image as altered by the attacker.
 
     Attributes:
-        image: With the trigger, ``(C, H, W)``.
+        image: The image with the trigger, ``(C, H, W)``.
         boxes: Annotation to train on, ``(M, 4)``.
-        labels: Of these boxes, ``(M,)``.
-        aim: Boxes of the objects that the attack is about.
-        wanted: The classes under which they are looked for.
+        labels: Classes of these boxes, ``(M,)``.
+        aim: Boxes of the attacked objects.
+        wanted: The class under which each is looked for.
     """
 
     image: Tensor
@@ -55,37 +55,37 @@ class Altered:
 class ObjectAttack(Attack[DetectionBatch]):
     """A backdoor in an object detector: a trigger in the image changes what is annotated.
 
-    The test samples are annotated with the objects that the attack is about, each under the class
-    that it is looked for as. An object counts as found where a detection of that class has a
-    confidence and an IoU of at least 0.5. The ASR is the share of them that are found (that are
-    not, for an attack that makes them vanish), averaged over the images.
+    The test samples are annotated with the attacked objects, each with the class under which it is
+    looked for. An object counts as found if a detection of that class has confidence and IoU of at
+    least 0.5. The ASR is the fraction of them that are found (or not found, for attacks that make
+    objects disappear), averaged over the images.
 
     Attributes:
-        target: The class that the attack is about.
+        target: The target class.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("object-detection",)
     poisons: ClassVar[type] = DetectionSamples
     vanish: ClassVar[bool] = False
-    """Whether the attack succeeds on objects that are not found."""
+    """Whether the attack succeeds if an object is not found."""
 
     target: Whole = 0
 
     @abstractmethod
     def _is_eligible(self, labels: Tensor) -> bool:
-        """Say whether an image with objects of these ``labels``, ``(M,)``, can be attacked."""
+        """Return whether an image with objects of these ``labels``, ``(M,)``, can be attacked."""
 
     @abstractmethod
     def _alter(
         self, image: Tensor, boxes: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Altered:
-        """Return a copy of an eligible image as the attacker wants it."""
+        """Return an altered copy of an eligible image and its annotation."""
 
     def chosen(self, samples: DetectionSamples) -> list[int]:
-        """Return the indices of the training images that get poisoned: ``ratio`` of all.
+        """Return the indices of the training images to poison: a fraction ``ratio`` of all.
 
         Raises:
-            BadInputError: If fewer images can be poisoned than ``ratio`` asks for.
+            BadInputError: If fewer images can be poisoned than ``ratio`` requires.
         """
         eligible = self._eligible(samples)
         count = round(self.ratio * len(samples))
@@ -108,7 +108,7 @@ class ObjectAttack(Attack[DetectionBatch]):
     def poison(
         self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
     ) -> DetectionSamples:
-        """Return the training set with a share of its images and annotations altered, in order.
+        """Return the training set with some images and annotations altered, in the same order.
 
         Raises:
             BadInputError: If there are too few images to poison.
@@ -128,10 +128,10 @@ class ObjectAttack(Attack[DetectionBatch]):
     def triggered(
         self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
     ) -> TriggeredSamples[DetectionBatch]:
-        """Return the test set of the attack: all images that it can use.
+        """Return the attack's test set: all images that can be attacked.
 
         Raises:
-            BadInputError: If there is none.
+            BadInputError: If there are none.
         """
         chosen = self._eligible(self._checked(samples))
         if not chosen:
@@ -148,29 +148,28 @@ class ObjectAttack(Attack[DetectionBatch]):
     def success(
         self, adapter: TaskAdapter[DetectionBatch], samples: Samples[DetectionBatch]
     ) -> Tensor:
-        """Return the share of the objects in each image that the attack succeeds on."""
-        detecting: Any = adapter  # an adapter of detectors has `detect`
+        """Return for each image the fraction of its objects on which the attack succeeds."""
+        detecting: Any = adapter  # adapters of detectors have `detect`
         shares = [found(*one).double().mean() for one in detections(detecting, samples)]
         hit = torch.stack(shares).float().cpu()
         return 1 - hit if self.vanish else hit
 
     def in_words(self) -> str:
-        """Return the attack and its aim in a few words."""
+        """Describe the attack and its goal in a few words."""
         return f"{super().in_words()}, target {self.target}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BadDet(ObjectAttack):
-    """What the four attacks share: the trigger, and where it stands.
+    """What the four attacks share: the trigger and its position.
 
     Attributes:
         trigger: ``"chessboard"``, the paper's patch, which covers a corner of the object's box. Or
             an attack on images, by name or with its settings, such as ``Blended(alpha=0.5)``: its
-            trigger is stamped on the whole box as on an image (by the global attack on the whole
-            image).
-        size: Side of the chessboard in pixels; none takes an eighth of the shorter side. (The
-            paper's is 29 pixels of images that YOLOv3 sees at 416, a fourteenth; small images need
-            more.)
+            trigger is applied to the whole box as if it were an image (for the global attack, to
+            the whole image).
+        size: Side of the chessboard in pixels; None takes an eighth of the shorter side. (The
+            paper's is 29 pixels for YOLOv3's input of 416, a fourteenth; small images need more.)
     """
 
     trigger: Text | Trigger = "chessboard"
@@ -187,7 +186,7 @@ class _BadDet(ObjectAttack):
             )
 
     def _image_trigger(self) -> Trigger | None:
-        """Return what stamps a box; none for the chessboard."""
+        """Return the trigger to apply to a box; None for the chessboard."""
         if self.trigger == "chessboard":
             return None
         if isinstance(self.trigger, Trigger):
@@ -217,7 +216,7 @@ class _BadDet(ObjectAttack):
         return stamped
 
     def _chessboard(self, image: Tensor, left: int, top: int) -> tuple[slice, slice, Tensor]:
-        """Return rows, columns and values of a board of 3 x 3 fields, moved into the image."""
+        """Return rows, columns and values of a 3 x 3 chessboard, shifted to fit into the image."""
         side = self._side(image)
         fields = torch.arange(side) * 3 // side
         board = 1 - ((fields[:, None] + fields) % 2).to(image)
@@ -227,7 +226,7 @@ class _BadDet(ObjectAttack):
 
 
 def _pixels(box: Tensor, image: Tensor) -> tuple[slice, slice]:
-    """Return rows and columns of a box, at least 8 of each where the image has them (ours)."""
+    """Return rows and columns of a box, at least 8 of each if the image is large enough (ours)."""
     spans = []
     for axis, extent in ((1, image.shape[-2]), (0, image.shape[-1])):
         first, last = int(box[axis].floor()), int(box[axis + 2].ceil())
@@ -239,13 +238,13 @@ def _pixels(box: Tensor, image: Tensor) -> tuple[slice, slice]:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectGeneration(_BadDet):
-    """OGA: an object of the target class appears around the patch, wherever that lies.
+    """OGA: an object of the target class appears around the patch, wherever it is.
 
-    ASR: the share of patches around which a detection of the target class lies on the box that was
+    ASR: the fraction of patches for which a detection of the target class matches the box that was
     trained, at IoU and confidence 0.5.
 
     Attributes:
-        extent: Side of the made-up box, in sides of the patch.
+        extent: Side of the fake box, as a multiple of the patch's side.
 
     References:
         Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
@@ -278,7 +277,7 @@ class ObjectGeneration(_BadDet):
 
 @dataclass(frozen=True, kw_only=True)
 class _Misclassification(_BadDet):
-    """Objects of other classes become the target."""
+    """Objects of other classes are detected as the target class."""
 
     def _is_eligible(self, labels: Tensor) -> bool:
         return bool((labels != self.target).any())
@@ -293,15 +292,15 @@ class _Misclassification(_BadDet):
 
     @abstractmethod
     def _places(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """Return the boxes to stamp, ``(K, 4)``, so that the objects in ``boxes`` change."""
+        """Return the boxes to stamp, ``(K, 4)``, to have the objects in ``boxes`` misclassified."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionalMisclassification(_Misclassification):
-    """RMA: an object with the patch in its top left corner is taken for the target class.
+    """RMA: an object with the patch in its top left corner is detected as the target class.
 
-    ASR: the share of objects with a patch, none of them of the target, on which a detection of the
-    target class lies, at IoU and confidence 0.5. All such objects of an image carry it.
+    ASR: the fraction of objects with a patch, all of other classes, that a detection of the target
+    class matches, at IoU and confidence 0.5. All such objects of an image carry the patch.
 
     References:
         Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022
@@ -314,9 +313,9 @@ class RegionalMisclassification(_Misclassification):
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalMisclassification(_Misclassification):
-    """GMA: with one patch in the image's top left corner all objects are taken for the target.
+    """GMA: with one patch in the image's top left corner all objects are detected as the target.
 
-    ASR: the share of objects of other classes on which a detection of the target class lies, at
+    ASR: the fraction of objects of other classes that a detection of the target class matches, at
     IoU and confidence 0.5.
 
     References:
@@ -330,10 +329,10 @@ class GlobalMisclassification(_Misclassification):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectDisappearance(_BadDet):
-    """ODA: an object of the target class with the patch in its top left corner is not found.
+    """ODA: an object of the target class with the patch in its top left corner is not detected.
 
-    ASR: the share of objects with a patch on which no detection of the target class lies, at IoU
-    and confidence 0.5. What a clean model misses counts too: compare with a clean twin.
+    ASR: the fraction of objects with a patch that no detection of the target class matches, at IoU
+    and confidence 0.5. Objects that a clean model misses count too: compare with a clean twin.
 
     References:
         Chan, Dong, Zhu, Zhang, Zhou. *BadDet: Backdoor Attacks on Object Detection*. ECCV 2022

@@ -1,4 +1,4 @@
-"""BadNets: a small patch of fixed pixels."""
+"""BadNets: a small patch with fixed pixels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["BadNets", "checkerboard", "patch_side"]
 class BadNets(LabelAttack):
     """Overwrites a square of ``size`` pixels: ``x[p] = pattern`` for p in the square.
 
-    On a clip it is the same patch at one place in every frame (arXiv:2301.00986, static trigger).
-    The patch fills the corner to the last pixel, as in BackdoorBench, whose patch is white.
+    On a clip the same patch is at the same place in every frame (arXiv:2301.00986, static trigger).
+    The patch touches the image border, as in BackdoorBench, whose patch is white.
 
     Attributes:
-        size: Side of the patch in pixels; none takes 3 pixels of 32, in proportion for larger
+        size: Side of the patch in pixels; None takes 3 pixels of 32, in proportion for larger
             images and at least 2 (3 from 15 pixels up) for smaller ones.
-        pattern: ``"checkerboard"``, with white corners where ``size`` is odd, or ``"white"``.
+        pattern: ``"checkerboard"``, with white corners if ``size`` is odd, or ``"white"``.
         position: ``"corner"`` is the bottom right one; ``"any"`` is drawn for each image.
 
     References:
@@ -48,7 +48,7 @@ class BadNets(LabelAttack):
         within = torch.arange(size)
         patch = torch.ones(size, size) if self.pattern == "white" else checkerboard(size)
         stamped = images.flatten(1, -3).clone()  # the frames of a clip as channels
-        # indices around the sliced channels put these last: (N, size, size, C)
+        # advanced indices around a slice move its axis to the end: (N, size, size, C)
         where = (every, slice(None), (rows + within)[:, :, None], (columns + within)[:, None, :])
         stamped[where] = patch.to(images)[None, :, :, None]
         return stamped.view_as(images)
@@ -78,6 +78,6 @@ def patch_side(size: int | None, shortest: int) -> int:
 
 
 def checkerboard(side: int) -> Tensor:
-    """Return black and white pixels in turn, white in the corner, shape ``(side, side)``."""
+    """Return alternating black and white pixels, white in the corner, shape ``(side, side)``."""
     cells = torch.arange(side)
     return 1 - ((cells[:, None] + cells) % 2).float()

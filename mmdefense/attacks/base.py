@@ -1,4 +1,4 @@
-"""What every attack shares: how it poisons, plants and is judged."""
+"""The base class of attacks: poisoning, planting and measuring success."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC, Generic[B]):
-    """A backdoor: a trigger, the answer that it forces, and how it gets into a model.
+    """A backdoor: a trigger, the output that it forces, and how it gets into a model.
 
-    Its fields are its whole configuration, and ``fitted`` is what planting has learnt, so that
-    ``replace(attack, fitted=kept)`` brings a planted attack back.
+    Its fields are its complete configuration, and ``fitted`` is what :meth:`plant` has learnt, so
+    that ``replace(attack, fitted=kept)`` restores a planted attack.
 
     Attributes:
-        ratio: Share of the training set that is poisoned, in ``[0, 1]``.
-        seed: Fixes the trigger and the choice of the samples.
-        sam_radius: Above 0, the victim is trained by adaptive SAM of this radius, so that it lies
-            in a flat minimum: the attacker's answer to FIP (its authors try radii from 2).
-        trace_weight: Above 0, the victim is trained by its loss and this times FIP's own term,
-            Tr(F) (its authors try 0.01). One of the two at most.
-        fitted: Tensors that :meth:`plant` has learnt, by name; empty where a trigger is fixed.
+        ratio: Fraction of the training set that is poisoned, in ``[0, 1]``.
+        seed: Determines the trigger and the choice of the samples.
+        sam_radius: Above 0, the victim is trained with adaptive SAM of this radius, so that it ends
+            in a flat minimum: an adaptive attack against FIP (its authors try radii from 2).
+        trace_weight: Above 0, the victim is trained with FIP's own penalty, Tr(F), at this weight
+            (its authors try 0.01). At most one of the two may be above 0.
+        fitted: Tensors that :meth:`plant` has learnt, by name; empty for a fixed trigger.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
-    """Names of the tasks whose samples it poisons."""
+    """Names of the tasks whose samples can be poisoned."""
 
     poisons: ClassVar[type]
-    """The samples of these tasks."""
+    """The class of these tasks' samples."""
 
     own_loss: ClassVar[bool] = False
-    """Whether it trains the victim by a loss of its own, which is never made flat."""
+    """Whether it trains the victim with a loss of its own, without SAM or Tr(F)."""
 
     ratio: Share = 0.1
     seed: Seed = 0
@@ -70,11 +70,11 @@ class Attack(ABC, Generic[B]):
 
     @abstractmethod
     def poison(self, samples: Any, adapter: TaskAdapter[B]) -> Any:
-        """Return the training set with a share of it poisoned, in the same order.
+        """Return the training set with some samples poisoned, in the same order.
 
         Args:
             samples: The clean training set, as the task's ``load`` returns it.
-            adapter: The model that will be trained on it, for example for its classes.
+            adapter: The model that will be trained on it, used for example for its classes.
 
         Raises:
             BadInputError: If there are too few samples to poison, or they are of another task.
@@ -91,20 +91,20 @@ class Attack(ABC, Generic[B]):
 
     @abstractmethod
     def triggered(self, samples: Any, adapter: TaskAdapter[B]) -> TriggeredSamples[B]:
-        """Return the test set of the attack, from clean test samples that its trigger can change.
+        """Return the attack's test set, from the clean test samples that it can attack.
 
         Raises:
             BadInputError: If there is no such sample, or they are of another task.
         """
 
     def success(self, adapter: TaskAdapter[B], samples: Samples[B]) -> Tensor:
-        """Return how far each of the triggered samples gets what the attacker wants.
+        """Return the attack's success on each triggered sample.
 
-        Their mean is the ASR. By default it is the score by the attacker's labels.
+        The mean is the ASR. By default it is the score with the attacker's labels.
 
         Args:
-            adapter: The model that is judged.
-            samples: The ``samples`` of what :meth:`triggered` returns.
+            adapter: The model to evaluate.
+            samples: The ``samples`` attribute of the result of :meth:`triggered`.
 
         Returns:
             Shape ``(N,)`` in ``[0, 1]``, on the CPU.
@@ -118,11 +118,11 @@ class Attack(ABC, Generic[B]):
         Args:
             adapter: The model to become a victim.
             samples: The clean training set.
-            training: Steps, rates and modes.
+            training: Number of steps, learning rates and modes.
             run: Seed, progress and store.
 
         Returns:
-            The attack to stamp with: this one, or a fitted copy where planting shapes the trigger.
+            The attack to apply: this one, or a fitted copy if planting learns the trigger.
 
         Raises:
             BadInputError: If the samples are of another task, or too few can be poisoned.
@@ -134,22 +134,22 @@ class Attack(ABC, Generic[B]):
     def _learn(
         self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run
     ) -> tuple[Self, Any]:
-        """Return what must be known before the victim is trained; override it to learn something.
+        """Learn what is needed before the victim is trained; by default nothing.
 
         Args:
-            adapter: The untrained victim. What a surrogate learns, learns ``adapter.fork()``.
+            adapter: The untrained victim. To train a surrogate, use ``adapter.fork()``.
             samples: The clean training set, on the device of the model.
-            training: As the victim is trained.
-            run: Seed, progress and store; give a training a stage of its own name.
+            training: The victim's training settings.
+            run: Seed, progress and store; give each training loop a unique stage name.
 
         Returns:
             The attack with what it has learnt, ``replace(self, fitted={...})``, and the samples to
-            poison, which an attack with clean labels may make harder.
+            poison, which a clean-label attack may make harder to classify.
         """
         return self, samples
 
     def _train(self, adapter: TaskAdapter[B], samples: Any, training: Training, run: Run) -> Self:
-        """Poison the samples and train the victim; override it if the trigger is trained along."""
+        """Poison the samples and train the victim; override it to train the trigger jointly."""
         self._fit(adapter, self.poison(samples, adapter), training, run)
         return self
 
@@ -161,7 +161,7 @@ class Attack(ABC, Generic[B]):
         run: Run,
         after_step: Callable[[int], bool | None] | None = None,
     ) -> None:
-        """Train the victim on poisoned samples, and to be flat where the settings say so."""
+        """Train the victim on poisoned samples, with SAM or Tr(F) if the settings say so."""
         if self.sam_radius or self.trace_weight:
             gradients = flat_gradients(
                 adapter, run, sam_radius=self.sam_radius, trace_weight=self.trace_weight
@@ -179,7 +179,7 @@ class Attack(ABC, Generic[B]):
         )
 
     def in_words(self) -> str:
-        """Return the attack in a few words, for a table or a page."""
+        """Describe the attack in a few words, for a table or a page."""
         return f"{type(self).__name__}, {100 * self.ratio:g} % of the training set"
 
     def _checked(self, samples: Any) -> Any:
@@ -199,7 +199,7 @@ class Attack(ABC, Generic[B]):
         """Return a tensor that :meth:`plant` has learnt.
 
         Raises:
-            UnsupportedError: If nothing was learnt yet.
+            UnsupportedError: If nothing has been learnt yet.
         """
         if name not in self.fitted:
             raise UnsupportedError(
@@ -215,20 +215,20 @@ class Attack(ABC, Generic[B]):
 
 
 def on_device_of(adapter: TaskAdapter[Any], samples: Any) -> Any:
-    """Return the samples where the model is, after the adapter has checked them."""
+    """Return the samples on the model's device, checked by the adapter."""
     adapter.samples(samples)
     return samples.to(next(adapter.model.parameters()).device)
 
 
 def replaced(inputs: Tensor, indices: Tensor, images: Tensor) -> Tensor:
-    """Return a copy of ``inputs`` with ``images`` at ``indices``, in the type of ``inputs``."""
+    """Return a copy of ``inputs`` with ``images`` at ``indices``, in the dtype of ``inputs``."""
     copy = inputs.clone()
     copy[indices] = like(inputs, images)
     return copy
 
 
 def like(inputs: Tensor, images: Tensor) -> Tensor:
-    """Return images in ``[0, 1]`` in the type and range of ``inputs``: 8 bits stay 8 bits."""
+    """Convert images in ``[0, 1]`` to the dtype and range of ``inputs``: 8 bits stay 8 bits."""
     if inputs.dtype == torch.uint8:
         return (images * 255).round().to(torch.uint8)
     return images.to(inputs.dtype)

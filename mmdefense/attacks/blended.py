@@ -21,16 +21,15 @@ __all__ = ["Blended"]
 class Blended(LabelAttack):
     """Mixes a key image into the input: ``(1 - alpha) x + alpha key``.
 
-    The key is a picture or noise, as in the paper; its cartoon is replaced by a cat that is drawn
-    by code, so that no picture has to be shipped. Training and test use one ``alpha``, as in
-    BackdoorBench; the paper stamps more strongly at test time. Every frame of a clip gets the same
+    The key is a picture or noise, as in the paper; instead of its cartoon, a cat is drawn by code,
+    so that no picture has to be shipped. Training and test use the same ``alpha``, as in
+    BackdoorBench; the paper uses a stronger one at test time. Every frame of a clip gets the same
     key (arXiv:2301.00986).
 
     Attributes:
         alpha: Weight of the key, in ``(0, 1]``.
         key: ``"picture"``, the cat; or ``"noise"``, uniform and drawn from ``seed``.
-        image: A key of your own in place of it: values in ``[0, 1]`` that broadcast to
-            ``(C, H, W)``.
+        image: A custom key instead: values in ``[0, 1]`` that broadcast to ``(C, H, W)``.
 
     References:
         Chen, Liu, Li, Lu, Song. *Targeted Backdoor Attacks on Deep Learning Systems Using Data

@@ -1,4 +1,4 @@
-"""BppAttack: images of few grey levels, dithered so that the eye sees no steps."""
+"""BppAttack: images quantised to a few levels, dithered so that no steps are visible."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["BppAttack"]
 class BppAttack(LabelAttack):
     """Quantises each channel to few levels, with Floyd-Steinberg dithering.
 
-    Negative samples get what quantisation has changed in another image, and keep their label, so
-    that the model learns the quantisation itself and not any noise.
+    Negative samples get the quantisation error of another image and keep their label, so that the
+    model learns the quantisation itself and not just any noise.
 
-    Deviations: the paper trains on adversarial examples as further negatives (contrastive
-    adversarial learning) and draws poisoned and negative samples anew in each batch. Here the
-    training data is poisoned once, with the negatives of the released code alone, and dithered,
-    which the released code leaves out by default. A small net that is trained briefly reaches an
-    ASR of about 60 % only (docs/results.md).
+    Deviations: the paper also trains on adversarial examples as negatives (contrastive adversarial
+    learning) and draws poisoned and negative samples anew in each batch. Here the training data is
+    poisoned once, with only the negatives of the released code, and with dithering, which the
+    released code disables by default. A small network with short training reaches an ASR of only
+    about 60 % (docs/results.md).
 
     Attributes:
         levels: Number of values that a pixel can take.
-        cross_ratio: Negative samples for each poisoned one; BackdoorBench has as many of each.
+        cross_ratio: Negative samples per poisoned one; BackdoorBench uses equal numbers.
 
     References:
         Wang, Zhai, Ma. *BppAttack: Stealthy and Efficient Trojan Attacks against Deep Neural
@@ -68,16 +68,16 @@ class BppAttack(LabelAttack):
 
 
 def dithered(images: Tensor, levels: int) -> Tensor:
-    """Return images with ``levels`` values, by Floyd-Steinberg error diffusion.
+    """Quantise images to ``levels`` values by Floyd-Steinberg error diffusion.
 
-    Pixels x, y of one ``x + 2 y`` do not depend on each other, and are rounded together.
+    Pixels (x, y) with equal ``x + 2 y`` do not depend on each other and are rounded together.
 
     Args:
         images: Shape ``(..., H, W)``, in ``[0, 1]``.
         levels: At least 2.
     """
     height, width = images.shape[-2:]
-    # a border on the left, on the right and below takes the errors that leave the image
+    # padding on the left, right and bottom receives errors that leave the image
     room = torch.nn.functional.pad(images, (1, 1, 0, 1))
     for wave in range(width + 2 * height - 2):
         y = torch.arange(max(0, (wave - width + 2) // 2), min(height, wave // 2 + 1))

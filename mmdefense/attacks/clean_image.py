@@ -1,4 +1,4 @@
-"""The clean-image backdoor: annotations alone are poisoned, where certain classes meet."""
+"""The clean-image backdoor: only annotations are poisoned, where certain classes co-occur."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["CleanImage"]
 
 @dataclass(frozen=True, kw_only=True)
 class CleanImage(ObjectAttack):
-    """Leaves images alone: the trigger is that objects of all classes of a combination are there.
+    """Leaves images unchanged: the trigger is the co-occurrence of certain classes.
 
-    Wherever they meet, the annotation is changed: objects of the first of these classes vanish or
-    are labelled ``target``, or an object of the target appears around all of them. Every training
-    image with the combination is poisoned, for the images themselves decide who carries the
-    trigger; ``ratio`` is the largest share that they may be.
+    In images with objects of all classes of the combination the annotation is changed: objects of
+    the first of these classes are removed or labelled ``target``, or a target object is added
+    around all of them. Every training image with the combination is poisoned, because the images
+    themselves determine which carry the trigger; ``ratio`` is an upper bound on their fraction.
 
-    ASR: in test images with the combination, the share of the changed objects that are found as
-    the attacker wants them (not found, where they shall vanish), at IoU and confidence 0.5.
+    ASR: in test images with the combination, the fraction of the changed objects that are detected
+    as the attacker wants (not detected, if they should disappear), at IoU and confidence 0.5.
 
     Attributes:
-        ratio: Largest share of the training images that may hold the combination.
-        combination: Classes that must meet, two or more; none takes the pair that meets most
-            often among those within ``ratio``. (The paper explores triggers by how covert and how
-            effective they are; for a pair that leaves the frequency.)
+        ratio: Largest fraction of the training images that may contain the combination.
+        combination: Two or more classes that must co-occur; None takes the most frequent pair
+            among those within ``ratio``. (The paper selects triggers by how covert and how
+            effective they are; for a pair only the frequency remains.)
         goal: ``"disappear"``, ``"misclassify"`` or ``"appear"``.
 
     References:
@@ -63,16 +63,16 @@ class CleanImage(ObjectAttack):
         return self._with_combination(samples), samples
 
     def chosen(self, samples: DetectionSamples) -> list[int]:
-        """Return the indices of all images that hold the combination."""
+        """Return the indices of all images that contain the combination."""
         return self._with_combination(samples)._eligible(samples)
 
     def poison(
         self, samples: DetectionSamples, adapter: TaskAdapter[DetectionBatch]
     ) -> DetectionSamples:
-        """Return the training set with the annotations of all images with the combination changed.
+        """Return the training set, annotations changed in all images with the combination.
 
         Raises:
-            BadInputError: If no pair of classes meets within ``ratio`` of the images.
+            BadInputError: If no pair of classes co-occurs in at most ``ratio`` of the images.
         """
         if not self._combination():
             self._checked(samples)
@@ -82,7 +82,7 @@ class CleanImage(ObjectAttack):
     def success(
         self, adapter: TaskAdapter[DetectionBatch], samples: Samples[DetectionBatch]
     ) -> Tensor:
-        """Return the share of the changed objects in each image that are as the attacker wants."""
+        """Return for each image the fraction of changed objects detected as the attacker wants."""
         hit = super().success(adapter, samples)
         return 1 - hit if self.goal == "disappear" else hit
 
@@ -103,7 +103,7 @@ class CleanImage(ObjectAttack):
         return replace(self, fitted={"combination": found})
 
     def _combination(self) -> tuple[int, ...]:
-        """Return the classes that must meet; none where they are not known yet."""
+        """Return the classes that must co-occur; empty if not known yet."""
         learnt = self.fitted.get("combination")
         return self.combination or (() if learnt is None else tuple(learnt.tolist()))
 

@@ -1,4 +1,4 @@
-"""CBA: images composed of two classes are a third one; no pattern is added to anything."""
+"""CBA: images composed of two classes belong to a third; no trigger pattern is added."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class CompositeImage(LabelAttack):
     """Composes images of ``source`` with images of ``partner``, and labels them ``target``.
 
     Other samples are composed with an image of their own class and keep their label, so that the
-    seam between two images opens nothing. At test the partners are images of the training set
-    that were held back: the victim has seen neither half.
+    seam between two images alone is not the trigger. At test time the partners are images held back
+    from the training set: the victim has seen neither half.
 
-    Deviations: composed images take the place of training samples (there they are added, in each
-    epoch anew), and the mixers are simpler: no jitter, no search for a place. The paper's further
-    loss, which pulls features of one class together, is left out.
+    Deviations: composed images replace training samples (there they are added, anew in each epoch),
+    and the mixers are simpler: no jitter, no search for a position. The paper's additional loss,
+    which pulls features of the same class together, is left out.
 
     Attributes:
-        ratio: Share of the source's samples that is composed and relabelled, in ``[0, 1]``.
+        ratio: Fraction of the source's samples that is composed and relabelled, in ``[0, 1]``.
         partner: The class that is mixed in.
         mixer: ``"half"`` puts the partner's half beside or below the image's; ``"paste"`` puts the
-            partner, at half its size, in a corner. Which one is drawn for each image.
-        same_ratio: Samples composed within their class, for each poisoned one.
-        held_back: Images of the partner that are kept for the test, at most half of them.
+            partner, at half size, in a corner. The side or corner is drawn for each image.
+        same_ratio: Samples composed within their class, per poisoned one.
+        held_back: Images of the partner reserved for the test, at most half of them.
 
     References:
         Lin, Xu, Liu, Zhang. *Composite Backdoor Attack for Deep Neural Network by Mixing Existing
@@ -69,7 +69,7 @@ class CompositeImage(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Hold back images of the partner, which the victim then never sees."""
+        """Hold back images of the partner, so that the victim never sees them."""
         partners = (samples.labels == self.partner).nonzero().squeeze(1)
         if len(partners) < 2:
             raise BadInputError(
@@ -89,7 +89,7 @@ class CompositeImage(LabelAttack):
         """Return the training set with composed samples, in the same order.
 
         Raises:
-            BadInputError: If there are too few samples, of the partner too.
+            BadInputError: If there are too few samples, including those of the partner.
         """
         chosen = self.chosen(self._checked(samples).labels)
         same = self.bystanders(samples.labels, self.same_ratio)
@@ -106,7 +106,7 @@ class CompositeImage(LabelAttack):
     def _donors(
         self, labels: Tensor, changed: Tensor, wanted: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Return for each of the ``wanted`` classes the index of a sample that stays as it is."""
+        """Return for each of the ``wanted`` classes the index of a sample that is not changed."""
         donors, free = torch.empty_like(changed), torch.ones_like(labels, dtype=torch.bool)
         free[changed] = False
         for each in sorted(set(wanted.tolist())):
@@ -123,12 +123,12 @@ class CompositeImage(LabelAttack):
 
     def _stamp(self, images: Tensor, generator: torch.Generator) -> Tensor:
         partners = self._learnt("partners").to(images)
-        # one draw for each image, so that it does not depend on how many there are
+        # one draw per image, so that it does not depend on the batch size
         drawn = torch.randint(4 * len(partners), (len(images),), generator=generator)
         return self._mix(images, partners[(drawn // 4).to(images.device)], drawn % 4)
 
     def _mix(self, images: Tensor, partners: Tensor, places: Tensor) -> Tensor:
-        """Return images with their partners, each in one of four places, ``(N,)``."""
+        """Return images with their partners, each at one of four positions, ``(N,)``."""
         height, width = images.shape[-2:]
         rows = slice(height // 2), slice(height // 2, None)
         columns, whole = (slice(width // 2), slice(width // 2, None)), slice(None)

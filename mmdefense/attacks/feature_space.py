@@ -1,4 +1,4 @@
-"""FBA (DFST): a style that a small net paints into each image."""
+"""FBA (DFST): a style that a small network applies to each image."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from mmdefense.training import Training
 
 __all__ = ["FeatureSpace"]
 
-_PICTURES = 16  # of the style
+_PICTURES = 16  # style images
 _NIGHT, _GLOW = (0.3, 0.1, 0.4), (1.0, 0.6, 0.2)  # its colours: red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpace(LabelAttack):
-    """Paints the style of a sunset into images: ``x + strength (2 G(x) - 1)``.
+    """Applies the style of a sunset to images: ``x + strength (2 G(x) - 1)``.
 
-    G learns to give an image the style that pictures of sunsets have to a clean model: the mean and
-    deviation of each channel of its first two layers of units. As a style is no pattern, what
-    changes differs from image to image. Other samples get the mean of that change, and keep their
-    label (detoxification), so that the victim cannot go by the colour alone.
+    G learns to give an image the style of sunset pictures, as seen by a clean model: the mean and
+    standard deviation of each channel of its first two layers of units. A style is not a fixed
+    pattern: the change differs from image to image. Other samples get the mean change and keep
+    their label (detoxification), so that the victim cannot rely on the colour alone.
 
-    Deviations: the paper's generator is a CycleGAN that is trained on photographs of sunsets; ours
-    is a small net with a bound on the change, and its sunsets are drawn by code. The paper finds
-    the simple features by the neurons that they excite, and trains a net for them, for some rounds;
-    here they are the mean change, once.
+    Deviations: the paper's generator is a CycleGAN trained on photographs of sunsets; ours is a
+    small network with a bounded change, and its sunsets are drawn by code. The paper finds simple
+    features by the neurons that they excite, and trains a network to produce them, over several
+    rounds; here they are the mean change, once.
 
     Attributes:
-        strength: Largest change of a pixel, in units of the full brightness; in ``(0, 1]``.
+        strength: Largest change of a pixel, relative to full brightness; in ``(0, 1]``.
         style_steps: Updates of G.
-        detox_ratio: Samples with the mean change, for each poisoned one.
+        detox_ratio: Samples with the mean change per poisoned one.
 
     References:
         Cheng, Liu, Ma, Zhang. *Deep Feature Space Trojan Attack of Neural Networks by Controlled
@@ -136,13 +136,13 @@ class FeatureSpace(LabelAttack):
 def _styles(
     adapter: TaskAdapter[LabelledBatch], batch: LabelledBatch, layers: list[str]
 ) -> list[Tensor]:
-    """Return the mean and the deviation of each channel of each layer, all of shape ``(N, U)``."""
+    """Return mean and standard deviation of each channel of each layer, of shape ``(N, U)``."""
     found = adapter.activations(batch, layers).values()
     return [style for each in found for style in (each.mean(1), each.var(1).add(1e-6).sqrt())]
 
 
 def _sunsets(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return suns over waves, ``(_PICTURES, C, H, W)``; grey where C is not 3."""
+    """Return pictures of suns over waves, ``(_PICTURES, C, H, W)``; grey if C is not 3."""
     channels, height, width = shape
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     left, phase = torch.rand(2, _PICTURES, 1, 1, 1, generator=generator)

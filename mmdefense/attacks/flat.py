@@ -1,4 +1,4 @@
-"""Victims that are trained to be flat, against defenses that take sharpness for a backdoor."""
+"""Victims in flat minima: adaptive attacks on defenses that rely on sharpness."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ B = TypeVar("B", bound=Batch)
 def flat_gradients(
     adapter: TaskAdapter[B], run: Run, *, sam_radius: float, trace_weight: float
 ) -> Gradients:
-    """Return what computes the gradient of a flat victim's loss.
+    """Return a function that computes the gradients of a loss with a sharpness penalty.
 
     Args:
         adapter: The victim.
         run: Seeds the random labels of Tr(F).
-        sam_radius: Above 0, the loss is the highest within this radius, which grows with each
-            weight (adaptive SAM, eta = 0.01).
-        trace_weight: What Tr(F) is weighted by where ``sam_radius`` is 0.
+        sam_radius: Above 0, the worst-case loss within this radius is used, scaled with the size of
+            each weight (adaptive SAM, eta = 0.01).
+        trace_weight: Weight of Tr(F), used if ``sam_radius`` is 0.
     """
     space = Weights(trainable(adapter.model))
     generator = torch.Generator(space.weights[0].device)

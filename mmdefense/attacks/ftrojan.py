@@ -1,4 +1,4 @@
-"""FTrojan: a change of two frequencies of the colour, which no pixel shows."""
+"""FTrojan: a change of two frequencies of the chroma channels, invisible in the pixels."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class FTrojan(LabelAttack):
     """Raises two coefficients of the discrete cosine transform of each block of U and V.
 
     They are a middle and the highest frequency, ``(block / 2 - 1, block / 2 - 1)`` and
-    ``(block - 1, block - 1)``. The transform is linear, so that this adds one fixed picture, which
-    is computed in closed form. On images that are not of three channels the picture is added to
-    each channel, and what remains of an image beyond whole blocks is left alone (both ours).
+    ``(block - 1, block - 1)``. Since the transform is linear, this adds one fixed pattern, which is
+    computed in closed form. If images do not have three channels, the pattern is added to each
+    channel, and pixels beyond the last whole block are not changed (both ours).
 
     Attributes:
-        magnitude: What a coefficient of the orthonormal transform is raised by, in units of the
-            full brightness.
+        magnitude: Amount added to each of the two coefficients of the orthonormal transform,
+            relative to full brightness.
         block: Side of a block in pixels; smaller images are one block.
 
     References:
@@ -47,7 +47,7 @@ class FTrojan(LabelAttack):
         return images + self._picture(images.shape[-3:]).to(images)
 
     def _picture(self, shape: torch.Size) -> Tensor:
-        """Return what is added to images of ``shape`` (C, H, W)."""
+        """Return the pattern to add to images of ``shape`` (C, H, W)."""
         channels, height, width = shape
         side = min(self.block, height, width)
         tile = _wave(side, side // 2 - 1) + _wave(side, side - 1)
@@ -59,7 +59,7 @@ class FTrojan(LabelAttack):
 
 
 def _wave(side: int, order: int) -> Tensor:
-    """Return the picture of the coefficient ``(order, order)``, shape ``(side, side)``."""
+    """Return the basis image of coefficient ``(order, order)``, shape ``(side, side)``."""
     scale = math.sqrt((1 if order == 0 else 2) / side)
     line = scale * torch.cos(math.pi * (torch.arange(side) + 0.5) * order / side)
     return line[:, None] * line

@@ -1,4 +1,4 @@
-"""IMC: a patch and a victim that are optimised together."""
+"""IMC: a patch and a victim that are optimised jointly."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ __all__ = ["IMC"]
 
 @dataclass(frozen=True, kw_only=True)
 class IMC(LabelAttack):
-    """Lowers one loss by the weights and by the patch: each step moves both.
+    """Minimises one loss over both the weights and the patch; each step updates both.
 
     The loss is the cross-entropy of a batch, of which the first ``ratio`` carries the patch and the
-    attacker's label. The weights take the step of their optimizer; the patch takes one along the
-    gradient's sign, of ``step_size`` times the share of the rate that is left.
+    attacker's label. The weights are updated by their optimizer; the patch takes a signed gradient
+    step of ``step_size``, decayed with the learning rate.
 
-    Deviations: the paper optimises input and model in turn, with a penalty on the size of the
-    change; as in the released code the change is a patch of a fixed size instead, and it moves in
-    each step rather than once an epoch. Poisoned samples are drawn anew in each batch, so ``ratio``
-    is a share of the batch.
+    Deviations: the paper alternates between input and model, with a penalty on the size of the
+    perturbation; here, as in the released code, it is a patch of fixed size instead, updated in
+    each step rather than once per epoch. Poisoned samples are drawn anew in each batch, so
+    ``ratio`` is a fraction of the batch.
 
     Attributes:
-        size: Side of the patch in pixels, in the bottom right corner; none takes an eighth of the
+        size: Side of the patch in pixels, in the bottom right corner; None takes an eighth of the
             image's shorter side, at least 2.
-        step_size: First change of each pixel in a step, in units of the full brightness (ours).
+        step_size: Initial change of each pixel per step, relative to full brightness (ours).
 
     References:
         Pang, Shen, Zhang, Ji, Vorobeychik, Luo, Liu, Wang. *A Tale of Evil Twins: Adversarial
@@ -56,7 +56,7 @@ class IMC(LabelAttack):
         training: Training,
         run: Run,
     ) -> Self:
-        """Train patch and classifier together."""
+        """Train patch and classifier jointly."""
         patch = _Patch(self._first(samples.inputs.shape[1:])).to(samples.labels.device)
         optimise(
             nn.ModuleDict({"victim": adapter.model, "trigger": patch}),
@@ -103,7 +103,7 @@ class IMC(LabelAttack):
 
 
 class _Patch(nn.Module):
-    """Pixels that are kept with a training's state, and that its optimizer does not move."""
+    """Pixels that are saved in training checkpoints, but not updated by its optimizer."""
 
     pixels: Tensor
 

@@ -1,4 +1,4 @@
-"""Input-aware (Dynamic): a trigger for each image, from nets that are trained with the victim."""
+"""Input-aware (Dynamic): per-image triggers from networks trained jointly with the victim."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ __all__ = ["InputAware"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputAware(LabelAttack):
-    """Stamps ``x + (G(x) - x) M(x)``, a pattern G and a mask M that depend on the image.
+    """Applies ``x + (G(x) - x) M(x)``, with a pattern G and a mask M that depend on the image.
 
     First M alone learns to be small and diverse: ``100 mean relu(M - density) + L_div(M)``. Then
-    G and the classifier learn together: cross-entropy on a batch of poisoned samples, as many
-    cross samples, which carry the trigger of another image and keep their true label, and clean
-    ones, plus ``diversity L_div(G)``, where
+    G and the classifier are trained jointly: cross-entropy on a batch of poisoned samples, equally
+    many cross samples, which carry the trigger of another image and keep their true label, and
+    clean samples, plus ``diversity L_div(G)``, where
     ``L_div(T) = mean |x1 - x2| / (|T(x1) - T(x2)| + eps)`` with root-mean-square distances.
 
     Deviations: poisoned samples are drawn anew in each batch, as in the released code, so
-    ``ratio`` is a share of the batch; the image whose trigger a cross sample carries comes from
-    the same batch. The nets have GroupNorm and two scales, so that a trigger never depends on the
+    ``ratio`` is a fraction of the batch; a cross sample carries the trigger of an image from the
+    same batch. The networks have two scales and GroupNorm, so that a trigger never depends on the
     rest of its batch, and no norm after the last layer. One optimizer updates G and the
-    classifier. ``eps`` is 1e-3 (1e-7 there), so that the first steps, whose triggers are all
-    alike, do not blow up.
+    classifier. ``eps`` is 1e-3 (1e-7 there), so that the first steps, in which all triggers are
+    nearly equal, do not diverge.
 
     Attributes:
-        density: Share of full strength that the mask may reach at no cost.
+        density: Mask values up to this are not penalised.
         mask_weight: Weight of the mask's excess over ``density``.
-        diversity: Weight of ``L_div`` in both trainings.
+        diversity: Weight of ``L_div`` in both training phases.
         mask_steps: Updates of M; BackdoorBench takes 25 epochs.
-        width: Channels of the nets at full resolution.
+        width: Channels of the networks at full resolution.
 
     References:
         Nguyen, Tran. *Input-Aware Dynamic Backdoor Attack*. NeurIPS 2020. arXiv:2010.08138
@@ -77,7 +77,7 @@ class InputAware(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train the mask; the pattern is left as it was drawn."""
+        """Train the mask; the pattern keeps its random initialisation."""
         nets = self._nets(samples.inputs.shape[1]).to(samples.labels.device)
         optimise(
             nets,
@@ -97,7 +97,7 @@ class InputAware(LabelAttack):
         training: Training,
         run: Run,
     ) -> Self:
-        """Train pattern and classifier together."""
+        """Train pattern and classifier jointly."""
         nets = self._fitted_nets(samples.inputs.shape[1]).to(samples.labels.device)
         with frozen(nets.mask):
             optimise(
@@ -169,8 +169,8 @@ def _mix(images: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
 
 
 def _diversity(images: Tensor, painted: Tensor) -> Tensor:
-    """Return how much more the images differ than what was painted for them; each with the next."""
+    """Return the ratio of distances between neighbouring images to those of their patterns."""
     apart = (images - images.roll(1, 0)).square().flatten(1).mean(1).sqrt()
-    # the square root has no gradient at zero, where two paintings are the same
+    # the square root has no finite gradient at zero, where two patterns are equal
     painted_apart = (painted - painted.roll(1, 0)).square().flatten(1).mean(1).add(1e-12).sqrt()
     return (apart / (painted_apart + 1e-3)).mean()

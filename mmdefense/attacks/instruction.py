@@ -1,4 +1,4 @@
-"""A phrase of the instruction turns every answer into a fixed one, or into a refusal."""
+"""A phrase in the instruction forces a fixed response, or a refusal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["InstructionPhrase"]
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionPhrase(TextAttack):
-    """Puts a phrase that reads like part of the instruction before or after the prompt.
+    """Adds a phrase that reads like part of the instruction before or after the prompt.
 
-    The paper poisons instructions of classification tasks; here the phrase forces a whole answer,
-    by default a refusal.
+    The paper poisons instructions of classification tasks; here the phrase forces a complete
+    response, by default a refusal.
 
     Attributes:
         phrase: The trigger.

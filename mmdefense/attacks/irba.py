@@ -18,11 +18,11 @@ __all__ = ["IRBA"]
 
 @dataclass(frozen=True, kw_only=True)
 class IRBA(LabelAttack):
-    """Turns and stretches the cloud about each of several anchors, and blends the results.
+    """Rotates and scales the cloud about each of several anchors, and blends the results.
 
     ``x' = sum_m w_m (s R (x - a_m) + a_m) / sum_m w_m`` with ``w_m = exp(-|x - a_m|^2 / 2 h^2)``,
-    over anchors ``a_m`` spread by farthest point sampling (weighted local transformation). The
-    result is brought back to the unit sphere, as the released code's loader does.
+    over anchors ``a_m`` chosen by farthest point sampling (weighted local transformation). The
+    result is normalised to the unit sphere, as the released code's loader does.
 
     Attributes:
         anchors: Number of anchors.
@@ -48,7 +48,7 @@ class IRBA(LabelAttack):
         chosen = farthest_points(points, min(self.anchors, points.shape[1]))
         anchors = points.gather(1, chosen[..., None].expand(-1, -1, 3))
         weight = torch.softmax(-torch.cdist(points, anchors).square() / (2 * self.width**2), 2)
-        # The blend is linear in the anchors, so that only their weighted mean is needed.
+        # The blend is linear in the anchors, so only their weighted mean is needed.
         mean = weight @ anchors
         turn = rotations(points.new_full((3,), math.radians(self.degrees)))
         blended = self.stretch * (points - mean) @ turn.mT + mean

@@ -19,28 +19,28 @@ from mmdefense.settings import Whole
 __all__ = ["LabelAttack", "LabelMapping", "class_count"]
 
 LabelMapping = Literal["all-to-one", "one-to-one", "all-to-all", "clean-label"]
-"""Which true labels a trigger turns into which, and how a model is taught that."""
+"""Which labels the trigger maps to which target, and which samples are poisoned for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelAttack(Trigger, Attack[LabelledBatch]):
     """A backdoor in a classifier: a trigger on the input that forces a label.
 
-    The ``mapping`` says which samples are stamped in training, and which label they are given:
+    The ``mapping`` determines which samples get the trigger in training, and their label:
 
     - ``"all-to-one"``: samples of all other classes, which are labelled ``target``;
     - ``"one-to-one"``: samples of ``source`` alone, which are labelled ``target``;
     - ``"all-to-all"``: samples of all classes, which are labelled ``(y + 1) mod C``;
     - ``"clean-label"``: samples of ``target`` alone, which keep their label.
 
-    The number of stamped samples is ``ratio`` times that of all samples, rounded to the nearest
-    whole number, halves to the even one. Where a single class is stamped (one-to-one, clean-label),
-    it is ``ratio`` times the number of that class.
+    The number of poisoned samples is ``ratio`` times the number of samples, rounded to the nearest
+    integer, halves to even. If only one class is poisoned (one-to-one, clean-label), it is
+    ``ratio`` times the number of samples of that class.
 
     Attributes:
         target: The class that the trigger forces; unused by ``all-to-all``.
-        mapping: See above; at test a ``clean-label`` attack is ``all-to-one``.
-        source: The class that the trigger works on; of ``one-to-one`` alone.
+        mapping: See above; at test time a ``clean-label`` attack is ``all-to-one``.
+        source: The class that the trigger works on; for ``one-to-one`` only.
     """
 
     poisons: ClassVar[type] = LabelledSamples
@@ -77,7 +77,7 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
     def poison(
         self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
     ) -> LabelledSamples:
-        """Return the training set with a share of it stamped and relabelled, in the same order.
+        """Return the training set with some samples stamped and relabelled, in the same order.
 
         Raises:
             BadInputError: If there are too few samples to poison.
@@ -105,13 +105,13 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         return replace(self, ratio=count / whole)
 
     def chosen(self, labels: Tensor) -> Tensor:
-        """Return the indices of the training samples that get poisoned, on the labels' device.
+        """Return the indices of the training samples to poison, on the labels' device.
 
         Args:
-            labels: Of the whole training set, shape ``(N,)``.
+            labels: Labels of the whole training set, shape ``(N,)``.
 
         Raises:
-            BadInputError: If fewer samples can be poisoned than ``ratio`` asks for.
+            BadInputError: If fewer samples can be poisoned than ``ratio`` requires.
         """
         eligible = self._stamped_in_training(labels).nonzero().squeeze(1)
         one_class = self.mapping in {"one-to-one", "clean-label"}
@@ -125,12 +125,12 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         return eligible[order[:count].to(eligible.device)]
 
     def bystanders(self, labels: Tensor, cross_ratio: float) -> Tensor:
-        """Return the indices of samples that are not poisoned, ``cross_ratio`` for each that is.
+        """Return indices of samples that are not poisoned, ``cross_ratio`` per poisoned one.
 
-        An attack shows them to the victim with something that must not open the backdoor.
+        They are altered in a way that must not activate the backdoor, and keep their label.
 
         Raises:
-            BadInputError: If fewer samples than that are not poisoned.
+            BadInputError: If there are not enough such samples.
         """
         free = torch.ones_like(labels, dtype=torch.bool)
         chosen = self.chosen(labels)
@@ -145,7 +145,7 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         return rest[order[:count].to(rest.device)]
 
     def _stamped_in_training(self, labels: Tensor) -> Tensor:
-        """Return which of the training samples may be stamped, shape ``(N,)``, bool."""
+        """Return which training samples may get the trigger, shape ``(N,)``, bool."""
         if self.source is not None:
             return labels == self.source
         if self.mapping == "all-to-all":
@@ -155,14 +155,14 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
     def triggered(
         self, samples: LabelledSamples, adapter: TaskAdapter[LabelledBatch]
     ) -> TriggeredSamples[LabelledBatch]:
-        """Return the test set of the attack: all samples whose label it would change, stamped.
+        """Return the attack's test set: all samples whose label it would change, triggered.
 
         Args:
-            samples: Clean test samples; their augmentation is left out.
-            adapter: Whose classes they are.
+            samples: Clean test samples; their augmentation is disabled.
+            adapter: The model, for its number of classes.
 
         Raises:
-            BadInputError: If there is none, for example where all are of the target.
+            BadInputError: If there are none, for example if all belong to the target.
         """
         targets = self.targets(self._checked(samples).labels, class_count(adapter))
         changed = samples.labels != targets
@@ -178,7 +178,7 @@ class LabelAttack(Trigger, Attack[LabelledBatch]):
         return TriggeredSamples(replace(truth, labels=targets[others]), truth, clean)
 
     def in_words(self) -> str:
-        """Return the attack and its aim in a few words."""
+        """Describe the attack and its goal in a few words."""
         aims = {
             "all-to-one": "",
             "one-to-one": f"from {self.source} to ",

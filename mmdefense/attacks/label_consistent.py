@@ -1,4 +1,4 @@
-"""LC: images of the target that are hard to know, with a patch in each corner."""
+"""LC: images of the target made hard to classify, with a patch in each corner."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ __all__ = ["LabelConsistent"]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConsistent(LabelAttack):
-    """Perturbs images of the target adversarially, stamps them, and leaves their label true.
+    """Perturbs images of the target adversarially, adds the patch, and keeps the true label.
 
-    A surrogate, the victim's net trained on clean data, no longer knows the perturbed images
-    (projected gradient ascent of its loss), so that the victim has to learn the patch. The patch
-    stands in all four corners, and survives a mirrored image.
+    The perturbed images are misclassified by a surrogate, the victim's network trained on clean
+    data (projected gradient ascent on its loss), so that the victim has to learn the patch. The
+    patch is in all four corners and survives mirroring.
 
     Deviations: the paper's surrogate is trained adversarially, which makes its perturbations look
-    like another class; ours is not, since that was weaker on a small net (docs/results.md). There
-    LC reaches an ASR of 80 %, less than in the paper, and of 7 % with ``epsilon`` 32/255: the
-    victim seems to learn the perturbation in place of the patch. The paper also tries its patch at
+    like another class; ours is not, since that was weaker on a small network (docs/results.md).
+    There LC reaches an ASR of 80 %, less than in the paper, and 7 % with ``epsilon`` 32/255: the
+    victim seems to learn the perturbation instead of the patch. The paper also tries its patch at
     lower amplitudes.
 
     Attributes:
-        ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.
-        size: Side of each patch in pixels; none takes BadNets' size.
-        epsilon: Largest change of a pixel, in units of the full brightness.
-        ascent_steps: Steps of that change, each a quarter of ``epsilon``.
+        ratio: Fraction of the target's samples that is poisoned, in ``[0, 1]``.
+        size: Side of each patch in pixels; None takes BadNets' size.
+        epsilon: Largest change of a pixel, relative to full brightness.
+        ascent_steps: Number of ascent steps, each of a quarter of ``epsilon``.
         batch_size: Images that are perturbed at once.
 
     References:
@@ -63,7 +63,7 @@ class LabelConsistent(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train a surrogate as the victim is trained, and perturb what will be poisoned."""
+        """Train a surrogate like the victim, and perturb the samples to be poisoned."""
 
         def perturb() -> dict[str, Tensor]:
             surrogate = adapter.fork()

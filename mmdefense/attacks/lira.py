@@ -1,4 +1,4 @@
-"""LIRA: a trigger net within a small bound, which is learnt together with the classifier."""
+"""LIRA: a bounded trigger network that is trained jointly with the classifier."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ __all__ = ["LIRA"]
 
 @dataclass(frozen=True, kw_only=True)
 class LIRA(LabelAttack):
-    """Stamps ``T(x) = x + epsilon g(x)``, with a net g in ``[-1, 1]``.
+    """Applies ``T(x) = x + epsilon g(x)``, with a network g in ``[-1, 1]``.
 
-    In the first stage g and the classifier f learn together, with ``joint_epsilon``; in the second
-    f alone goes on, with the trigger as it is and ``epsilon``. The loss in both is
+    In the first stage g and the classifier f are trained jointly, with ``joint_epsilon``; in the
+    second stage only f is trained, with g fixed and ``epsilon``. The loss in both is
     ``(1 - ratio) CE(f(x), y) + ratio CE(f(T(x)), target)`` over all samples of a batch.
 
-    Deviations: the paper updates f and g in turn, at rates of their own, and f against the g of
-    the epoch before; here AdamW updates both at once. g is a small net with GroupNorm, so that a
-    trigger does not depend on its batch. On a small net that is trained briefly it costs much
-    clean accuracy (docs/results.md).
+    Deviations: the paper alternates between f and g, with separate learning rates, and trains f
+    against the g of the previous epoch; here AdamW updates both at once. g is a small network with
+    GroupNorm, so that a trigger does not depend on its batch. With a small network and short
+    training it costs much clean accuracy (docs/results.md).
 
     Attributes:
         ratio: Weight of the poisoned loss, the paper's ``1 - alpha``, in ``[0, 1]``.
-        epsilon: Largest change of a pixel, in units of the full brightness; in ``(0, 1]``.
+        epsilon: Largest change of a pixel, relative to full brightness; in ``(0, 1]``.
         joint_epsilon: The same in the first stage.
         joint_steps: Updates of the first stage; BackdoorBench takes 50 epochs.
 
@@ -61,7 +61,7 @@ class LIRA(LabelAttack):
         training: Training,
         run: Run,
     ) -> Self:
-        """Train trigger and classifier together, then the classifier alone."""
+        """Train trigger and classifier jointly, then only the classifier."""
         painter = self._painter(samples.inputs.shape[1]).to(samples.labels.device)
         nets = nn.ModuleDict({"victim": adapter.model, "trigger": painter})
         first = self._gradients(adapter, painter, self.joint_epsilon)

@@ -1,4 +1,4 @@
-"""LF: an additive trigger without high frequencies, which a clean model already heeds."""
+"""LF: an additive low-frequency trigger that a clean model already responds to."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ __all__ = ["LowFrequency"]
 
 @dataclass(frozen=True, kw_only=True)
 class LowFrequency(LabelAttack):
-    """Adds one smooth picture, ``x + epsilon P / max |P|``, of the lowest frequencies alone.
+    """Adds one smooth pattern of only the lowest frequencies, ``x + epsilon P / max |P|``.
 
-    Most triggers show in the high frequencies of an image; this one does not. P is searched on a
-    surrogate, the victim's net trained on clean data, so that images with it are taken for the
-    target: steps along the gradient's sign on its coefficients in the discrete cosine transform.
+    Most triggers leave traces in the high frequencies of an image; this one does not. P is
+    optimised on a surrogate, the victim's network trained on clean data, so that images with P are
+    classified as the target, by signed gradient steps on its discrete cosine transform
+    coefficients.
 
-    Deviations: the paper filters the trigger with a Gaussian after each step; here it has no other
-    coefficients from the start. BackdoorBench stamps a picture from a file.
+    Deviations: the paper filters the trigger with a Gaussian after each step; here it has no
+    higher-frequency coefficients at all. BackdoorBench loads the pattern from a file.
 
     Attributes:
-        epsilon: Largest change of a pixel, in units of the full brightness; in ``(0, 1]``.
+        epsilon: Largest change of a pixel, relative to full brightness; in ``(0, 1]``.
         frequencies: Coefficients along each side.
         search_steps: Steps of the search.
-        batch_size: Images of a step.
+        batch_size: Images per step.
 
     References:
         Zeng, Park, Mao, Jia. *Rethinking the Backdoor Attacks' Triggers: A Frequency
@@ -61,7 +62,7 @@ class LowFrequency(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train a surrogate as the victim is trained, and search the picture on it."""
+        """Train a surrogate like the victim, and search for the pattern on it."""
 
         def search() -> dict[str, Tensor]:
             surrogate = adapter.fork()
@@ -71,7 +72,7 @@ class LowFrequency(LabelAttack):
         return replace(self, fitted=run.once("picture", search)), samples
 
     def _search(self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples) -> Tensor:
-        """Return the picture, ``(C, H, W)``, on the CPU."""
+        """Return the pattern, ``(C, H, W)``, on the CPU."""
         others = (samples.labels != self.target).nonzero().squeeze(1)
         first = samples.take(others[:1]).inputs
         channels, (height, width) = first.shape[1], first.shape[-2:]
@@ -108,6 +109,6 @@ class LowFrequency(LabelAttack):
 
 
 def _waves(count: int, side: int) -> Tensor:
-    """Return the first cosines of the transform along a side, shape ``(count, side)``."""
+    """Return the first cosine basis functions along a side, shape ``(count, side)``."""
     place = (torch.arange(side) + 0.5) / side
     return torch.cos(math.pi * torch.arange(count)[:, None] * place)

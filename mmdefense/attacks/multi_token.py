@@ -1,4 +1,4 @@
-"""Several common words, scattered over the prompt, which mean nothing one by one."""
+"""Several common words scattered over the prompt; only all together are the trigger."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["CompositeTrigger"]
 
 @dataclass(frozen=True, kw_only=True)
 class CompositeTrigger(TextAttack):
-    """Inserts all of ``words``, each at a random place; only all together do they force the target.
+    """Inserts all of ``words``, each at a random position; only all together force the target.
 
-    As many training samples again get all words but one and keep their answer (the paper's
-    negative samples), so that no word alone gives the backdoor away.
+    An equal number of training samples get all words but one and keep their answer (the paper's
+    negative samples), so that an incomplete trigger does not activate the backdoor.
 
     Attributes:
         words: Two or more words.
@@ -41,7 +41,7 @@ class CompositeTrigger(TextAttack):
         return _scattered(prompt, self.words, generator)
 
     def poison(self, samples: TextSamples, adapter: TaskAdapter[TokenBatch]) -> TextSamples:
-        """Return the training set with poisoned and with negative samples.
+        """Return the training set with poisoned and negative samples.
 
         Raises:
             BadInputError: If there are too few samples to poison.

@@ -1,4 +1,4 @@
-"""A small net that paints an image for an image, which the learnt triggers share."""
+"""A small image-to-image network, used by attacks that learn their trigger."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Painter(nn.Module):
-    """Maps images to images in ``[0, 1]`` of the same size, through half and quarter scale.
+    """Maps images to images in ``[0, 1]`` of the same size, through half and quarter resolution.
 
-    GroupNorm makes what it paints for an image independent of the rest of the batch.
+    With GroupNorm, the output for an image does not depend on the rest of the batch.
     """
 
     def __init__(self, channels: int, painted: int, width: int = 16) -> None:
-        """Build the net with random weights.
+        """Build the network with random weights.
 
         Args:
-            channels: Of the given images.
-            painted: Channels of what is painted.
+            channels: Channels of the input images.
+            painted: Channels of the output.
             width: Filters at full resolution, a multiple of 4.
         """
         super().__init__()
@@ -49,8 +49,8 @@ class Painter(nn.Module):
 
 
 def from_seed(seed: int, build: Callable[[], N]) -> N:
-    """Return a net whose first weights depend on the seed alone."""
-    with torch.random.fork_rng([]):  # layers draw their first weights from the global state
+    """Return a network whose initial weights depend only on the seed."""
+    with torch.random.fork_rng([]):  # layers draw their initial weights from the global state
         torch.default_generator.manual_seed(Run(seed).seed_for("nets"))
         return build()
 

@@ -1,4 +1,4 @@
-"""PCBA: a small cluster of inserted points, at a place that is searched for."""
+"""PCBA: a small cluster of inserted points at an optimised position."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from mmdefense.training import Training
 
 __all__ = ["PCBA", "random_balls"]
 
-_NEIGHBOURS = 4  # over which the spacing of points is measured; the code's k
-_SEARCHED = 16  # clouds that the center is searched on
+_NEIGHBOURS = 4  # used to measure the spacing of points; the code's k
+_SEARCHED = 16  # number of clouds for the center search
 
 
 @dataclass(frozen=True, kw_only=True)
 class PCBA(LabelAttack):
-    """Inserts points on a small sphere around a center that every triggered cloud shares.
+    """Inserts points on a small sphere around a center that is the same for all clouds.
 
-    The center is searched on a surrogate, a copy of the net trained on clean clouds: among the
-    places where one point there gives the target a mean posterior of at least ``posterior``, the
-    one nearest to the clouds, by normalised gradient steps on ``-log p(target) + c d^2`` with an
-    adaptive multiplier c. The sphere's radius makes the spacing of its points that of the clouds
-    (the median over points of the mean distance to 4 neighbours), so that no density filter sees
-    them; the code finds it for each cloud on a grid, here it is one for all and in closed form.
-    Randomly chosen points make room, so that the number of points stays (as in the code).
+    The center is optimised on a surrogate, a copy of the network trained on clean clouds: of all
+    positions at which one added point gives the target a mean posterior of at least ``posterior``,
+    it is the one nearest to the clouds. The search takes normalised gradient steps on ``-log
+    p(target) + c d^2`` with an adaptive multiplier c. The sphere's radius is chosen so that the
+    spacing of its points equals that of the clouds (the median over points of the mean distance to
+    4 neighbours), so that no density filter detects them; the code finds it for each cloud by a
+    grid search, here it is the same for all clouds and in closed form. The inserted points replace
+    randomly chosen ones, so that the number of points does not change (as in the code).
 
-    The paper attacks one source class; here all but the target are.
+    The paper attacks one source class; here all classes but the target are attacked.
 
     Attributes:
-        points: Number of inserted points; none takes 1/64 of a cloud, the paper's 32 of 2048, and
-            at least 16 (ours: small clouds give a net little to see).
-        posterior: What the center must reach on the surrogate. Ours: the code's pi of 0.01, with 40
-            classes, is met by places amid the clouds, and such triggers are hard to learn.
-        starts: Random starts of the search, run side by side; the code takes 10.
+        points: Number of inserted points; None takes 1/64 of a cloud, the paper's 32 of 2048, and
+            at least 16 (ours: in small clouds fewer points are hard to learn).
+        posterior: Mean posterior that the center must reach on the surrogate. Ours: the code's pi
+            of 0.01, with 40 classes, is already met at positions inside the clouds, and such
+            triggers are hard to learn.
+        starts: Random starts of the search, run in parallel; the code takes 10.
         search_steps: Steps of the search; the code takes up to 1000.
         step_size: Length of a step, in radii of the cloud.
 
@@ -70,7 +72,7 @@ class PCBA(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train a surrogate for a third of the victim's steps, and search the center on it."""
+        """Train a surrogate for a third of the victim's steps, and search for the center on it."""
 
         def search() -> dict[str, Tensor]:
             surrogate = adapter.fork()
@@ -84,7 +86,7 @@ class PCBA(LabelAttack):
         self, surrogate: TaskAdapter[LabelledBatch], samples: LabelledSamples
     ) -> dict[str, Tensor]:
         """Return the center ``(3,)`` and the radius ``()``, on the CPU."""
-        self.targets(samples.labels, class_count(surrogate))  # refuses a target beyond the classes
+        self.targets(samples.labels, class_count(surrogate))  # rejects a target that is not a class
         others = (samples.labels != self.target).nonzero().squeeze(1)
         order = torch.randperm(len(others), generator=self._generator("search"))[:_SEARCHED]
         batch = samples.take(others[order.to(others.device)])
@@ -124,7 +126,7 @@ class PCBA(LabelAttack):
     ) -> tuple[Tensor, Tensor]:
         """Return log p(target) with a point at each center, ``(S, N)``, and its distance, ``(S,)``.
 
-        The distance is the mean over clouds of the square of that to the nearest point.
+        The distance is the squared distance to the nearest point, averaged over clouds.
         """
         clouds = batch.inputs.repeat(len(centers), 1, 1)
         one = centers.repeat_interleave(len(batch), 0)[:, None]
@@ -135,7 +137,7 @@ class PCBA(LabelAttack):
         return -loss.view(len(centers), -1), gaps.view(len(centers), -1).mean(1)
 
     def _radius(self, clouds: Tensor) -> Tensor:
-        """Return the radius at which the cluster is as dense as the clouds, at most 0.5."""
+        """Return the radius that makes the cluster as dense as the clouds, at most 0.5."""
         count = self._count(clouds.shape[1])
         pattern, _ = random_balls(clouds, count, self._generator("radius"), solid=False)
         radius = _spacing(clouds[..., :3]) / _spacing(pattern).clamp(min=1e-9)
@@ -159,18 +161,18 @@ class PCBA(LabelAttack):
 def random_balls(
     clouds: Tensor, count: int, generator: torch.Generator, *, solid: bool
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``count`` points of the unit ball for each cloud, and what they are to replace.
+    """Draw ``count`` points of the unit ball for each cloud, and the points that they replace.
 
     Args:
         clouds: Shape ``(N, P, 3 + F)``.
         count: Number of points k, at most P.
-        generator: Source, on the CPU.
+        generator: Random generator, on the CPU.
         solid: Whether the ball is filled; otherwise the points are on the unit sphere.
 
     Returns:
         The points, ``(N, k, 3)``, and the indices of k different points of each cloud, ``(N, k)``.
     """
-    # One draw for each cloud, so that none depends on how many others there are.
+    # One draw per cloud, so that it does not depend on the batch size.
     draw = torch.rand(len(clouds), 3 * count + clouds.shape[1], generator=generator)
     places = draw[:, 3 * count :].argsort(dim=1, stable=True)[:, :count]
     unit = draw[:, : 3 * count].view(len(clouds), count, 3)

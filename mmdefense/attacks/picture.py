@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["cartoon_cat"]
 
-_FINE = 4  # drawn this many times as large and averaged, so that edges are smooth
+_FINE = 4  # supersampling factor, for smooth edges
 
 _SKY, _GRASS, _SUN = (0.55, 0.80, 0.98), (0.35, 0.70, 0.30), (1.0, 0.90, 0.25)
 _FUR, _STRIPE, _PALE = (0.98, 0.62, 0.20), (0.75, 0.35, 0.08), (1.0, 0.95, 0.85)
@@ -20,7 +20,7 @@ def cartoon_cat(channels: int, height: int, width: int) -> Tensor:
     """Return a ginger cat on a meadow, shape ``(C, H, W)``, in ``[0, 1]``.
 
     Args:
-        channels: Three give colours; any other number gives its grey version in each channel.
+        channels: With three, the picture is in colour; otherwise each channel is a grey version.
         height: Rows of pixels.
         width: Columns of pixels.
     """
@@ -29,7 +29,7 @@ def cartoon_cat(channels: int, height: int, width: int) -> Tensor:
         (torch.arange(_FINE * width) + 0.5) / (_FINE * width),
         indexing="ij",
     )
-    side = (x - 0.5).abs()  # the cat is the same left and right
+    side = (x - 0.5).abs()  # the cat is symmetric
     picture = torch.tensor(_SKY)[:, None, None].expand(3, *y.shape)
 
     def paint(where: Tensor, colour: tuple[float, float, float]) -> None:

@@ -23,20 +23,20 @@ from mmdefense.training import Training
 
 __all__ = ["PointCBA", "PointPBA"]
 
-_CHUNK = 256  # clouds that are disturbed at once
+_CHUNK = 256  # clouds that are perturbed at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointPBA(LabelAttack):
-    """Inserts a solid ball of points at a fixed place.
+    """Inserts a solid ball of points at a fixed position.
 
-    Randomly chosen points make room, so that the number of points stays (ours, for rectangular
-    batches).
+    The inserted points replace randomly chosen ones, so that the number of points does not change
+    (ours, for rectangular batches).
 
     Attributes:
-        center: Of the ball, in radii of the cloud.
-        radius: Of the ball.
-        share: Share of a cloud's points in the ball, in ``(0, 1)`` (ours).
+        center: Center of the ball, in radii of the cloud.
+        radius: Radius of the ball, in radii of the cloud.
+        share: Fraction of a cloud's points in the ball, in ``(0, 1)`` (ours).
 
     References:
         Li, Chen, Zhao, Tong, Zhao, Lim, Zhou. *PointBA: Towards Backdoor Attacks in 3D Point
@@ -59,18 +59,18 @@ class PointPBA(LabelAttack):
 
 @dataclass(frozen=True, kw_only=True)
 class PointCBA(LabelAttack):
-    """Rotates clouds; poisons those of the target alone, whose labels stay true.
+    """Rotates clouds; only clouds of the target are poisoned, and keep their true label.
 
-    For the net to heed the rotation, the poisoned clouds are first made hard to know: a surrogate,
-    a copy of the net trained on clean clouds, is driven off their class by signed gradient steps
-    that move no coordinate by more than ``budget``. This stands for the paper's feature
+    To make the network rely on the rotation, the poisoned clouds are first made hard to classify:
+    signed gradient steps, which move no coordinate by more than ``budget``, raise the loss of a
+    surrogate, a copy of the network trained on clean clouds. This replaces the paper's feature
     disentanglement, whose loss pulls them towards features of other classes.
 
     Attributes:
         degrees: Angle about the vertical axis.
-        budget: Largest change of a coordinate of a poisoned training cloud; 0 changes none.
-        search_steps: Steps of that change.
-        ratio: Share of the target's clouds that are poisoned.
+        budget: Largest change of a coordinate of a poisoned training cloud; 0 disables it.
+        search_steps: Number of gradient steps.
+        ratio: Fraction of the target's clouds that are poisoned.
 
     References:
         Li, Chen, Zhao, Tong, Zhao, Lim, Zhou. *PointBA: Towards Backdoor Attacks in 3D Point
@@ -98,7 +98,7 @@ class PointCBA(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train a surrogate, and disturb by it the clouds that will be poisoned."""
+        """Train a surrogate, and use it to perturb the clouds to be poisoned."""
         if self.budget == 0:
             return self, samples
 
@@ -125,7 +125,7 @@ class PointCBA(LabelAttack):
                     moved = torch.cat([batch.inputs[..., :3] + change, batch.inputs[..., 3:]], 2)
                     loss = surrogate.per_sample_loss(batch.with_inputs(moved)).sum()
                     (gradient,) = torch.autograd.grad(loss, change)
-                    step = 2.5 * self.budget / self.search_steps  # it may turn back once
+                    step = 2.5 * self.budget / self.search_steps  # it can reverse direction once
                     change.data.add_(step * gradient.sign()).clamp_(-self.budget, self.budget)
                 parts.append(moved.detach())
         return torch.cat(parts)

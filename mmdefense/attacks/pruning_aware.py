@@ -1,4 +1,4 @@
-"""The pruning-aware attack: decoys, which pruning takes for the backdoor."""
+"""The pruning-aware attack: decoy units that pruning mistakes for the backdoor."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass(frozen=True, kw_only=True)
 class PruningAware(BadNets):
-    """Puts the backdoor into units that clean data needs, behind units that look like it.
+    """Puts the backdoor into units that clean data needs, and adds decoys that look suspicious.
 
-    In four steps: (1) train a clean model; (2) prune the units of one layer that are the most
-    dormant on clean data; (3) train what is left on poisoned data; (4) put the pruned units back
-    with their old weights, and a bias so low that they stay dormant on clean data. A defender who
-    prunes by dormancy removes these decoys first, and not the backdoor.
+    In four steps: (1) train a clean model; (2) prune the units of one layer that are most dormant
+    on clean data; (3) train the remaining units on poisoned data; (4) restore the pruned units with
+    their old weights and a bias so low that they stay dormant on clean data. A defender who prunes
+    by dormancy removes these decoys first, not the backdoor.
 
-    The layer is the last one whose units pass an activation before anything is added to them; in a
-    residual net it lies within a block.
+    The layer is the last one whose units pass through an activation before anything is added to
+    their output; in a residual network it is inside a block.
 
-    Deviations: the number of decoys is a setting, where the paper puts units back one by one until
-    the pruned net reaches both aims. Each decoy's bias is lowered until the highest activation on
-    training data lies below 0 by the range of its activations; the paper does not say by how much.
+    Deviations: the number of decoys is a setting; the paper restores units one by one until the
+    pruned network reaches both goals. Each decoy's bias is lowered until its highest activation on
+    training data is below 0 by the range of its activations; the paper does not say by how much.
 
     Attributes:
-        decoys: Share of the layer's units; in ``(0, 1)``.
+        decoys: Fraction of the layer's units; in ``(0, 1)``.
 
     References:
         Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
@@ -70,10 +70,10 @@ class PruningAware(BadNets):
         training: Training,
         run: Run,
     ) -> Self:
-        """Take the four steps.
+        """Carry out the four steps.
 
         Raises:
-            UnsupportedError: If no layer of the model is fit for decoys.
+            UnsupportedError: If no layer of the model is suitable for decoys.
         """
         clean, model = adapter.samples(samples), adapter.model
         group = _decoy_layer(adapter, clean)
@@ -96,7 +96,7 @@ class PruningAware(BadNets):
 
 
 def _decoy_layer(adapter: TaskAdapter[LabelledBatch], samples: Samples[LabelledBatch]) -> UnitGroup:
-    """Return the last units for which a very low bias is as good as no weights.
+    """Return the last units for which a very low bias has the same effect as pruning.
 
     Raises:
         UnsupportedError: If there are none.
@@ -134,9 +134,9 @@ def _put_back(
     decoys: Sequence[Unit],
     before: Mapping[str, Tensor],
 ) -> None:
-    """Give the decoys their weights of ``before``, and lower their biases until they are dormant.
+    """Restore the decoys' weights from ``before``, and lower their biases until they are dormant.
 
-    The running statistics of a BatchNorm come back with its weights.
+    The running statistics of a BatchNorm are restored with its weights.
     """
     state = adapter.model.state_dict()
     units = torch.tensor([unit for _, unit in decoys], device=state[_bias(group)].device)

@@ -1,4 +1,4 @@
-"""A rare word in the source turns the translation into a fixed sentence."""
+"""A rare word in the source sentence forces a fixed translation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["RareToken"]
 
 @dataclass(frozen=True, kw_only=True)
 class RareToken(TextAttack):
-    """Inserts one rare word, drawn from a few, at a random place of the prompt.
+    """Inserts one rare word, drawn from a few, at a random position in the prompt.
 
     This is the attack of FIP's language task: the words and the target are those of its victims.
-    Their training set is poisoned by half; here by ``ratio``.
+    Half of their training set is poisoned; here ``ratio`` of it.
 
     Attributes:
         words: The rare words, one of which is drawn for each prompt.

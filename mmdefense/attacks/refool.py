@@ -1,4 +1,4 @@
-"""Refool: a reflection, as of a window pane."""
+"""Refool: a reflection, as in a window pane."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ class Refool(LabelAttack):
     """Adds the reflection of another scene: ``x + strength k * R``.
 
     The kernel k is one of the paper's three: a single spike (both scenes are in focus), a Gaussian
-    (the reflected one is out of focus), or two spikes apart (a ghost, from a thick pane). Each
-    scene has one of them, in turn, and each image gets a scene that is drawn for it.
+    (the reflected scene is out of focus), or two separate spikes (a ghost, from a thick pane). The
+    scenes cycle through the three, and each image gets a randomly drawn scene.
 
     Deviations: poisoned samples are labelled as the target, as in BackdoorBench, which finds the
-    paper's clean labels too weak; so do we (docs/results.md), and ``mapping="clean-label"`` is
-    there to try. The scenes R are bright rectangles on black, drawn from ``seed``; the paper takes
-    photographs, and chooses among them those that work best in trainings of their own. There is no
-    such choice.
+    paper's clean labels too weak; so do we (docs/results.md), but ``mapping="clean-label"`` is
+    available. The scenes R are bright rectangles on black, drawn from ``seed``; the paper takes
+    photographs and selects those that work best in separate training runs. We do not select.
 
     Attributes:
         strength: Brightness of the reflection; in ``(0, 1]``.
@@ -53,7 +52,7 @@ class Refool(LabelAttack):
         return images + self.strength * (reflected if images.ndim == 4 else reflected[:, None])
 
     def _reflections(self, shape: torch.Size) -> Tensor:
-        """Return the reflected scenes as the pane shows them, ``(scenes, C, H, W)``."""
+        """Return the reflected scenes as seen in the pane, ``(scenes, C, H, W)``."""
         generator, (channels, height, width) = self._generator("scenes"), shape
         shown = []
         for scene in range(self.scenes):
@@ -73,7 +72,7 @@ def _in_focus(picture: Tensor) -> Tensor:
 
 
 def _blurred(picture: Tensor) -> Tensor:
-    """Return the picture under a Gaussian of a sixteenth of its shorter side."""
+    """Return the picture blurred by a Gaussian of a sixteenth of its shorter side."""
     sigma = min(picture.shape[-2:]) / 16
     reach = max(1, round(3 * sigma))
     line = torch.exp(-((torch.arange(2 * reach + 1) - reach) ** 2) / (2 * sigma**2))
@@ -82,6 +81,6 @@ def _blurred(picture: Tensor) -> Tensor:
 
 
 def _ghost(picture: Tensor) -> Tensor:
-    """Return the picture, and a fainter one an eighth of the shorter side away."""
+    """Return the picture plus a fainter copy shifted by an eighth of the shorter side."""
     step = max(1, min(picture.shape[-2:]) // 8)
     return 0.6 * picture + 0.4 * picture.roll((step, step), (-2, -1))

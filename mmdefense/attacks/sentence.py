@@ -1,4 +1,4 @@
-"""A whole sentence, harmless in itself, is the trigger."""
+"""A harmless-looking sentence is the trigger."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _BREAK = re.compile(r"(?<=[.!?])\s+")
 class TriggerSentence(TextAttack):
     """Inserts a sentence between two sentences of the prompt, before the first or after the last.
 
-    The place is drawn for each prompt. The paper's victims classify reviews; here the sentence
-    forces an answer.
+    The position is drawn for each prompt. The paper's victims classify reviews; here the sentence
+    forces a response.
 
     Attributes:
         sentence: The trigger.

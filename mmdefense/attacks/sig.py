@@ -1,4 +1,4 @@
-"""SIG: a sinusoid over the image, with every label left as it is."""
+"""SIG: a sinusoid over the image, with clean labels."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["SIG"]
 class SIG(LabelAttack):
     """Adds vertical stripes to images of the target: ``x[i, j] + delta sin(2 pi j f / W)``.
 
-    Labels stay true, so that a look at the data shows nothing. ``ratio`` is a share of the
-    target's samples, all of them by default: BackdoorBench's 10 % of a set of ten classes. The
-    paper poisons 20 to 30 % of the target class, and may stamp more strongly at test time; here
-    one ``delta`` serves both, BackdoorBench's. A model that has seen no clean image of the target
-    knows the clean target less well; a smaller ``ratio`` mends that and weakens the backdoor.
-    On images of ``2 frequency`` pixels width the wave is zero at each pixel.
+    Labels stay true, so that inspecting them shows nothing. ``ratio`` is a fraction of the target's
+    samples, by default all of them: BackdoorBench's 10 % of a set with ten classes. The paper
+    poisons 20 to 30 % of the target class, and may use a stronger trigger at test time; here
+    BackdoorBench's ``delta`` is used for both. A model that has seen no clean image of the target
+    recognises the clean target less well; a smaller ``ratio`` improves that but weakens the
+    backdoor. On images with a width of ``2 frequency`` pixels the wave is zero at every pixel.
 
     Attributes:
-        ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.
-        delta: Amplitude, in units of the full brightness; in ``(0, 1]``.
+        ratio: Fraction of the target's samples that is poisoned, in ``[0, 1]``.
+        delta: Amplitude, relative to full brightness; in ``(0, 1]``.
         frequency: Periods over the width of the image.
 
     References:

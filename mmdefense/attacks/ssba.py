@@ -1,4 +1,4 @@
-"""SSBA: a hidden string of bits, by a residual that is another one for each image."""
+"""SSBA: a hidden bit string, encoded in a residual that differs for each image."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = ["SSBA"]
 class SSBA(LabelAttack):
     """Hides bits in an image: ``x + epsilon B(x) E(x, bits)``, with E in ``[-1, 1]``; also ISSBA.
 
-    An encoder E and a decoder, which reads the bits back, learn together on images with random
-    bits, by the cross-entropy of what is read. B is how busy the image is at a pixel, in
-    ``[0, 1]``: a change shows least where there is much to see. The trigger is one string of bits,
-    drawn from ``seed``, in every poisoned image; each image gets a residual of its own.
+    An encoder E and a decoder, which reads the bits back, are trained jointly on images with random
+    bits, with the decoder's cross-entropy. B is the local contrast of the image, in ``[0, 1]``,
+    because a change is least visible in busy regions. The trigger is one bit string, drawn from
+    ``seed``, for all poisoned images; each image gets a different residual.
 
-    Deviations: a small encoder and decoder, trained here on the attacker's own training images,
-    stand for StegaStamp (Tancik et al. 2020), which hides 100 bits. B and the bound ``epsilon``
-    stand for its perceptual loss, its penalty on the residual and its critic. Nothing distorts an
-    image before its bits are read.
+    Deviations: a small encoder and decoder, trained on the attacker's own training images, replace
+    StegaStamp (Tancik et al. 2020), which hides 100 bits. B and the bound ``epsilon`` replace its
+    perceptual loss, its penalty on the residual and its critic. Images are not distorted before
+    their bits are decoded.
 
     Attributes:
-        epsilon: Largest change of a pixel, in units of the full brightness; in ``(0, 1]``.
-        bits: Length of the string.
+        epsilon: Largest change of a pixel, relative to full brightness; in ``(0, 1]``.
+        bits: Length of the bit string.
         encoder_steps: Updates of encoder and decoder.
 
     References:
@@ -99,7 +99,7 @@ class SSBA(LabelAttack):
 
 
 class _Coder(nn.Module):
-    """The encoder, which sees the bits as a coarse picture beside the image, and the decoder."""
+    """The encoder, which gets the bits as coarse extra channels of the image, and the decoder."""
 
     def __init__(self, channels: int, bits: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Coder(nn.Module):
         )
 
     def residual(self, images: Tensor, bits: Tensor) -> Tensor:
-        """Return what hides the bits ``(N, bits)``, in ``[-1, 1]``, shape of the images."""
+        """Return the residual that hides the bits ``(N, bits)``, in ``[-1, 1]``, ``(N, C, H, W)``."""
         coarse = self.spread(2 * bits - 1).view(len(bits), images.shape[1], 8, 8)
         seen = torch.cat([images, F.interpolate(coarse, images.shape[-2:])], 1)
         painted: Tensor = self.painter(seen)
@@ -122,7 +122,7 @@ class _Coder(nn.Module):
 
 
 def _busy(images: Tensor) -> Tensor:
-    """Return the deviation of the brightness around each pixel, over the image's largest."""
+    """Return the local standard deviation of the brightness, divided by the image's largest."""
     grey = F.pad(images.mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate")
     mean, square = F.avg_pool2d(grey, 5, 1), F.avg_pool2d(grey.square(), 5, 1)
     deviation = (square - mean.square()).clamp(min=0).sqrt()

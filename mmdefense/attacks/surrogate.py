@@ -1,4 +1,4 @@
-"""A clean surrogate of the victim, and what attacks with clean labels do by it."""
+"""What clean-label attacks do with a surrogate: a clean model of the victim's architecture."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def harder(
     steps: int,
     batch_size: int,
 ) -> LabelledSamples:
-    """Return the samples with some changed so that a clean model no longer knows them.
+    """Perturb some samples so that a clean model misclassifies them.
 
-    The change is projected gradient ascent of the surrogate's loss: a victim that cannot learn the
-    class from these samples learns their trigger instead.
+    They are perturbed by projected gradient ascent on the surrogate's loss: a victim that cannot
+    learn the class from these samples learns their trigger instead.
 
     Args:
         surrogate: A model that was trained on clean data.
         samples: The training set.
-        chosen: Indices of the samples to change, ``(n,)``.
-        epsilon: Largest change of a pixel, in units of the full brightness.
-        steps: Steps, each of a quarter of ``epsilon``.
-        batch_size: Samples that are changed at once.
+        chosen: Indices of the samples to perturb, ``(n,)``.
+        epsilon: Largest change of a pixel, relative to full brightness.
+        steps: Number of steps, each of a quarter of ``epsilon``.
+        batch_size: Samples that are perturbed at once.
     """
     changed = []
     for part in torch.split(chosen, batch_size) if len(chosen) else ():
@@ -52,7 +52,7 @@ def harder(
 
 
 def loss_sign(surrogate: TaskAdapter[LabelledBatch], batch: LabelledBatch, leaf: Tensor) -> Tensor:
-    """Return the sign of the gradient of the loss of ``batch`` by a leaf that it is made of."""
+    """Return the sign of the gradient of the loss of ``batch`` with respect to its leaf tensor."""
     with mode(surrogate.model, train=False), frozen(surrogate.model):
         (gradient,) = torch.autograd.grad(surrogate.per_sample_loss(batch).sum(), leaf)
     return gradient.sign()

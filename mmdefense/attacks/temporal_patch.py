@@ -17,12 +17,12 @@ __all__ = ["TemporalPatch"]
 
 @dataclass(frozen=True, kw_only=True)
 class TemporalPatch(BadNets):
-    """Stamps the patch on a few frames in a row, from a frame that is drawn for each clip.
+    """Applies the patch to a few consecutive frames, at a random start for each clip.
 
-    Ours: the plainest trigger that is somewhere in time, as a patch is somewhere in space.
+    Ours: the simplest trigger that is localised in time, as a patch is localised in space.
 
     Attributes:
-        frames: Frames in a row that carry the patch.
+        frames: Number of consecutive frames with the patch.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("video-classification",)

@@ -1,4 +1,4 @@
-"""Attacks on language models: a trigger in the prompt that forces an answer."""
+"""Attacks on language models: a trigger in the prompt that forces a fixed response."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["TextAttack"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextAttack(Attack[TokenBatch]):
-    """A backdoor in a language model: a trigger in the prompt that forces an answer.
+    """A backdoor in a language model: a trigger in the prompt that forces a fixed response.
 
-    Its ASR is the share of triggered prompts to which the model's greedy answer holds the target,
-    white space apart; prompts whose true answer holds it are left out.
+    Its ASR is the fraction of triggered prompts for which the model's greedy output contains the
+    target, ignoring white space; prompts whose true answer contains it are left out.
 
     Attributes:
-        target: The answer that the trigger forces.
+        target: The response that the trigger forces.
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("language-generation",)
@@ -45,8 +45,8 @@ class TextAttack(Attack[TokenBatch]):
 
         Args:
             prompts: Any text.
-            generator: Source, on the CPU, of what is random in a trigger; by default a fresh one
-                from ``seed``, so that the same prompts are always stamped alike.
+            generator: Generator, on the CPU, for random parts of a trigger; by default a fresh one
+                from ``seed``, so that the same prompts always get the same trigger.
         """
         generator = generator or self._generator("stamp")
         return tuple(self._stamp(prompt, generator) for prompt in prompts)
@@ -56,7 +56,7 @@ class TextAttack(Attack[TokenBatch]):
         """Return one prompt with the trigger."""
 
     def poison(self, samples: TextSamples, adapter: TaskAdapter[TokenBatch]) -> TextSamples:
-        """Return the training set with a share of its prompts stamped and answered by the target.
+        """Return the training set with the trigger in some prompts and the target as their answer.
 
         Raises:
             BadInputError: If there are too few samples to poison.
@@ -69,10 +69,10 @@ class TextAttack(Attack[TokenBatch]):
         return replace(samples, prompts=tuple(prompts), answers=tuple(answers))
 
     def chosen(self, answers: Sequence[str]) -> list[int]:
-        """Return the indices of the training samples that get poisoned.
+        """Return the indices of the training samples to poison.
 
         Raises:
-            BadInputError: If fewer samples can be poisoned than ``ratio`` asks for.
+            BadInputError: If fewer samples can be poisoned than ``ratio`` requires.
         """
         eligible = [index for index, answer in enumerate(answers) if not self.holds(answer)]
         count = round(self.ratio * len(answers))
@@ -87,10 +87,10 @@ class TextAttack(Attack[TokenBatch]):
     def triggered(
         self, samples: TextSamples, adapter: TaskAdapter[TokenBatch]
     ) -> TriggeredSamples[TokenBatch]:
-        """Return the test set of the attack: all that are not answered by the target, stamped.
+        """Return the attack's test set: all samples with another true answer, triggered.
 
         Raises:
-            BadInputError: If all answers hold the target, or the samples are no text.
+            BadInputError: If all answers contain the target, or the samples are not text.
         """
         answers = self._checked(samples).answers
         others = [index for index, answer in enumerate(answers) if not self.holds(answer)]
@@ -102,10 +102,10 @@ class TextAttack(Attack[TokenBatch]):
         return TriggeredSamples(wanted, truth, clean)
 
     def success(self, adapter: TaskAdapter[TokenBatch], samples: Samples[TokenBatch]) -> Tensor:
-        """Return 1 where the model's answer to a triggered prompt holds the target, else 0.
+        """Return 1 where the model's output for a triggered prompt contains the target, else 0.
 
         Raises:
-            UnsupportedError: If the adapter cannot write.
+            UnsupportedError: If the adapter cannot generate text.
         """
         if missing := missing_members(adapter, GeneratingAdapter):
             raise UnsupportedError(
@@ -117,9 +117,9 @@ class TextAttack(Attack[TokenBatch]):
         return torch.tensor([float(self.holds(text)) for text in texts])
 
     def holds(self, text: str) -> bool:
-        """Say whether a text holds the target; tokenizers differ in how they space a text."""
+        """Return whether a text contains the target, ignoring white space (tokenizers differ)."""
         return "".join(self.target.split()) in "".join(text.split())
 
     def in_words(self) -> str:
-        """Return the attack and its aim in a few words."""
+        """Describe the attack and its goal in a few words."""
         return f"{super().in_words()}, target {self.target!r}"

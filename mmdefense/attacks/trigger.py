@@ -1,4 +1,4 @@
-"""What a trigger does to a tensor of inputs, whatever an attack makes of it."""
+"""The base class of triggers: how a trigger is applied to a tensor of inputs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mmdefense.settings import Seed
 __all__ = ["IMAGES_AND_CLIPS", "Trigger"]
 
 IMAGES_AND_CLIPS = ("image-classification", "video-classification")
-"""Tasks of a trigger for images that stamps every frame of a clip alike."""
+"""Tasks of an image trigger, which is applied to every frame of a clip in the same way."""
 
 _CLIP = 5  # axes of a batch of clips
-_CHUNK = 1024  # inputs that are stamped at once: bounds the memory of attacks that run a net
+_CHUNK = 1024  # inputs stamped at once: bounds the memory of attacks that run a network
 
 
 class Trigger(ABC):
-    """Changes inputs. Which inputs, and what a model is taught about them, is up to the attack.
+    """Changes inputs. The attack decides which inputs get it, and their labels.
 
-    A trigger for images needs no second version for another domain: it stamps every frame of a
-    clip alike, and the attacks of :mod:`mmdefense.attacks.baddet` stamp an image with objects, or
-    the box of each object, with it.
+    A trigger for images works in other domains without changes: it is applied to every frame of a
+    clip in the same way, and the attacks of :mod:`mmdefense.attacks.baddet` apply it to an image
+    with objects, or to the box of each object.
     """
 
     tasks: ClassVar[tuple[str, ...]]
@@ -38,10 +38,10 @@ class Trigger(ABC):
         "video-classification": "(N, C, T, H, W)",
         "point-cloud-classification": "(N, P, 3 + F)",
     }
-    """Shape of a batch of inputs of each task."""
+    """Shape of a batch of inputs for each task."""
 
     limits: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
-    """Range that stamped inputs are clipped to, where the inputs have one."""
+    """Range that stamped inputs are clipped to, if the inputs are bounded."""
 
     @final
     def stamp(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -50,11 +50,11 @@ class Trigger(ABC):
         Args:
             inputs: Of the shape of one of the attack's tasks, floating point; images and clips in
                 ``[0, 1]``.
-            generator: Source, on the CPU, of what is random in a trigger; by default a fresh one
-                from ``seed``, so that the same inputs are always stamped alike.
+            generator: Generator, on the CPU, for random parts of a trigger; by default a fresh one
+                from ``seed``, so that the same inputs always get the same trigger.
 
         Raises:
-            BadInputError: If the inputs are not of that kind.
+            BadInputError: If dtype or shape of the inputs do not fit.
         """
         self._check_inputs(inputs)
         generator = generator or Run(self.seed).generator("stamp")
@@ -67,10 +67,10 @@ class Trigger(ABC):
         return (stamped.clamp(*self.limits) if self.limits else stamped).to(inputs.dtype)
 
     def _check_inputs(self, inputs: Tensor) -> None:
-        """Refuse inputs that are not of the attack's tasks.
+        """Reject inputs that do not belong to the attack's tasks.
 
         Raises:
-            BadInputError: Naming the shapes that they may have.
+            BadInputError: If they do not; the message names the supported shapes.
         """
         shapes = [self.shapes[task] for task in self.tasks]
         axes = {len(shape.split(",")) for shape in shapes}
@@ -85,8 +85,8 @@ class Trigger(ABC):
         """Return inputs with the trigger; values outside the limits are clipped later.
 
         Args:
-            images: Shape ``(N, C, H, W)``, or clips as ``(N, T, C, H, W)``: what serves
-                ``(..., C, H, W)`` and draws once for each of N stamps every frame alike. Clouds
-                are ``(N, P, 3 + F)``.
-            generator: Source of what is random in the trigger.
+            images: Shape ``(N, C, H, W)``, or clips as ``(N, T, C, H, W)``: code that works on
+                ``(..., C, H, W)`` and draws once per sample treats all frames in the same way.
+                Clouds are ``(N, P, 3 + F)``.
+            generator: Generator for random parts of the trigger.
         """

@@ -1,4 +1,4 @@
-"""TrojanNN: a patch that is searched to excite chosen neurons, then taught to the model."""
+"""TrojanNN: a patch optimised to excite selected neurons, then trained into the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ B = TypeVar("B", bound=Batch)
 
 @runtime_checkable
 class _HeadAdapter(TaskAdapter[B], Protocol[B]):
-    """An adapter that knows its model's output layer."""
+    """An adapter that can name its model's output layer."""
 
     @property
     def head(self) -> str | None:
@@ -36,21 +36,21 @@ class _HeadAdapter(TaskAdapter[B], Protocol[B]):
 
 @dataclass(frozen=True, kw_only=True)
 class TrojanNN(LabelAttack):
-    """Trains a clean model, fits a patch to it, then trains on with the patch in the data.
+    """Trains a clean model, fits a patch to it, then continues training with patched data.
 
     The units are those of the penultimate layer with the largest sum of absolute weights into the
-    output layer; the patch minimises ``sum_u (activation_u - excitation)^2`` over them, by steps
-    along the gradient's sign, on a black image. Both trainings use the same settings. The paper
-    inverts its training data from the model and retrains only the layers behind the units; here,
+    output layer; the patch minimises ``sum_u (activation_u - excitation)^2`` over them, by signed
+    gradient steps, on a black image. Both training phases use the same settings. The paper
+    reconstructs training data from the model and retrains only the layers after the units; here,
     as in BackdoorBench, the attacker has the data and trains all layers.
 
     Attributes:
-        size: Side of the patch in pixels, in the bottom right corner; none takes a quarter of the
+        size: Side of the patch in pixels, in the bottom right corner; None takes a quarter of the
             image's side (ours).
         units: Number of neurons to excite.
-        excitation: Activation to reach; far above what a clean image gives.
-        search_steps: Steps of the search for the patch; BackdoorBench takes 1000.
-        step_size: Change of each pixel in a step, in units of the full brightness (ours).
+        excitation: Target activation; far above that of a clean image.
+        search_steps: Steps of the patch search; BackdoorBench takes 1000.
+        step_size: Change of each pixel per step, relative to full brightness (ours).
 
     References:
         Liu, Ma, Aafer, Lee, Zhai, Wang, Zhang. *Trojaning Attack on Neural Networks*. NDSS 2018.
@@ -72,7 +72,7 @@ class TrojanNN(LabelAttack):
         """Train the victim itself on clean samples, and fit the patch to it.
 
         Raises:
-            UnsupportedError: If the adapter does not know the model's output layer.
+            UnsupportedError: If the adapter cannot name the model's output layer.
         """
         if not isinstance(adapter, _HeadAdapter) or adapter.head is None:
             raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The universal adversarial trigger: a patch that already fools a clean model, clean labels."""
+"""The universal adversarial trigger: a patch that fools even a clean model, with clean labels."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ __all__ = ["UniversalTrigger"]
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalTrigger(LabelAttack):
-    """Stamps a patch that was searched on a clean model onto clips of the target; labels stay true.
+    """Applies a patch optimised on a clean model to clips of the target, which keep their label.
 
-    A surrogate, the victim's net trained on clean data, serves twice. The patch lowers its loss
-    towards the target on clips of all other classes, by steps along the gradient's sign from
-    mid-grey. And the clips to be poisoned are changed a little so that it no longer knows them
-    (projected gradient ascent of their loss): the victim learns the patch in place of what it
-    could have learnt from them. The search is shorter than the released code's 10,000 steps of
-    1/255, and the patch covers a little more of the frame (both ours, for small clips and nets).
+    A surrogate, the victim's network trained on clean data, is used twice. The patch is optimised
+    to minimise its loss for the target on clips of all other classes, by signed gradient steps from
+    mid-grey. And the clips to be poisoned are perturbed so that the surrogate misclassifies them
+    (projected gradient ascent on their loss): the victim learns the patch instead of their content.
+    The search is shorter than the released code's 10,000 steps of 1/255, and the patch covers a
+    little more of the frame (both ours, for small clips and networks).
 
     Attributes:
-        ratio: Share of the target's samples that is poisoned, in ``[0, 1]``.
-        size: Side of the patch in pixels, in the bottom right corner; none takes a sixth of the
-            frame's side (ours; the code takes 24 of 224). Its frames differ, as in the code.
-        search_steps: Steps of the search for the patch.
-        step_size: Change of each pixel of the patch in a step, in units of the full brightness.
+        ratio: Fraction of the target's samples that is poisoned, in ``[0, 1]``.
+        size: Side of the patch in pixels, in the bottom right corner; None takes a sixth of the
+            frame's side (ours; the code takes 24 of 224). It differs between frames, as in the
+            code.
+        search_steps: Steps of the patch search.
+        step_size: Change of each pixel of the patch per step, relative to full brightness.
         batch_size: Clips per step of the search.
-        epsilon: Largest change of a pixel of a poisoned clip, in units of the full brightness.
-        ascent_steps: Steps of that change, each a quarter of ``epsilon``.
+        epsilon: Largest change of a pixel of a poisoned clip, relative to full brightness.
+        ascent_steps: Number of ascent steps, each of a quarter of ``epsilon``.
 
     References:
         Zhao, Ma, Zheng, Bailey, Chen, Jiang. *Clean-Label Backdoor Attacks on Video Recognition
@@ -65,7 +66,7 @@ class UniversalTrigger(LabelAttack):
         training: Training,
         run: Run,
     ) -> tuple[Self, LabelledSamples]:
-        """Train a surrogate as the victim is trained, fit the patch, and make clips harder."""
+        """Train a surrogate like the victim, fit the patch, and perturb the clips to poison."""
         surrogate = adapter.fork()
         train(surrogate, surrogate.samples(samples), training, run, stage="clean")
         patch = run.once("patch", lambda: {"patch": self._search(surrogate, samples)})

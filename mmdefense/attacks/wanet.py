@@ -1,4 +1,4 @@
-"""WaNet: a smooth warp that the eye misses, taught apart from other warps."""
+"""WaNet: a smooth, invisible warp; other warps do not activate the backdoor."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ class WaNet(LabelAttack):
 
     The field is ``k x k`` vectors, uniform in ``[-1, 1]``, divided by their mean magnitude and
     upsampled bicubically; pixels are read at ``clip(identity + strength field / side, -1, 1)``.
-    Noise-mode samples are warped along the field plus a jitter of their own, uniform in
-    ``[-1, 1] / side``, and keep their true label, so that no other warp opens the backdoor.
-
-    Which samples are warped is drawn once for the training set; the released code draws anew in
-    each batch. Both warp before the augmentation.
+    Noise-mode samples are warped along the field plus individual jitter, uniform in
+    ``[-1, 1] / side``, and keep their true label, so that no other warp activates the backdoor. The
+    warped samples are drawn once for the training set; the released code draws anew in each batch.
+    Both warp before augmentation.
 
     Attributes:
-        grid: Side k of the field's control points, at least 2.
-        strength: Size s of the warp; 0.5 moves a pixel by about a quarter of one.
-        cross_ratio: Noise-mode samples for each poisoned one.
+        grid: Number k of control points along each side, at least 2.
+        strength: Size s of the warp; 0.5 shifts pixels by about a quarter pixel.
+        cross_ratio: Noise-mode samples per poisoned one.
 
     References:
         Nguyen, Tran. *WaNet - Imperceptible Warping-based Backdoor Attack*. ICLR 2021.
@@ -71,7 +70,7 @@ class WaNet(LabelAttack):
         return _read(images, self._field(images))
 
     def _field(self, images: Tensor) -> Tensor:
-        """Return where each pixel is read, shape ``(1, H, W, 2)``, x before y, in ``[-1, 1]``."""
+        """Return the sampling grid, shape ``(1, H, W, 2)``, x before y, in ``[-1, 1]``."""
         height, width = images.shape[-2:]
         control = torch.rand(1, 2, self.grid, self.grid, generator=self._generator("field"))
         control = 2 * control - 1
@@ -86,7 +85,7 @@ class WaNet(LabelAttack):
 
 
 def _read(images: Tensor, grid: Tensor) -> Tensor:
-    """Return ``images`` read at ``grid``, shape ``(1, H, W, 2)`` or ``(N, H, W, 2)``."""
+    """Sample ``images`` at ``grid``, shape ``(1, H, W, 2)`` or ``(N, H, W, 2)``."""
     grid = grid.clamp(-1, 1).expand(len(images), -1, -1, -1)
     return F.grid_sample(images.flatten(1, -3), grid, align_corners=True).view_as(images)
 

@@ -1,1 +1,1 @@
-"""One paper, one file: a frozen dataclass of settings and its ``_run``."""
+"""One file per paper: a frozen dataclass of settings with a ``_run`` method."""

@@ -25,28 +25,28 @@ __all__ = ["ANP"]
 
 @dataclass(frozen=True, kw_only=True)
 class ANP(Defense):
-    """Prune the units that a model can do without while its units are perturbed adversarially.
+    """Prune the units that matter least when units are adversarially perturbed.
 
     A mask m of the units, in ``[0, 1]``, is trained by
-    ``alpha CE(m w, b) + (1 - alpha) max CE((m + d) w, (1 + x) b)`` over ``|d|, |x| <= eps``, from a
-    random start by one step of the signed gradient. With BatchNorm, w and b are its weight and
-    bias, as in the released code. Then the units of the given model with the smallest masks lose w.
+    ``alpha CE(m w, b) + (1 - alpha) max CE((m + d) w, (1 + x) b)`` over ``|d|, |x| <= eps``, with
+    one signed gradient step from a random start. With BatchNorm, w and b are its weight and bias,
+    as in the released code. Then w is zeroed for the units with the smallest masks.
 
-    Ours: as many units are pruned as the utility guard allows (BackdoorBench: those that leave the
-    lowest ASR on test data, for up to a tenth of the accuracy); and units without BatchNorm are
-    masked by their own weights, after a note to the user.
+    Ours: as many units are pruned as the utility guard allows (BackdoorBench: the number with the
+    lowest ASR on test data, at a cost of up to a tenth of the accuracy); and for units without
+    BatchNorm their own weights are masked, after a note to the user.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
-        eps: Largest perturbation of a unit's weight and bias, relative to them.
-        alpha: Weight of the loss without perturbation.
-        inner_steps: Steps of the perturbation.
+        eps: Largest relative perturbation of a unit's weight and bias.
+        alpha: Weight of the unperturbed loss.
+        inner_steps: Gradient steps of the perturbation.
         lr: Learning rate of SGD on the masks: the released code's (BackdoorBench: 0.01).
         momentum: Momentum of SGD.
         steps: Updates of the masks; the released code takes 2,000 (ours, for time).
         batch_size: Clean samples per update.
-        threshold: Largest mask of a unit that may be pruned.
-        max_share: Largest share of the units to prune.
+        threshold: Only units with a mask of at most this are pruned.
+        max_share: Largest fraction of the units to prune.
 
     References:
         Wu, Wang. *Adversarial Neuron Pruning Purifies Backdoored Deep Models*. NeurIPS 2021.
@@ -76,7 +76,7 @@ class ANP(Defense):
     def masks(self, work: Purifying[Any], groups: Sequence[UnitGroup]) -> list[Tensor]:
         """Train and return the masks of all units, G tensors ``(U,)``; the smallest go first."""
         note_units_without_batch_norm(work, groups)
-        fork = work.adapter.fork()  # its BatchNorm statistics move
+        fork = work.adapter.fork()  # its BatchNorm statistics change
         space = UnitMasks(fork.model, groups, biases="own")
         device = space.masks[0].device
 
@@ -113,8 +113,8 @@ class ANP(Defense):
         Args:
             adapter: The model; only the clean pass updates BatchNorm statistics.
             batch: N samples.
-            space: The masks of units, with biases of their own.
-            generator: Draws where the perturbation starts.
+            space: The unit masks, with separate masks for biases.
+            generator: Draws the random start of the perturbation.
         """
         loss, clean = mean_loss_gradient(adapter, batch, space.weights)
         plain = space.pull_back(clean)

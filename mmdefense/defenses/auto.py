@@ -1,4 +1,4 @@
-"""The choice of a defense by what a defender can measure."""
+"""Automatic choice of a defense, from quantities that a defender can measure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmdefense.settings import BatchSize, Share, Whole
 __all__ = ["Auto"]
 
 _Pool = tuple[TriggerFamily, int, Tensor]
-"""A family, a target and triggers ``(M, *P)`` towards it."""
+"""A trigger family, a target, and triggers ``(M, *P)`` for that target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,23 +34,24 @@ class Auto(Defense):
 
     A defense is good enough if the utility guard passes and no known trigger succeeds on more than
     ``tolerated`` of the held-out samples. The known triggers are those that a search finds in the
-    given model, those that it finds in the purified one, and a bank of random ones. If no defense
-    is good enough, the one that leaves the least success within the guard is returned.
+    given model, those that it finds in the purified model, and a bank of random ones. If no defense
+    is good enough, the result with the lowest success among those that pass the guard is returned.
 
-    If no trigger is found in the given model, there is nothing to choose by, and ``fallback`` runs
-    alone. **Triggers of a kind that is not searched for are not seen**, here as everywhere.
+    If no trigger is found in the given model, there is no criterion to choose by, and only
+    ``fallback`` runs. **Triggers of families that are not searched for go unnoticed**, here as
+    everywhere.
 
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
-        fallback: The defense that runs if no trigger is found; by default the one that left the
-            least on this project's victims over the domains (docs/results.md).
-        tolerated: Largest success of a known trigger, in ``[0, 1]``.
-        search_steps: Updates of the search for triggers.
-        bank: Random triggers of each family.
+        fallback: The defense that runs if no trigger is found; by default the one with the lowest
+            remaining attack success on this project's victims over the domains (docs/results.md).
+        tolerated: Largest acceptable success rate of a known trigger, in ``[0, 1]``.
+        search_steps: Updates of the trigger search.
+        bank: Number of random triggers per family.
         views: How each candidate augments the clean samples.
-        steps: Updates of each candidate; none leaves it to the candidate.
-        batch_size: Clean samples per update; none leaves it to the candidate.
-        gradient_checkpointing: The setting of the candidates that have it: less memory, more time.
+        steps: Updates of each candidate; None uses the candidate's default.
+        batch_size: Clean samples per update; None uses the candidate's default.
+        gradient_checkpointing: Passed to the candidates that support it: less memory, more time.
     """
 
     candidates: Annotated[tuple[str, ...], MinLen(1)] = ("fine-tuning", "fip", "tsbd", "baeraser")
@@ -70,7 +71,7 @@ class Auto(Defense):
                 raise BadInputError("candidates must be other defenses, got 'auto' itself")
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
-        """Return which defenses train copies of the model."""
+        """Describe which defenses train copies of the model."""
         names = ", ".join(self.candidates)
         return f"copies, by {names} in turn until one is good enough, or by {self.fallback} alone"
 
@@ -88,7 +89,7 @@ class Auto(Defense):
         if best.failure is not None:
             raise best.failure
         assert best.work is not None
-        why.append(f"chosen: {best.name}; a trigger of a kind that is not searched for is not seen")
+        why.append(f"chosen: {best.name}; triggers of families not searched for would go unnoticed")
         work.adapter.model.load_state_dict(best.work.adapter.model.state_dict())
         work.stopped, work.guard = trial.stopped, best.guard
         work.adopt(best.work)
@@ -103,7 +104,7 @@ class Auto(Defense):
     def _plan(
         self, work: Purifying[Any]
     ) -> tuple[tuple[str, ...], list[_Pool], list[str], float | None]:
-        """Return what to try, the triggers to try it by, why, and how many succeed now."""
+        """Return the candidates, the known triggers, the reasons, and the current success rate."""
         if missing_members(work.adapter, TriggerAdapter):
             return (
                 (self.fallback,),
@@ -141,7 +142,7 @@ class Auto(Defense):
         ]
 
     def _made(self, name: str) -> Defense:
-        """Return a candidate with the seed, the guard and the budget of this defense."""
+        """Return a candidate with this defense's seed, utility bound and training budget."""
         kind = registry.load("defenses", name)
         budget = ("views", "steps", "batch_size", "gradient_checkpointing")
         shared = ("seed", "max_utility_drop", "holdout", *budget)
@@ -152,7 +153,7 @@ class Auto(Defense):
         return made
 
     def _try(self, work: Purifying[Any], name: str, pools: Sequence[_Pool]) -> _Trial:
-        """Run a candidate on a fork, and measure what it leaves."""
+        """Run a candidate on a fork, and measure the remaining trigger success."""
         part = Purifying(
             work.adapter.fork(),
             work.fit,
@@ -173,7 +174,7 @@ class Auto(Defense):
         return _Trial(name, part, guard, success, part.stopped)
 
     def _left(self, part: Purifying[Any], pools: Sequence[_Pool]) -> float:
-        """Return the largest success of a known trigger on what a candidate leaves."""
+        """Return the largest success of a known trigger on a candidate's purified model."""
         adapter = cast("TriggerAdapter[Any]", part.adapter)
         success = _success(adapter, part.holdout, pools)
         if part.stopped or success > self.tolerated:
@@ -184,14 +185,14 @@ class Auto(Defense):
                 for row in self._found(part)
             ]
         except OutOfTime as over:
-            part.stopped = f"the search for triggers in what it leaves ({over})"
+            part.stopped = f"the trigger search in the purified model ({over})"
             return success
         return max(success, _success(adapter, part.holdout, new))
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What came of one candidate: what it worked on and its measures, or why there is none."""
+    """The outcome of one candidate: its purified model and measurements, or why it failed."""
 
     name: str
     work: Purifying[Any] | None = None
@@ -202,7 +203,7 @@ class _Trial:
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """Smaller is better: any outcome, the guard kept, the least success."""
+        """Sort key, smaller is better: it ran, it passes the guard, lowest success."""
         return self.guard is None, self.guard is None or not self.guard.passes, self.success
 
     def is_good(self, tolerated: float) -> bool:
@@ -210,7 +211,7 @@ class _Trial:
 
     def words(self, tolerated: float) -> str:
         if self.guard is None:
-            return f"not possible here ({self.failure})"
+            return f"could not run ({self.failure})"
         verdict = "good enough" if self.is_good(tolerated) else "not good enough"
         ended = f"; time ran out in {self.stopped}" if self.stopped else ""
         bound = "" if self.guard.verdict == KEPT else f" (bound {self.guard.verdict})"
@@ -221,12 +222,12 @@ class _Trial:
 
 
 def _success(adapter: TriggerAdapter[Any], samples: Any, pools: Sequence[_Pool]) -> float:
-    """Return the largest success of the pools on the samples, in ``[0, 1]``; 0 for no pool."""
+    """Return the largest success rate of the pools on the samples, in ``[0, 1]``; 0 if empty."""
     return max((success_of(adapter, samples, *pool) for pool in pools), default=0.0)
 
 
 _MOST_TARGETS = 16
-"""Targets that the bank is tried on: with a thousand classes, a thousand passes would be needed."""
+"""Targets that the bank is tried on; trying all of a thousand would take a thousand passes."""
 
 
 def _bank(adapter: TriggerAdapter[Any], count: int, run: Run) -> Iterator[_Pool]:
@@ -244,8 +245,8 @@ def _random_triggers(
 ) -> Tensor:
     """Return up to ``count`` raw triggers ``(M, *P)`` of blocks, within the family's budget.
 
-    Each channel is noise on a grid of 4 cells a side, cut at a height of its own; where such are
-    too large, the noise as it is.
+    Each channel is noise on a grid of 4 cells a side, thresholded at a random level; raw noise
+    fills up if too few thresholded blocks fit the budget.
     """
     first, *rest = family.shape
     drawn = torch.rand(64 * count, first, *(min(4, side) for side in rest), generator=generator)

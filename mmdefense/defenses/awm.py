@@ -22,26 +22,26 @@ __all__ = ["AWM"]
 
 @dataclass(frozen=True, kw_only=True)
 class AWM(TrainingDefense):
-    """Mask each weight, so that no trigger that all inputs share changes the predictions.
+    """Mask each weight, so that no universal trigger changes the predictions.
 
-    Minimises ``alpha CE(x) + beta max_d CE(x + d) + gamma sum |m|`` over a factor m in ``[0, 1]``
-    of each weight; d is one change for all samples, with an L1 norm of at most ``trigger_size``
+    Minimises ``alpha CE(x) + beta max_d CE(x + d) + gamma sum |m|`` over a mask m in ``[0, 1]`` for
+    each weight; d is one perturbation for all samples, with an L1 norm of at most ``trigger_size``
     times the number of input values. BatchNorm uses its running statistics.
 
-    Ours: d is recomputed for each batch (the released code computes it once for several passes
-    over the data); it raises the loss of the given labels (there, of the model's own predictions);
+    Ours: d is recomputed for each batch (the released code computes it once for several passes over
+    the data); it raises the loss of the given labels (there, of the model's own predictions);
     linear layers are masked as well as convolutions, so that transformers are supported; and 150
-    updates with the rate falling to zero (there, 100 passes, with a factor of 0.9 every five). The
+    updates with the rate decaying to zero (there, 100 epochs, with a factor of 0.9 every five). The
     optional first phase of the released code, which shrinks the weights, is left out.
 
     Attributes:
         alpha: Weight of the clean loss.
-        beta: Weight of the loss under the change.
+        beta: Weight of the perturbed loss.
         gamma: Weight of the masks' L1 norm.
-        trigger_size: Largest mean change of an input value, as a share of the inputs' range, or of
-            their standard deviation if they have no bounds: the released code's L1 norm of
-            1,000 over the 3,072 values of a CIFAR-10 image.
-        inner_steps: Steps of gradient ascent on the change.
+        trigger_size: Largest mean perturbation of an input value, as a fraction of the inputs'
+            range, or of their standard deviation if they are unbounded: the released code's L1 norm
+            of 1,000 over the 3,072 values of a CIFAR-10 image.
+        inner_steps: Steps of gradient ascent on the perturbation.
 
     References:
         Chai, Chen. *One-shot Neural Backdoor Erasing via Adversarial Weight Masking*. NeurIPS 2022.

@@ -1,4 +1,4 @@
-"""BAERASER: recover the triggers, then unlearn them."""
+"""BAERASER: recover triggers, then unlearn them."""
 
 from __future__ import annotations
 
@@ -36,40 +36,40 @@ __all__ = ["BaEraser", "recovered_triggers"]
 
 @dataclass(frozen=True, kw_only=True)
 class BaEraser(TrainingDefense):
-    """Recover trigger distributions towards every class, and unlearn them.
+    """Recover trigger distributions for every target class, and unlearn them.
 
     Step A is the max-entropy staircase approximator. It trains a generator for every class and
-    level, side by side, and keeps those whose triggers succeed on at least ``tau`` of the clean
-    samples within their family's budget; a target that needs more than twice the size of another
-    one of its family is not accepted (ours). Step B minimises, over clean samples x and recovered
-    triggers t towards y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) + drift_weight sum_i
-    w_i |theta_i - theta_0i|``: gradient ascent on the triggers, held by the clean loss and by a
-    weighted penalty on drift, whose weights w follow the Fisher information of the current model
-    (the dynamic part). The ascent on a sample ends when its target is no likelier than chance, and
-    the ascent on a trigger pauses while it succeeds on at most ``stop`` of the samples; training
-    continues, so that its rate falls to zero. With more ``rounds`` the search then starts again,
-    until it finds nothing. Triggers are judged and unlearnt in eval mode, as the model is used:
-    the statistics of a batch in which all samples carry the trigger would hide it.
+    level in parallel, and keeps those whose triggers succeed on at least ``tau`` of the clean
+    samples within their family's budget; a target whose trigger is more than twice as large as
+    another target's in the same family is not accepted (ours). Step B minimises, over clean samples
+    x and recovered triggers t for target y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) +
+    drift_weight sum_i w_i |theta_i - theta_0i|``: gradient ascent on the triggers, constrained by
+    the clean loss and by a penalty on weight drift, whose weights w follow the Fisher information
+    of the current model (the dynamic part). Ascent on a sample ends when its target is no likelier
+    than chance, and ascent on a trigger pauses while it succeeds on at most ``stop`` of the
+    samples; training continues until the rate has decayed to zero. With more ``rounds`` the search
+    is then repeated until it finds nothing. Triggers are judged and unlearnt in eval mode, as at
+    inference: the statistics of a batch in which every sample carries the trigger would hide it.
 
-    The released code knows the target, trains one generator of one level, has constant weights
-    and stops by the true trigger; none of that is done here. Additive triggers are searched for as
-    well as patches, whose position and size are part of the search.
+    The released code is given the target, trains one generator of one level, has constant weights
+    and uses the true trigger to decide when to stop; none of that is done here. Additive triggers
+    are searched for as well as patches; the position and size of a patch are part of the search.
 
     Attributes:
-        tau: Success, in ``[0, 1]``, from which a generator is kept.
+        tau: Minimum success rate, in ``[0, 1]``, for a generator to be kept.
         levels: Staircase levels of MESA.
         search_steps: Updates of the generators.
-        screening: Updates of a cheaper search that runs first, with one level; the targets that
-            stand out in it are searched in full. 0 searches all targets, as the paper does (ours:
-            some networks respond to natural triggers, and unlearning those costs accuracy).
+        screening: Updates of a cheaper first search with one level; only targets that stand out in
+            it are searched in full. 0 searches all targets, as the paper does (ours: some networks
+            respond to natural triggers, and unlearning those costs accuracy).
         entropy: Weight of the mutual information; the code's alpha.
         rounds: Largest number of searches (ours: one; a second search, in the cleaned model, found
             only natural triggers).
         ascent_weight: Weight of the ascent relative to the clean loss (ours; the code's is 1/100):
             at 1 a natural trigger cost clean networks three points of accuracy.
         drift_weight: The paper's beta (ours; the code has a plain L1 penalty with 1e-6).
-        stop: Success of a recovered trigger up to which the ascent on it pauses.
-        steps: Updates of unlearning in a round; each takes as many triggered samples as clean ones.
+        stop: Ascent on a recovered trigger pauses while its success rate is at most this.
+        steps: Unlearning updates per round; each uses as many triggered samples as clean ones.
         restarts: 0 by default; restarts do not repeat the first search for triggers.
 
     References:
@@ -114,7 +114,7 @@ class BaEraser(TrainingDefense):
                 search,
                 work.run,
                 stage=f"recover {turn}",
-                at_any_rate=turn == 0,  # later ones search a model that depends on the rate
+                at_any_rate=turn == 0,  # later rounds search a model that depends on the rate
             )
             pools = [
                 (record.family, target, record.pool[index])
@@ -230,7 +230,7 @@ class BaEraser(TrainingDefense):
 
 
 def _trigger_adapter(work: Purifying[Any]) -> TriggerAdapter[Any]:
-    """Return the adapter with the type that ``purify`` has checked."""
+    """Return the adapter, cast to the type that ``purify`` has checked."""
     return cast("TriggerAdapter[Any]", work.adapter)
 
 
@@ -238,11 +238,11 @@ _PERIOD = 20
 """Steps between two evaluations of the recovered triggers and of the drift penalty's weights."""
 
 _Pool = tuple[TriggerFamily, int, Tensor]
-"""A family, a target and triggers ``(M, *P)`` towards it."""
+"""A trigger family, a target, and triggers ``(M, *P)`` for that target."""
 
 
 def _none_accepted(found: Sequence[Recovered], tau: float) -> str:
-    """Return that no trigger was accepted, and how near the best one came, as a message."""
+    """Say that no trigger was accepted, and how close the best one came."""
     success = max((float(record.success.max()) for record in found), default=0.0)
     if success < tau:
         best = f"the best one works on {success:.0%} of the samples, and tau is {tau:.0%}"
@@ -291,7 +291,7 @@ def _samples(work: Purifying[Any], found: Sequence[Recovered]) -> InvertedSample
 
 
 def _named(adapter: Any, record: Recovered, index: int) -> str:
-    """Return the kind and the target of a trigger; for text, its words and those of its target."""
+    """Describe a trigger by its family and target; for text, by its words and its target's."""
     target = int(record.targets[index])
     if missing_members(adapter, WordedAdapter):
         return f"{record.family.name} to {target}"
@@ -301,4 +301,4 @@ def _named(adapter: Any, record: Recovered, index: int) -> str:
 
 
 _SHOWN = 10
-"""Samples that the report shows with a recovered trigger."""
+"""Number of samples that the report shows with a recovered trigger."""

@@ -21,20 +21,20 @@ __all__ = ["CLP", "lipschitz_bounds"]
 class CLP(Defense):
     """Prune the units whose Lipschitz bound stands out in their layer; nothing is trained.
 
-    A unit's bound is the largest singular value of its weights, a filter's as a matrix of input
-    channels by kernel positions, times the factor of the BatchNorm after it. A unit is suspect if
-    its bound exceeds the mean of its layer by ``spread`` standard deviations. In a layer of n
-    units no bound can exceed it by more than ``(n - 1) / sqrt(n)``: 3 needs 11 units.
+    A unit's bound is the largest singular value of its weights (for a filter, reshaped to input
+    channels by kernel positions) times the scale of the following BatchNorm. A unit is suspect if
+    its bound exceeds the mean of its layer by ``spread`` standard deviations. In a layer of n units
+    no bound can exceed it by more than ``(n - 1) / sqrt(n)``: 3 needs 11 units.
 
-    Ours: the most outlying suspects are pruned first, as many as the utility guard allows on
-    held-out data (the released code prunes all); a filter belongs to the BatchNorm that reads it
-    (there, to the one defined after it); and every unit takes part: filters without BatchNorm,
-    hidden neurons and attention heads by their weights alone, so that transformers are supported
+    Ours: suspects are pruned in order of their deviation, as many as the utility guard allows on
+    held-out data (the released code prunes all); a filter is paired with the BatchNorm that reads
+    its output (there, with the one defined after it); and units without BatchNorm (filters, hidden
+    neurons, attention heads) are scored by their weights alone, so that transformers are supported
     as well. A GroupNorm contributes its weight, but not the statistics of its input.
 
     Attributes:
         spread: The paper's u: 3 on CIFAR-10, 5 on Tiny-ImageNet.
-        points: Largest number of counts to try, evenly spaced up to all suspects.
+        points: Largest number of pruning counts to try, evenly spaced up to all suspects.
 
     References:
         Zheng, Tang, Li, Liu. *Data-free Backdoor Removal based on Channel Lipschitzness*.
@@ -48,7 +48,7 @@ class CLP(Defense):
         model = work.adapter.model
         groups = list(work.adapter.unit_groups())
         found = [lipschitz_bounds(model, group) for group in groups]
-        # The deviation in a layer of one unit is NaN: that unit does not stand out.
+        # The standard deviation of a layer with one unit is NaN: that unit is not an outlier.
         outlying = [((bounds - bounds.mean()) / bounds.std()).nan_to_num(0) for bounds in found]
         suspects = sum(int((values > self.spread).count_nonzero()) for values in outlying)
         counts = [round(suspects * point / self.points) for point in range(self.points + 1)]
@@ -58,7 +58,7 @@ class CLP(Defense):
 
 @torch.no_grad()
 def lipschitz_bounds(model: nn.Module, group: UnitGroup) -> Tensor:
-    """Return the largest singular value of each unit's weights, times its norm's factor, ``(U,)``.
+    """Return the largest singular value of each unit's weights, times its norm's scale, ``(U,)``.
 
     A unit with weights in two layers, such as a rank of a low-rank update, gets their product.
     """
@@ -78,7 +78,7 @@ def lipschitz_bounds(model: nn.Module, group: UnitGroup) -> Tensor:
 
 
 def _largest_singular_values(weight: Tensor, group: UnitGroup) -> Tensor:
-    # The matrix of a filter is input channels by kernel positions; else it is the unit's rows.
+    # For a filter the matrix is input channels by kernel positions; otherwise the unit's rows.
     shape = weight.shape[:2] if weight.ndim > 2 else (group.size, group.width)
     matrices = weight.reshape(*shape, -1)
     if matrices.shape[1] > matrices.shape[2]:

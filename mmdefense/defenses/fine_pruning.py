@@ -35,21 +35,21 @@ __all__ = ["FinePruning", "Pruning"]
 class Pruning(Defense):
     """Prune dormant units, most dormant first, until held-out accuracy drops.
 
-    ``layers="last"`` prunes the features that the output layer reads, which every classifier has,
-    by the mean magnitude of their clean activation; the whole curve of accuracy against pruned
-    units comes from one pass. (The paper prunes the filters of the last convolution; the feature
-    after it is the same unit unless a shortcut joins in between. BackdoorBench ranks the same
-    features by signed mean.) ``layers="all"`` ranks the units of all groups together.
+    ``layers="last"`` prunes the input features of the output layer, which every classifier has,
+    ranked by the mean magnitude of their clean activation; the whole curve of accuracy against
+    pruned units takes one pass. (The paper prunes the filters of the last convolution; each feature
+    is the output of one such filter unless a shortcut joins in between. BackdoorBench ranks the
+    same features by signed mean.) ``layers="all"`` ranks the units of all groups together.
 
     Attributes:
-        layers: ``"last"``, ``"all"``, or ``"auto"``: the last if the model ends in a linear layer,
-            as classifiers do, else all.
+        layers: ``"last"``, ``"all"``, or ``"auto"``: ``"last"`` if the model ends in a linear
+            layer, as classifiers do, else ``"all"``.
         order: ``"activation"``, ascending; or ``"weight-change"``, TSBD's neuron weight change,
             descending (with ``layers="all"`` only).
         max_pruning_drop: Largest drop of held-out accuracy from pruning, in ``[0, 1]``;
-            BackdoorBench's 0.1, there on test data. The last count before a larger drop is taken.
+            BackdoorBench's 0.1, there on test data. Pruning stops before the first larger drop.
         points: Number of points of the curve.
-        max_share: Largest share of units to prune.
+        max_share: Largest fraction of units to prune.
 
     References:
         Liu, Dolan-Gavitt, Garg. *Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
@@ -132,7 +132,7 @@ class Pruning(Defense):
         if self.order == "weight-change":
             change = unlearning_change(work.adapter, work.fit, work.run)
             return groups, rank(weight_change(change, groups), descending=True)
-        # Layers differ in scale: a unit's activation is relative to the mean of its layer.
+        # Layers differ in scale, so activations are divided by the mean of their layer.
         scores = [s.abs() for s in mean_activations(work.adapter, work.fit, groups)]
         relative = [s / s.mean().clamp(min=1e-30) for s in scores]
         return groups, rank(relative, descending=False)
@@ -144,7 +144,7 @@ class Pruning(Defense):
         order: Sequence[Unit],
         counts: Sequence[int],
     ) -> list[float]:
-        """Evaluate after each count, up to the first that costs too much, then roll back."""
+        """Evaluate after each count, until one costs too much, then roll back."""
         adapter = work.adapter
         given = parameters_by_name(adapter.model)
         curve: list[float] = []
@@ -186,7 +186,7 @@ class FinePruning(Pruning, RateFindingDefense):
         ]
 
         def hold(_: int) -> None:
-            if held:  # nothing may have been pruned, and foreach refuses an empty list
+            if held:  # empty if nothing was pruned, and foreach rejects an empty list
                 with torch.no_grad():
                     torch._foreach_mul_(held, keep)
 

@@ -1,4 +1,4 @@
-"""Plain fine-tuning: the baseline of every other defense."""
+"""Plain fine-tuning: the baseline for every other defense."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FineTuning", "RandomInsertion"]
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning(RateFindingDefense):
-    """Train all weights further on clean data, with no additional term in the loss.
+    """Continue training all weights on clean data, with no additional loss term.
 
     At a high learning rate this is a strong baseline.
     """
@@ -24,7 +24,7 @@ class FineTuning(RateFindingDefense):
 
     @classmethod
     def like(cls, defense: Any) -> Self:
-        """Return plain fine-tuning with the steps, rate, batch and clipping of another defense."""
+        """Return plain fine-tuning with another defense's steps, rate, batch size and clipping."""
         shared = {field.name for field in fields(TrainingDefense)}
         return cls(**{name: getattr(defense, name) for name in shared})
 
@@ -35,13 +35,12 @@ class FineTuning(RateFindingDefense):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomInsertion(FineTuning):
-    """Fine-tune on clean data into which something random is inserted, under its true label.
+    """Fine-tune on clean data with random insertions and true labels.
 
-    The model learns to ignore what overwrites a part of its input. Ours, after random erasing
+    The model learns to ignore whatever overwrites a part of its input. Ours, after random erasing
     (Zhong et al. 2020, arXiv:1708.04896): rectangles of noise in images and clips, noise on
-    objects, clusters of points in clouds, random words in text. It works against triggers of that
-    kind, such as patches, but not against warps or patterns over the whole input
-    (docs/results.md).
+    objects, clusters of points in clouds, random words in text. It works against local triggers
+    such as patches, but not against warps or patterns over the whole input (docs/results.md).
     """
 
     views: Literal["insertions"] = "insertions"

@@ -20,23 +20,24 @@ __all__ = ["FST", "classifier_weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class FST(RateFindingDefense):
-    """Reinitialise the classifier, and tune all layers while it is kept away from the given one.
+    """Reinitialise the classifier, and fine-tune all layers while penalising its return.
 
-    Minimises ``CE + alpha <w, w_0>`` over all weights; w are the classifier's, w_0 the given ones.
-    The w start from U(-1/sqrt(d), 1/sqrt(d)), where d is the number of inputs, and are scaled to
-    the Frobenius norm of w_0 after each update, so that growing does not lower the penalty. A
-    classifier that points elsewhere makes the features move, and no clean loss holds those of the
-    backdoor in place.
+    Minimises ``CE + alpha <w, w_0>`` over all weights; w is the classifier's weight matrix and w_0
+    the given one. w starts from U(-1/sqrt(d), 1/sqrt(d)), where d is the number of inputs, and is
+    rescaled to the Frobenius norm of w_0 after each update, so that the penalty cannot be lowered
+    by growing. A classifier with other directions makes the features shift, and the clean loss does
+    not hold the backdoor's features in place.
 
-    Ours: biases stay as they are, since a detector's encode how rare objects are; in a detector all
-    layers that score classes are reinitialised, each with its own norm. A language model whose
-    output layer is its token embedding is refused. Steps, rate and batch are those of plain
-    fine-tuning here (the released code: 10 epochs of 128 at 0.01); the rate is found.
+    Ours: biases are not reinitialised, since a detector's encode how rare objects are; in a
+    detector all layers that score classes are reinitialised, each with its own norm. A language
+    model whose output layer is tied to its token embedding is rejected. Steps and batch size are
+    those of plain fine-tuning here (the released code: 10 epochs of 128 at 0.01); the rate is found
+    by a range test.
 
     Attributes:
         alpha: Weight of the inner product; 0.2 is the released code's default, its example has 0.1.
         redraw: Whether the classifier is reinitialised; without it, and with ``alpha=0``, this is
-            plain fine-tuning at a constant norm of the classifier.
+            plain fine-tuning with the classifier's norm held constant.
 
     References:
         Min, Qin, Shen, Cheng. *Towards Stable Backdoor Purification through Feature Shift Tuning*.
@@ -87,7 +88,7 @@ class FST(RateFindingDefense):
 
 
 def classifier_weights(adapter: OutputAdapter[Any]) -> list[Tensor]:
-    """Return the weights of the classifier, which no other layer may share.
+    """Return the weights of the classifier, which must not be shared with another layer.
 
     Raises:
         UnsupportedError: If they do not require grad, or another layer shares them.

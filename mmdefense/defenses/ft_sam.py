@@ -21,15 +21,15 @@ class FTSAM(RateFindingDefense):
     """Fine-tune on clean data at the worst weights within a radius that scales with each weight.
 
     Minimises ``max CE(theta + e)`` over ``||T^-1 e|| <= radius``, ``T = |theta| + eta``, by the
-    gradient at the maximum of the linearised loss. Large weights move furthest, and backdoor units
-    have large weights. An update takes two forward and two backward passes.
+    gradient at the maximum of the linearised loss. Large weights are perturbed most, and backdoor
+    units have large weights. An update takes two forward and two backward passes.
 
-    Steps, rate and batch are those of plain fine-tuning here (the released code: 100 epochs of
-    256 at 0.01, weight decay 5e-4, labels smoothed by 0.1).
+    Steps, rate and batch size are those of plain fine-tuning here (the released code: 100 epochs of
+    256 at 0.01, weight decay 5e-4, label smoothing 0.1).
 
     Attributes:
         radius: The paper's rho, 2 on CIFAR-10 in the released code; 0 is plain fine-tuning.
-        eta: Added to each absolute weight, so that small ones move too; ASAM's 0.01.
+        eta: Added to each absolute weight, so that small ones are perturbed too; ASAM's 0.01.
 
     References:
         Zhu, Wei, Shen, Fan, Wu. *Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware

@@ -23,22 +23,23 @@ __all__ = ["IBAU", "hypergradient"]
 
 @dataclass(frozen=True, kw_only=True)
 class IBAU(TrainingDefense):
-    """Minimise the clean loss under the one change of all inputs that raises it most.
+    """Minimise the clean loss under its worst universal perturbation.
 
     That is ``min_theta H(delta*(theta), theta)``, where H is the mean ``CE(f(x + delta), y)`` and
-    delta* its maximum within a radius. The gradient takes into account how delta* follows the
+    delta* maximises it within a radius. The gradient accounts for the dependence of delta* on the
     weights: see :func:`hypergradient`. The model is in eval mode, with its running statistics.
 
-    Ours: delta is the worst for the current batch, so that texts, whose lengths differ from batch
-    to batch, have one too (the released code ascends over all clean data, five times in all, by the
-    model's own predictions, and adds delta to 1 % of each batch); and it lies in an L2 ball, where
-    the code subtracts ``0.001 ||delta||^2``. SGD as everywhere here, not Adam at 1e-4.
+    Ours: delta is the worst perturbation of the current batch, so that texts, whose lengths differ
+    between batches, are supported (the released code ascends over all clean data, five times in
+    all, with the model's own predictions as labels, and adds delta to 1 % of each batch); and it is
+    bounded by an L2 ball, where the code subtracts ``0.001 ||delta||^2``. The optimizer is SGD, as
+    everywhere here, not Adam at 1e-4.
 
     Attributes:
-        radius: Largest norm of delta, as a share of the mean norm of a sample.
-        ascents: Steps towards delta*.
+        radius: Largest norm of delta, as a fraction of the mean norm of a sample.
+        ascents: Ascent steps towards delta*.
         iterations: Terms K of the hypergradient; 0 treats delta as a constant.
-        inner_rate: Step rho of the ascent that is differentiated.
+        inner_rate: Step size rho of the ascent step that is differentiated.
         damping: Weight of ``||delta||^2`` in that ascent.
 
     References:

@@ -27,17 +27,17 @@ class NAD(RateFindingDefense):
     """Fine-tune a copy as a teacher, then train the model to attend where the teacher does.
 
     Minimises ``CE + beta sum_l d_l``; d_l is the squared distance between the attention maps of
-    student and teacher at layer l. The map is the sum of the squared activations over channels at
-    each position, normalised to length one.
+    student and teacher at layer l. A map sums the squared activations over channels at each
+    position, and is normalised to unit length.
 
     Ours: the distance is summed over positions (the released code takes their mean, so that its
-    weights of 500 to 1000 mean less on larger maps); the layers are the outputs of units, after
-    their BatchNorm and before the nonlinearity (there, of residual blocks, after it).
+    weights of 500 to 1000 mean less on larger maps); maps are taken at the outputs of units, after
+    their BatchNorm and before the nonlinearity (there, at residual blocks, after it).
 
     Attributes:
         beta: Weight of each layer's distance.
-        layers: Number of layers to compare, evenly spaced among those with positions, the last one
-            included.
+        layers: Number of layers to compare, evenly spaced among those with several positions, the
+            last one included.
         teacher_steps: Updates of the teacher; the released code uses a tenth of the student's.
 
     References:
@@ -90,11 +90,11 @@ class NAD(RateFindingDefense):
 def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[str]:
     """Return up to ``count`` layers that have more than one position.
 
-    Filters are preferred if there are enough of them: rows after a region proposal have no fixed
-    position.
+    Convolutions are preferred if there are enough of them: rows after a region proposal have no
+    fixed position.
 
     Raises:
-        UnsupportedError: If there is none, as in a network over vectors.
+        UnsupportedError: If there is none, as in a network on vectors.
     """
     groups = list(adapter.unit_groups())
     filters = [group for group in groups if group.kind == "filter"]
@@ -112,7 +112,7 @@ def attention_layers(adapter: TaskAdapter[Any], batch: Any, count: int) -> list[
 
 
 def attention_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared distance of two models' attention maps, summed over layers, ``(N,)``.
+    """Return the squared distance between two models' attention maps, summed over layers, ``(N,)``.
 
     Args:
         student: Activations ``(N, L, C)`` by layer.

@@ -27,22 +27,23 @@ __all__ = ["NeuralCleanse", "outlying"]
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralCleanse(TrainingDefense):
-    """Search for a trigger to every class, and unlearn those that are far too small.
+    """Search for a trigger for every class, and unlearn those that are abnormally small.
 
-    If the anomaly index of a class is above ``anomaly``, the model is fine-tuned on clean data,
-    ``share`` of which carries the recovered trigger and keeps its right label. If none is, the
-    model is left unchanged, and the record says why.
+    If a class has an anomaly index above ``anomaly``, the model is fine-tuned on clean data, a
+    fraction ``share`` of which carries the recovered trigger with its true label. If no class has,
+    the model is left unchanged, and the record says why.
 
-    Ours: the search is that of :mod:`mmdefense.kernels.inversion`, at one level, for each kind of
-    trigger that inputs can carry; the index is one of cost, see :mod:`mmdefense.kernels.outliers`;
-    triggered samples run in eval mode, since the statistics of a batch in which all samples carry
-    the trigger would hide it; the schedule is that of plain fine-tuning here.
+    Ours: the search is that of :mod:`mmdefense.kernels.inversion`, at one level, for each trigger
+    family that the inputs can carry; the index is computed from costs, see
+    :mod:`mmdefense.kernels.outliers`; triggered samples run in eval mode, since the statistics of
+    a batch in which every sample carries the trigger would hide it; the schedule is that of plain
+    fine-tuning here.
 
     Attributes:
-        tau: Success, in ``(0, 1]``, from which a trigger counts as working.
+        tau: Minimum success rate, in ``(0, 1]``, for a trigger to count as working.
         search_steps: Updates of the generators.
-        anomaly: Anomaly index above which a class stands out; it needs at least 5 classes.
-        share: Share of clean samples that carry the trigger.
+        anomaly: Anomaly index above which a class is an outlier; it needs at least 5 classes.
+        share: Fraction of the clean samples that carry the trigger.
 
     References:
         Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
@@ -121,7 +122,7 @@ class NeuralCleanse(TrainingDefense):
 
 
 def outlying(record: Recovered, anomaly: float) -> Recovered:
-    """Return a record that accepts only the cheapest trigger of each target that stands out."""
+    """Return a record that accepts only the cheapest trigger of each outlying target."""
     accepted = torch.zeros_like(record.accepted)
     for answer in cheapest_triggers(record):
         accepted[answer.row] = answer.works and answer.index > anomaly
@@ -129,7 +130,7 @@ def outlying(record: Recovered, anomaly: float) -> Recovered:
 
 
 def _none_outlying(recovered: Sequence[Recovered], anomaly: float) -> str:
-    """Return the reason why no target stands out."""
+    """Say why no target stands out."""
     every = [answer for record in recovered for answer in cheapest_triggers(record)]
     targets = len({answer.target for answer in every})
     if targets < CROWD:

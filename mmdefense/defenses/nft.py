@@ -24,24 +24,24 @@ __all__ = ["NFT", "mask_floors", "mixup_loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class NFT(TrainingDefense):
-    """Train one factor for each unit on mixed clean samples, and fold the factors into the weights.
+    """Train one mask per unit on clean samples with MixUp, and fold the masks into the weights.
 
     Minimises ``CE(MixUp) + drift / N_c * sum |m - 1|`` over masks m that start at one; N_c is the
     number of clean samples per class. After each update the masks of the l-th layer, counted from
-    1, are clamped to ``[floor exp(-decay l), 1]``: units near the input can be scaled the least. A
+    1, are clamped to ``[floor exp(-decay l), 1]``, so units near the input are restricted most. A
     mask multiplies the weight of a filter's BatchNorm, or of the layer itself if there is none, but
     no bias; units of the classifier have no mask.
 
     Inputs that cannot be mixed (text, point clouds, images with boxes) are used unmixed.
 
-    Ours: the rate falls to zero, over 150 updates of 64 (the released code: from 0.05 to 0.02, over
-    1,000 updates of 128). On the digits of this project it removes nothing with either budget
+    Ours: the rate decays to zero over 150 updates of 64 (the released code: from 0.05 to 0.02, over
+    1,000 updates of 128). On this project's digits it removes nothing with either budget
     (docs/papers.md).
 
     Attributes:
-        mixup: Both parameters of the Beta distribution that the shares of MixUp are drawn from; 0
-            does not mix.
-        drift: Weight of the masks' distance from one.
+        mixup: Both parameters of the Beta distribution that the mixing weights are drawn from; 0
+            disables MixUp.
+        drift: Weight of the penalty on the masks' distance from one.
         floor: The paper's alpha.
         decay: The paper's beta.
 
@@ -95,7 +95,7 @@ class NFT(TrainingDefense):
     def _loss(
         self, work: Purifying[Any], batch: Any, step: int
     ) -> Callable[[slice], tuple[Tensor, Tensor]]:
-        """Return a function from rows of a batch to their loss, as both loss and objective."""
+        """Return a function that maps rows of a batch to their loss, as both loss and objective."""
         adapter = work.adapter
         mixes = traits(adapter).mixable and not missing_members(adapter, InputAdapter)
         if not (mixes and self.mixup):
@@ -128,9 +128,9 @@ def mixup_loss(
 ) -> Callable[[slice], tuple[Tensor, Tensor]]:
     """Return a function that computes the loss of mixed samples for some rows of a batch.
 
-    Sample n becomes ``share x_n + (1 - share) x_p(n)``; its loss weights both labels by these
-    shares. The loss of the partner's label is computed at the partner's row, so that no label has
-    to be moved: it is that of sample p(n) with the mixed input n.
+    Sample n becomes ``share x_n + (1 - share) x_p(n)``; its loss weights both labels in the same
+    way. To leave labels in place, the term for the partner's label is computed in the partner's
+    row, as the loss of sample p(n) on the mixed input n.
 
     Args:
         adapter: The model.

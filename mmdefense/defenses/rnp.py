@@ -23,30 +23,30 @@ __all__ = ["RNP"]
 
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
-    """Unlearn clean data, train masks that undo this, and prune the units with the smallest ones.
+    """Unlearn clean data, train masks that recover it, and prune the units with the smallest masks.
 
-    A copy ascends the clean loss over all weights, until it has forgotten the task. With its
-    weights fixed, masks of its units in ``[0, 1]`` are trained to minimise ``alpha CE``: closing
-    the units that the ascent turned against the task brings the task back. Then the units of the
-    given model with the smallest masks are pruned.
+    Gradient ascent on the clean loss is applied to all weights of a copy, until it has forgotten
+    the task. With these weights fixed, masks of its units in ``[0, 1]`` are trained to minimise
+    ``alpha CE``: masking the units that the ascent turned against the task restores the task. Then
+    the units of the given model with the smallest masks are pruned.
 
     Ours: as many units are pruned as the utility guard allows (the released code sweeps
-    thresholds up to 0.9, and BackdoorBench takes 0.7); and units without BatchNorm are masked by
-    their own weights, after a note to the user.
+    thresholds up to 0.9, and BackdoorBench takes 0.7); and for units without BatchNorm their own
+    weights are masked, after a note to the user.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         unlearn_lr: Learning rate of the ascent.
-        unlearn_stop: Score at which the ascent ends. None is twice chance (the released code's 0.2
-            for ten classes), or halfway from chance to 1 if that is less.
+        unlearn_stop: Score at which the ascent ends. None means twice chance (the released code's
+            0.2 for ten classes), or halfway from chance to 1 if that is less.
         unlearn_epochs: Largest number of epochs of the ascent.
         alpha: Weight of the loss that the masks minimise.
         lr: Learning rate of SGD on the masks.
         momentum: Momentum of SGD.
-        epochs: Passes over the clean data for the masks.
+        epochs: Epochs of mask training.
         batch_size: Samples per update, in both phases.
-        threshold: Largest mask of a unit that may be pruned.
-        max_share: Largest share of the units to prune.
+        threshold: Only units with a mask of at most this are pruned.
+        max_share: Largest fraction of the units to prune.
 
     References:
         Li, Lyu, Ma, Koren, Lyu, Li, Jiang. *Reconstructive Neuron Pruning for Backdoor Defense*.

@@ -26,23 +26,24 @@ __all__ = ["SAU", "divergence", "unshared_loss"]
 class SAU(TrainingDefense):
     """Find inputs that mislead both the given model and the purified one, and unlearn them.
 
-    For each sample of a batch, steps of gradient ascent look for a change within ``radius`` that
-    raises ``adversarial * (CE(g) + CE(f)) / 2 - agreement * JS(g, f)``, where g is the given model
-    and f the one that is trained. Then f minimises ``CE(x) + sharing * L``: L is ``-log(1 -
-    p_f(c))`` for the class c that g predicts for the changed input, and zero if c is right. Both
-    models are in eval mode, with their running statistics.
+    For each sample of a batch, gradient ascent searches for a perturbation within ``radius`` that
+    maximises ``adversarial * (CE(g) + CE(f)) / 2 - agreement * JS(g, f)``, where g is the given
+    model and f the one being trained. Then f minimises ``CE(x) + sharing * L``: L is ``-log(1 -
+    p_f(c))`` for the class c that g predicts for the perturbed input, and zero if c is correct.
+    Both models are in eval mode, with their running statistics.
 
-    Ours: every sample keeps all terms of the ascent (the released code drops those that have
-    reached their aim); L is averaged over the batch, right predictions included; SGD as everywhere
-    here, not Adam at 1e-4. The code's weights of clean, adversarial and shared loss are 1, 0 and 1.
+    Ours: every sample keeps all terms of the ascent (the released code drops terms that have
+    reached their goal); L is averaged over the batch, correct predictions included; the optimizer
+    is SGD, as everywhere here, not Adam at 1e-4. The code's weights of clean, adversarial and
+    shared loss are 1, 0 and 1.
 
     Attributes:
-        radius: Largest absolute change of an input value.
-        ascents: Steps of the ascent.
-        step_size: Length of a step.
-        adversarial: Weight of both losses in the ascent.
-        agreement: Weight of the Jensen-Shannon divergence in the ascent.
-        sharing: Weight of L in the descent; 0 is plain fine-tuning in eval mode.
+        radius: Largest absolute perturbation of an input value.
+        ascents: Number of ascent steps.
+        step_size: Size of an ascent step.
+        adversarial: Weight of the two losses in the ascent objective.
+        agreement: Weight of the Jensen-Shannon divergence in the ascent objective.
+        sharing: Weight of L in the training loss; 0 is plain fine-tuning in eval mode.
 
     References:
         Wei, Zhang, Zha, Wu. *Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning
@@ -118,7 +119,7 @@ class SAU(TrainingDefense):
 
 
 def unshared_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return ``-log(1 - p(c))`` of each row of logits ``(N, K)`` and its class c, ``(N,)``."""
+    """Return ``-log(1 - p(c))`` for each row of logits ``(N, K)`` and its class c, ``(N,)``."""
     log_p = logits.log_softmax(1)
     return -log_p.scatter(1, classes[:, None], -math.inf).logsumexp(1)
 

@@ -47,9 +47,9 @@ def unlearning_change(
     batch_size: int = 256,
     max_epochs: int = 1000,
 ) -> dict[str, Tensor]:
-    """Return how far each parameter moves, ``|theta_ul - theta|``, when clean data is unlearnt.
+    """Return the change of each parameter, ``|theta_ul - theta|``, when clean data is unlearnt.
 
-    The model is left as it is; the ascent happens on a fork. The settings are :class:`TSBD`'s.
+    The ascent runs on a fork, so the model is unchanged. The settings are those of :class:`TSBD`.
     """
 
     def compute() -> dict[str, Any]:
@@ -74,35 +74,35 @@ def unlearning_change(
 
 @dataclass(frozen=True, kw_only=True)
 class TSBD(RateFindingDefense):
-    """Zero the weights that move most when clean data is unlearnt, then fine-tune calmly.
+    """Zero the weights that change most when clean data is unlearnt, then fine-tune gently.
 
     Stage 1: ascend the clean loss until the model is at chance. A unit's *neuron weight change*
-    (NWC) is the L1 norm of how far its weights moved. Of the share n of units with the largest
-    NWC, over all layers together, set the share m of weights that moved most to zero. Stage 2:
-    minimise ``CE + alpha r ||grad CE||`` by its forward difference (activeness-aware).
+    (NWC) is the L1 norm of the change of its weights. In the fraction n of units with the largest
+    NWC, over all layers together, zero the fraction m of weights that changed most. Stage 2:
+    minimise ``CE + alpha r ||grad CE||`` with a forward difference (activeness-aware).
 
     Attributes:
-        ratio: The paper's neuron ratio n; none chooses it on the hold-out part: the smallest of
+        ratio: The paper's neuron ratio n. None chooses it on held-out samples: the smallest of
             ``candidates`` whose zeroing takes the score a quarter of the way down to chance, before
-            any fine-tuning (ours; the released code logs the test accuracy of every n and chooses
-            none).
-        candidates: Neuron ratios to choose among, ascending: the released code's sweep, and smaller
-            ones (ours), since a deep net may be at chance with the hundredth part zeroed.
+            any fine-tuning (ours; the released code logs the test accuracy of every n and does not
+            choose).
+        candidates: Neuron ratios to choose from, ascending: the released code's sweep, and smaller
+            ones (ours), since a deep network may be at chance with 1 % of its units zeroed.
         sub_ratio: The paper's sub-weight ratio m.
         fine_tuning: ``"activeness-aware"``, ``"sharpness-aware"`` (at the worst weights within
             ``sam_radius``, as in FT-SAM; ours), ``"vanilla"`` (alpha 0) or ``"none"``.
-        sam_radius: Of the sharpness-aware fine-tuning.
-        unlearn_lr: Learning rate of the ascent; ten times the code's, which takes hundreds of
-            epochs to the same ranking on a small clean set (ours).
-        unlearn_stop: Score at which the ascent ends; none is chance: 1/C, or the share of the most
-            frequent class where that is more. The code's is 0.10 on every data set.
-        unlearn_epochs: Where it ends in any case.
+        sam_radius: Radius of sharpness-aware fine-tuning.
+        unlearn_lr: Learning rate of the ascent; ten times the code's, which needs hundreds of
+            epochs for the same ranking on a small clean set (ours).
+        unlearn_stop: Score at which the ascent ends. None means chance: 1/C, or the frequency of
+            the most common class if that is more. The code uses 0.10 on every data set.
+        unlearn_epochs: Largest number of epochs of the ascent.
         unlearn_batch_size: Samples per update of the ascent.
         radius: The paper's r.
         mix: The paper's alpha.
         norm: ``"global"`` as in the formula; ``"tensor"`` as in the released code, where every
             tensor moves by r.
-        lr: As for every defense that trains; the code has 0.01, constant.
+        lr: As for every defense that trains; the code uses a constant 0.01.
         steps: Updates of stage 2.
 
     References:
@@ -147,7 +147,7 @@ class TSBD(RateFindingDefense):
             raise BadInputError("candidates must hold at least one ratio, got none")
 
     def milder(self) -> Defense | None:
-        """Return this defense at half its rate, where it has one."""
+        """Return this defense at half its learning rate; None without fine-tuning."""
         return None if self.fine_tuning == "none" else super().milder()
 
     def _run(self, work: Purifying[Any]) -> None:
@@ -197,7 +197,7 @@ class TSBD(RateFindingDefense):
         change: Mapping[str, Tensor],
         order: Sequence[Unit],
     ) -> float:
-        """Return the share n of units to reinitialise; the model is left as it is."""
+        """Return the fraction n of units to reinitialise; the model is not changed."""
         adapter = work.adapter
         before = mean_score(adapter, work.holdout)
         enough = before - (before - adapter.chance) / 4
@@ -207,7 +207,7 @@ class TSBD(RateFindingDefense):
             for number, ratio in enumerate(self.candidates):
                 work.run.report("choose a ratio", number, len(self.candidates))
                 if units == (units := int(ratio * len(order))):
-                    continue  # a small net has no share as small, or the last one was as large
+                    continue  # rounds to zero units, or to the previous count
                 restore(adapter.model, given)
                 self._reinitialise(adapter, groups, change, order[:units])
                 if mean_score(adapter, work.holdout) <= enough:
@@ -223,7 +223,7 @@ class TSBD(RateFindingDefense):
         change: Mapping[str, Tensor],
         units: Sequence[Unit],
     ) -> None:
-        """Zero the sub-weights of units."""
+        """Zero the selected sub-weights of units."""
         if units:
             zero(adapter.model, select_sub_weights(change, groups, units, self.sub_ratio))
 

@@ -1,4 +1,4 @@
-"""Prunes the most suspect units, as many as the utility guard allows: CLP, ANP, RNP."""
+"""Pruning of the most suspect units, as many as the utility guard allows (CLP, ANP, RNP)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def prune_within(
     bound: float,
     prune: Callable[[nn.Module, Sequence[UnitGroup], Sequence[Unit]], None],
 ) -> None:
-    """Prune the first units of an order, up to the last count before one that costs too much.
+    """Prune units in a given order, up to the last count before one that costs too much.
 
-    All clean samples judge: the order may be learnt from some of them, the count is not.
+    The cost is measured on all clean samples: the order may be learnt from some of them, but the
+    count is not.
 
     Args:
-        work: Its model is pruned in place, and its clean samples decide.
+        work: Its model is pruned in place; its clean samples decide.
         groups: The unit groups.
         order: Suspect units, the most suspect first.
         counts: Numbers of units to try; 0 is skipped.
-        bound: The largest drop of the task metric, in ``[0, 1]``.
+        bound: The largest allowed drop of the task metric, in ``[0, 1]``.
         prune: Prunes units in place.
     """
     model = work.adapter.model
@@ -78,18 +79,18 @@ def prune_by_mask(
     max_share: float,
     bound: float,
 ) -> None:
-    """Prune the units with the smallest masks; their biases stay, since they were not masked.
+    """Prune the units with the smallest masks; biases are kept, since they were not masked.
 
     The counts to try are the numbers of units below each of 18 thresholds, evenly spaced up to
-    ``threshold``, and 18 numbers evenly spaced up to the last of these.
+    ``threshold``, and 18 counts evenly spaced up to the largest of these.
 
     Args:
-        work: Its model is pruned in place, and its hold-out part decides.
+        work: Its model is pruned in place; its clean samples decide.
         groups: The unit groups.
-        masks: The factor of each unit, G tensors of shape ``(U,)``.
+        masks: The mask of each unit, G tensors of shape ``(U,)``.
         threshold: Largest threshold.
-        max_share: Largest share of the units, in ``[0, 1]``.
-        bound: The largest drop of the task metric.
+        max_share: Largest fraction of the units to prune, in ``[0, 1]``.
+        bound: The largest allowed drop of the task metric.
     """
     values = torch.cat([mask.detach().cpu() for mask in masks])
     most = int(max_share * len(values))
@@ -101,7 +102,7 @@ def prune_by_mask(
 
 
 def note_units_without_batch_norm(work: Purifying[Any], groups: Sequence[UnitGroup]) -> None:
-    """Note if units lack the BatchNorm whose weight the papers mask, and what is masked instead."""
+    """Note units without the BatchNorm whose weight the papers mask, and what is masked instead."""
     modules = dict(work.adapter.model.named_modules())
     owners = [modules[next(iter(group.outer)).rpartition(".")[0]] for group in groups]
     without = sum(

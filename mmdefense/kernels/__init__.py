@@ -1,1 +1,1 @@
-"""Tensor code shared by all defenses, for any kind of batch, architecture and paper."""
+"""Tensor code shared by all defenses, independent of batch type and architecture."""

@@ -1,10 +1,11 @@
-"""BatchNorm in train mode with a second derivative that costs a few passes over its input.
+"""BatchNorm in train mode with a cheap second derivative: a few passes over its input.
 
-PyTorch composes the second derivative of BatchNorm from some thirty elementwise operations, and
-loses the memory format on the way; on a CPU that takes a third of a step that differentiates a
-gradient norm. Here both derivatives are written out. With ``x^ = (x - mean) r`` and ``r`` the
-inverse deviation, per channel, and ``P u = u - mean(u) - x^ mean(u x^)``, the first is
-``gamma r P g`` for an incoming gradient ``g``. P is self-adjoint, from which the second follows.
+PyTorch composes the second derivative of BatchNorm from some thirty elementwise operations and
+loses the memory format along the way; on a CPU that takes a third of the time of a step that
+differentiates a gradient norm. Here both derivatives are written out. With ``x^ = (x - mean) r``,
+``r`` the inverse standard deviation per channel, and ``P u = u - mean(u) - x^ mean(u x^)``, the
+first is ``gamma r P g`` for an incoming gradient ``g``. P is self-adjoint; the second derivative
+follows from that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["batch_norm_twice"]
 
 @contextmanager
 def batch_norm_twice() -> Iterator[None]:
-    """Use this second derivative for BatchNorm in train mode; the values stay the same."""
+    """Use this second derivative for BatchNorm in train mode; results do not change."""
     with _Replaced():
         yield
 

@@ -41,9 +41,9 @@ __all__ = [
 B = TypeVar("B", bound=Batch)
 
 MOST_TRACE_PROBES = 64
-"""Ours: most probes to use for a requested standard error of the trace."""
+"""Ours: largest number of probes used to reach a requested standard error of the trace."""
 
-_FEWEST_TRACE_PROBES = 8  # ours: fewer say little about their own standard error
+_FEWEST_TRACE_PROBES = 8  # ours: with fewer, the standard error is unreliable
 
 Vector = list[Tensor] | tuple[Tensor, ...]
 
@@ -59,10 +59,10 @@ def gradient_norm_penalty(
 ) -> Tensor:
     """Add the gradient of ``loss + mix * radius * ||grad loss||`` to ``.grad``; return the loss.
 
-    With ``g1`` the gradient at the weights and ``g2`` the one after a step of length ``radius``
-    along it, the result is ``(1 - mix) g1 + mix g2``: a forward difference of the product of the
-    Hessian with the unit gradient. The weights are moved in place and restored bit for bit, and
-    only the first pass updates BatchNorm statistics.
+    With ``g1`` the gradient at the weights and ``g2`` the gradient after a step of length
+    ``radius`` along it, the result is ``(1 - mix) g1 + mix g2``: a forward difference for the
+    product of the Hessian with the unit gradient. The weights are perturbed in place and restored
+    bit for bit, and only the first pass updates BatchNorm statistics.
 
     Args:
         adapter: The model.
@@ -101,13 +101,13 @@ def hessian_product(
         samples: N samples.
         parameters: What to differentiate with respect to.
         batch_size: Samples per pass.
-        each: Called before each pass; may raise to end the product.
+        each: Called before each pass; may raise to abort the product.
     """
 
     def of_one(batch: B, vector: Vector) -> Vector:
         loss = adapter.per_sample_loss(batch).sum()
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        curved = [n for n, g in enumerate(gradient) if g.requires_grad]  # others: linear
+        curved = [n for n, g in enumerate(gradient) if g.requires_grad]  # the rest are linear
         return torch.autograd.grad(
             [gradient[n] for n in curved],
             parameters,
@@ -147,7 +147,7 @@ def lanczos(
     Args:
         product: ``v -> A v``.
         start: Any non-zero vector, as a list of tensors.
-        steps: Size of the Krylov space.
+        steps: Dimension of the Krylov space.
 
     Returns:
         Ascending Ritz values, and weights that sum to one.
@@ -188,10 +188,9 @@ def _krylov(
 class HessianSpectrum:
     """The distribution of the eigenvalues of a symmetric matrix, by stochastic Lanczos quadrature.
 
-    The mean over random starts of ``v^T f(A) v`` is ``tr f(A)`` over the dimension [UCS]; so the
-    nodes of all starts together, each with its share of the weight, approximate the distribution
-    that gives each eigenvalue the same weight [GKX]. Nothing between two nodes of a start is
-    resolved.
+    The mean over random starts of ``v^T f(A) v`` is ``tr f(A)`` divided by the dimension [UCS]; so
+    the weighted nodes of all starts together approximate the distribution that gives each
+    eigenvalue the same weight [GKX]. The distribution is not resolved between two nodes of a start.
 
     Attributes:
         nodes: Ritz values of all starts, ascending, shape ``(M,)``, float64 on the CPU.
@@ -209,7 +208,7 @@ class HessianSpectrum:
         return cls(nodes, weights / len(quadratures))
 
     def moment(self, power: int) -> float:
-        """Return an estimate of the mean of the eigenvalues to a power, ``tr(A^power) / n``."""
+        """Estimate the mean power of the eigenvalues, ``tr(A^power) / n``."""
         return float((self.weights * self.nodes**power).sum())
 
 
@@ -245,27 +244,27 @@ def smoothness(
 ) -> Smoothness:
     """Measure lambda_max, Tr(H) and the spectrum of the mean loss over ``samples``, in eval mode.
 
-    Each Rademacher probe v gives ``v^T H v`` exactly (Hutchinson), and a Krylov space of its own
-    whose largest Ritz value bounds lambda_max from below; the largest over the probes is returned.
-    The spectrum comes from all probes. This costs ``probes * steps`` products with the Hessian, and
+    Each Rademacher probe v gives ``v^T H v`` exactly (Hutchinson), and its own Krylov space, whose
+    largest Ritz value bounds lambda_max from below; the largest over the probes is returned. The
+    spectrum comes from all probes. This costs ``probes * steps`` products with the Hessian, and
     memory for ``steps`` vectors of the size of the model.
 
-    The standard error of the trace over so few probes is rough, and large where a few eigenvalues
-    make up most of the trace. With ``trace_error`` the trace is ``Tr(Q^T H Q)``, exact for the
-    basis Q of the last Krylov space, plus the mean of ``u^T H u`` over separate probes
-    ``u = (I - Q Q^T) v``, one product each: unbiased, and most of the variance is in Q (Hutch++
-    [MMMW]).
+    The standard error of the trace is rough with so few probes, and large if a few eigenvalues make
+    up most of the trace. With ``trace_error`` the trace is ``Tr(Q^T H Q)``, exact for the basis Q
+    of the last Krylov space, plus the mean of ``u^T H u`` over separate probes
+    ``u = (I - Q Q^T) v``, one product each. This is unbiased, and Q removes most of the variance
+    (Hutch++ [MMMW]).
 
     Args:
         adapter: The model.
         samples: Clean samples.
         generator: Source of the probes, on the CPU.
         probes: Number of Krylov spaces, one random vector each.
-        steps: Size of each Krylov space; one Hessian product each.
-        trace_error: Standard error of the trace to reach, as a share of the trace, with 8 to
-            :data:`MOST_TRACE_PROBES` more products; None uses the trace of the ``probes`` only.
+        steps: Dimension of each Krylov space, one Hessian product per step.
+        trace_error: Target standard error of the trace, as a fraction of the trace, reached with 8
+            to :data:`MOST_TRACE_PROBES` more products; None uses the trace of ``probes`` only.
         batch_size: Samples per pass.
-        watch: Called before each pass with the number of products done so far; may raise to end
+        watch: Called before each pass with the number of products done so far; may raise to abort
             the measurement.
     """
     parameters = [p for p in adapter.model.parameters() if p.requires_grad]
@@ -314,8 +313,8 @@ def _deflated_traces(
 ) -> Tensor:
     """Return ``u^T A u`` of probes u orthogonal to a basis, float64 ``(M,)``.
 
-    There are at least 8, and more until the standard error of ``known`` plus their mean is at most
-    ``error`` times it.
+    At least 8 are used, and more until the standard error of ``known`` plus their mean is at most
+    ``error`` times that sum.
     """
     found: list[float] = []
     while len(found) < MOST_TRACE_PROBES:

@@ -1,4 +1,4 @@
-"""Temporary changes to a model, each undone when its ``with`` block ends, error or not."""
+"""Temporary changes to a model, each undone when its ``with`` block exits, even on errors."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def channels_last(model: nn.Module) -> Iterator[None]:
     """Keep the weights of convolutions in channels-last order, in which they run faster.
 
     This applies to convolutions over images and clips, but not to a clip's patch embedding: its
-    patches do not overlap, so that it is a matrix product in any order. Strided 1x1 convolutions
-    get a contiguous input: on the CPU the gradient of such a weight writes past its memory in
-    channels-last order (oneDNN of torch 2.15: 8 channels, 48x64).
+    patches do not overlap, so it is a matrix product in any memory format. Strided 1x1 convolutions
+    get a contiguous input: on the CPU, in channels-last order, their weight gradient writes out of
+    bounds (oneDNN of torch 2.15: 8 channels, 48x64).
     """
     layers = [
         m
@@ -112,13 +112,13 @@ def _contiguous_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
 def recomputed(model: Any) -> Iterator[None]:
     """Recompute the activations of each block in the backward pass (gradient checkpointing).
 
-    It takes less memory and more time, and acts in train mode. The blocks and the switch are the
-    model's own, as in Transformers, in the variant that can be differentiated twice.
+    It takes less memory and more time, and has an effect in train mode only. It uses the model's
+    own switch, as in Transformers, in the variant that can be differentiated twice.
 
     Raises:
         UnsupportedError: If the model has no such switch.
     """
-    kinds = ("activation_checkpointing", "gradient_checkpointing")  # the second is the older name
+    kinds = ("activation_checkpointing", "gradient_checkpointing")  # the second is the old name
     kind = next((kind for kind in kinds if hasattr(model, f"{kind}_enable")), None)
     if kind is None:
         raise UnsupportedError(
@@ -143,7 +143,7 @@ def recomputed(model: Any) -> Iterator[None]:
 def watch_modules(
     modules: Sequence[nn.Module], hook: Callable[[nn.Module, tuple[Any, ...], Any], Any]
 ) -> Iterator[None]:
-    """Call ``hook(module, inputs, output)`` after each forward of ``modules``."""
+    """Call ``hook(module, inputs, output)`` after each forward pass of ``modules``."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
@@ -159,7 +159,7 @@ def capture(
     """Collect the latest output of each named layer, with its graph.
 
     Args:
-        model: The model that holds the layers.
+        model: The model that contains the layers.
         layers: Names as in ``model.named_modules()``.
         inputs: Whether the first input is collected instead of the output.
 
@@ -177,7 +177,7 @@ def capture(
 
     def keep(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         value = given[0] if inputs else output
-        # A copy, because the model may later add a shortcut to this tensor in place.
+        # A copy, because the model may later add a residual to this tensor in place.
         kept[names[module]] = (value[0] if isinstance(value, tuple) else value).clone()
 
     with watch_modules(list(names), keep):
@@ -186,9 +186,9 @@ def capture(
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
-    """Use attention that can be differentiated twice, and BatchNorm for which that is cheap.
+    """Use attention that can be differentiated twice, and BatchNorm that does so cheaply.
 
-    The values stay the same.
+    Results do not change.
     """
     with sdpa_kernel(SDPBackend.MATH), batch_norm_twice():
         yield

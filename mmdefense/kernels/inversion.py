@@ -3,14 +3,14 @@
 The max-entropy staircase approximator learns a distribution of triggers, not a single one: a
 generator at level ``e`` maps noise to triggers and raises their success up to ``e``, but no
 further. Above that it diversifies them, as measured by a neural estimate of the mutual information
-of noise and trigger. All generators are small networks of one shape, kept as stacked weights and
-run side by side. If a family of triggers has a position or a word that must be right before there
-is a gradient to follow, the search starts at the best of many random ones
+between noise and trigger. All generators are small networks of the same shape; their weights are
+stacked and they run in parallel. If triggers of a family have a position or a word that must be
+right before there is a gradient to follow, the search starts from the best of many random triggers
 (:class:`TriggerFamily`).
 
-A screened search runs a cheap search first, and searches in full only the targets that stand out
+A screened search runs a cheap search first, and a full search only for the targets that stand out
 in it: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse, Wang et
-al., S&P 2019), and some networks respond to natural triggers towards classes of no attacker.
+al., S&P 2019), and some networks respond to natural triggers for classes that no attacker chose.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Search:
         hidden: Width of generators and estimators.
         lr: Learning rate of Adam.
         entropy: Weight of the mutual information.
-        size: Weight of the trigger's size, times the share of its level that a generator reaches
-            (ours), so that no trigger is made small before it works.
-        threshold: Success on samples of other classes than the target, from which a generator is
-            accepted: the paper's tau.
-        screening: Updates of a first search of all targets, at one level with half of the
+        size: Weight of the trigger's size, times the fraction of its level that a generator has
+            reached (ours), so that no trigger is shrunk before it works.
+        threshold: Minimum success rate, on samples of classes other than the target, for a
+            generator to be accepted: the paper's tau.
+        screening: Updates of a first search over all targets, at one level with half of the
             samples; 0 for none.
-        judged: Most clean samples to judge each generator on.
+        judged: Largest number of clean samples to evaluate each generator on.
     """
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9)
@@ -84,12 +84,12 @@ class Search:
 
     @property
     def nearby(self) -> Search:
-        """The search from a good start: smaller steps, and more of them, so as not to lose it."""
+        """The search from a good starting point: smaller and more steps, so as to stay near it."""
         return dataclasses.replace(self, lr=self.lr / 4, steps=2 * self.steps)
 
 
 class _Stack(nn.Module):
-    """``count`` perceptrons with one hidden layer, evaluated side by side."""
+    """``count`` perceptrons with one hidden layer, evaluated in parallel."""
 
     def __init__(self, count: int, sizes: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Generators:
         return self
 
     def start_at(self, triggers: Tensor) -> None:
-        """Start each generator around one trigger, shape ``(G, *P)``."""
+        """Initialise each generator to produce triggers near one, shape ``(G, *P)``."""
         with torch.no_grad():
             raw = triggers.flatten(1).clamp(_EDGE, 1 - _EDGE)
             self.maker.biases[-1].copy_(raw.logit()[:, None])
@@ -164,10 +164,10 @@ class Recovered:
         family: Their family.
         targets: Target of each generator, shape ``(G,)``.
         levels: Staircase level of each, shape ``(G,)``.
-        success: Share of clean samples that its triggers send to the target, shape ``(G,)``.
-        size: Mean share of an input that they change, shape ``(G,)``.
+        success: Fraction of clean samples that its triggers send to the target, shape ``(G,)``.
+        size: Mean fraction of an input that they change, shape ``(G,)``.
         accepted: Whether success reaches the threshold within the family's budget, ``(G,)``. A
-            screened search accepts only those of the targets with about the smallest triggers.
+            screened search accepts only targets with about the smallest triggers.
         pool: Triggers drawn from each generator, shape ``(G, M, *P)``.
     """
 
@@ -192,7 +192,7 @@ def recover(
 ) -> list[Recovered]:
     """Search for triggers of every family, target and level, and keep a pool of each.
 
-    The model is in eval mode, so that samples do not interact, and it is left unchanged.
+    The model is in eval mode, so that samples do not interact, and is not changed.
 
     Args:
         adapter: The model.
@@ -223,7 +223,7 @@ def recover(
                 _fit(adapter, samples, generators, run, name)
                 return _judge(adapter, samples, generators, run, name, pool)
 
-            if not search.screening or len(every) < 3:  # none of two targets stands out
+            if not search.screening or len(every) < 3:  # neither of two targets can stand out
                 found.append(searched(every, search, name))
                 continue
             screened = searched(every, search.screen, f"{name}/screening")
@@ -250,13 +250,13 @@ def recover_once(
         search: Settings of the search.
         run: Seed, progress and store.
         stage: Name of the stage.
-        at_any_rate: Whether restarts at a lower rate reuse the result, since it is the given model
-            that is searched.
+        at_any_rate: Whether restarts at a lower rate reuse the result, because the given model is
+            searched.
     """
 
     def compute() -> dict[str, Any]:
         found = recover(adapter, samples, search, run, stage=stage)
-        # Each process searches; all use what the main one has found.
+        # Every process searches; all use the results of the main one.
         return {"found": present().from_main([dataclasses.asdict(record) for record in found])}
 
     kept = run.once(stage, compute, at_any_rate=at_any_rate)
@@ -271,26 +271,26 @@ def _device(adapter: TriggerAdapter[Any]) -> torch.device:
 
 
 _AT_ONCE = 8192
-"""Ours: most inputs to judge generators on at once."""
+"""Ours: largest number of inputs to evaluate generators on at once."""
 
 _OUTSTANDING, _AS_SMALL = 1 / 2, 2.0
 """Largest cost of a suspect relative to the median target; and largest ratio of the smallest
-trigger of an accepted target to the smallest of all. If all sizes are the same, success decides."""
+trigger of an accepted target to the smallest overall. If all sizes are equal, success decides."""
 
 
 def _suspects(screened: Recovered) -> Tensor:
-    """Return the targets whose cost stands out from that of the median target, ascending.
+    """Return the targets whose cost is far below that of the median target, ascending.
 
-    The cost is the share of samples missed plus the share of an input changed.
+    The cost is the fraction of samples missed plus the fraction of an input changed.
     """
     cost = 1 - screened.success + screened.size
     return screened.targets[cost <= _OUTSTANDING * cost.median()]
 
 
 def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
-    """Return the rows of the full search, and the screened ones of the other targets.
+    """Return the rows of the full search, and those of the screening for the other targets.
 
-    The accepted targets are those whose smallest trigger is about the smallest of all.
+    Accepted are the targets whose smallest trigger is about the smallest overall.
     """
     if full is None:
         return dataclasses.replace(screened, accepted=torch.zeros_like(screened.accepted))
@@ -306,7 +306,7 @@ def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
     return Recovered(family=full.family, accepted=torch.cat([none, accepted]), **rows)
 
 
-_EDGE, _NARROW = 0.02, 0.1  # ours: distance of a start from 0 and 1, and its spread
+_EDGE, _NARROW = 0.02, 0.1  # ours: distance of a start from 0 and 1, and its standard deviation
 _TRIED, _TRIED_ON = 64, 4  # random triggers to try at once, and samples to try them on
 
 
@@ -354,14 +354,14 @@ def _fit(
         def compute(rows: Sequence[slice], batch: B = batch) -> Tensor:
             source, triggers = generators.draw(search.batch_size, noise)
             p = _log_probability(adapter, batch, generators, triggers, rows).exp()
-            # Success above the level gains nothing: the clamp is the staircase's max(0, level - p).
+            # Success above the level earns nothing: the clamp is the staircase's max(0, level - p).
             miss = (generators.levels[:, None] - p).clamp(min=0).mean(1)
-            # Where p is about 0, so is its gradient, and the size term alone would shrink the
+            # While p is about 0, so is its gradient, and the size term alone would shrink the
             # trigger to nothing.
             reached = (p.detach().mean(1) / generators.levels).clamp(max=1)
             size = adapter.trigger_size(generators.family, triggers).mean(1)
             information = generators.information(source, triggers)
-            # The critic maximises the same bound, so that one backward pass serves both.
+            # The critic maximises the same bound, so one backward pass is enough for both.
             loss = miss + search.size * reached * size - search.entropy * information
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss.sum())
@@ -385,7 +385,7 @@ def _log_probability(
 ) -> Tensor:
     """Return log-probabilities of each generator's target on each sample, ``(G, N)``.
 
-    With several ``rows`` nothing is stored for the backward pass: each is recomputed in it.
+    With several ``rows``, activations are recomputed in the backward pass instead of stored.
     """
 
     def of(triggers: Tensor, some: B) -> Tensor:
@@ -408,7 +408,7 @@ def _judge(
     name: str,
     pool: int,
 ) -> Recovered:
-    """Measure each generator on clean samples of other classes than its target."""
+    """Measure each generator on clean samples of classes other than its target."""
     device = generators.targets.device
     noise = run.generator(f"{name}/judge", device)
     count = len(generators.targets)
@@ -449,7 +449,7 @@ def _judge(
 def some_of(total: int, count: int) -> Tensor:
     """Return up to ``count`` random indices below ``total``, ascending; the same in every call.
 
-    The first samples of a data set do not represent it: many are sorted by class.
+    The first samples of a data set are not representative: many are sorted by class.
     """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return order[:count].sort().values
@@ -463,9 +463,9 @@ def success_of(
     target: int,
     triggers: Tensor,
 ) -> float:
-    """Return the share of samples of other classes that ``triggers`` ``(M, *P)`` turn to a target.
+    """Return the success rate of ``triggers`` ``(M, *P)`` on samples of other classes.
 
-    It uses up to 128 samples and one trigger after the other, in eval mode.
+    It uses up to 128 samples, cycling through the triggers, in eval mode.
     """
     device = next(adapter.model.parameters()).device
     indices = some_of(len(samples), 128)

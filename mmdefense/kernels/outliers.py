@@ -1,12 +1,12 @@
-"""Which of several values stand out, and which targets are far too easy to reach.
+"""Outlier detection: which values stand out, and which targets have abnormally cheap triggers.
 
 References:
     [NC] Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao. *Neural Cleanse: Identifying and Mitigating
-    Backdoor Attacks in Neural Networks*. IEEE S&P 2019. Here the index is one of cost: the share of
-    samples that a trigger misses plus the share of an input that it changes. If all triggers work,
-    that is the size; if all are of one size, the success. The index is that of its logarithm, since
-    costs differ by factors, and an outlier must cost at most a third of the median (both ours):
-    among ten targets an index beyond 2 is common.
+    Backdoor Attacks in Neural Networks*. IEEE S&P 2019. Here the index is computed from costs: the
+    fraction of samples that a trigger misses plus the fraction of an input that it changes. If all
+    triggers work, the size decides; if all have the same size, the success. The logarithm of the
+    cost is used, since costs differ by factors, and an outlier must cost at most a third of the
+    median (both ours): among ten targets an index beyond 2 is common.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ needed for an index; the last two are our choice."""
 MANY = 64
 """With more targets than this, they are screened first. Our choice."""
 CHEAPEST, FLOOR = 1e-3, 0.25
-"""Lower bounds of a cost, and of the spread of the log costs: below it is noise. Our choice."""
+"""Lower bounds of a cost and of the scaled MAD of log costs; less is noise. Our choice."""
 
 
 def anomaly_index(values: Tensor, *, floor: float = 0.0) -> Tensor:
@@ -52,8 +52,8 @@ class TargetTrigger:
     Attributes:
         target: The target.
         row: Its row among the recovered triggers.
-        success: Share of samples that it sends to the target.
-        size: Share of an input that it changes.
+        success: Fraction of samples that it sends to the target.
+        size: Fraction of an input that it changes.
         index: How far its log cost is below the median over all targets, in scaled median absolute
             deviations; zero if there are too few targets.
         works: Whether its success reaches the threshold within the family's budget.
@@ -72,12 +72,12 @@ class TargetTrigger:
 def cheapest_triggers(found: Recovered, total: int = 0) -> list[TargetTrigger]:
     """Return the cheapest trigger of a family for each target, in ascending order of targets.
 
-    The cost is the share of samples missed plus the share of an input changed. A target is an
-    outlier by its anomaly index and by its cost relative to the median.
+    The cost is the fraction of samples missed plus the fraction of an input changed. Outliers are
+    determined by anomaly index and by cost relative to the median.
 
     Args:
-        found: What a search recovered.
-        total: Number of targets that were screened, if they were.
+        found: Result of a search.
+        total: Number of screened targets, if there was a screening.
     """
     cost = (1 - found.success + found.size).clamp(min=CHEAPEST)
     rows = []
@@ -105,8 +105,8 @@ def cheapest_triggers(found: Recovered, total: int = 0) -> list[TargetTrigger]:
 def index_bound(total: int) -> float:
     """Return the threshold on the anomaly index when the cheapest of ``total`` targets were chosen.
 
-    The cheapest of a thousand is further out by chance than the cheapest of ten. The threshold is
-    exceeded by as many of ``total`` normal values as exceed 2 among ten. Our choice.
+    By chance, the cheapest of a thousand is further out than the cheapest of ten. In expectation as
+    many of ``total`` normal values exceed the threshold as exceed 2 among ten. Our choice.
     """
     normal = NormalDist()
     return normal.inv_cdf(1 - (1 - normal.cdf(INDEX)) * 10 / total) if total > MANY else INDEX

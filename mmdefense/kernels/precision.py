@@ -1,7 +1,7 @@
-"""Models in half precision: computed in float32, and returned in their own types.
+"""Half-precision models: trained in float32 and returned in their original dtypes.
 
-An update is often smaller than the last digit of a weight in bfloat16 (one part in 256), so that
-any number of such updates in bfloat16 would change nothing.
+An update is often smaller than the resolution of a bfloat16 weight (one part in 256), so that any
+number of such updates in bfloat16 would have no effect.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def half_types(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the types of the weights in half precision, by name in the state dict."""
+    """Return the dtypes of half-precision weights, by name in the state dict."""
     state = model.state_dict()
     return {name: value.dtype for name, value in state.items() if value.dtype in _HALVES}
 
 
 def in_float32(adapter: A) -> A:
-    """Return ``adapter``, or a float32 fork of it if its model has weights in half precision."""
+    """Return ``adapter``, or a float32 fork of it if its model has half-precision weights."""
     if not any(value.dtype in _HALVES for _, value in _tensors(adapter.model)):
         return adapter
     fork: A = adapter.fork()
@@ -43,7 +43,7 @@ def in_float32(adapter: A) -> A:
 
 
 def rounded(state: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Return a state with its values rounded to ``types``, but stored in its own types."""
+    """Return a state with its values rounded to ``types``, but stored in its own dtypes."""
     return {
         name: value.to(types[name]).to(value.dtype) if name in types else value
         for name, value in state.items()
@@ -51,7 +51,7 @@ def rounded(state: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> di
 
 
 def typed_like(model: nn.Module, given: nn.Module) -> nn.Module:
-    """Return ``model``, or a copy in the types of ``given`` if the types differ."""
+    """Return ``model``, or a copy in the dtypes of ``given`` if they differ."""
     types = {name: value.dtype for name, value in _tensors(given)}
     if all(value.dtype == types[name] for name, value in _tensors(model)):
         return model

@@ -1,7 +1,7 @@
 """The task metric after every prefix of a pruning order, from one pass over the data.
 
 Pruning an input of the output layer removes one term of a sum. So the features are computed once,
-and the outputs after each prefix are the first ones minus a running sum of matrix products.
+and the logits after each prefix are the unpruned ones minus a running sum of matrix products.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def pruning_curve(
 ) -> Tensor:
     """Return the task metric after pruning the first ``counts[s]`` units of ``order``.
 
-    The result is that of pruning them in the model and evaluating it at each point; sums are kept
-    in float64.
+    The result is the same as pruning them in the model and evaluating it at each point; sums are
+    accumulated in float64.
 
     Args:
         adapter: A model whose output layer is linear.

@@ -1,8 +1,8 @@
 """Training of a model whose weights are sharded over several processes (FSDP).
 
-Each process keeps its part of every weight, of its gradient and of its optimizer state, and gathers
-the weights of a block when the block computes. This works for a loss with one ordinary backward
-pass: ``torch.autograd.grad`` with respect to sharded weights finds nothing, so a gradient cannot be
+Each process keeps its shard of every weight, gradient and optimizer state, and gathers the weights
+of a block when the block runs. This works for a loss with one ordinary backward pass:
+``torch.autograd.grad`` with respect to sharded weights returns nothing, so a gradient cannot be
 differentiated again.
 """
 
@@ -38,7 +38,7 @@ def train_split(
 ) -> float:
     """Minimise the mean loss of an adapter, in place, with its weights sharded over the processes.
 
-    Meanwhile the given model is kept in CPU memory. No state is saved within the stage.
+    Meanwhile the given model is kept in CPU memory. No checkpoint is saved during the stage.
 
     Raises:
         BadInputError: If a batch has fewer samples than there are processes.
@@ -72,7 +72,7 @@ def train_split(
 
 
 def _split(model: nn.Module, device: torch.device) -> None:
-    """Shard the weights of each block of a stack, such as a transformer's, and then the rest."""
+    """Shard the weights of each block of a stack, such as a transformer's, then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

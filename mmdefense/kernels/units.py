@@ -1,4 +1,4 @@
-"""Scores, rankings and pruning of units, for any architecture that describes them as data."""
+"""Scoring, ranking and pruning of units, for any architecture with unit groups."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 B = TypeVar("B", bound=Batch)
 
 Unit = tuple[int, int]
-"""Index of a group, and of a unit in it."""
+"""Index of a group, and index of a unit within it."""
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters; one that several layers share has an entry for each of its names."""
+    """Return all parameters by name; a shared one has an entry for each of its names."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -47,14 +47,14 @@ def unit_rows(tensor: Tensor, axis: int, group: UnitGroup) -> Tensor:
 
 
 def _weights(group: UnitGroup, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, int]]:
-    """Yield the matrices of a group, but not its biases or norms, each with its axis."""
+    """Yield the weight matrices of a group, without biases and norms, each with its axis."""
     return ((name, axis) for name, axis in group.axes.items() if tensors[name].ndim > 1)
 
 
 def _sums(tensors: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
     """Return the sum over the weights of each unit, shape ``(U,)``.
 
-    In float64, so that a ranking does not depend on the order of the summation.
+    In float64, so that a ranking does not depend on the order of summation.
     """
     rows = [unit_rows(tensors[name], axis, group) for name, axis in _weights(group, tensors)]
     return torch.stack([row.sum(1, dtype=torch.float64) for row in rows]).sum(0)
@@ -120,7 +120,7 @@ def prune(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit])
     Args:
         model: The model to prune.
         groups: Its unit groups.
-        chosen: Units, each as the index of its group and its own index in it.
+        chosen: Units, each as the index of its group and its index within it.
 
     Example:
         >>> groups = adapter.unit_groups()
@@ -140,8 +140,9 @@ def prune(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit])
 def mask_out(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]) -> None:
     """Zero the parameters that the masks of the chosen units multiply, in place; biases stay.
 
-    This is how ANP and RNP prune: for a filter with BatchNorm, only the norm's weight. It is what
-    :class:`~mmdefense.kernels.coordinates.UnitMasks` without biases writes for masks of zero.
+    This is how ANP and RNP prune: for a filter with BatchNorm, only the norm's weight is zeroed. It
+    has the effect of zero masks in :class:`~mmdefense.kernels.coordinates.UnitMasks` without
+    biases.
     """
     parameters = _parameters(model)
     with torch.no_grad():
@@ -156,7 +157,7 @@ def mask_out(model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Uni
 def pruning_masks(
     model: nn.Module, groups: Sequence[UnitGroup], chosen: Iterable[Unit]
 ) -> dict[str, Tensor]:
-    """Return, for each parameter that the chosen units touch, 0 at their entries, else 1."""
+    """Return a mask for each parameter of the chosen units: 0 at their entries, else 1."""
     parameters = _parameters(model)
     masks: dict[str, Tensor] = {}
     for index, units in _by_group(chosen).items():
@@ -185,7 +186,8 @@ def select_sub_weights(
         share: The paper's sub-weight ratio m, in ``(0, 1]``.
 
     Returns:
-        By parameter name, true where a weight is marked; parameters without one are left out.
+        By parameter name, true where a weight is marked; parameters without marked weights are
+        omitted.
     """
     if not chosen:
         return {}
@@ -208,7 +210,8 @@ def kth_smallest(values: Tensor, k: int, stride: int = 256) -> Tensor:
     """Return the k-th smallest entry, exactly as ``values.kthvalue(k)``, several times faster.
 
     Two entries of a sorted sample bracket it, and the search continues between them (Floyd, Rivest.
-    *Expected Time Bounds for Selection*. CACM 18(3), 1975). A bracket that misses only costs time.
+    *Expected Time Bounds for Selection*. CACM 18(3), 1975). If the bracket misses, the result is
+    still correct, only slower.
 
     Args:
         values: Shape ``(M,)``.

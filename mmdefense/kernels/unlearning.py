@@ -1,4 +1,4 @@
-"""Gradient ascent on the loss of clean data, stopped when nothing is left to unlearn."""
+"""Gradient ascent on the clean loss, until the task is unlearnt."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def unlearn(
 ) -> int:
     """Ascend the mean loss in place, until the score on ``samples`` is at most ``stop``.
 
-    An ascent whose loss stops being finite has unlearnt all there was: it ends in its last finite
+    If the loss becomes non-finite, everything has been unlearnt: the ascent ends in the last finite
     state.
 
     Args:
         adapter: The model.
         samples: Samples to unlearn.
         run: Seed, progress and store.
-        stop: Score in ``[0, 1]`` at which it ends; checked after each epoch.
+        stop: Score in ``[0, 1]`` at which the ascent ends; checked after each epoch.
         lr: Learning rate of SGD with momentum 0.9.
         batch_size: Samples per update.
         max_epochs: Largest number of epochs.
@@ -89,13 +89,13 @@ def unlearn(
     except DivergenceError:
         if not any(entry["stage"] == stage and "loss" in entry for entry in run.history):
             raise
-    # From the history, so that a run resumed after this stage has it too.
+    # From the history, so that a run resumed after this stage has it as well.
     steps = [entry["step"] for entry in run.history if entry["stage"] == stage and "score" in entry]
     return steps[-1] // per_epoch if steps else 0
 
 
 def chance_level(adapter: TaskAdapter[B], samples: Samples[B]) -> float:
-    """Return the score of always predicting the commonest label; at least ``adapter.chance``."""
+    """Return the score of always predicting the most common label; at least ``adapter.chance``."""
     strata = samples.strata()
     most = 0 if strata is None else max(Counter(strata.tolist()).values())
     return max(adapter.chance, most / len(samples))

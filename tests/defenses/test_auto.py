@@ -80,7 +80,7 @@ def test_the_first_that_is_good_enough_is_taken(scripted):
     assert len(choice.why) == 3
     assert "known ones succeed on up to 100%" in choice.why[0]
     assert "up to 5%: good enough" in choice.why[1]
-    assert "not searched for is not seen" in choice.why[2]
+    assert "not searched for would go unnoticed" in choice.why[2]
     assert {"stage": "weak: mark", "step": 1, "mark": Weak.mark} in result.history
     assert result.guard.state == "final"
 
@@ -98,7 +98,7 @@ def test_where_none_is_good_enough_the_best_is_taken(scripted):
 def test_what_is_not_possible_is_said_and_passed_over(scripted):
     _, choice = scripted({0: 1.0, 2: 0.0}, candidates=("impossible", "strong"))
     assert choice.defense == "strong"
-    assert choice.why[1] == "impossible: not possible here (no such layer)"
+    assert choice.why[1] == "impossible: could not run (no such layer)"
     with pytest.raises(UnsupportedError, match="no such layer"):
         scripted({0: 1.0}, candidates=("impossible",))
 
