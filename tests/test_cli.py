@@ -201,7 +201,7 @@ def test_an_interrupt_before_anything_is_kept_leaves_nothing(place, mmdefense, d
     disturb(before=interrupt)
     outcome = mmdefense(*place.purify(defense="disturbed"))
     assert outcome.code == 130
-    assert "there is no progress to keep" in outcome.err
+    assert "no progress to save" in outcome.err
     assert place.files() == []
 
 

@@ -69,8 +69,8 @@ def test_what_is_not_told_is_said():
     plan = Plan(**TOLD, fit=4, holdout=1, defense=FineTuning(), seconds=70, memory=2**30)
     assert "trains    nothing" in plan.lines()
     longer = (
-        "the rate is halved, up to 8 times, until the utility guard passes, and where few samples "
-        "are held out it runs on up to four other splits"
+        "the rate is halved, up to 8 times, until the utility guard passes, and with few held-out "
+        "samples it also runs on up to four other splits"
     )
     assert f"time      about 70 s a run; {longer}" in plan.lines()
     assert "evidence  none" in plan.lines()

@@ -114,7 +114,7 @@ class _Coder(nn.Module):
         )
 
     def residual(self, images: Tensor, bits: Tensor) -> Tensor:
-        """Return the residual that hides the bits ``(N, bits)``, in ``[-1, 1]``, ``(N, C, H, W)``."""
+        """Return the residual for bits ``(N, bits)``, shape ``(N, C, H, W)``, in ``[-1, 1]``."""
         coarse = self.spread(2 * bits - 1).view(len(bits), images.shape[1], 8, 8)
         seen = torch.cat([images, F.interpolate(coarse, images.shape[-2:])], 1)
         painted: Tensor = self.painter(seen)

@@ -1,1 +1,1 @@
-"""The command line of mmdefense; :mod:`mmdefense.cli.app` is its entrance."""
+"""The command line of mmdefense; its entry point is :mod:`mmdefense.cli.app`."""

@@ -1,8 +1,9 @@
-"""The command line: arguments in, calls of the library, exit codes out.
+"""The command line: parses arguments, calls the library, and returns exit codes.
 
-Exit codes: 0 ok; 1 the utility guard was violated, nothing was changed, an evaluation found a
-working trigger, a scan found what --fail-on names, or a file differs from its record or signature;
-2 bad input; 3 not supported, or a library is missing; 70 a bug in mmdefense; 130 interrupted.
+Exit codes: 0 ok; 1 the utility bound was violated, nothing was changed, an evaluation found a
+working trigger, a scan has findings at the --fail-on level, or a file differs from its record or
+signature; 2 bad input; 3 not supported, or a library is missing; 70 a bug in mmdefense; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ign
 
 
 def main() -> None:
-    """Run the command line, with one clear line in place of a traceback."""
+    """Run the command line, with one-line error messages instead of tracebacks."""
     try:
         with notes_written():
             sys.exit(app(prog_name="mmdefense", standalone_mode=False))
@@ -94,13 +95,13 @@ def main() -> None:
         sys.exit(130)
     except UnsupportedError as error:
         _fail(error, 3)
-    except ImportError as error:  # of an optional library that no reader reported
+    except ImportError as error:  # an optional library that no reader reported
         from mmdefense.libraries import missing
 
         _fail(missing("this command", error), 3)
     except (MMDefenseError, OSError) as error:
         _fail(error, 2)
-    except Exception as error:  # a bug of ours: still one line, with the way to the traceback
+    except Exception as error:  # a bug in mmdefense: still one line, with how to get the traceback
         kind = type(error).__name__
         kept = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         _fail(
@@ -112,8 +113,8 @@ def main() -> None:
 
 def _fail(message: object, code: int) -> NoReturn:
     if os.environ.get("MMDEFENSE_DEBUG"):
-        raise  # called from the handlers of main alone
-    number = int(os.environ.get("RANK", "0"))  # of a process that a launcher has started
+        raise  # only called from the handlers in main
+    number = int(os.environ.get("RANK", "0"))  # rank of a process started by a launcher
     of = f"process {number + 1}: " if number else ""
     typer.echo(f"mmdefense: {of}{printable(str(message))}", err=True)
     sys.exit(code)
@@ -183,7 +184,7 @@ def purify(
         typer.Option(
             metavar="LEVEL",
             help="Evidence to compute: none; fast, at most 15 % of the purification's time; "
-            "or full. The output says what was left out.",
+            "or full. The output lists what was left out.",
         ),
     ] = "fast",
     mean: Numbers = None,
@@ -200,17 +201,18 @@ def purify(
     accelerate: Annotated[
         bool,
         typer.Option(
-            "--accelerate", help="Share the work with the processes that torchrun has started."
+            "--accelerate", help="Share the work between the processes started by torchrun."
         ),
     ] = False,
     shard: Annotated[
         bool,
         typer.Option(
-            "--shard", help="Split the weights over them too, in fine-tuning of large models."
+            "--shard",
+            help="Also shard the weights over these processes, to fine-tune large models.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done and how long it would take.")
+        bool, typer.Option("--dry-run", help="Show what would be done and estimate the time.")
     ] = False,
     store: KeptIn = None,
     push_to_hub: Annotated[
@@ -273,10 +275,9 @@ def purify(
             )
     except KeyboardInterrupt:
         kept = partial_folder(out)
-        way_on = f"progress is saved in {kept}; rerun the same command with --resume"
+        way_on = f"progress saved to {kept}; rerun the same command with --resume"
         say(
-            "mmdefense: interrupted; "
-            f"{way_on if kept.exists() else 'there is no progress to keep'}",
+            f"mmdefense: interrupted; {way_on if kept.exists() else 'no progress to save'}",
             err=True,
         )
         raise typer.Exit(130) from None
@@ -327,7 +328,7 @@ def evaluate(
         int | None,
         typer.Option(
             metavar="N",
-            help="Also fine-tune a copy on N poisoned samples among clean ones, and see whether "
+            help="Also fine-tune a copy on clean samples plus N poisoned ones, to see whether "
             "the backdoor comes back; needs --attack or --trigger.",
         ),
     ] = None,
@@ -335,7 +336,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="A model like this one that never had the backdoor, retuned beside it.",
+            help="A similar model that never had the backdoor, retuned for comparison.",
         ),
     ] = None,
     out: Annotated[
@@ -346,7 +347,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="OUT",
-            help="An output of purify that holds this model, given or purified; the "
+            help="An output of purify for this model (as the given or the purified one); the "
             "measurements are added to its record and page.",
         ),
     ] = None,
@@ -416,15 +417,18 @@ def report(
     page: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="The file to write. Default: in the one OUT."
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The file to write. Default: inside OUT, if only one.",
         ),
     ] = None,
     format_: Annotated[
         str,
         typer.Option(
             "--format",
-            help="html, a page; cyclonedx, a bill of materials of the model (ML-BOM); csv or json, "
-            "a row for each OUT.",
+            help="html, a page; cyclonedx, the model's bill of materials (ML-BOM); csv or json, "
+            "one row per OUT.",
         ),
     ] = "html",
 ) -> None:
@@ -494,7 +498,7 @@ def demo(
         say_table(record.table().rows, form)
         return
     console = Console()
-    if not console.is_terminal:  # a log has no edge to wrap at
+    if not console.is_terminal:  # do not wrap lines in a log
         console = Console(width=110)
     console.print(results_table(record.rows, record.title, record.metric))
     say(f"wrote {out}/report.html")
@@ -529,7 +533,7 @@ def _processes(
     """Return the processes of this command, and the device of this one.
 
     Raises:
-        BadInputError: If the options do not go with how the command was started.
+        BadInputError: If the options do not match how the command was launched.
     """
     from mmdefense.runtime.processes import Processes, joined, launched
 
@@ -545,7 +549,7 @@ def _processes(
     if dry_run or device != "cpu":
         refused = "--dry-run" if dry_run else "--device"
         raise BadInputError(
-            f"{refused} must not go with --accelerate, which assigns a device to each process"
+            f"{refused} cannot be used with --accelerate, which assigns a device to each process"
         )
     return context.with_resource(joined(splits=shard))
 

@@ -1,4 +1,4 @@
-"""What the command line takes and prints: options, their parsing, aligned rows."""
+"""Shared parts of the command line: options, their parsing, and printed tables."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ __all__ = [
 ]
 
 FORMS = ("text", "csv", "json")
-"""Formats of what is printed as a table."""
+"""Formats of printed tables."""
 
 
 def _not_empty(text: str | None) -> str | None:
-    """Refuse an empty string, which as a path would be the current folder."""
+    """Reject an empty string, which as a path would mean the current folder."""
     if text == "":
         raise BadInputError("MODEL and --data must name a folder, a file or an id, got ''")
     return text
@@ -78,7 +78,7 @@ def _none_empty(texts: list[str]) -> list[str]:
 
 
 def _configured(context: typer.Context, file: Path | None) -> Path | None:
-    """Take the options of a file as the defaults of a command.
+    """Use the options in a file as the defaults of a command.
 
     Raises:
         BadInputError: If it cannot be read, or the command has no such option.
@@ -110,7 +110,7 @@ def _configured(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def _check_value(value: Any, option: Any, what: str) -> None:
-    """Refuse what the command line could not give to an option."""
+    """Reject values that an option could not take on the command line."""
     single = isinstance(value, str | int | float) and not isinstance(value, bool)
     if option.is_flag:
         fits, needed = isinstance(value, bool), "true or false"
@@ -124,7 +124,7 @@ def _check_value(value: Any, option: Any, what: str) -> None:
 
 
 def completed(kind: str) -> Callable[[str], list[str]]:
-    """Return what completes a name in the shell, plug-ins included; it loads none of them."""
+    """Return a shell completer for names, including plug-ins, which it does not load."""
 
     def complete(incomplete: str) -> list[str]:
         names = {entry.name for entry in entry_points(group=f"mmdefense.{kind}")}
@@ -145,7 +145,7 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         callback=_hushed,
-        help="Show no progress and no notes; results and errors are still written.",
+        help="Show no progress and no notes; results and errors are still printed.",
     ),
 ]
 TableFormat = Annotated[str, typer.Option("--format", help="text, csv or json.")]
@@ -153,10 +153,10 @@ Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        is_eager=True,  # the defaults of the other options come from it
+        is_eager=True,  # it sets the defaults of the other options
         callback=_configured,
-        help="A TOML file of this command's options, for example fail-on = 'medium' or "
-        "seed = 1; those given here win.",
+        help="A TOML file with options of this command, for example fail-on = 'medium' or "
+        "seed = 1; the command line takes precedence.",
     ),
 ]
 Model = Annotated[
@@ -171,7 +171,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="A Hugging Face folder or id, a state dict, or a checkpoint; or several.",
+        help="One or more models: Hugging Face folder or id, state dict, or checkpoint.",
         callback=_none_empty,
     ),
 ]
@@ -179,7 +179,7 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="DATA",
-        help="Samples in a form the task reads: a folder per class of images, clips or "
+        help="Samples in a format of the task: one folder per class with images, clips or "
         "clouds, COCO, VOC, texts, an archive, a data set id, or a name from `list data`.",
         callback=_not_empty,
     ),
@@ -195,7 +195,7 @@ Arch = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:CALLABLE",
-        help="What builds the model that a state dict belongs to, for example 'my_net:Net', "
+        help="A callable that builds the model for a state dict, for example 'my_net:Net', "
         "'nets/my_net.py:Net' or 'my_net:Net(width=8)'.",
     ),
 ]
@@ -258,8 +258,7 @@ KeptIn = Annotated[
     typer.Option(
         "--store",
         metavar="STORE",
-        help="A store of results: take from it what was computed before, and keep in it what is "
-        "computed now.",
+        help="A store of results: reuse earlier results from it, and add new ones.",
     ),
 ]
 AcceptFindings = Annotated[
@@ -274,7 +273,7 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 @contextmanager
 def loading(quiet: bool = False) -> Iterator[None]:
-    """Say on a terminal that libraries are being loaded, which takes seconds, until they are."""
+    """Show on a terminal that libraries are being loaded, which takes seconds."""
     if quiet or not sys.stderr.isatty():
         yield
         return
@@ -352,7 +351,7 @@ def key_values(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """Return the Python literal that a text is, or the text itself."""
+    """Parse a text as a Python literal, or return it unchanged."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -372,11 +371,11 @@ def chosen_attack(
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print lines; names and texts that came from files cannot steer the terminal.
+    """Print lines, with terminal control sequences (which files may contain) escaped.
 
     Args:
-        text: One line or several.
-        err: Whether they go to standard error.
+        text: One or more lines.
+        err: Whether to print to standard error.
     """
     typer.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
@@ -408,10 +407,10 @@ def check_form(form: str) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Return rows as text, a line each, their columns aligned.
+    """Return rows as text, one line each, with aligned columns.
 
-    On a terminal the last column is wrapped at its edge; elsewhere a line is not broken, so that
-    it can be searched for.
+    On a terminal the last column is wrapped to its width; elsewhere lines are not wrapped, so that
+    they can be searched.
     """
     if not rows:
         return ""

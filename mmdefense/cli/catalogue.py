@@ -1,4 +1,4 @@
-"""The named defenses, attacks, adapters, tasks, data sets and cases, with their settings."""
+"""The catalogue of defenses, attacks, adapters, tasks, data sets and cases, with settings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Setting:
     """One setting of a named defense, attack, adapter or task.
 
     Attributes:
-        name: As ``--set`` or ``--read`` takes it.
-        default: As a user would write it; empty if there is none.
-        kind: What it must be, in words.
-        about: What it does, in a sentence.
+        name: Its name for ``--set`` or ``--read``.
+        default: Default value as a user would write it; empty if there is none.
+        kind: Description of its type.
+        about: What it does, in one sentence.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Setting:
 
 
 def known(kind: str) -> Iterator[tuple[str, str]]:
-    """Yield each known name of a kind with what it is in one line, without markup.
+    """Yield each known name of a kind with a one-line description, without markup.
 
     Args:
         kind: One of ``KINDS``.
@@ -70,7 +70,7 @@ def _of_case(case: Case) -> str:
 
 
 def details(kind: str, name: str) -> tuple[str, str, list[Setting]]:
-    """Return the description of a name, the option that sets its settings, and the settings.
+    """Return the description of a name, the option for its settings, and its settings.
 
     Args:
         kind: One of ``KINDS``.
@@ -78,7 +78,7 @@ def details(kind: str, name: str) -> tuple[str, str, list[Setting]]:
 
     Raises:
         BadInputError: If the name is unknown.
-        UnsupportedError: If a library that it needs is not installed.
+        UnsupportedError: If a required library is not installed.
     """
     if kind not in _OPTIONS:
         held = dict(known(kind))
@@ -142,7 +142,7 @@ def _docstring_of(call: Any, found: Any) -> str:
 
 
 def _entries(doc: str) -> dict[str, str]:
-    """Return the first sentence about each entry of the sections of a docstring."""
+    """Return the first sentence of each entry in the sections of a docstring."""
     found: dict[str, str] = {}
     name = ""
     for line in doc.splitlines():
@@ -169,5 +169,5 @@ def _body(found: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text without the marks of reStructuredText."""
+    """Return text without reStructuredText markup."""
     return re.sub(r"``?([^`]+)``?", r"\1", _ROLE.sub(r"\1", text)).replace("*", "")

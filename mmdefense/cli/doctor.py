@@ -21,9 +21,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: What was looked at.
+        subject: What was checked.
         state: What was found.
-        remedy: What to do where something is missing; else empty.
+        remedy: What to do if something is missing; else empty.
     """
 
     subject: str

@@ -1,4 +1,4 @@
-"""`mmdefense grid` and `mmdefense store`: measure victims x defenses, and look at what was kept."""
+"""`mmdefense grid` and `mmdefense store`: measure victims x defenses, and inspect the results."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ grid_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings=_HELP,
-    help="Measure victims x defenses x seeds beside plain fine-tuning.",
+    help="Measure victims x defenses x seeds, with plain fine-tuning as the baseline.",
 )
 store_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings=_HELP,
-    help="Look at a store of victims, cells, purifications and scans: list, show, check, clean.",
+    help="Inspect a store of victims, cells, purifications and scans: list, show, verify, clean.",
 )
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")]
@@ -50,7 +50,7 @@ Cases = Annotated[
     typer.Option(
         "--case",
         metavar="NAME[,KEY=VALUE...]",
-        help="A victim, and what differs from it, such as ratio=0.01; by default all of them.",
+        help="A victim, with overrides such as ratio=0.01; by default all victims.",
     ),
 ]
 Defenses = Annotated[
@@ -65,22 +65,22 @@ Clean = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SHARE[:KIND]",
-        help="Of the training set, for the defenses: seen or unseen by the victim, noisy, "
-        "blurred, or other (images of unknown classes); by default as each case says. "
-        "May be given twice.",
+        help="Fraction of the training set that the defenses get: seen or unseen by the "
+        "victim, noisy, blurred, or other (images of unknown classes); by default as each case "
+        "says. Repeat for more.",
     ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]
 Baselines = Annotated[
-    bool, typer.Option(help="Plain fine-tuning with the same budget beside each defense.")
+    bool, typer.Option(help="Also run plain fine-tuning with the same budget as each defense.")
 ]
 Retune = Annotated[
     int,
     typer.Option(
         min=0,
         metavar="N",
-        help="Also retune each purified model on N poisoned samples, beside a clean twin of its "
-        "victim, to see whether the backdoor comes back.",
+        help="Also retune each purified model, and a clean twin of its victim, on N poisoned "
+        "samples, to see whether the backdoor comes back.",
     ),
 ]
 Views = Annotated[
@@ -88,7 +88,7 @@ Views = Annotated[
     typer.Option(
         "--views",
         help="How clean samples are augmented: standard, as is usual in the domain; insertions, "
-        "which imitate local triggers; or none. May be given several times.",
+        "which imitate local triggers; or none. Repeat for more.",
     ),
 ]
 
@@ -113,9 +113,8 @@ def _grid(
     if spec is not None:
         if cases or defenses or views or clean or retune:
             raise BadInputError(
-                f"{spec} already says what is measured; leave --case, --defense, --views, --clean "
-                "and "
-                "--retune out"
+                f"{spec} already defines the grid; leave out --case, --defense, --views, --clean "
+                "and --retune"
             )
         return read_spec(spec)
     chosen = [known for known in VIEWS if known in (views or ("standard",))]
@@ -136,7 +135,7 @@ def _grid(
 
 
 def _with_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """Return a name and the settings behind it; a comma may also be part of a value."""
+    """Return a name and the settings after it; a comma may also be part of a value."""
     name, *parts = text.split(",")
     settings: list[str] = []
     for part in parts:
@@ -148,7 +147,7 @@ def _with_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _clean_data(text: str) -> CleanData:
-    """Return share and kind of the clean data; nothing stands for what each case says."""
+    """Return fraction and kind of the clean data; if empty, each case's own apply."""
     from mmdefense.evaluation.cases import CleanData
     from mmdefense.settings import checked_settings
 
@@ -170,23 +169,23 @@ def run(
     retune: Retune = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     threads: Annotated[
-        int, typer.Option(min=1, help="Of each process; results depend on it in their last bits.")
+        int, typer.Option(min=1, help="Threads per process; the last bits of results depend on it.")
     ] = 1,
     device: Annotated[
-        str, typer.Option(help="Such as cpu, or cuda:0,cuda:1: dealt out to the workers in turn.")
+        str, typer.Option(help="For example cpu, or cuda:0,cuda:1, assigned to workers in turn.")
     ] = "cpu",
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Of a Ray cluster to run on, such as auto."),
+        typer.Option(metavar="ADDRESS", help="Address of a Ray cluster to run on, such as auto."),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what ended in an error.")
+        bool, typer.Option("--retry-failed", help="Retry cells that failed.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what the store lacks, and print a Markdown table.
+    """Measure the cells missing from the store, and print a Markdown table.
 
-    Run it again after a cut: what is done is kept.
+    After an interruption, run it again: finished cells are kept.
     """
     from dataclasses import replace
 
@@ -229,7 +228,7 @@ def run(
     if failed:
         say(
             f"{len(failed)} cells failed; `mmdefense store show {out} DIGEST` shows the traceback, "
-            "--retry-failed tries them again",
+            "--retry-failed retries them",
             err=True,
         )
         raise typer.Exit(1)
@@ -237,7 +236,7 @@ def run(
 
 @grid_app.command("status")
 def status(out: Out, form: TableFormat = "text") -> None:
-    """Say how many cells of the last run are done, failed and running."""
+    """Show how many cells of the last run are done, failed and running."""
     check_form(form)
     store = _opened(out)
     try:
@@ -285,7 +284,7 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write every measured cell, a row each, with its rates, settings and digest."""
+    """Write every measured cell as a row with its rates, settings and digest."""
     from mmdefense.checkpoints.outputs import check_replaceable_file
     from mmdefense.checkpoints.runs import write_atomically
     from mmdefense.evaluation.export import FORMATS, exported
@@ -306,7 +305,7 @@ def export(
 
 @grid_app.command("report")
 def report(out: Out) -> None:
-    """Write OUT/leaderboard.html: a page to sort and filter, which needs no network."""
+    """Write OUT/leaderboard.html, a page with sorting and filtering that works offline."""
     from mmdefense.evaluation.export import rows_of
     from mmdefense.report.leaderboard import write_leaderboard
 
@@ -321,7 +320,7 @@ Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="The beginning of 
 @store_app.command("ls")
 def list_entries(folder: Folder, form: TableFormat = "text") -> None:
     """List the entries: digest, kind, state, time and name."""
-    whole = form != "text"  # a program wants all of it
+    whole = form != "text"  # programs get full values
     rows: list[dict[str, Value]] = [
         {
             "digest": entry.digest if whole else entry.digest[:12],
@@ -348,7 +347,7 @@ def show(folder: Folder, digest: Digest) -> None:
 
 @store_app.command("verify")
 def verify(folder: Folder) -> None:
-    """Check the files of every entry against their SHA-256; exit code 1 where one differs."""
+    """Check the SHA-256 of every entry's files; exit code 1 if one differs."""
     store = _opened(folder)
     faults = store.verify()
     for fault in faults:

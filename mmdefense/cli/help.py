@@ -34,7 +34,7 @@ OPTIONS = {
         *("--push-to-hub", "--quiet"),
     ),
 }
-"""Options by group, in this order; those that stand nowhere come first, as the command's own."""
+"""Options by group, in this order; options not listed come first, as the command's own."""
 EXAMPLES = {
     "": "mmdefense scan model.safetensors --arch my_models:SignNet --data images",
     "purify": "mmdefense purify model.safetensors --arch my_models:SignNet --data images "
@@ -140,7 +140,7 @@ class _Group(TyperGroup):
 
 
 def with_groups(app: typer.Typer) -> None:
-    """Let an app and all below it show their help in groups; call it when all is registered."""
+    """Group the help of an app and its subcommands; call it after all are registered."""
     app.info.cls = _Group
     for command in app.registered_commands:
         command.cls = _Command

@@ -1,4 +1,4 @@
-"""`mmdefense list` and `mmdefense doctor`: what there is, by name, and what is missing."""
+"""`mmdefense list` and `mmdefense doctor`: what is available, and what is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def list_(
     ] = None,
     form: TableFormat = "text",
 ) -> None:
-    """List everything that has a name, plug-ins included, or the settings of one of them."""
+    """List all named components, including plug-ins, or the settings of one of them."""
     with loading():
         from mmdefense.cli.catalogue import KINDS, details, known
 

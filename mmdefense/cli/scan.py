@@ -1,4 +1,4 @@
-"""``mmdefense scan``: look into a model before it is used."""
+"""``mmdefense scan``: inspect a model before use."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scan(
     ] = "text",
     fail_on: Annotated[
         str,
-        typer.Option(help="Exit with 1 on a finding of this level or above: low, medium or high."),
+        typer.Option(help="Exit with 1 on findings of this level or above: low, medium or high."),
     ] = "high",
     seed: Seed = 0,
     mean: Numbers = None,
@@ -66,8 +66,8 @@ def scan(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="An earlier report, JSON or SARIF: findings that it has are marked as known, and "
-            "do not count for --fail-on.",
+            help="An earlier report, JSON or SARIF: its findings are marked as known, and do not "
+            "count for --fail-on.",
         ),
     ] = None,
     config: Config = None,

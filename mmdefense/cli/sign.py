@@ -1,4 +1,4 @@
-"""``mmdefense sign`` and ``mmdefense verify``: who vouches for an output, and is it still that."""
+"""``mmdefense sign`` and ``mmdefense verify``: sign an output, and verify it later."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def sign(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Your private key in PEM, of the curve P-256, P-384 or P-521; the password of "
-            "an encrypted one is in MMDEFENSE_KEY_PASSWORD.",
+            help="Your private key in PEM, on the curve P-256, P-384 or P-521; for an encrypted "
+            "key, set MMDEFENSE_KEY_PASSWORD.",
         ),
     ] = None,
 ) -> None:
-    """Sign an output, its evidence included, with a key; without one, say how Sigstore does.
+    """Sign an output and its evidence with a key; without one, show the Sigstore command.
 
     The signature, model.sig, covers every file of the folder. Needs the extra signing.
     """
@@ -45,10 +45,10 @@ def verify(
     out: Out,
     key: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The signer's public key in PEM, from who you trust."),
+        typer.Option(metavar="FILE", help="The signer's public key in PEM, from a trusted source."),
     ] = None,
 ) -> None:
-    """Verify that an output is as the owner of a key has signed it: no file other, more or less.
+    """Verify that an output is exactly as signed: no file changed, added or removed.
 
     Exits with 1 if it is not. Needs the extra signing.
     """
@@ -64,14 +64,14 @@ def verify(
 
 
 def _by_sigstore(verb: str, out: Path) -> str:
-    """Return the command for Sigstore, which needs the network and an account: it is not run."""
+    """Return the Sigstore command; it needs the network and an account, so it is not run."""
     signature = out / "model.sig"
     words = ["model_signing", verb, "sigstore", str(out), "--signature", str(signature)]
     return f"by Sigstore, with a login in place of a key: {shlex.join(words)}"
 
 
 def _say_faults(out: Path, faults: list[str]) -> None:
-    """Say what is wrong, if anything, and end with exit code 1."""
+    """If there are faults, print them and exit with code 1."""
     for fault in faults:
         say(f"mmdefense: {out}: {fault}", err=True)
     if faults:

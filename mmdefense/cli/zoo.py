@@ -1,4 +1,4 @@
-"""`mmdefense zoo`: list, build and verify small nets with a known backdoor."""
+"""`mmdefense zoo`: list, build and verify small networks with a known backdoor."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ zoo_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Small nets with a known backdoor and their clean twins: list, build, verify.",
+    help="Small networks with a known backdoor and their clean twins: list, build, verify.",
 )
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Of victims.")]
 Folder = Annotated[
     Path | None,
-    typer.Option(help="Where they are; by default what the repository ships, then out/zoo."),
+    typer.Option(help="Their folder; by default those shipped with the repository, then out/zoo."),
 ]
 
 
@@ -33,7 +33,7 @@ Folder = Annotated[
 def list_victims(folder: Folder = None, form: TableFormat = "text") -> None:
     """List the victims: name, task, attack, ACC / ASR / RA, bytes, and the file or "to build".
 
-    ACC is the metric of the task: mAP@50 of detection, BLEU of language.
+    ACC is the metric of the task: mAP@50 for detection, BLEU for language.
     """
     from mmdefense.evaluation.zoo import find_card, zoo_cases
 
@@ -61,9 +61,9 @@ def build(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """Train victims and write weights and cards; by default those that are not here.
+    """Train victims and write weights and cards; by default those that are missing.
 
-    A training that was interrupted goes on where it was.
+    Interrupted training is resumed.
     """
     with loading(quiet):
         import torch
@@ -71,7 +71,7 @@ def build(
         from mmdefense.evaluation.zoo import build_victim, find_card, zoo_cases
         from mmdefense.report.terminal import ProgressDisplay
 
-    torch.set_num_threads(1)  # results depend on it in their last bits
+    torch.set_num_threads(1)  # the last bits of results depend on it
     missing = [name for name in zoo_cases() if find_card(name) is None]
     for name in names or missing:
         with ProgressDisplay(quiet=quiet) as progress:
@@ -81,10 +81,10 @@ def build(
 
 @zoo_app.command("verify")
 def verify(names: Names = None, folder: Folder = None, device: Device = "cpu") -> None:
-    """Hash the files and measure ACC, ASR and RA again; exit code 1 where something differs.
+    """Hash the files and measure ACC, ASR and RA again; exit code 1 if something differs.
 
-    By default all victims that are here. A rate may differ by one point, since processors round
-    differently.
+    By default all victims that are present. A rate may differ by one point, because processors
+    round differently.
     """
     from mmdefense.evaluation.zoo import find_card, verify_victim, zoo_cases
 

@@ -1,1 +1,1 @@
-"""From a model and its data to a result: read, scanned, purified or evaluated, and written."""
+"""The pipelines: open a model and its data, scan, purify or evaluate it, and write results."""

@@ -37,12 +37,12 @@ from mmdefense.training import Training
 __all__ = ["AttackChoice", "Retune", "evaluate", "evaluate_files", "retuning_of"]
 
 _TUNING = 1000
-"""Most samples that a retuning attack trains on, as in the paper."""
+"""Largest number of samples that a retuning attack trains on, as in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackChoice:
-    """An attack as a user names it, before the model and the data are read.
+    """An attack as specified by the user, before model and data are opened.
 
     Attributes:
         name: A name of ``mmdefense list attacks``; None uses the trigger in the file.
@@ -75,7 +75,7 @@ class AttackChoice:
                 f"{self.name or 'no attack'} and {self.trigger}"
             )
         if self.name is not None:
-            kind = registry.load("attacks", self.name)  # fails at once on a misspelt name
+            kind = registry.load("attacks", self.name)  # fails early on a misspelt name
             checked_settings(kind, self.settings)
 
     def build(self, classes: tuple[str, ...]) -> Attack[Any]:
@@ -100,10 +100,10 @@ class AttackChoice:
 
 
 def _class_number(target: Any, classes: tuple[str, ...]) -> int:
-    """Return the number of the class that a user means.
+    """Return the index of the class that the user specified.
 
     Raises:
-        BadInputError: If it is neither the name of a class nor a number.
+        BadInputError: If it is neither a class name nor a number.
     """
     if str(target) in classes:
         return classes.index(str(target))
@@ -140,31 +140,32 @@ def evaluate(
 
     Args:
         model: A folder, a file or a hub id; or a module, or an adapter around one.
-        data: Clean samples that the model was not trained on: where they are, as for ``mmdefense
-            evaluate --data``; or samples, as for :func:`mmdefense.purify`.
-        attack: A name of ``mmdefense list attacks``, or an attack, as ``plant`` returns it.
+        data: Clean samples that the model was not trained on: a location, as for
+            ``mmdefense evaluate --data``; or samples, as for :func:`mmdefense.purify`.
+        attack: A name from ``mmdefense list attacks``, or an attack as returned by ``plant``.
         target: The attacker's target: a class by its number or name, or a text.
         trigger: A picture with alpha, or an npz archive; see :class:`AttackChoice`.
-        settings: Further fields of an attack that is given by name.
-        task: The name of a task; by default that of the model.
-        arch: ``module:callable`` that builds the model of a state dict.
-        weights: Where in a checkpoint its weights are.
+        settings: Further fields of an attack given by name.
+        task: Name of the task; by default that of the model.
+        arch: ``module:callable`` that builds the model for a state dict.
+        weights: Key of the weights within a checkpoint.
         split: ``"train"`` or ``"test"``, if the data is split.
-        reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
-        device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        reading: Reading options by name; see :class:`mmdefense.pipeline.sources.Source`.
+        device: For example ``"cpu"`` or ``"cuda"``; a module is not moved.
         retune: Number of poisoned samples N that a copy of the model is fine-tuned on, to see
-            whether the backdoor comes back; 0 leaves this out. See
+            whether the backdoor comes back; 0 skips this. See
             :func:`mmdefense.metrics.permanence.retune`.
-        clean_twin: A model that never had the backdoor, which is retuned for comparison.
-        record: The output of a purification, to whose record and page the measurements are added.
-        accept_low_utility: Whether to continue if the model is near chance on the data.
+        clean_twin: A model that never had the backdoor, retuned for comparison.
+        record: The output folder of a purification; the measurements are added to its record and
+            page.
+        accept_low_utility: Whether to continue if the model's score on the data is near chance.
         accept_findings: Whether to continue if the scan of the model's files has high-level
             findings.
 
     Raises:
-        LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If anything given cannot be used, a file of the model has high-level
-            findings, or ``record`` belongs to other models.
+        LowUtilityError: If the model performs too poorly on the data as read.
+        BadInputError: If an argument is not usable, a file of the model has high-level findings,
+            or ``record`` belongs to other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
 
     Example:
@@ -208,7 +209,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Retune:
-    """A retuning attack, as a user asks for it.
+    """A retuning attack, as requested by the user.
 
     Attributes:
         count: Number of poisoned samples.
@@ -244,16 +245,16 @@ def evaluate_files(
     Args:
         source: Model and data.
         attack: The attack, if any.
-        retune: The retuning attack, which shows whether the backdoor comes back; None leaves it
-            out.
-        record: The output of a purification, to whose record and page the measurements are added.
+        retune: The retuning attack, which shows whether the backdoor comes back; None skips it.
+        record: The output folder of a purification; the measurements are added to its record and
+            page.
         command: The command line, for the record.
-        progress: Called as it goes on.
+        progress: Called with progress events.
 
     Raises:
-        LowUtilityError: If the model does not work on the data as it was read.
-        BadInputError: If anything given cannot be used, the attack is for another task, or
-            ``record`` belongs to other models.
+        LowUtilityError: If the model performs too poorly on the data as read.
+        BadInputError: If an argument is not usable, the attack is for another task, or ``record``
+            belongs to other models.
         UnsupportedError: If a library is not installed, or no adapter accepts the model.
     """
     if retune is not None and attack is None:
@@ -264,7 +265,7 @@ def evaluate_files(
     report(Event("reading", 0, 1))
     with read_once(source.model) as seal:
         opened = open_vetted(source).opened
-    decoded = getattr(opened.data, "in_memory", None)  # decoded once, since it is read often
+    decoded = getattr(opened.data, "in_memory", None)  # decoded once for several passes
     if decoded is not None:
         opened = dataclasses.replace(opened, data=decoded())
     report(Event("reading", 1, 1))
@@ -323,11 +324,11 @@ def evaluate_files(
 def _clean_twin(
     source: Source, where: Any, raw: Any, model: EvaluatedModel
 ) -> tuple[TaskAdapter[Any], EvaluatedModel]:
-    """Return the clean twin in its adapter, which reads the same data, and its description.
+    """Return the clean twin in an adapter for the same data, and its description.
 
     Raises:
-        BadInputError: If it is the model itself, or reads other data.
-        LowUtilityError: If it does not work on the data.
+        BadInputError: If it is the model itself, or takes different inputs.
+        LowUtilityError: If it performs too poorly on the data.
     """
     twin_source = dataclasses.replace(source, model=where)
     with read_once(where) as seal:
@@ -365,7 +366,7 @@ def _retuned(
 
 
 def retuning_of(adapter: TaskAdapter[Any]) -> Training:
-    """Return the training of a retuning attack: the paper's, with the model's own optimizer."""
+    """Return a retuning attack's training settings: the paper's, with the model's optimizer."""
     tuning = FineTuning(lr=TUNING.lr, steps=TUNING.steps, batch_size=TUNING.batch_size)
     return dataclasses.replace(
         tuning.training(adapter), schedule="constant", augment=False, max_norm=TUNING.max_norm

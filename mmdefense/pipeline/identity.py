@@ -1,7 +1,7 @@
 """What a result depends on: sources, reading options, settings, seed, device, libraries and code.
 
-It has two uses: a run is resumed only if it is the same, and a result is found in a store by
-everything that determines it.
+It has two uses: a run is resumed only if its identity matches, and results are looked up in a store
+by everything that determines them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _LIBRARIES = ("torch", "torchvision", "numpy", "scikit-learn", "transformers", "
 def purification_parts(
     source: Source, opened: Opened, prepared: Prepared[Any], defense: Defense
 ) -> dict[str, Any]:
-    """Return all that the result of a purification depends on, as plain values by name.
+    """Return everything that a purification's result depends on, as plain values by name.
 
     Args:
         source: Where model and data are, and how they are read.
         opened: The model and the data.
-        prepared: The same, checked.
+        prepared: Model and data, validated.
         defense: The defense with all its settings.
     """
     its = traits(opened.adapter)
@@ -68,14 +68,14 @@ def purification_parts(
 def scan_identity(
     name: str, files: Mapping[str, str], data: Any, source: Mapping[str, Any], seed: int
 ) -> Identity:
-    """Return all that a scan depends on.
+    """Return everything that a scan depends on.
 
     Args:
-        name: What the user called the model.
+        name: The user's name for the model.
         files: SHA-256 of each file of the model.
-        data: Where the clean data is; None if there is none.
+        data: Location of the clean data; None if there is none.
         source: Further arguments of a :class:`~mmdefense.pipeline.sources.Source`.
-        seed: Seed of the search for triggers.
+        seed: Seed of the trigger search.
 
     Raises:
         BadInputError: If the content of the data cannot be identified without the model.
@@ -97,7 +97,7 @@ def scan_identity(
 
 
 def _content(data: Any) -> dict[str, Any]:
-    """Return what identifies the content of data at a path, or of a set that a task knows by name.
+    """Return what identifies the content of data, given its path or the name of a data set.
 
     Raises:
         BadInputError: If it is neither.
@@ -108,7 +108,7 @@ def _content(data: Any) -> dict[str, Any]:
     known = [task for task in tasks if str(data) in task.data()]
     if not known:
         raise BadInputError(
-            f"data {data} is neither a path nor a known name, so a scan of it cannot be kept in a "
+            f"data {data} is neither a path nor a known name, so its scan cannot be kept in a "
             "store; leave --store out, or give a path"
         )
     return {task.name: task.load(data).in_memory().fingerprint() for task in known}
@@ -142,7 +142,7 @@ def code_version(*without: str) -> str:
     """Return a hash over the sources of mmdefense and of every registered plug-in.
 
     Args:
-        without: Modules and packages of mmdefense that are left out.
+        without: Modules and packages of mmdefense to leave out.
     """
     digest = hashlib.sha256()
     for path in sorted(_sources(set(without))):
@@ -155,7 +155,7 @@ def _sources(without: set[str]) -> Iterator[Path]:
         spec = importlib.util.find_spec(package)
         if spec is None:
             continue
-        if not spec.submodule_search_locations:  # a plug-in of one file
+        if not spec.submodule_search_locations:  # a single-file plug-in
             yield Path(str(spec.origin))
         for folder in map(Path, spec.submodule_search_locations or ()):
             for path in folder.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Purification from files to files, as the command line does it."""
+"""Purification from files to files, as used by the command line."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ __all__ = [
 
 _IDENTITY = "job"
 _FOR_THE_PAGE, _PASSES = 1.0, 6
-"""Reserved for writing: seconds, and passes over the model, each as long as hashing its weights."""
+"""Time reserved for writing: seconds, plus passes over the model as long as hashing its weights."""
 
 
 def partial_folder(out: str | Path) -> Path:
-    """Return the folder of the states of an unfinished purification into ``out``."""
+    """Return the checkpoint folder of an unfinished purification into ``out``."""
     target = Path(out).absolute()
     return target.with_name(f"{target.name}.partial")
 
@@ -73,10 +73,10 @@ def purify_files(
     """Purify the model of ``source`` into the folder ``out``.
 
     The model's files are scanned before it is loaded, and its weights after that; the findings are
-    in the record and on the page. States are saved in the folder ``out.partial``; after a kill the
-    same call with ``resume`` continues from them to the same result. That folder is removed when
-    ``out`` is complete or there is nothing to resume; it stays if time ran out. What a run that was
-    killed while writing ``out`` left beside it is removed.
+    in the record and on the page. Checkpoints are saved in the folder ``out.partial``; if the run
+    is killed, the same call with ``resume`` continues from them to the same result. That folder is
+    removed when ``out`` is complete or there is nothing to resume; it is kept if time ran out.
+    Temporary files of a run that was killed while writing ``out`` are removed.
 
     Args:
         source: Model and clean data.
@@ -85,24 +85,24 @@ def purify_files(
         resume: Whether to continue an unfinished run of the same call.
         force: Whether to replace an earlier output at ``out``.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-        max_seconds: Time limit in seconds for all of it, including reading and writing, or a
+        max_seconds: Time limit in seconds for the whole call, including reading and writing, or a
             deadline; the best state so far is written.
         evidence: How much is measured beyond the verdict; see
             :func:`~mmdefense.pipeline.purification.purify`.
         command: The command line, for the record.
         processes: The processes that compute the result together, of which this is the main one;
             the others call :func:`assist`.
-        kept: A store of results: a result in it is written to ``out`` and not computed again, and
-            a result that was not cut short by the time limit is added to it.
+        kept: A store of results: a stored result is written to ``out`` instead of being computed
+            again, and a new result is added unless it was cut short by the time limit.
 
     Returns:
-        The record in ``out``, as it was when the result was computed.
+        The record in ``out``, as of when the result was computed.
 
     Raises:
-        BadInputError: If anything given cannot be used, or a file of the model has high-level
-            findings; nothing is written.
+        BadInputError: If an argument is not usable, or a file of the model has high-level findings;
+            nothing is written.
         UnsupportedError: If the defense does not support this model.
-        DivergenceError: If a loss stopped being finite; the last good weights are kept.
+        DivergenceError: If a loss became non-finite; the last good weights are kept.
     """
     deadline = Deadline.after(max_seconds)
     store, inputs = RunStore(partial_folder(out)), source.inputs()
@@ -164,7 +164,7 @@ def purify_files(
 def _output_identity(
     source: Source, parts: Mapping[str, Any], defense: Defense, evidence: Level, seal: Seal | None
 ) -> Identity:
-    """Return the identity of an output: that of its weights, and what else is in its folder."""
+    """Return the identity of an output: what its weights and its other files depend on."""
     accepted = [source.accept_low_utility, source.accept_findings]
     name = f"{source.model} by {type(defense).__name__}"
     files = {} if seal is None else {**seal.own, **seal.files}
@@ -175,7 +175,7 @@ def _output_identity(
 def _stored_result(
     kept: Store | None, identity: Identity, processes: Processes | None
 ) -> Entry | None:
-    """Return the result in a store, if there is one, and let the other processes know."""
+    """Return the stored result, if there is one, and tell the other processes."""
     entry = None if kept is None else kept.find(identity)
     if processes is not None:
         processes.from_main(entry is not None)
@@ -194,9 +194,9 @@ def assist(source: Source, defense: Defense, processes: Processes) -> None:
     """Do this process's share of a purification whose main process calls :func:`purify_files`.
 
     Args:
-        source: That of the main process, apart from the device.
-        defense: That of the main process.
-        processes: All of them.
+        source: The main process's source, except for the device.
+        defense: The main process's defense.
+        processes: All processes.
 
     Raises:
         LostProcessError: If the main process has ended.
@@ -205,13 +205,13 @@ def assist(source: Source, defense: Defense, processes: Processes) -> None:
         warnings.simplefilter("ignore")  # the main process shows the same warnings
         prepared = open_vetted(source).opened.prepare()
         if processes.from_main(False):
-            return  # the main process has found the result in a store
+            return  # the main process found the result in a store
         store = RunStore(Path())  # replaced by the main process's
         defense.purify(prepared, store=store, processes=processes)
 
 
 def writing_seconds(hashing: float) -> float:
-    """Return about how many seconds writing an output takes, given those of hashing its weights."""
+    """Estimate how many seconds writing an output takes, from those of hashing its weights."""
     return _FOR_THE_PAGE + _PASSES * hashing
 
 
@@ -227,17 +227,17 @@ def _check_resumable(store: RunStore, resume: bool) -> None:
 
 
 def _check_ours(store: RunStore) -> None:
-    """Refuse a folder in the place of the states that was not created by a run.
+    """Refuse a checkpoint folder that was not created by a run.
 
     Raises:
-        BadInputError: If there is one; nothing is written into it or removed from it.
+        BadInputError: If there is one; it is not modified.
     """
     folder = store.folder
     if not os.path.lexists(folder):
         return
     if folder.is_dir() and not folder.is_symlink():
         held = {path.name for path in folder.iterdir()}
-        begun = re.compile(rf"\.{_IDENTITY}\.pt\.[0-9a-f]{{8}}")  # left by a killed run
+        begun = re.compile(rf"\.{_IDENTITY}\.pt\.[0-9a-f]{{8}}")  # from a killed run
         if f"{_IDENTITY}.pt" in held or all(map(begun.fullmatch, held)):
             return
     raise BadInputError(
@@ -247,7 +247,7 @@ def _check_ours(store: RunStore) -> None:
 
 
 def _claim(store: RunStore, identity: dict[str, Any]) -> None:
-    """Record which job the states in the store belong to, or refuse those of another job."""
+    """Record which job the checkpoints in the store belong to, or refuse those of another job."""
     kept = _kept_identity(store)
     if kept is None or not _holds_states(store):
         try:
@@ -275,13 +275,13 @@ def _kept_identity(store: RunStore) -> dict[str, Any] | None:
 
 
 def _holds_states(store: RunStore) -> bool:
-    """Return whether a run can be resumed: whether the store has more than its identity."""
+    """Return whether a run can be resumed: whether the store has more than the run's identity."""
     return any(path.stem != _IDENTITY for path in store.folder.rglob("*.pt"))
 
 
 @contextmanager
 def _kept_or_cleared(store: RunStore, given: nn.Module) -> Iterator[None]:
-    """After an error, keep states that can be resumed, and mention them; else leave nothing."""
+    """After an error, keep checkpoints that can be resumed and mention them; else clean up."""
     try:
         yield
     except DivergenceError as error:
@@ -302,7 +302,7 @@ def _kept_or_cleared(store: RunStore, given: nn.Module) -> Iterator[None]:
 def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) -> DivergenceError:
     """Keep the last good weights, unless they are those of the given model.
 
-    States are removed, since a resumed run would diverge again.
+    Checkpoints are removed, since a resumed run would diverge again.
     """
     if error.state is None or _same(error.state, given.state_dict()):
         shutil.rmtree(store.folder, ignore_errors=True)
@@ -310,7 +310,7 @@ def _with_kept_state(error: DivergenceError, store: RunStore, given: nn.Module) 
     for kept in store.folder.iterdir():
         if kept.is_dir():
             shutil.rmtree(kept, ignore_errors=True)
-        elif kept.name != f"{_IDENTITY}.pt":  # which shows that a run created the folder
+        elif kept.name != f"{_IDENTITY}.pt":  # this file marks the folder as created by a run
             kept.unlink()
     path = store.folder / "last_good.safetensors"
     write_state(error.state, path)
@@ -325,7 +325,7 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _with_remedy(error: MMDefenseError | OSError, store: RunStore) -> MMDefenseError:
-    """Return an error that mentions states that can be resumed; remove a store that has none."""
+    """Return an error that mentions resumable checkpoints; remove a store without any."""
     failure = _unwritable(store, error) if isinstance(error, OSError) else error
     if not _holds_states(store):
         shutil.rmtree(store.folder, ignore_errors=True)

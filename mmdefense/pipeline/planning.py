@@ -34,7 +34,7 @@ _TRIAL_SECONDS = 8.0
 """Ours: duration of the trial."""
 
 _TRIAL_SAMPLES = 512
-"""Ours: most samples in the trial."""
+"""Ours: largest number of samples in the trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,19 @@ class Plan:
         adapter: Class of the adapter.
         architecture: Class of the model.
         parameters: Number of weights.
-        trains: What the defense trains, and how much of it.
+        trains: What the defense trains, and how many values.
         fit: Number of clean samples to train on.
-        holdout: Number of clean samples that are held out.
+        holdout: Number of held-out clean samples.
         defense: The defense with all its settings.
         seconds: Estimated duration, including reading and writing, but not the evidence.
-        at_least: Whether it may take longer, since the trial did not reach its last stage.
+        at_least: Whether ``seconds`` is a lower bound, because the trial did not reach the last
+            stage.
         evidence: The level of evidence.
-        evidence_seconds: Largest duration of the evidence.
+        evidence_seconds: Upper bound on the duration of the evidence.
         memory: Peak memory after the trial, in bytes: of the GPU, or of this process.
-        scan: Verdict of the scan of files and weights, which runs first and counts in ``seconds``.
-        doubts: Reasons to doubt the clean data, found by a heuristic.
+        scan: Verdict of the scan of files and weights, which runs first and is included in
+            ``seconds``.
+        doubts: Reasons to doubt the clean data, from a heuristic.
     """
 
     task: str
@@ -81,7 +83,7 @@ class Plan:
         if more := getattr(self.defense, "restarts", 0):
             takes += (
                 f" a run; the rate is halved, up to {more} times, until the utility guard passes, "
-                "and where few samples are held out it runs on up to four other splits"
+                "and with few held-out samples it also runs on up to four other splits"
             )
         beyond = "none"
         if self.evidence != "none":
@@ -108,9 +110,9 @@ def plan(
     evidence: Level = "fast",
     clock: Callable[[], float] = time.monotonic,
 ) -> Plan:
-    """Return what ``defense`` would do to a model, after a trial of some seconds on a copy.
+    """Plan a purification, based on a trial of a few seconds on a copy of the model.
 
-    The files and weights are scanned as before a purification.
+    Files and weights are scanned as before a purification.
 
     Args:
         source: Model and clean data.
@@ -119,9 +121,9 @@ def plan(
         clock: Returns the time in seconds.
 
     Raises:
-        BadInputError: If the clean data or the model cannot be used.
-        LowUtilityError: If the model does not work on the data as it was read.
-        UnsupportedError: If the defense cannot serve this model.
+        BadInputError: If the clean data or the model is not usable.
+        LowUtilityError: If the model performs too poorly on the data as read.
+        UnsupportedError: If the defense does not support this model.
     """
     begin = clock()
     vetted = open_vetted(source)
@@ -159,7 +161,7 @@ def plan(
 def _gradient_seconds(
     adapter: TaskAdapter[Any], samples: Samples[Any], clock: Callable[[], float]
 ) -> float:
-    """Return about how many seconds the gradient takes per sample, in a batch of eight or one."""
+    """Estimate the seconds of a gradient per sample, with a batch of eight or one."""
     weights = [p for p in adapter.model.parameters() if p.requires_grad]
     took = 0.0
     for count in (1, 8):
@@ -177,7 +179,7 @@ def _seconds(
 ) -> tuple[float, bool]:
     """Return the estimated duration of a purification, and whether it may take longer.
 
-    The defense runs for some seconds, and the stage in which time runs out is extrapolated. If a
+    The defense runs for a few seconds, and the stage in which time runs out is extrapolated. If a
     single update would take longer, there is no trial.
     """
     samples = prepared.samples
@@ -187,7 +189,7 @@ def _seconds(
     part = few(samples, _TRIAL_SAMPLES)
     timer = _StageTimer(clock)
     without_restarts = {"restarts": 0} if isinstance(defense, TrainingDefense) else {}
-    # Whether the guard will begin again, or ask other folds, is not known.
+    # Whether the guard will restart or cross-validate is unknown.
     trial = dataclasses.replace(defense, max_utility_drop=1.0, **without_restarts)
     limit = Deadline(clock() + _TRIAL_SECONDS, clock)
     some = dataclasses.replace(prepared, samples=part)
@@ -197,7 +199,7 @@ def _seconds(
     cut = _cut(stages) if result.stopped else None
     total = 0.0
     for stage in stages:
-        # A stage whose number of steps is a setting takes as long with any number of samples.
+        # A stage with a fixed number of steps takes equally long with any number of samples.
         total += stage.seconds * (1 if stage.total in settings else len(samples) / len(part))
         if stage is cut and stage.step:
             total += stage.seconds * (stage.total / stage.step - 1)
@@ -205,14 +207,14 @@ def _seconds(
 
 
 def _cut(stages: Sequence[_Stage]) -> _Stage | None:
-    """Return the stage in which a trial ran out of time; None if it was between two."""
+    """Return the stage in which a trial ran out of time; None if between two stages."""
     unfinished = [stage for stage in stages if stage.step < stage.total]
     return unfinished[-1] if unfinished else None
 
 
 @dataclass
 class _Stage:
-    """A stage of a trial: how far it got, and in how many seconds."""
+    """A stage of a trial: its progress and duration."""
 
     name: str
     step: int = 0

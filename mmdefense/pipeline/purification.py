@@ -1,4 +1,4 @@
-"""The main entry point: from a model and a little clean data to a purified model with evidence."""
+"""The main entry point: a model and a little clean data in, a purified model and evidence out."""
 
 from __future__ import annotations
 
@@ -75,46 +75,46 @@ def purify(
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Purification:
-    """Remove a backdoor that may be in ``model`` from a copy; the given model stays as it is.
+    """Remove a possible backdoor from a copy of ``model``; the given model is not modified.
 
     Args:
-        model: The model; or an adapter around it if it needs options, such as the mean and the
-            deviation that normalise its images; or where it is: a folder, a file, a hub id.
+        model: The model; or an adapter around it if it needs options, such as the mean and standard
+            deviation that normalise its images; or its location: a folder, a file, a hub id.
         clean: Clean samples: for images a pair ``(images (N, C, H, W), labels (N,))``, a data set
-            or loader of such pairs, or what a task's ``load`` returns; or where they are, as for
+            or loader of such pairs, or what a task's ``load`` returns; or their location, as for
             ``mmdefense purify --data``.
-        defense: A name of ``mmdefense list defenses``, or a defense.
-        adapter: The name of an adapter, to override the choice by the model.
+        defense: A name from ``mmdefense list defenses``, or a defense object.
+        adapter: The name of an adapter, to override the automatic choice.
         task: The name of a task, if paths are given; by default that of the model.
-        arch: ``module:callable`` that builds the model of a state dict.
-        weights: Where in a checkpoint its weights are; see
+        arch: ``module:callable`` that builds the model for a state dict.
+        weights: Key of the weights within a checkpoint; see
             :func:`mmdefense.checkpoints.models.load_model`.
-        reading: How data at a path is read, by name; see
+        reading: Reading options for data at a path, by name; see
             :class:`mmdefense.pipeline.sources.Source`.
-        device: Where a model at a path is loaded to; a module stays where it is.
+        device: Device to load a model at a path onto; a module is not moved.
         seed: Random seed; by default the defense's own.
-        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown
-            on a terminal and in a notebook, and not at all with None or False.
-        store: Where to save states, so that the same call resumes after a kill.
-        max_seconds: Time limit in seconds, or a deadline; what was reached by then is judged and
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default progress is
+            shown on a terminal and in a notebook; None or False disables it.
+        store: Where to save checkpoints, so that repeating the call resumes an interrupted run.
+        max_seconds: Time limit in seconds, or a deadline; the best state reached by then is
             returned.
         evidence: What is measured beyond the verdict: ``"fast"`` takes at most 15 % of the
-            purification's time, ``"full"`` measures all of it, ``"none"`` nothing; never more than
-            fits into ``max_seconds``. A note lists what is left out.
-        accept_low_utility: Whether to continue if the model is near chance on ``clean``, or if
-            the purification raises its task metric: signs of data that is read wrongly.
-        accept_findings: Whether to continue if the scan of the files of a model at a path, before
-            it is loaded, has high-level findings.
+            purification's time, ``"full"`` measures everything, ``"none"`` nothing; never more than
+            fits into ``max_seconds``. A note lists what was left out.
+        accept_low_utility: Whether to continue if the model's score on ``clean`` is near chance, or
+            if the purification raises the score: signs that the data is read incorrectly.
+        accept_findings: Whether to continue if the scan of a model's files, before it is loaded,
+            has high-level findings.
         processes: The processes that compute the result together; see :meth:`Defense.purify`.
-        callbacks: Told of start, stages, steps, result and end; trackers such as TensorBoard are in
-            ``mmdefense_adapters.tracking``.
+        callbacks: Called at start, stages, steps, result and end; trackers such as TensorBoard are
+            in ``mmdefense_adapters.tracking``.
         **settings: Override fields of the defense, for example ``steps=100``.
 
     Raises:
-        BadInputError: If the name, a setting, the data or the model cannot be used.
-        LowUtilityError: If the model does not work on the data as it was read.
+        BadInputError: If the name, a setting, the data or the model is not usable.
+        LowUtilityError: If the model performs too poorly on the data as read.
         UnsupportedError: If no adapter accepts the model, or it lacks what the defense needs.
-        DivergenceError: If a loss stopped being finite.
+        DivergenceError: If a loss became non-finite.
 
     Example:
         >>> import mmdefense as mmd
@@ -186,12 +186,12 @@ def purify_prepared(
     accept_low_utility: bool = False,
     processes: Processes | None = None,
 ) -> Purification:
-    """Purify a model that was checked with its data; see :func:`purify` for the arguments.
+    """Purify a model that was validated with its data; see :func:`purify` for the arguments.
 
     Raises:
-        LowUtilityError: If the model does not work on the data as it was read.
+        LowUtilityError: If the model performs too poorly on the data as read.
         UnsupportedError: If it lacks what the defense needs.
-        DivergenceError: If a loss stopped being finite.
+        DivergenceError: If a loss became non-finite.
     """
     near_chance = check_utility(prepared, accept=accept_low_utility)
     computed = time.process_time()
@@ -218,7 +218,7 @@ def purify_prepared(
 
 
 def configured(defense: str | Defense, settings: Mapping[str, Any]) -> Defense:
-    """Return a defense, given as an object or by name, with ``settings`` instead of its own.
+    """Return a defense, given as an object or by name, with ``settings`` overridden.
 
     Raises:
         BadInputError: If the name or a setting is unknown, or a value is of the wrong kind.
@@ -238,10 +238,10 @@ class Purification:
         prepared: The given model, which is unchanged, and the clean samples.
         result: The defense's result.
         defense: The defense with all its settings.
-        names: What the user called ``model`` and ``data``, and the ``command``, for the record.
+        names: The user's names for ``model`` and ``data``, and the ``command``, for the record.
         scan: The scan of the given model, for the record.
         evidence: What was measured beyond the verdict.
-        low_utility: The low utility that was accepted, as a sentence; empty if there was none.
+        low_utility: The low utility that was accepted, as a sentence; empty if none was.
         seal: The hashes of the model's files when they were read, if it came from files.
         accepted_findings: The high-level findings in the model's files that were accepted.
 
@@ -277,7 +277,7 @@ class Purification:
 
     @property
     def model(self) -> nn.Module:
-        """The purified model, of the class that was given."""
+        """The purified model, of the given model's class."""
         return self.result.model
 
     @property
@@ -287,7 +287,7 @@ class Purification:
 
     @property
     def unchanged(self) -> str:
-        """Why no weight was changed; empty if any was."""
+        """Why no weight changed; empty if at least one did."""
         return self.result.unchanged
 
     @property
@@ -296,7 +296,7 @@ class Purification:
         return self.result.choice
 
     def values(self) -> dict[str, float]:
-        """Return what was measured, by name: rates in ``[0, 1]``, seconds, and the curvature."""
+        """Return the measurements by name: rates in ``[0, 1]``, seconds, and the curvature."""
         guard = self.guard
         return {
             "utility_before": guard.before,
@@ -309,7 +309,7 @@ class Purification:
         }
 
     def table(self) -> Table:
-        """Return the result as a table of one row, to write as CSV or JSON or to read by pandas."""
+        """Return the result as a table with one row, to write as CSV or JSON or use in pandas."""
         of = self.names.get("model", type(self.model).__name__)
         verdict: dict[str, Value] = {"verdict": self.guard.verdict, "state": self.guard.state}
         row = {"model": of, "defense": self.result.defense, **self.values(), **verdict}
@@ -365,16 +365,16 @@ class Purification:
     ) -> None:
         """Write the model to a new folder, with its evidence.
 
-        That is ``purification.json``, ``report.html`` with ``report.npz``, from which its plots
-        can be drawn again, and a section in ``README.md``, unless nothing was changed. All of them
-        appear together, or none does.
+        The evidence is ``purification.json``, ``report.html`` with ``report.npz``, from which its
+        plots can be redrawn, and a section in ``README.md``, unless nothing was changed. The output
+        is written atomically: all files appear together, or none.
 
         Args:
             out: The folder to create.
-            source: Where the model was loaded from, by default the path that :func:`purify` was
-                given; the written weights have its keys, shapes and dtypes, and for a Hugging Face
-                model its other files are copied.
-            weights: Where in a checkpoint they were; see
+            source: Where the model was loaded from, by default the path given to :func:`purify`;
+                the written weights have its keys, shapes and dtypes, and for a Hugging Face model
+                its other files are copied.
+            weights: Key of the weights within a checkpoint; see
                 :func:`mmdefense.checkpoints.models.load_model`.
             force: Whether to replace an earlier output at ``out``.
 
@@ -390,7 +390,7 @@ class Purification:
     def write(
         self, folder: Path, source: str | Path | None = None, *, weights: str | None = None
     ) -> None:
-        """Write the model with its evidence into a folder that exists and is empty.
+        """Write the model with its evidence into an existing empty folder.
 
         Args:
             folder: The folder.
@@ -415,7 +415,7 @@ class Purification:
         written = hash_all(folder)
         of_weights = [] if source is None else weight_names(source)
         for name in read.keys() & written.keys() - {CARD, *of_weights}:
-            # The library writes its own index of shards if it lays out the weights anew.
+            # The library writes its own shard index if it repartitions the weights.
             if written[name] != read[name] and not name.endswith(".index.json"):
                 raise BadInputError(
                     f"{name} of {source} has changed since it was read; start again"

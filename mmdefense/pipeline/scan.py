@@ -1,4 +1,4 @@
-"""Scan a model of unknown origin before it is used: its files, weights and behaviour."""
+"""Scan a model of unknown origin before use: its files, weights and behaviour."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = ["scan", "scan_behaviour", "scan_files", "scan_loaded", "scan_weights"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _Step = tuple[str, list[Finding]]
-"""A part that was scanned, empty if it could not be, and what was found there."""
+"""A scanned part (empty if it could not be scanned) and its findings."""
 
 _Inputs = tuple[TaskAdapter[Any], Samples[Any]]
 
@@ -74,7 +74,7 @@ def scan(
     accept_low_utility: bool = False,
     store: Store | None = None,
 ) -> ScanRecord:
-    """Scan a model for signs of tampering; no code that comes with it is run.
+    """Scan a model for signs of tampering, without running code that comes with it.
 
     Without data, its files and weights are scanned. With a little clean data the model is loaded
     and its behaviour is scanned too, unless a file has high-level findings.
@@ -82,23 +82,23 @@ def scan(
     Args:
         model: A folder, a file or a hub id; or a module, or an adapter around one, which has no
             files to scan.
-        data: Clean data: where it is, as ``mmdefense purify --data`` has it; or samples, as
-            :func:`mmdefense.purify` takes them.
+        data: Clean data: its location, as for ``mmdefense purify --data``; or samples, as for
+            :func:`mmdefense.purify`.
         task: The name of a task; by default that of the model.
-        arch: ``module:callable`` that builds the model of a state dict.
-        weights: Where in a checkpoint the weights are; see
+        arch: ``module:callable`` that builds the model for a state dict.
+        weights: Key of the weights within a checkpoint; see
             :func:`mmdefense.checkpoints.models.load_model`.
-        reading: How data is read, by name; see :class:`mmdefense.pipeline.sources.Source`.
-        device: For example ``"cpu"`` or ``"cuda"``; a module stays where it is.
+        reading: Reading options by name; see :class:`mmdefense.pipeline.sources.Source`.
+        device: For example ``"cpu"`` or ``"cuda"``; a module is not moved.
         seed: Random seed; the same seed gives the same findings.
-        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default it is shown on
-            a terminal and in a notebook, and not at all with None or False.
-        accept_low_utility: Whether to continue if the model is near chance on the data.
-        store: A store of results: a scan of the same files is read from it, and this one is saved
-            in it.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`; by default progress is
+            shown on a terminal and in a notebook; None or False disables it.
+        accept_low_utility: Whether to continue if the model's score on the data is near chance.
+        store: A store of results: a scan of the same files is read from it, and a new scan is added
+            to it.
 
     Raises:
-        LowUtilityError: If the model does not work on the data as it was read.
+        LowUtilityError: If the model performs too poorly on the data as read.
         BadInputError: If there is no model, its files change during the scan, or the data cannot
             be read.
         UnsupportedError: If a required library is not installed, or no adapter accepts the model.
@@ -143,10 +143,10 @@ def scan(
 class _ModelScan:
     """A scan of the weights and the behaviour of a model.
 
-    A model of files is built and scanned in a child process, because the files are not trusted.
-    Limits on time and memory apply until it is built; see :mod:`mmdefense.sandbox`. The one
-    exception is a CUDA device that this process uses already, since a fork cannot use it then: the
-    child builds the model and scans its weights, and the behaviour is scanned here.
+    A model from files is built and scanned in a child process, because the files are not trusted.
+    Limits on time and memory apply until it is built; see :mod:`mmdefense.sandbox`. The exception
+    is a CUDA device that this process already uses, since a forked child cannot use it: the child
+    builds the model and scans its weights, and the behaviour is scanned in this process.
 
     Attributes:
         model: See :func:`scan`.
@@ -155,8 +155,8 @@ class _ModelScan:
         seed: Random seed.
         progress: Called with each event.
         findings: Findings in the files; those of this scan are added.
-        channel: In the child process, the channel to this one.
-        built: In the child process, the model of the files, once it has been built.
+        channel: In the child process, the channel to the parent.
+        built: In the child process, the model built from the files, once available.
     """
 
     model: Path | nn.Module | TaskAdapter[Any]
@@ -172,8 +172,9 @@ class _ModelScan:
         """Scan, and return the parts that were scanned.
 
         Raises:
-            LowUtilityError: If the model does not work on the data as it was read.
-            BadInputError: If the data cannot be read, or the model cannot and there is data.
+            LowUtilityError: If the model performs too poorly on the data as read.
+            BadInputError: If the data cannot be read, or if there is data and the model cannot be
+                read.
             UnsupportedError: If a library is not installed, or no adapter accepts the model.
         """
         parts: list[str] = []
@@ -230,7 +231,7 @@ class _ModelScan:
         yield from self._behaviour()
 
     def _weights(self) -> Iterator[_Step]:
-        """Yield the findings in the weights, as far as these can be read."""
+        """Yield the findings in the weights, as far as they can be read."""
         subject: nn.Module | Mapping[str, Tensor] | MMDefenseError
         if isinstance(self.model, Path):
             subject = self._loaded(self.model)
@@ -245,7 +246,7 @@ class _ModelScan:
             yield "weights", scan_weights(subject, ordered=ordered)
 
     def _loaded(self, where: Path) -> nn.Module | Mapping[str, Tensor] | MMDefenseError:
-        """Return the model; the tensors of its files if it cannot be built; or else the error."""
+        """Return the model; or the tensors of its files if it cannot be built; or the error."""
         task = None if self.source["task"] == AUTO else self.source["task"]
         arch, weights = self.source["arch"], self.source["weights"]
         try:
@@ -260,7 +261,7 @@ class _ModelScan:
         if self.channel is not None:
             self.channel.lift()
         model = self.model
-        if self.built is not None:  # not from its files again: limits no longer apply
+        if self.built is not None:  # do not build it again: limits no longer apply
             model = self.built.to(usable_device(self.source["device"]))
         opened = _opened(model, self.data, self.findings, self.source)
         if isinstance(opened, Finding):
@@ -275,9 +276,9 @@ def scan_loaded(
     files: Mapping[str, str] | None = None,
     findings: Sequence[Finding] | None = None,
 ) -> ScanRecord:
-    """Scan the files and weights of a model that was loaded from them.
+    """Scan a loaded model's weights and the files it was loaded from.
 
-    It needs no data, and reads each file once. For a hub id, the files are those that were
+    This needs no data and reads each file once. For a hub id, the files are those that were
     downloaded to load it.
 
     Args:
@@ -303,7 +304,7 @@ def _named(model: str | Path | nn.Module | TaskAdapter[Any]) -> str:
 
 
 def _local_path(where: str | Path) -> Path:
-    """Return a model's folder or file, with all of its files downloaded if it is a hub id."""
+    """Return a model's folder or file; for a hub id, download all of its files."""
     return Path(where) if Path(where).exists() else download(where)
 
 
@@ -318,7 +319,7 @@ def _tensors(model: Path, weights: str | None) -> Mapping[str, Tensor] | MMDefen
 
 
 def _is_sorted(state: Mapping[str, Tensor]) -> bool:
-    """Return whether the names have lost the order of registration, as in safetensors."""
+    """Return whether the names are sorted, as in safetensors, instead of in registration order."""
     return list(state) == sorted(state)
 
 
@@ -330,8 +331,8 @@ def _opened(
 ) -> _Inputs | Finding:
     """Return the model in its adapter and the samples, or a finding that says why not.
 
-    A model whose files have high-level findings is not loaded. If they have medium ones and it
-    cannot be loaded, that is another finding, so that the first ones are reported.
+    A model whose files have high-level findings is not loaded. If they have medium-level findings
+    and it cannot be loaded, that becomes a further finding, so that the others are reported.
     """
     level = worst_level(findings)
     if level == "high":

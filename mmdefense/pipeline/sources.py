@@ -23,7 +23,7 @@ from mmdefense.settings import checked_value
 __all__ = ["AUTO", "NOT_WRITTEN", "Opened", "Source", "usable_device"]
 
 AUTO = "auto"
-"""Instead of a task: the task of the model's adapter."""
+"""In place of a task name: use the task of the model's adapter."""
 
 NOT_WRITTEN = {"split", "stated", "fit", "fill", "processor", "tokenizer", "example"}
 """Options that only Python code can give."""
@@ -31,12 +31,12 @@ NOT_WRITTEN = {"split", "stated", "fit", "fill", "processor", "tokenizer", "exam
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and its data, as they were read.
+    """A model and its data, as read.
 
     Attributes:
         task: The task of the model.
         adapter: The adapter around the model.
-        data: The data as the task reads it, or as it was given.
+        data: The data as read by the task, or as given.
         finite: Whether the weights are known to be finite.
     """
 
@@ -46,7 +46,7 @@ class Opened:
     finite: bool = False
 
     def prepare(self, *, to_learn: bool = True) -> Prepared[Any]:
-        """Return model and data, checked; see :func:`mmdefense.prepared.prepare`."""
+        """Return model and data, validated; see :func:`mmdefense.prepared.prepare`."""
         return prepare(self.adapter, self.data, finite=self.finite, to_learn=to_learn)
 
 
@@ -56,21 +56,21 @@ class Source:
 
     Attributes:
         model: A Hugging Face folder or id, or a state-dict file; or a module, or an adapter around
-            one, which stays on its device.
-        data: A folder, a file, or a name that the task knows; or samples in memory.
+            one, which is not moved.
+        data: A folder, a file, or the name of a data set of the task; or samples in memory.
         task: The name of a task, or :data:`AUTO` for that of the model.
-        arch: ``module:callable`` that builds the model of a state dict.
-        weights: Where in a checkpoint the weights are; see
+        arch: ``module:callable`` that builds the model for a state dict.
+        weights: Key of the weights within a checkpoint; see
             :func:`mmdefense.checkpoints.models.load_model`.
         split: ``"train"`` or ``"test"``, if the data is split.
-        reading: How data is read, by name: options of the task's ``load``, such as ``image_size``,
-            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. Other
-            options are taken from the model or the data.
+        reading: Reading options by name: options of the task's ``load``, such as ``image_size``,
+            ``frames`` or ``points``, and of the adapter, such as ``mean`` or ``max_length``. Others
+            are inferred from the model or the data.
         device: For example ``"cpu"`` or ``"cuda"``.
-        accept_low_utility: Whether to continue if the model does not work on the data as read.
+        accept_low_utility: Whether to continue if the model performs too poorly on the data as
+            read.
         accept_findings: Whether to continue if the scan of the model's files has high-level
-            findings; see
-            :func:`mmdefense.pipeline.vetting.open_vetted`.
+            findings; see :func:`mmdefense.pipeline.vetting.open_vetted`.
         also_read: Further files that values of ``reading`` come from, such as class names.
     """
 
@@ -87,14 +87,14 @@ class Source:
     also_read: tuple[Path, ...] = ()
 
     def inputs(self) -> list[str | Path]:
-        """Return the paths that are read: of the model, its base, the data and the class names."""
+        """Return the paths to read: the model, its base model, the data and the class names."""
         given = [self.model, self.data, *self.reading.values(), *self.also_read]
         paths = [one for one in given if isinstance(one, str | Path) and os.path.exists(one)]
         base = named_base(self.model) if isinstance(self.model, str | Path) else None
         return paths if base is None else [*paths, base]
 
     def open(self) -> Opened:
-        """Return the model in its adapter, and the data as the task reads it.
+        """Return the model in its adapter, and the data as read by the task.
 
         Raises:
             BadInputError: If either cannot be read, they do not fit the task, or an option is
@@ -104,7 +104,7 @@ class Source:
         device = usable_device(self.device)
         asked = None if self.task == AUTO else self.task
         if asked is not None:
-            registry.load("tasks", asked)  # fails on a misspelt name before a model is loaded
+            registry.load("tasks", asked)  # fails on a misspelt name before loading the model
         model: Any = self.model
         if isinstance(model, str | Path):
             model = load_model(model, arch=self.arch, task=asked, weights=self.weights)
@@ -152,7 +152,7 @@ def _split_options(
         BadInputError: If one belongs to neither, or is of the wrong kind.
     """
     reads, takes = (_options(call) for call in (task.load, kind.__init__))
-    known = takes | reads  # an option of both goes to the task
+    known = takes | reads  # options of both go to the task
     for name, value in given.items():
         if name not in known:
             raise BadInputError(
@@ -164,7 +164,7 @@ def _split_options(
 
 
 def _options(call: Any) -> dict[str, Any]:
-    """Return the types of a function's options that a user can write as text, by name."""
+    """Return the types of a function's options that can be given as text, by name."""
     hints = get_type_hints(call)
     names = [
         p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY
@@ -176,11 +176,11 @@ def usable_device(name: str) -> torch.device:
     """Return the device of that name.
 
     Raises:
-        BadInputError: If it cannot be used here.
+        BadInputError: If it is not usable here.
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which fails on the device "meta"
+        torch.zeros(1, device=device).item()  # fails on the device "meta"
     except Exception as error:  # each backend raises its own kind
         raise BadInputError(f"device {name!r} is not usable here; try --device cpu") from error
     return device

@@ -1,4 +1,4 @@
-"""A scan of a model's files before it is loaded; high-level findings are refused."""
+"""A scan of a model's files before loading; models with high-level findings are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Vetted:
 
     Attributes:
         opened: The model and its data.
-        findings: Findings in the files; none if the model is in memory.
+        findings: Findings in the files; empty if the model is in memory.
         accepted: The accepted high-level findings, as text; empty if there are none.
     """
 
@@ -36,17 +36,17 @@ def open_vetted(source: Source) -> Vetted:
     """Return a model and its data, unless a file of the model has high-level findings.
 
     Args:
-        source: Where they are.
+        source: The model and its data.
 
     Raises:
-        BadInputError: If there are such findings, and the source does not accept them; or see
+        BadInputError: If there are such findings, and the source does not accept them; also see
             :meth:`mmdefense.pipeline.sources.Source.open`.
         UnsupportedError: See :meth:`mmdefense.pipeline.sources.Source.open`.
     """
     if not isinstance(source.model, str | Path):
         return Vetted(source.open())
     findings = tuple(scan_files(_local_path(source)))
-    # Every loader refuses a damaged header anyway, whatever is accepted.
+    # Every loader refuses a damaged header, whatever is accepted.
     strong = [found for found in findings if found.level == "high" and found.id != HEADER.id]
     if not strong:
         return Vetted(source.open(), findings)
@@ -64,10 +64,10 @@ def open_vetted(source: Source) -> Vetted:
 
 
 def _local_path(source: Source) -> Path:
-    """Return where the files of a model are; for a hub id, those that loading it downloads."""
+    """Return the location of a model's files; for a hub id, download those needed to load it."""
     given = Path(source.model)
     try:
         return given if given.exists() else local_folder(source.model)
     except BadInputError:
-        source.open()  # its error explains better what is missing
+        source.open()  # its error explains what is missing
         raise
