@@ -1,1 +1,1 @@
-"""Adapters: one library's model family, one file."""
+"""Adapters, one file per model family of a library."""

@@ -1,4 +1,4 @@
-"""What classifiers share, whatever they read: one label per input, from logits."""
+"""The base class of classifier adapters, for any kind of input: logits and one label per input."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from mmdefense_adapters.outputs import (
 
 __all__ = ["Classifier"]
 
-_TRIED = 8  # samples that are run to see what the model returns; ours
+_TRIED = 8  # samples that are run to find out what the model returns; ours
 
 
 class Classifier(ModuleAdapter[LabelledBatch]):
     """Wraps a module that maps inputs ``(N, ...)`` to logits ``(N, K)``.
 
-    A subclass says what the inputs are. Those with channels come in ``[0, 1]``; ``mean`` and
-    ``std`` are applied inside, so that triggers live in the space of the data. A model may also
-    return probabilities or sigmoid outputs, and further outputs beside them; the first data that
-    :meth:`samples` sees decides, see :mod:`mmdefense_adapters.outputs`.
+    A subclass defines the inputs. Images and clips are in ``[0, 1]``; ``mean`` and ``std`` are
+    applied inside, so that triggers are in the space of the data. A model may also return
+    probabilities or sigmoid outputs, and auxiliary outputs; this is determined from the first data
+    passed to :meth:`samples`, see :mod:`mmdefense_adapters.outputs`.
     """
 
     noun: ClassVar[str] = "inputs"
@@ -62,8 +62,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
         Args:
             model: The classifier; it is not copied.
-            mean: Per-channel mean that inputs are shifted by; none where the model does it itself.
-            std: Per-channel deviation that inputs are divided by.
+            mean: Per-channel mean to subtract from inputs; None if the model normalises itself.
+            std: Per-channel standard deviation to divide inputs by.
             example: One input batch, shape ``(1, ...)``, to trace the model with; by default the
                 first that the adapter sees.
         """
@@ -82,7 +82,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
     @cached_property
     def classes(self) -> int:
-        """Number of classes K, from the model's answer to the example."""
+        """Number of classes K, from the model's output for the example."""
         with torch.no_grad(), mode(self.model, train=False):
             return int(self.answer(self._example()).shape[1])
 
@@ -110,13 +110,13 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
     @abstractmethod
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
-        """Return what the user gave as samples."""
+        """Convert the user's data to samples."""
 
     def _check(self, samples: Samples[LabelledBatch], some: Tensor) -> int:
-        """Refuse samples that do not fit the model; return the number of classes K.
+        """Reject samples that do not fit the model; return the number of classes K.
 
         Args:
-            samples: All that were given.
+            samples: All samples.
             some: A few of their inputs, ``(n, ...)``.
         """
         shape = tuple(some.shape[1:])
@@ -128,10 +128,10 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         try:
             with torch.no_grad(), mode(self.model, train=False):
                 answer = self._run(some)
-        except Exception as error:  # the model is the user's own and may raise anything
+        except Exception as error:  # the user's model may raise anything
             raise BadInputError(
-                f"the model cannot read {self.noun} of shape {shape}: {one_line(error)}; have "
-                f"them read as it takes them: --channels, --image-size or --read{_layout(shape)}"
+                f"the model cannot read {self.noun} of shape {shape}: {one_line(error)}; "
+                f"adjust how they are read: --channels, --image-size or --read{_layout(shape)}"
             ) from error
         logits = main_output(answer, check=True)
         if logits.ndim != 2 or logits.shape[1] < 2:
@@ -152,7 +152,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         """
         twin = self.fork()
         if len(some) == 1:
-            some = torch.cat([some, some])  # BatchNorm1d takes no single sample in train mode
+            some = torch.cat([some, some])  # BatchNorm1d rejects single samples in train mode
         cuda = [self.device] if self.device.type == "cuda" else []
         forms = {}
         for train in (False, True):
@@ -165,7 +165,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     def _tried(self, inputs: Tensor) -> Any:
         try:
             return self._run(inputs)
-        except Exception as error:  # the model is the user's own and may raise anything
+        except Exception as error:  # the user's model may raise anything
             when = "train" if self.model.training else "eval"
             raise UnsupportedError(
                 f"the model cannot be run on {len(inputs)} {self.noun} in {when} mode, as "
@@ -181,15 +181,15 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         return self.logits(batch.inputs)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Return the logits of inputs as they come in the data, shape ``(N, K)``."""
+        """Return the logits for unnormalised inputs, shape ``(N, K)``."""
         form = self._forms.get(self.model.training)
-        if form is None:  # no data was seen yet
+        if form is None:  # no data seen yet
             return assumed_logits(main_output(self._run(inputs)))
         with form.passed_by(self.model):
             return as_logits(main_output(self._run(inputs)), form)
 
     def _run(self, inputs: Tensor) -> Any:
-        """Return whatever the model returns to inputs as they come in the data."""
+        """Return the model's raw output for unnormalised inputs."""
         inputs = inputs.to(next(self.model.parameters()).dtype)
         if self.mean is not None:
             mean, std = self._scaling_like(inputs)
@@ -197,7 +197,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
         return self._call(inputs)
 
     def _scaling_like(self, inputs: Tensor) -> Tensor:
-        """Return mean and std on the device of ``inputs``; kept, so that no step waits for them."""
+        """Return mean and std on the device of ``inputs``, cached to avoid repeated transfers."""
         kept = self._scaling
         if kept is None or kept.device != inputs.device or kept.dtype != inputs.dtype:
             kept = torch.tensor([self.mean, self.std], device=inputs.device, dtype=inputs.dtype)
@@ -210,15 +210,15 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
     @property
     def _each_class_alone(self) -> bool:
-        """Whether a sigmoid stands at the end: each class is a yes or a no for itself."""
+        """Whether the model ends in a sigmoid, with an independent binary output per class."""
         return any(form.kind == "sigmoid" for form in self._forms.values())
 
     def inputs(self, batch: LabelledBatch) -> Tensor:
-        """Return the inputs as they come in the data, shape ``(N, ...)``."""
+        """Return the unnormalised inputs, shape ``(N, ...)``."""
         return batch.inputs.detach()
 
     def with_inputs(self, batch: LabelledBatch, inputs: Tensor) -> LabelledBatch:
-        """Return the same labels on other inputs."""
+        """Return the batch with other inputs and the same labels."""
         return batch.with_inputs(inputs)
 
     def input_bounds(self, batch: LabelledBatch) -> tuple[float, float] | None:
@@ -228,8 +228,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
     def per_sample_loss(self, batch: LabelledBatch) -> Tensor:
         """Return the cross-entropy of each sample in nats, shape ``(N,)``.
 
-        Of a model that ends in a sigmoid it is the sum of the binary ones of all classes, so that
-        its outputs keep their thresholds.
+        For a model that ends in a sigmoid it is the sum of the binary cross-entropies of all
+        classes, so that its outputs keep their thresholds.
         """
         return self._loss(self.logits(batch.inputs), batch.labels)
 
@@ -246,8 +246,8 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
         The score of a sample is ``2 sum_c xi_c sqrt(p_c)`` with random signs ``xi``. Its gradient,
         ``sum_c xi_c sqrt(p_c) grad log p_c``, has covariance F_n, needs no label draw, and can be
-        differentiated again to the whole gradient of Tr(F), p's own share included. Where each
-        class is a yes or a no for itself, its share is ``xi_c sqrt(p_c (1 - p_c)) grad z_c``.
+        differentiated again to the full gradient of Tr(F), including the dependence on p. For
+        independent binary outputs, the term of a class is ``xi_c sqrt(p_c (1 - p_c)) grad z_c``.
         """
         logits = self.logits(batch.inputs)
         if self._each_class_alone:  # the derivative of 2 atan(exp(z / 2)) is sqrt(p (1 - p))
@@ -283,7 +283,7 @@ class Classifier(ModuleAdapter[LabelledBatch]):
 
 
 def _layout(shape: Sequence[int]) -> str:
-    """Return a hint where the channels of inputs seem to come last."""
+    """Return a hint if the inputs seem to have their channels last."""
     if len(shape) < 3 or shape[-1] not in {1, 3, 4} or shape[0] in {1, 3, 4}:
         return ""
     return "; the channels seem to come last, and must come first: (N, C, H, W)"
@@ -306,7 +306,7 @@ def _check_labels(samples: Samples[LabelledBatch], classes: int) -> None:
 
 
 def _check_count(samples: Samples[LabelledBatch], outputs: int) -> None:
-    """Refuse data that names fewer or more classes than the model has: which is which is open."""
+    """Reject data that names fewer or more classes than the model has: the mapping is ambiguous."""
     names = getattr(samples, "classes", ())
     if names and len(names) != outputs:
         raise BadInputError(
@@ -317,7 +317,7 @@ def _check_count(samples: Samples[LabelledBatch], outputs: int) -> None:
 
 
 def _check_names(samples: Samples[LabelledBatch], adapter: Any) -> None:
-    """Refuse data whose names have other labels than in the model."""
+    """Reject data whose class names have other labels than in the model."""
     stated = adapter.reading() if hasattr(adapter, "reading") else {}
     names, model = getattr(samples, "classes", ()), stated.get("classes", ())
     name = contradicted(names, model)

@@ -1,4 +1,4 @@
-"""What object detectors share, whatever library they are of."""
+"""The base class of object detector adapters, for any library."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ __all__ = ["Detector"]
 class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     """Wraps a model that finds objects in images ``(N, C, H, W)`` in ``[0, 1]``.
 
-    The loss of an image is what the model's own library computes for a batch of that image alone:
-    the sum of its terms (classification, box regression and what the family adds), in its weights.
-    Only so do images not share a normaliser, and the loss of one is not that of its neighbours. The
-    mean over images is the library's training loss where that normalises by image (RetinaNet), and
-    differs where it counts the objects of the whole batch (FCOS, SSD, DETR).
+    The loss of an image is what the model's own library computes for a batch of only that image:
+    the weighted sum of its terms (classification, box regression and others of the family). This
+    way images do not share a normaliser, and the loss of one does not depend on the others. The
+    mean over images equals the library's training loss if that normalises per image (RetinaNet),
+    and differs if it counts the objects of the whole batch (FCOS, SSD, DETR).
     """
 
     task: ClassVar[str] = "object-detection"
@@ -57,13 +57,13 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         "and image size"
     )
     predictors: ClassVar[str]
-    """A regular expression for the names of layers that answer with classes and boxes: no units."""
+    """A regular expression for the names of layers that output classes and boxes: not units."""
 
     classifiers: ClassVar[str]
-    """A regular expression for the names of those that answer with classes."""
+    """A regular expression for the names of those that output classes."""
 
     chance: ClassVar[float] = 0.1
-    """Score of a detector that has learnt nothing: random boxes lie on an object by luck (ours)."""
+    """Score of an untrained detector: random boxes hit an object by chance (ours)."""
 
     def __init__(self, model: nn.Module, *, example: Tensor | None = None) -> None:
         """Wrap ``model``.
@@ -96,7 +96,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
 
     @abstractmethod
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        """Return what the model finds in each image, at any confidence, no grad."""
+        """Return the detections in each image, at any confidence, without grad."""
 
     def _example(self) -> DetectionBatch:
         example = super()._example()
@@ -108,11 +108,11 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         Args:
             data: Detection samples; or pairs of an image ``(C, H, W)`` in ``[0, 1]`` and a mapping
                 with ``boxes`` ``(M, 4)`` (x1, y1, x2, y2 in pixels) and ``labels`` ``(M,)``; or
-                batches of such, as loaders give them, or as processors of Transformers do
+                batches of such, as from data loaders, or from processors of Transformers
                 (``pixel_values``, and ``labels`` with ``class_labels`` and centred ``boxes``).
 
         Raises:
-            BadInputError: If a box is not a box in its image, or the model lacks a label.
+            BadInputError: If a box is invalid or outside its image, or the model lacks a label.
         """
         samples = _as_samples(data)
         if len(samples) == 0:
@@ -124,10 +124,10 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         try:
             with torch.no_grad(), mode(self.model, train=False):
                 self.answer(first)
-        except Exception as error:  # the model is the user's own and may raise anything
+        except Exception as error:  # the user's model may raise anything
             raise BadInputError(
                 f"the model cannot read images of shape {tuple(first.images.shape[1:])}: "
-                f"{one_line(error)}; have them read as it takes them: --channels or --image-size"
+                f"{one_line(error)}; adjust how they are read: --channels or --image-size"
             ) from error
         if self.example is None:
             self._check_training(samples)
@@ -135,7 +135,7 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         return samples
 
     def viewed(self, samples: Samples[DetectionBatch], views: Views) -> Samples[DetectionBatch]:
-        """Return images that are augmented in that way; the usual is scale, shift, maybe mirror."""
+        """Return augmented images; standard views are scale, shift and perhaps mirroring."""
         return with_augmentation(
             self,
             samples,
@@ -146,13 +146,13 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
         )
 
     def _check_training(self, samples: DetectionSamples) -> None:
-        """Refuse a model whose loss cannot be computed in train mode, tried on a copy."""
+        """Reject a model whose loss cannot be computed in train mode, tried on a copy."""
         twin = self.fork()
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
             with mode(twin.model, train=True), torch.random.fork_rng(cuda), torch.no_grad():
                 twin.per_sample_loss(samples.take(torch.tensor([0, len(samples) - 1])))
-        except Exception as error:  # the model is the user's own and may raise anything
+        except Exception as error:  # the user's model may raise anything
             raise UnsupportedError(
                 "the model's loss cannot be computed on 2 images in train mode, as defenses do: "
                 f"{one_line(error)}"
@@ -182,10 +182,10 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and the empirical score, ``s_n loss_n`` with a random sign s.
 
-        A detector's loss is no negative log-likelihood: it sums focal or weighted terms over places
-        that depend on the given objects, and box terms that belong to no distribution. So no labels
-        can be drawn from the model that would give the true Fisher information. The score here has
-        mean zero and the covariance ``g g^T`` of the given annotation, the empirical form.
+        A detector's loss is not a negative log-likelihood: it sums focal or weighted terms over
+        locations that depend on the annotated objects, and box terms without a distribution. So the
+        true Fisher information, with labels drawn from the model, is undefined. The score here has
+        mean zero and the covariance ``g g^T`` for the given annotation, the empirical form.
         """
         loss = self.per_sample_loss(batch)
         signs = torch.randint(0, 2, loss.shape, generator=generator, device=loss.device) * 2 - 1
@@ -194,9 +194,9 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
     def score(self, batch: DetectionBatch) -> Tensor:
         """Return each image's share of the average precision at IoU 0.5, shape ``(N,)``.
 
-        It stands in for mAP, which ranks the detections of a whole test set: here those of the
-        batch are ranked together, so that an image's share depends on the others. Like mAP, and
-        unlike F1, it needs no confidence from which on a detection counts.
+        It approximates mAP, which ranks the detections of a whole test set: here those of the batch
+        are ranked together, so that an image's share depends on the others. Like mAP, and unlike
+        F1, it needs no confidence threshold.
         """
         with torch.no_grad():
             results = zip(self.detect(batch), batch.boxes, batch.labels, strict=True)
@@ -204,11 +204,11 @@ class Detector(ObjectTriggers, ModuleAdapter[DetectionBatch]):
 
     @cached_property
     def _units(self) -> tuple[list[UnitGroup], str | None]:
-        groups, _ = super()._units  # classes stand in several layers here, so there is no one head
+        groups, _ = super()._units  # several layers score classes here, so there is no single head
         return [g for g in groups if not re.search(self.predictors, g.layer)], None
 
     def class_layers(self) -> Sequence[str]:
-        """Return the layers that score classes, at every place, level or query."""
+        """Return the layers that score classes, at every location, level or query."""
         return [
             name
             for name, module in self.model.named_modules(remove_duplicate=False)
@@ -281,7 +281,7 @@ def _sample(image: Tensor, objects: Mapping[str, Any], item: Any) -> tuple[Tenso
     if "boxes" not in objects or labels is None:
         raise _no_pair(item)
     boxes = torch.as_tensor(objects["boxes"], dtype=torch.float32).reshape(-1, 4)
-    if "class_labels" in objects:  # of a processor: centre and size, as shares of the image
+    if "class_labels" in objects:  # from a processor: centre and size, relative to the image
         height, width = image.shape[-2:]
         centre, half = boxes[:, :2], boxes[:, 2:] / 2
         corners = torch.cat([centre - half, centre + half], 1).clamp(0, 1)

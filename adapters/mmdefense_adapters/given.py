@@ -1,4 +1,4 @@
-"""What a user gives as labelled data: tensors or arrays, batches, data sets; read and checked."""
+"""Reading and validating labelled data from the user: tensors, arrays, batches, data sets."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
 ]
 
 INPUT_NAMES = ("pixel_values", "image", "images", "img", "video", "points", "inputs", "x")
-"""Names under which a dictionary may hold inputs, in order of preference."""
+"""Keys of inputs in a dictionary, in order of preference."""
 
 _LABEL_NAMES = ("labels", "label", "targets", "target", "y")
-_CLOSE = 1e-3  # how far beyond [0, 1] resizing may have rounded a value
+_CLOSE = 1e-3  # how far resizing may overshoot [0, 1] by rounding
 
 
 def labelled_tensors(data: Any, name: str, axes: int) -> tuple[Tensor, Tensor]:
-    """Return inputs ``(N, ...)`` and labels ``(N,)`` of what a user gave.
+    """Return inputs ``(N, ...)`` and labels ``(N,)`` from the user's data.
 
     Args:
         data: A pair of tensors or arrays; or a sequence of pairs or dictionaries, each a sample or
@@ -40,8 +40,8 @@ def labelled_tensors(data: Any, name: str, axes: int) -> tuple[Tensor, Tensor]:
         axes: Number of axes of one input: 3 for an image, 4 for a clip, 2 for a cloud.
 
     Raises:
-        BadInputError: If it is something else, the inputs have several shapes, or the labels are no
-            whole numbers.
+        BadInputError: If it is something else, the inputs have different shapes, or the labels are
+            not whole numbers.
     """
     if _is_pair(data) and all(isinstance(part, (Tensor, np.ndarray)) for part in data):
         inputs, labels = data
@@ -66,7 +66,7 @@ def labelled_tensors(data: Any, name: str, axes: int) -> tuple[Tensor, Tensor]:
 
 
 def _pair(item: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Return one sample or batch; its labels have shape ``(N,)`` in any case."""
+    """Return one sample or batch, with labels of shape ``(N,)``."""
     if isinstance(item, LabelledBatch):
         return item.inputs, item.labels
     found = names_of(item, INPUT_NAMES, _LABEL_NAMES)
@@ -80,7 +80,7 @@ def _pair(item: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def names_of(item: Any, *names: Sequence[str]) -> tuple[Any, ...] | None:
-    """Return what a dictionary holds under one of each group of names, or none."""
+    """Return the values for one key of each group in a dictionary, or None."""
     if not isinstance(item, Mapping):
         return None
     found = [next((key for key in group if key in item), None) for group in names]
@@ -92,7 +92,7 @@ def _is_pair(item: Any) -> bool:
 
 
 def is_array(value: Any) -> bool:
-    """Say whether a value is a tensor, an array, or a picture of Pillow."""
+    """Return whether a value is a tensor, an array, or a picture of Pillow."""
     return isinstance(value, (Tensor, np.ndarray)) or hasattr(value, "getbands")
 
 
@@ -118,7 +118,7 @@ def _whole(labels: Any) -> Tensor:
     """Return labels as int64, shape ``(N,)``.
 
     Raises:
-        BadInputError: If one is no whole number, or there are several a sample.
+        BadInputError: If one is not a whole number, or a sample has several.
     """
     try:
         found = tensor_of(labels) if isinstance(labels, np.ndarray) else torch.as_tensor(labels)
@@ -138,7 +138,7 @@ def _whole(labels: Any) -> Tensor:
 
 
 def told(value: Any) -> str:
-    """Return in a few words what a value is, and what stands at each of its places."""
+    """Describe a value and its elements in a few words."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{type(value).__name__} {tuple(value.shape)}"
     kind = type(value).__name__
@@ -157,15 +157,15 @@ def _short(value: Any) -> str:
 
 
 def check_values(values: Tensor, name: str, *, bounded: bool) -> None:
-    """Refuse inputs that are not finite or, where ``bounded``, not in ``[0, 1]``.
+    """Reject inputs that are not finite or, if ``bounded``, not in ``[0, 1]``.
 
     Args:
         values: Inputs ``(N, ...)``; uint8 is read as ``[0, 255]`` elsewhere.
-        name: What they are called in messages.
+        name: Their name in messages.
         bounded: Whether they must lie in ``[0, 1]``.
 
     Raises:
-        BadInputError: Naming the range that was found, and what to do.
+        BadInputError: If they are not valid; the message names their range and the remedy.
     """
     if values.dtype == torch.uint8 or not values.numel():
         return
@@ -190,11 +190,11 @@ def check_values(values: Tensor, name: str, *, bounded: bool) -> None:
 
 
 def check_scaling(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuse what inputs cannot be normalised by.
+    """Reject a mean or std that inputs cannot be normalised with.
 
     Raises:
-        BadInputError: If one of the two is missing, a value is not finite, or a deviation is not
-            above 0.
+        BadInputError: If one of the two is missing, a value is not finite, or a standard deviation
+            is not above 0.
     """
     if (mean is None) != (std is None):
         raise BadInputError("mean and std must be given together, got one of them")
@@ -213,6 +213,6 @@ def _why(least: float, most: float) -> str:
     if least >= 0 and most > 2:
         return f"divide them by {'255' if most <= 255 else 'their largest possible value'}"
     return (
-        "leave out Normalize and tell its figures instead: mmd.adapt(model, mean=, std=), or "
+        "leave out Normalize and pass its values instead: mmd.adapt(model, mean=, std=), or "
         "--mean and --std"
     )

@@ -1,4 +1,4 @@
-"""Causal language models of ``transformers``: GPT-2, Llama, Qwen, Mistral and their kin."""
+"""Causal language models of ``transformers``: GPT-2, Llama, Qwen, Mistral and similar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["HFCausalLM"]
 
 
 class HFCausalLM(HFText):
-    """Wraps a decoder: prompt, separator and answer are one sequence, and the answer is predicted.
+    """Wraps a decoder: prompt, separator and answer form one sequence; the answer is predicted.
 
     Without a prompt there is no separator, and the whole text is predicted.
     """
@@ -57,7 +57,7 @@ class HFCausalLM(HFText):
 
     def _written(self, batch: TokenBatch) -> Tensor:
         stands = (batch.labels == IGNORED) & batch.attention_mask
-        # The prompts, moved to the right: what is written must follow on their last token.
+        # Left padding: generated tokens must follow the prompt's last token.
         order = stands.int().argsort(dim=1, stable=True)
         width = int(stands.sum(1).max())
         ids = batch.input_ids.gather(1, order)[:, -width:]

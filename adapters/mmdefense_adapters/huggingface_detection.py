@@ -1,4 +1,4 @@
-"""Object detectors of the ``transformers`` library: DETR, YOLOS, RT-DETR and their kin."""
+"""Object detectors of the ``transformers`` library: DETR, YOLOS, RT-DETR and similar."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ class HFDetector(Detector):
     """Wraps a ``transformers`` model for object detection.
 
     Its loss matches queries to objects and sums cross-entropy or focal terms, L1 and GIoU of the
-    boxes, in the weights of the model's config, auxiliary layers included where the config has
-    them. The queries that RT-DETR denoises in training are random and shared by the batch; they are
-    left out.
+    boxes, with the weights in the model's config, including auxiliary losses if configured.
+    RT-DETR's denoising queries are random and shared by the batch; they are left out.
 
-    Images come in ``[0, 1]`` in the size that the model gets; ``mean`` and ``std`` are applied
-    inside.
+    Images are in ``[0, 1]`` and already have the model's input size; ``mean`` and ``std`` are
+    applied inside.
     """
 
     priority: ClassVar[int] = 10
@@ -52,11 +51,11 @@ class HFDetector(Detector):
         Args:
             model: The detector; it is not copied.
             processor: Its processor, or the content of ``preprocessor_config.json``; by default the
-                file in the folder that the model was loaded from. It says how images are resized
-                when they are read, and scaled.
-            mean: Per-channel mean that images are shifted by; none where it is 0.
-            std: Per-channel deviation that images are divided by; none where it is 1.
-            example: One image batch, shape ``(1, C, H, W)``; by default the first that is seen.
+                file in the folder that the model was loaded from. It defines how images are resized
+                on loading, and how they are normalised.
+            mean: Per-channel mean to subtract from images; None means 0.
+            std: Per-channel standard deviation to divide images by; None means 1.
+            example: One image batch, shape ``(1, C, H, W)``; by default the first one seen.
         """
         super().__init__(model, example=example)
         self.preprocessing = preprocessing_of(processor, model, quiet=mean is not None)
@@ -67,13 +66,13 @@ class HFDetector(Detector):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
+        """Return whether ``model`` is one of ``transformers``, without importing the library."""
         return is_of(model, "ForObjectDetection")
 
     def reading(self) -> dict[str, Any]:
         """Return names of classes, channels, and how images are fitted and padded to one size.
 
-        Padding is what the model sees as 0, as from its processor, but without a mask.
+        Padding becomes 0 after normalisation, as from the processor, but without a mask.
         """
         stated, own = super().reading() | stated_by(self.model), self.preprocessing
         return stated | {"fit": own.fitted, "fill": own.mean} if own and own.resizes else stated
@@ -95,7 +94,7 @@ class HFDetector(Detector):
         return self.model(pixel_values=images, labels=labels)
 
     def answer(self, batch: DetectionBatch) -> Tensor:
-        """Return the class logits of every query, ``(N, Q, K)`` or with one more for no object."""
+        """Return the class logits of every query, ``(N, Q, K)``, or K + 1 with "no object"."""
         return self._run(batch.images).logits  # type: ignore[no-any-return]
 
     def per_sample_loss(self, batch: DetectionBatch) -> Tensor:
@@ -126,13 +125,13 @@ class HFDetector(Detector):
         return [Detections(box[query], label, score) for box, query, label, score in rows]
 
     def places(self, batch: DetectionBatch) -> tuple[Tensor, Tensor]:
-        """Return class log-probabilities of each query, and the centre of its box."""
+        """Return the class log-probabilities and the box centre of each query."""
         output = self._run(batch.images)
         sides = output.pred_boxes.new_tensor(batch.images.shape[-2:]).flip(0)
         return self._log_probabilities(output.logits), output.pred_boxes[..., :2].detach() * sides
 
     def _has_no_object(self, logits: Tensor) -> bool:
-        """Say whether classes share a softmax with "no object", as in DETR and YOLOS."""
+        """Return whether classes share a softmax with "no object", as in DETR and YOLOS."""
         return logits.shape[2] == self.classes + 1
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
@@ -148,19 +147,19 @@ class HFDetector(Detector):
 
 
 def _centred(boxes: Tensor) -> Tensor:
-    """Return corners as centre, width and height."""
+    """Convert corners to centre, width and height."""
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """Return centre, width and height as corners."""
+    """Convert centre, width and height to corners."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
 @contextmanager
 def _loss_by_image(model: Any) -> Iterator[None]:
-    """Let the model's loss function return one value an image, and draw no denoising queries."""
+    """Make the model's loss function return one value per image, without denoising queries."""
     kept, config = model.loss_function, model.config
     denoising = getattr(config, "num_denoising", None)
     model.loss_function = _by_image(kept)

@@ -1,4 +1,4 @@
-"""Image classifiers of the ``transformers`` library: ViT, ResNet, ConvNeXt, Swin and their kin."""
+"""Image classifiers of the ``transformers`` library: ViT, ResNet, ConvNeXt, Swin and similar."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class HFImageClassifier(Processed, TorchClassifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
+        """Return whether ``model`` is one of ``transformers``, without importing the library."""
         return is_of(model, "ForImageClassification")
 
     def _run(self, inputs: Tensor) -> Any:
-        """Return what the model returns to images of any size."""
+        """Return the model's raw output for images of any size."""
         return super()._run(self.fitted(inputs))
 
     def _call(self, inputs: Tensor) -> Any:

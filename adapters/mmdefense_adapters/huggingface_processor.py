@@ -1,8 +1,8 @@
-"""What processors of ``transformers`` do to images and frames, done inside the model.
+"""Preprocessing of ``transformers`` processors for images and frames, applied inside the adapter.
 
-The model's own processor is called: for the geometry (resizing, cropping, padding) with each batch,
-on the device and differentiably; for mean, deviation and the order of the channels once, with
-images of one colour.
+The model's own processor is called: for the geometry (resizing, cropping, padding) on each batch,
+on the device and differentiably; for mean, standard deviation and channel order once, on images of
+uniform colour.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Preprocessing", "Processed", "class_names", "is_of", "preprocessing_
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _ENDINGS = ("Fast", "Pil", "FeatureExtractor", "ImageProcessor", "VideoProcessor")
 _OUTPUTS = ("pixel_values", "pixel_values_videos")
-_SIDES = ((96, 96), (120, 72), (72, 120))  # of the images that a processor is tried with, in pixels
+_SIDES = ((96, 96), (120, 72), (72, 120))  # of the test images for a processor, in pixels
 
 Size = tuple[int, int]
 
@@ -43,12 +43,12 @@ class Preprocessing:
     """What a model's own processor does to images, in two parts: geometry and scaling.
 
     Attributes:
-        run: The processor itself: from images ``(N, C, H, W)`` in 0..255 to pixel values.
-        mean: Per-channel mean that it shifts images in ``[0, 1]`` by.
-        std: Per-channel deviation that it divides them by.
+        run: The processor itself: maps images ``(N, C, H, W)`` in 0..255 to pixel values.
+        mean: Per-channel mean that it subtracts from images in ``[0, 1]``.
+        std: Per-channel standard deviation that it divides them by.
         order: Which channel of an image is the i-th of the model, such as 2, 1, 0 for BGR.
-        size: The height and width that it delivers; none where that depends on the image.
-        resizes: Whether it alters height and width at all.
+        size: Its output height and width; None if they depend on the image.
+        resizes: Whether it changes height or width at all.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -60,16 +60,16 @@ class Preprocessing:
 
     @property
     def is_scaling(self) -> bool:
-        """Whether mean or deviation change anything."""
+        """Whether mean or std change anything."""
         return set(self.mean) != {0.0} or set(self.std) != {1.0}
 
     def fitted(self, images: Tensor) -> Tensor:
         """Return images ``(N, C, H, W)`` resized, cropped and padded.
 
-        Those that have the delivered size already are left as they are. As uint8 they come out as
-        from the processor. In ``[0, 1]``, and differentiably, bilinear resizing differs by its
-        rounding alone, bicubic also by what it overshoots at edges, which is cut off once at the
-        end, not after each of the two axes.
+        Images that already have the output size are not changed. For uint8 images the result equals
+        the processor's. For images in ``[0, 1]`` the operation is differentiable; bilinear resizing
+        differs from the processor only by rounding, bicubic also by overshoot at edges, which is
+        clipped once at the end, not after each axis.
         """
         if not self.resizes or tuple(images.shape[-2:]) == self.size:
             return images
@@ -87,14 +87,14 @@ class Preprocessing:
 
 
 class Processed(Classifier):
-    """Does what a processor does; mixed into the adapters of ``transformers``.
+    """Mixin for adapters of ``transformers`` that applies the processor's preprocessing.
 
-    It happens inside, on the device and differentiably, so that inputs and triggers stay in pixel
-    space, ``[0, 1]``, at the size in which they came.
+    This happens inside the adapter, on the device and differentiably, so that inputs and triggers
+    stay in pixel space, ``[0, 1]``, at their original size.
     """
 
     is_video: ClassVar[bool] = False
-    """Whether it is frames that the model reads."""
+    """Whether the model reads frames of clips."""
 
     def __init__(
         self,
@@ -110,14 +110,14 @@ class Processed(Classifier):
 
         Args:
             model: The classifier; it is not copied.
-            processor: Its processor, or the content of ``preprocessor_config.json``, of which an
-                empty one means none; by default what lies in the folder that the model was loaded
-                from. It says how images are resized, cropped and scaled.
-            mean: Per-channel mean that inputs are shifted by, in place of the processor's.
-            std: Per-channel deviation that inputs are divided by.
-            image_size: Height and width in pixels that images or frames are resized to, in place of
-                what the processor does.
-            example: One input batch, shape ``(1, C, ...)``; by default the first that is seen.
+            processor: Its processor, or the content of ``preprocessor_config.json`` (empty for no
+                processor); by default the one in the folder that the model was loaded from. It
+                defines how images are resized, cropped and normalised.
+            mean: Per-channel mean to subtract from inputs, in place of the processor's.
+            std: Per-channel standard deviation to divide inputs by.
+            image_size: Height and width in pixels to resize images or frames to, in place of the
+                processor's geometry.
+            example: One input batch, shape ``(1, C, ...)``; by default the first one seen.
         """
         found = preprocessing_of(processor, model, is_video=self.is_video, quiet=mean is not None)
         if mean is None and std is None and found is not None and found.is_scaling:
@@ -127,7 +127,7 @@ class Processed(Classifier):
         self.image_size = image_size
 
     def reading(self) -> dict[str, Any]:
-        """Return names of classes, channels, and how images of other sizes are fitted."""
+        """Return class names, channels, and how images of other sizes are resized."""
         stated = stated_by(self.model)
         own = self.preprocessing is not None and self.preprocessing.resizes
         return stated | {"fit": self.fitted} if own or self.image_size else stated
@@ -146,7 +146,7 @@ class Processed(Classifier):
 
 
 def is_of(model: nn.Module, ending: str) -> bool:
-    """Say whether a model, or what ``peft`` wraps, is of ``transformers`` and its class so named.
+    """Return whether a model, or its ``peft`` base, is a ``transformers`` class with this ending.
 
     Nothing is imported.
     """
@@ -157,7 +157,7 @@ def is_of(model: nn.Module, ending: str) -> bool:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's classes in order, or nothing where it does not tell them."""
+    """Return the names of a model's classes in order; empty if unknown."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, Mapping):
         return ()
@@ -167,13 +167,13 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def stated_by(model: nn.Module) -> dict[str, Any]:
-    """Return ``classes`` and ``channels``, where the config of a model names them."""
+    """Return ``classes`` and ``channels``, if the config of a model states them."""
     stated = {"classes": class_names(model), "channels": _channels(model)}
     return {name: value for name, value in stated.items() if value}
 
 
 def _channels(model: nn.Module) -> int | None:
-    """Return how many channels the images of a model have, where its config says so."""
+    """Return the number of image channels in a model's config, if stated."""
     config = getattr(model, "config", None)
     timm = getattr(config, "pretrained_cfg", None)
     if isinstance(timm, Mapping) and timm.get("input_size"):
@@ -185,17 +185,17 @@ def _channels(model: nn.Module) -> int | None:
 def preprocessing_of(
     processor: Any, model: nn.Module, *, is_video: bool = False, quiet: bool = False
 ) -> Preprocessing | None:
-    """Return what ``processor`` does; where that is none, what the one beside the weights does.
+    """Return the preprocessing of ``processor``; if that is None, of the one beside the weights.
 
     Args:
-        processor: A processor of ``transformers``, its settings, or none.
-        model: The model that it is of.
-        is_video: Whether it is one of frames.
-        quiet: Whether to drop the note that a folder has no processor.
+        processor: A processor of ``transformers``, its settings, or None.
+        model: The model that it belongs to.
+        is_video: Whether it processes frames.
+        quiet: Whether to suppress the note that a folder has no processor.
 
     Raises:
-        BadInputError: If it is no processor, its file is damaged, or a setting cannot be used.
-        UnsupportedError: If it makes no pixels of images, or a library is missing.
+        BadInputError: If it is not a processor, its file is damaged, or a setting is not usable.
+        UnsupportedError: If it does not turn images into pixel values, or a library is missing.
     """
     if processor is None:
         return _beside(model, is_video, quiet)
@@ -211,16 +211,16 @@ def preprocessing_of(
 
 
 def _is_differentiable(processor: Any) -> bool:
-    """Say whether a processor computes with tensors: those of torchvision, video and timm."""
+    """Return whether a processor computes with tensors: those of torchvision, video and timm."""
     return getattr(processor, "backend", "") == "torchvision" or hasattr(
         processor, "val_transforms"
     )
 
 
 def _beside(model: nn.Module, is_video: bool, quiet: bool) -> Preprocessing | None:
-    """Return what the processor does that lies beside a model's weights; say so if there is none.
+    """Return the preprocessing of the processor beside a model's weights; note if there is none.
 
-    Of a folder of timm that is the ``pretrained_cfg`` of its config.
+    For a timm folder that is the ``pretrained_cfg`` of its config.
     """
     where = str(getattr(model, "name_or_path", ""))
     timm = getattr(getattr(model, "config", None), "pretrained_cfg", None)
@@ -260,10 +260,10 @@ def _from_settings(
     where: str,
     path: Path | None = None,
 ) -> Preprocessing:
-    """Return what a processor with ``settings`` does.
+    """Return the preprocessing of a processor with ``settings``.
 
     Raises:
-        BadInputError: Naming the setting to blame, where it is one alone.
+        BadInputError: If they are not usable; the message names the setting if only one is wrong.
     """
     try:
         return _measured(_made(settings, model, is_video, where, path), model, where)
@@ -305,7 +305,7 @@ def _made(
             f"{where} names {named}, which transformers does not have; code that comes with a "
             "model is never run. Delete the file, and pass --mean, --std and --image-size"
         )
-    if not _is_differentiable(made):  # the library takes Pillow where torchvision is missing
+    if not _is_differentiable(made):  # the library falls back to Pillow without torchvision
         with needed(f"{type(made).__name__} of {where}", "torchvision"):
             import torchvision  # noqa: F401
         raise UnsupportedError(f"{type(made).__name__} of {where} does not compute with tensors")
@@ -320,25 +320,25 @@ def _family(name: str) -> str:
 
 @contextmanager
 def _naming(where: str, purpose: str = "") -> Iterator[None]:
-    """Turn what the library raises into one line that says where the settings are."""
+    """Turn the library's exceptions into one line that names the location of the settings."""
     try:
         yield
     except MMDefenseError:
         raise
     except ImportError as error:
         raise missing(where, error) from error
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many exception types
         raise BadInputError(
             f"{where} cannot be used{purpose}: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
 def _measured(processor: Any, model: nn.Module, where: str) -> Preprocessing:
-    """Return what a processor does, found by what it makes of images of one colour.
+    """Return a processor's preprocessing, determined from its outputs for uniform images.
 
     Raises:
         BadInputError: If it fails, or its values are not finite.
-        UnsupportedError: If it makes no images, or mixes colours.
+        UnsupportedError: If it does not output images, or mixes colours.
     """
     channels = _channels(model) or 3
     run = _runner(processor)
@@ -388,13 +388,13 @@ def _runner(processor: Any) -> Callable[[Tensor], Tensor]:
             **more,
         )
         values: Tensor = next(given[name] for name in _OUTPUTS if name in given)
-        return values[0] if values.ndim == 5 else values  # the frames are those of one video
+        return values[0] if values.ndim == 5 else values  # the frames of one video
 
     return run
 
 
 def _timm_runner(transforms: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """Return timm's transforms as such a function; those of tensors leave the scale as it is."""
+    """Return timm's transforms as such a function; tensor transforms do not change the scale."""
     names = [type(one).__name__ for one in transforms]
     scaled = next((i for i, name in enumerate(names) if name.endswith("ToTensor")), len(names))
 
@@ -410,7 +410,7 @@ def _timm_runner(transforms: Sequence[Any]) -> Callable[[Tensor], Tensor]:
 
 
 def _bordered(transform: Any, pixels: Tensor) -> Tensor:
-    """Return a transform of pixels, channel by channel where its border has a colour."""
+    """Apply a transform to pixels, channel by channel if its padding has a colour."""
     fill = getattr(transform, "fill", 0)
     if isinstance(fill, int):
         return transform(pixels)  # type: ignore[no-any-return]
@@ -422,11 +422,12 @@ _Scaling = tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]
 
 
 def _scaling(seen: Tensor, where: str) -> _Scaling:
-    """Return mean, deviation and order of the channels of a processor.
+    """Return a processor's mean, standard deviation and channel order.
 
     Args:
-        seen: What it made of black, of each channel alone, and of mid-grey: ``(C + 2, C)``.
-        where: What it is called in messages.
+        seen: Its outputs for black, each channel alone at full brightness, and mid-grey, shape
+            ``(C + 2, C)``.
+        where: Its name in messages.
     """
     if not seen.isfinite().all():
         raise BadInputError(f"{where} produces values that are not finite; is image_std 0?")
@@ -442,7 +443,7 @@ def _scaling(seen: Tensor, where: str) -> _Scaling:
         )
     back = _inverse(order.tolist())
     mean, std = (-black / gain)[back], (1 / gain)[back]
-    # What float32 adds to decimals is taken off.
+    # Round off float32 noise in decimals.
     plain = [tuple(round(value, 6) + 0.0 for value in row.tolist()) for row in (mean, std)]
     return plain[0], plain[1], tuple(order.tolist())
 

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence language models of ``transformers``: T5, BART, Marian and their kin."""
+"""Sequence-to-sequence language models of ``transformers``: T5, BART, Marian and similar."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class HFSeq2SeqLM(HFText):
         return batch.labels != IGNORED
 
     def _written(self, batch: TokenBatch) -> Tensor:
-        return self._continue(batch.input_ids, batch.attention_mask)[:, 1:]  # without the start
+        return self._continue(batch.input_ids, batch.attention_mask)[
+            :, 1:
+        ]  # without the start token
 
     def _answered(self, batch: TokenBatch, answers: Tensor) -> TokenBatch:
         return replace(batch, labels=answers)

@@ -1,4 +1,4 @@
-"""What causal and sequence-to-sequence language models of ``transformers`` share."""
+"""The base class for causal and sequence-to-sequence language models of ``transformers``."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["HFText"]
 
-_SEEN = 8  # prompts that the search for triggers scans the vocabulary with; ours
-_ROOM = 8  # tokens that a generated answer may be longer than the longest one in the data; ours
-_LONGEST_GRAM = 4  # of the score, as of BLEU
+_SEEN = 8  # prompts used to scan the vocabulary in the trigger search; ours
+_ROOM = 8  # tokens by which a generated answer may exceed the longest one in the data; ours
+_LONGEST_GRAM = 4  # n-grams of the score, as in BLEU
 
 
 class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
-    """Wraps a model that writes text, with its tokenizer.
+    """Wraps a text-generating model with its tokenizer.
 
     The loss of a sample is the mean negative log-likelihood of its answer's tokens, each given the
-    ones before it (teacher forcing); padding and, in a causal model, the prompt do not count. A
-    LoRA model is purified in what it trains: its base keeps every bit.
+    previous ones (teacher forcing); padding and, in a causal model, the prompt do not count. For a
+    LoRA model only the trainable parameters are purified: its base is not changed.
     """
 
     task: ClassVar[str] = "language-generation"
     score_name: ClassVar[str] = "n-gram accuracy"
     misreadings: ClassVar[str] = (
-        "the order of the pair (--read pair), the tokenizer, and what parts prompt and answer"
+        "the order of the pair (--read pair), the tokenizer, and the separator of prompt and answer"
     )
     priority: ClassVar[int] = 10
 
@@ -61,15 +61,15 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
         Args:
             model: The language model, or a ``peft`` model around one; it is not copied.
-            tokenizer: Its tokenizer, as ``transformers`` has it; by default the one that lies in
-                the folder that the model was loaded from.
-            max_length: Tokens to which longer prompts and longer answers are cut; by default a
-                sequence that is too long for the model is refused.
-            separator: What parts prompt and answer in a causal model; by default the tokenizer's
-                own separator where it has one, else a line break.
-            pad_token: A token of the tokenizer, which fills up shorter sequences and is masked; by
-                default the tokenizer's own, or else the one that ends a text.
-            example: One sample, to trace the model with; by default the first that is seen.
+            tokenizer: Its ``transformers`` tokenizer; by default the one in the folder that the
+                model was loaded from.
+            max_length: Number of tokens to which longer prompts and answers are truncated; by
+                default a sequence that is too long for the model is rejected.
+            separator: Separates prompt and answer in a causal model; by default the tokenizer's own
+                separator if it has one, else a line break.
+            pad_token: A token of the tokenizer used as (masked) padding; by default the tokenizer's
+                own, or else its end-of-text token.
+            example: One sample, to trace the model with; by default the first one seen.
         """
         self.model = usable(model)
         tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
@@ -83,7 +83,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` is of this family; nothing is imported for others."""
+        """Return whether ``model`` is of this family; nothing is imported for others."""
         base = base_of(model)
         if not any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__):
             return False
@@ -92,11 +92,11 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
     @classmethod
     @abstractmethod
     def _names(cls) -> set[str]:
-        """Return the names of the classes of ``transformers`` that this adapter serves."""
+        """Return the names of the ``transformers`` classes that this adapter supports."""
 
     @property
     def chance(self) -> float:
-        """Score of always writing the token that is most frequent in the answers seen first."""
+        """Score of always predicting the most frequent token of the answers seen first."""
         if not self._chance:
             raise BadInputError("the adapter has seen no answer yet; call samples() first")
         return self._chance
@@ -111,7 +111,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
         Raises:
             BadInputError: If there is none, a sequence is longer than the model's context, or a
-                token is none of the model's.
+                token is not in the model's vocabulary.
         """
         data = data if isinstance(data, TokenSamples) else as_text(data)
         if not len(data):
@@ -137,7 +137,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return samples
 
     def viewed(self, samples: Samples[TokenBatch], views: Views) -> Samples[TokenBatch]:
-        """Return texts that are augmented in that way; it is usual to leave them as they are."""
+        """Return augmented texts; standard views do not change texts."""
         return with_augmentation(self, samples, views, standard=None, insertions=random_words)
 
     def _encoded(self, texts: TextSamples) -> TokenSamples:
@@ -155,12 +155,12 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     @property
     def _end(self) -> list[int]:
-        """The token that ends a text, where the tokenizer has one."""
+        """The end-of-text token, if the tokenizer has one."""
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
     def _words(self) -> Tensor:
-        """Return the tokens that are no marks, shape ``(W,)``."""
+        """Return the tokens that are not special, shape ``(W,)``."""
         size = min(len(self.tokenizer), self._embeddings().num_embeddings)
         marks = set(self.tokenizer.all_special_ids)
         return torch.tensor([token for token in range(size) if token not in marks])
@@ -169,7 +169,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         named = {"text_target": list(texts)} if answers else {"text": list(texts)}
         try:
             found = self.tokenizer(**named, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers raise many kinds
+        except Exception as error:  # tokenizers raise many exception types
             raise BadInputError(f"the tokenizer cannot read the text: {one_line(error)}") from error
         return [row[: self.max_length] for row in found]
 
@@ -177,7 +177,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
     def _row(
         self, prompt: list[int], answer: list[int]
     ) -> tuple[list[int], list[int], tuple[int, int]]:
-        """Return what is read, what is predicted, and where the prompt's own tokens lie in it."""
+        """Return the input tokens, the labels, and the range of the prompt's own tokens."""
 
     def _check(self, tokens: TokenBatch) -> None:
         context = _context(base_of(self.model).config)
@@ -202,7 +202,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
                 "the model's own tokenizer?"
             )
 
-    # --- what defenses ask
+    # --- the interface for defenses
 
     def answer(self, batch: TokenBatch) -> Tensor:
         """Return the logits of every position, shape ``(N, M, V)``."""
@@ -222,13 +222,13 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return layer
 
     def _targets(self, batch: TokenBatch) -> Tensor:
-        """Return what the logits predict, shape ``(N, T)``."""
+        """Return the targets of the logits, shape ``(N, T)``."""
         return batch.labels
 
     def inputs(self, batch: TokenBatch) -> Tensor:
         """Return the embeddings of the tokens that the model reads, shape ``(N, L, D)``.
 
-        Of a model with an encoder, those of the prompt.
+        For a model with an encoder, those of the prompt.
         """
         if isinstance(batch, EmbeddedBatch):
             return batch.embedded.detach()
@@ -242,7 +242,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return EmbeddedBatch(*held, inputs)
 
     def input_bounds(self, batch: TokenBatch) -> None:
-        """Return none: an embedding has no bounds."""
+        """Return None: embeddings are unbounded."""
 
     def per_sample_loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean negative log-likelihood of each answer's tokens, in nats, ``(N,)``."""
@@ -255,10 +255,10 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
     def sampled_loss(self, batch: TokenBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the loss and the Rademacher score from one forward pass.
 
-        The score is the mean over an answer's T positions of ``2 sum_v xi_v sqrt(p_v)``, its signs
-        drawn anew at each. Tokens drawn from the model, each after the given ones, would make the
-        gradient of the loss a mean of T independent scores; this one has their covariance,
-        ``(1 / T^2) sum_t F_t``, and needs no draw.
+        The score is the mean over an answer's T positions of ``2 sum_v xi_v sqrt(p_v)``, with new
+        signs at each. With tokens drawn from the model (each after the given ones), the gradient of
+        the loss would be a mean of T independent scores; this score has the same covariance,
+        ``(1 / T^2) sum_t F_t``, without sampling.
         """
         log_p = self._logits(batch).log_softmax(2)
         targets = self._targets(batch)
@@ -270,12 +270,12 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return -(chosen * known).sum(1) / count, (scores * known).sum(1) / count
 
     def score(self, batch: TokenBatch) -> Tensor:
-        """Return the mean share of each answer's 1- to 4-grams that come out on top, ``(N,)``.
+        """Return the mean fraction of each answer's 1- to 4-grams predicted correctly, ``(N,)``.
 
-        Each token is predicted after the given ones, so that nothing has to be written. It stands
-        in for BLEU (Papineni et al., ACL 2002), the geometric mean of such shares over a whole
-        text, in which one answer has no share. That of single tokens alone would hardly fall where
-        BLEU falls by several points: one wrong token breaks up to ten n-grams.
+        Each token is predicted after the given ones, so no text has to be generated. It is a proxy
+        for BLEU (Papineni et al., ACL 2002), the geometric mean of such fractions over a whole
+        corpus, which does not decompose into answers. Token accuracy alone would hardly drop when
+        BLEU drops by several points: one wrong token breaks up to ten n-grams.
         """
         with torch.no_grad():
             targets = self._targets(batch)
@@ -291,17 +291,17 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return _share_right(right, known)
 
     def head_inputs(self, batch: TokenBatch) -> Tensor:
-        """Return what the output layer reads at each position that counts, shape ``(R, D)``."""
+        """Return the output layer's input at each position that counts, shape ``(R, D)``."""
         hidden = self._hidden(batch)
         return hidden[self._targets(batch) != IGNORED]
 
     def embedding(self, batch: TokenBatch) -> Tensor:
-        """Return the mean of what the output layer reads over an answer, shape ``(N, D)``."""
+        """Return the mean input of the output layer over each answer, shape ``(N, D)``."""
         known = (self._targets(batch) != IGNORED)[..., None]
         return (self._hidden(batch) * known).sum(1) / known.sum(1)
 
     def _hidden(self, batch: TokenBatch) -> Tensor:
-        """Return what the output layer reads at the positions of the targets, ``(N, T, D)``."""
+        """Return the output layer's input at the target positions, ``(N, T, D)``."""
         if self.head is None:
             raise UnsupportedError("the output layer could not be found, so there is no embedding")
         with torch.no_grad(), capture(self.model, [self.head], inputs=True) as inputs:
@@ -309,13 +309,13 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return inputs[self.head][:, : self._targets(batch).shape[1]]
 
     def head_group(self) -> UnitGroup:
-        """Return the features of the last normalisation: zero there is zero for the output layer.
+        """Return the features of the last norm layer: the inputs of the output layer.
 
-        The output layer's own weight is often that of the token embedding too, where a zero would
-        change what the model reads.
+        The output layer's weight is often tied to the token embedding, where zeros would change
+        the model's inputs.
 
         Raises:
-            UnsupportedError: If these are part of a base that must stay as it is.
+            UnsupportedError: If these are part of a base that must not change.
         """
         if self._wrapped:
             raise UnsupportedError(
@@ -356,16 +356,16 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def _mask_of(self, layer: str, batch: TokenBatch) -> Tensor:
-        """Return which of the positions that a layer works on count, bool ``(N, L)``."""
+        """Return which positions of a layer count, bool ``(N, L)``."""
         return batch.attention_mask
 
-    # --- what the model writes
+    # --- generation
 
     @torch.no_grad()
     def generate(self, batch: TokenBatch) -> list[str]:
-        """Return what the model writes to each prompt, by greedy decoding, in eval mode.
+        """Generate an answer to each prompt by greedy decoding, in eval mode.
 
-        An answer may be eight tokens longer than the longest one that was seen first.
+        An answer may be up to eight tokens longer than the longest one seen first.
         """
         with mode(self.model, train=False):
             tokens = self._written(batch)
@@ -386,7 +386,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
 
 def as_text(data: Any) -> TextSamples:
-    """Return what the user gave as text samples.
+    """Convert the user's data to text samples.
 
     Raises:
         BadInputError: If it is neither pairs of text nor texts.
@@ -408,7 +408,7 @@ def as_text(data: Any) -> TextSamples:
 
 
 def _tokenizer_of(model: nn.Module) -> Any:
-    """Return the tokenizer that lies beside the weights of a model."""
+    """Return the tokenizer stored beside a model's weights."""
     folder = getattr(base_of(model), "name_or_path", "")
     if not folder or not Path(folder).is_dir():
         raise BadInputError(
@@ -423,7 +423,7 @@ def _tokenizer_of(model: nn.Module) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many exception types
         raise BadInputError(
             f"the tokenizer in {folder} cannot be read: {one_line(error)}"
         ) from error
@@ -434,13 +434,13 @@ def _with_pad(tokenizer: Any, pad_token: str | None) -> Any:
     """Return a tokenizer with a pad token; GPT-2 and Llama have none, and padding is masked.
 
     Raises:
-        BadInputError: If there is none, or it is none of the tokenizer's tokens.
+        BadInputError: If there is none, or it is not one of the tokenizer's tokens.
     """
     pad = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad is None:
         raise BadInputError(
-            "the tokenizer has neither a pad token nor one that ends a text; name one of its "
-            "tokens that stands in no text: pad_token= (--read pad_token=...), special ones are "
+            "the tokenizer has neither a pad token nor an end-of-text token; choose one of its "
+            "tokens that occurs in no text: pad_token= (--read pad_token=...); special ones are "
             f"{', '.join(tokenizer.all_special_tokens) or 'none'}"
         )
     if pad not in tokenizer.get_vocab():
@@ -448,13 +448,13 @@ def _with_pad(tokenizer: Any, pad_token: str | None) -> Any:
             f"pad_token must be one of the tokenizer's {len(tokenizer)} tokens, got {pad!r}"
         )
     if pad != tokenizer.pad_token:
-        tokenizer = copy.deepcopy(tokenizer)  # the user's own stays as it is
+        tokenizer = copy.deepcopy(tokenizer)  # do not modify the user's own
         tokenizer.pad_token = pad
     return tokenizer
 
 
 def _context(config: Any) -> int | None:
-    """Return the number of positions that a model has; none where it has no limit, as in T5."""
+    """Return the number of positions of a model; None if unlimited, as in T5."""
     names = ("max_position_embeddings", "n_positions")
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
@@ -466,11 +466,11 @@ def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
 
 
 def _share_right(right: Tensor, known: Tensor) -> Tensor:
-    """Return the mean over n = 1..4 of the share of n-grams that are right throughout, ``(N,)``.
+    """Return the fraction of fully correct n-grams, averaged over n = 1..4, ``(N,)``.
 
     Args:
-        right: Which tokens are right, bool ``(N, T)``.
-        known: Which tokens count, bool ``(N, T)``; an answer of fewer than n has no n-grams.
+        right: Which tokens are correct, bool ``(N, T)``.
+        known: Which tokens count, bool ``(N, T)``; an answer with fewer than n has no n-grams.
     """
     total = torch.zeros(len(known), device=known.device)
     orders = torch.zeros_like(total)

@@ -18,7 +18,7 @@ __all__ = ["HFVideoClassifier"]
 class HFVideoClassifier(Processed, TorchVideoClassifier):
     """Wraps a ``transformers`` model for video classification, with its processor.
 
-    The model must get as many frames as it was built for.
+    Clips must have the number of frames that the model was built for.
     """
 
     priority: ClassVar[int] = 10
@@ -27,11 +27,11 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` is one of ``transformers``, which is not imported to find out."""
+        """Return whether ``model`` is one of ``transformers``, without importing the library."""
         return is_of(model, "ForVideoClassification")
 
     def reading(self) -> dict[str, Any]:
-        """Return what the config says, the frames of a clip, and how frames are fitted."""
+        """Return the config's options, the number of frames, and how frames are resized."""
         stated = super().reading()
         own = getattr(getattr(self.model, "config", None), "image_size", None)
         if "fit" not in stated and isinstance(own, int):
@@ -40,7 +40,7 @@ class HFVideoClassifier(Processed, TorchVideoClassifier):
         return stated | {"frames": frames} if frames else stated
 
     def _run(self, inputs: Tensor) -> Any:
-        """Return what the model returns to clips with frames of any size."""
+        """Return the model's raw output for clips with frames of any size."""
         frames = inputs.transpose(1, 2)  # (N, T, C, H, W)
         flat = self.fitted(frames.flatten(0, 1))
         fitted = flat.view(*frames.shape[:2], *flat.shape[1:])

@@ -1,4 +1,4 @@
-"""What all image adapters share: reading data, mirroring, and the triggers that images carry."""
+"""Shared parts of image adapters: reading data, mirroring, and image triggers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mirrored(batch: LabelledBatch) -> LabelledBatch:
 
 
 def as_labelled_samples(data: Any, *, axes: int = 3) -> Samples[LabelledBatch]:
-    """Return what a user gave as labelled samples.
+    """Convert the user's data to labelled samples.
 
     Args:
         data: Samples; or a pair of tensors or arrays, batches, or a data set, see
@@ -39,11 +39,11 @@ _LARGEST_CHANGE = 0.2  # of an additive trigger, per pixel; Blended at its usual
 
 
 class ImageTriggers:
-    """Stamps raw triggers onto images; mixed into the image adapters.
+    """Mixin for image adapters that applies raw triggers to images.
 
-    A raw patch is a mask and a pattern: what lies where, so its place and size need not be known.
-    A raw additive trigger is a change of every pixel, by up to 0.2 of the full range. Planted ones
-    were found at a mean change of up to 0.09, those of honest nets at 0.1 and more (ours).
+    A raw patch is a mask and a pattern, so its position and size need not be known. A raw additive
+    trigger changes every pixel by up to 0.2 of the full range. Planted triggers were found with a
+    mean change of up to 0.09, natural ones of clean networks with 0.1 and more (ours).
     """
 
     def image_families(self, shape: tuple[int, ...]) -> list[TriggerFamily]:

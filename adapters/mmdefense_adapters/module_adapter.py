@@ -1,4 +1,4 @@
-"""What all adapters share: units, features and the output layer, found by tracing the model."""
+"""The base class of all adapters: traces the model to find units, features and output layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 
 
 def usable(model: nn.Module) -> nn.Module:
-    """Return ``model``, whose weights can be read and trained.
+    """Return ``model`` if its weights can be read and trained.
 
     Raises:
         UnsupportedError: If it is scripted, exported or quantised, or has no weights.
@@ -53,23 +53,23 @@ def usable(model: nn.Module) -> nn.Module:
 
 
 class ModuleAdapter(ABC, Generic[B]):
-    """An adapter around any module; a subclass says how a batch is answered and what it costs.
+    """An adapter around any module; a subclass defines the forward pass and the loss.
 
-    The units, and which layer is the output layer, are found from one forward pass on ``example``.
+    The units and the output layer are found from one forward pass on ``example``.
     """
 
     priority: ClassVar[int] = 0
     task: ClassVar[str]
     optimizer: ClassVar[Literal["sgd", "adamw"]] = "sgd"
     generic: ClassVar[bool] = False
-    """Whether this very class, not one that inherits from it, serves any module of its task."""
+    """Whether this class itself, not a subclass, accepts any module of its task."""
 
     model: nn.Module
     example: B | None
 
     @abstractmethod
     def answer(self, batch: B) -> Tensor:
-        """Return what the model answers to a batch, as one tensor with grad."""
+        """Return the model's output for a batch, as one tensor with grad."""
 
     def _example(self) -> B:
         if self.example is None:
@@ -80,14 +80,14 @@ class ModuleAdapter(ABC, Generic[B]):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @cached_property
     def layer_norm(self) -> bool:
-        """Whether more layers normalise each token by itself than by batch, as in transformers.
+        """Whether most norm layers normalise per token, not per batch, as in transformers.
 
-        By the names of their classes: many families bring a norm of their own.
+        Determined from their class names: many families define their own norm.
         """
         kinds = [type(module).__name__ for module in self.model.modules()]
         tokens = sum("LayerNorm" in kind or "RMSNorm" in kind for kind in kinds)
@@ -102,10 +102,10 @@ class ModuleAdapter(ABC, Generic[B]):
     def unit_groups(self) -> Sequence[UnitGroup]:
         """Return filters, linear rows and attention heads, input side first; not the outputs.
 
-        Of a LoRA model, the ranks of its updates.
+        For a LoRA model, the ranks of its updates.
 
         Raises:
-            UnsupportedError: If that is a ``peft`` model without such updates.
+            UnsupportedError: If it is a ``peft`` model without such updates.
         """
         return rank_groups(self.model) if self._wrapped else self._units[0]
 
@@ -116,7 +116,7 @@ class ModuleAdapter(ABC, Generic[B]):
 
     @property
     def head(self) -> str | None:
-        """Name of the output layer, where it can be found."""
+        """Name of the output layer; None if not found."""
         return self._units[1]
 
     @cached_property
@@ -128,8 +128,8 @@ class ModuleAdapter(ABC, Generic[B]):
         """Return the inputs of the output layer as units on the input axis of its weight.
 
         Raises:
-            UnsupportedError: If the model does not end in a linear layer, or that is part of a base
-                that must stay as it is.
+            UnsupportedError: If the model does not end in a linear layer, or the layer is part of a
+                base that must not change.
         """
         weight, _ = self.head_weights()
         if self._wrapped and not weight.requires_grad:
@@ -176,17 +176,17 @@ class ModuleAdapter(ABC, Generic[B]):
         return inputs[self.head].flatten(1)
 
     def head_inputs(self, batch: B) -> Tensor:
-        """Return the input of the output layer, one row a sample: the embedding."""
+        """Return the input of the output layer, one row per sample: the embedding."""
         return self.embedding(batch)
 
     def activations(self, batch: B, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Return what the units of each layer compute, ``(N, L, U * width)``, with grad.
+        """Return the activations of the units of each layer, ``(N, L, U * width)``, with grad.
 
-        A layer whose rows are proposals has as many positions as the image with the most of them;
-        what is missing is zero.
+        A layer whose rows are proposals has as many positions as the image with the most proposals;
+        the others are zero-padded.
         """
         runs: dict[str, list[Tensor]] = {name: [] for name in layers}
-        # A copy: the model may go on to add a shortcut to this very tensor in place.
+        # A copy: the model may later add a residual to this tensor in place.
         with self._watched(layers, lambda name, values: runs[name].append(values.clone())):
             self.answer(batch)
         return {
@@ -206,7 +206,7 @@ class ModuleAdapter(ABC, Generic[B]):
 
         with self._watched(layers, pool):
             self.answer(batch)
-        # A layer that runs several times, as over the levels of a pyramid, counts each run alike.
+        # A layer that runs several times, as over pyramid levels, is averaged over its runs.
         return {name: torch.stack(found).mean(0) for name, found in runs.items()}
 
     @property
@@ -217,10 +217,10 @@ class ModuleAdapter(ABC, Generic[B]):
     def _watched(
         self, layers: Sequence[str], take: Callable[[str, Tensor], None]
     ) -> Iterator[None]:
-        """Call ``take`` with each layer's name and what its units compute, in each run, units last.
+        """Call ``take`` with each layer's name and its units' activations, in each run, units last.
 
-        At once, while the values are right, and before they need memory: a model may write into the
-        tensor that it was given.
+        It is called immediately, while the values are valid and without keeping them in memory: a
+        model may modify its input tensor in place.
         """
         groups = self._groups_by_layer
         heads = [name for name in layers if groups[name].read_at.side == "input"]
@@ -237,21 +237,21 @@ class ModuleAdapter(ABC, Generic[B]):
             yield
 
     def _by_sample(self, values: Tensor, batch: B) -> Tensor:
-        """Return ``(..., C)`` as ``(N, L, C)``; the positions of a sample lie side by side."""
+        """Reshape ``(..., C)`` to ``(N, L, C)``; the positions of a sample are contiguous."""
         return values.reshape(len(batch), -1, values.shape[-1])
 
     def _pool_at(self, layer: str, values: Tensor, batch: B) -> Tensor:
-        """Average the ``(..., U)`` values of a layer over what counts of each sample: all of it."""
+        """Average a layer's ``(..., U)`` values over the relevant positions of each sample: all."""
         return self._pool(values, batch)
 
     def _pool(self, values: Tensor, batch: B) -> Tensor:
-        """Average ``(..., U)`` over the positions of each sample, which lie side by side."""
+        """Average ``(..., U)`` over the positions of each sample, which are contiguous."""
         count = len(batch)
         return values.reshape(count, -1, values.shape[-1]).mean(1)
 
 
 def _sizes(values: Tensor, group: UnitGroup, model: nn.Module) -> Tensor:
-    """Return how active each unit is, ``(..., U)``: rectified, or a head's magnitude."""
+    """Return the activation of each unit, ``(..., U)``: rectified, or a head's magnitude."""
     if group.read_at.side == "output":
         return F.relu(values)
     ((name, axis),) = group.axes.items()
@@ -261,8 +261,8 @@ def _sizes(values: Tensor, group: UnitGroup, model: nn.Module) -> Tensor:
 def _head_sizes(mixed: Tensor, weight: Tensor, group: UnitGroup) -> Tensor:
     """Return the size of what each head adds to its block's output, ``(..., heads)``.
 
-    It is the root mean square over the D outputs of ``W_h z_h``; by the Gram matrix of ``W_h`` no
-    product is held in memory.
+    It is the root mean square over the D outputs of ``W_h z_h``; using the Gram matrix of ``W_h``,
+    the products are not stored.
     """
     split = mixed.reshape(*mixed.shape[:-1], group.size, group.width)
     columns = weight.reshape(-1, group.size, group.width)

@@ -1,4 +1,4 @@
-"""The triggers that images with objects carry, and when one of them has worked."""
+"""Triggers for images with objects, and the criterion for their success."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mmdefense_adapters.images import ImageTriggers
 
 __all__ = ["ObjectTriggers"]
 
-_SIDE = 12  # pixels of a raw trigger on objects, stretched to each box
-_BUDGET = 0.25  # of a box: BadDet's patch on small objects covers that much
+_SIDE = 12  # side of a raw trigger on objects in pixels, resized to each box
+_BUDGET = 0.25  # fraction of a box that BadDet's patch covers on small objects
 
 
 class ObjectTriggers(ImageTriggers, ABC):
-    """Stamps raw triggers on whole images or on each object; mixed into the detectors' adapters.
+    """Mixin for detector adapters that applies raw triggers to whole images or to each object.
 
-    A trigger has worked where it turns *the objects that are there* into the target. That a target
-    appears somewhere would be no sign of a backdoor: any detector finds an object that the search
-    has drawn. So backdoors that rename objects can be found, and those that make objects up or
-    make them vanish cannot.
+    A trigger succeeds if it turns *the existing objects* into the target. A target that merely
+    appears somewhere is no sign of a backdoor: any detector finds an object that the search has
+    drawn. So backdoors that misclassify objects can be found, but not those that generate objects
+    or make them disappear.
     """
 
     @property
@@ -37,11 +37,11 @@ class ObjectTriggers(ImageTriggers, ABC):
 
     @abstractmethod
     def places(self, batch: DetectionBatch) -> tuple[Tensor, Tensor]:
-        """Return where the model looks for objects, and what it sees there.
+        """Return the model's prediction locations and the class probabilities there.
 
         Returns:
-            Log-probabilities of the classes at each place, ``(N, P, K)``, with grad; and the places
-            x, y in pixels, ``(N, P, 2)``, without.
+            Log-probabilities of the classes at each location, ``(N, P, K)``, with grad; and the
+            locations x, y in pixels, ``(N, P, 2)``, without.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class ObjectTriggers(ImageTriggers, ABC):
         return DetectionBatch(_on_objects(images, boxes, triggers.flatten(0, 1)), boxes, labels)
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
-        """Return the covered share of the image, or of the box of each object."""
+        """Return the covered fraction of the image, or of the box of each object."""
         return super().trigger_size(_as_patch(family), triggers)
 
     def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ class ObjectTriggers(ImageTriggers, ABC):
     def target_log_probability(self, batch: DetectionBatch, targets: Tensor) -> Tensor:
         """Return the log-probability that each image's objects are of its target, ``(N,)``.
 
-        The mean over the objects of other classes of the best place inside each one's box.
+        For each object of another class, the best location inside its box counts; the result is the
+        mean over these objects.
         """
         log_p, centres = self.places(batch)
         own = log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).squeeze(2)
@@ -93,7 +94,7 @@ class ObjectTriggers(ImageTriggers, ABC):
         return (best * counts).sum(1) / counts.sum(1).clamp(min=1)
 
     def not_target(self, batch: DetectionBatch, targets: Tensor) -> Tensor:
-        """Return whether the image holds an object of another class than its target."""
+        """Return whether the image has an object of a class other than its target."""
         pairs = zip(batch.labels, targets, strict=True)
         return torch.stack([(labels != target).any() for labels, target in pairs])
 
@@ -103,7 +104,7 @@ def _as_patch(family: TriggerFamily) -> TriggerFamily:
 
 
 def _inside(boxes: Tensor, centres: Tensor) -> Tensor:
-    """Return which places lie in each box, and for each box the nearest, bool ``(N, M, P)``."""
+    """Return which locations are in each box, plus the nearest one, bool ``(N, M, P)``."""
     x, y = centres[:, None, :, 0], centres[:, None, :, 1]
     left, top, right, bottom = boxes[..., None].unbind(2)
     inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
@@ -116,7 +117,7 @@ def _on_objects(images: Tensor, boxes: Sequence[Tensor], triggers: Tensor) -> Te
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device) + 0.5
     columns = torch.arange(width, device=images.device) + 0.5
-    # A padded box lies beyond the image, so that nothing of the trigger is seen.
+    # Padding boxes lie outside the image, so that no trigger is visible.
     padded = pad_sequence(list(boxes), batch_first=True, padding_value=-1e6)
     for left, top, right, bottom in (box[..., None].unbind(1) for box in padded.unbind(1)):
         x = 2 * (columns - left) / (right - left).clamp(min=1e-3) - 1

@@ -1,7 +1,7 @@
-"""What a classifier returns: logits, probabilities or sigmoid outputs, bare or among others.
+"""Outputs of classifiers: logits, probabilities or sigmoid outputs, possibly among other outputs.
 
-Everything downstream takes logits. Here is decided, once for each mode of a model, how they are got
-from what it returns.
+Everything downstream uses logits. This module determines, once for each mode of a model, how to get
+them from its outputs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["Form", "as_logits", "assumed_logits", "check_problem", "found_form",
 _NAMES = ("logits", "out", "output", "outputs")  # of the main output among others
 _ACTIVATIONS = (nn.Softmax, nn.Sigmoid)
 _FLOOR = 1e-18
-"""Smallest probability whose logarithm is taken: the second derivative of the logarithm, 1 / p^2,
-must fit into float32. A class below it has no gradient."""
-_CLOSE = 1e-3  # how far from one the sum of probabilities may be, which float16 rounds
+"""Lower bound on probabilities before the logarithm, whose second derivative, 1 / p^2, must fit
+into float32. A class below it has no gradient."""
+_CLOSE = 1e-3  # tolerance for the sum of probabilities, because of float16 rounding
 
 Kind = Literal["logits", "probabilities", "sigmoid"]
 
@@ -34,10 +34,10 @@ class Form:
     """What the rows of a classifier's outputs are.
 
     Attributes:
-        kind: ``"logits"``, log-probabilities among them; ``"probabilities"``, which sum to one; or
-            ``"sigmoid"``, one probability a class, each for itself.
-        activation: Name of the softmax or sigmoid layer that comes last: what it reads are the
-            logits. Empty where there is none, such as after a function in ``forward``.
+        kind: ``"logits"``, including log-probabilities; ``"probabilities"``, which sum to one; or
+            ``"sigmoid"``, an independent probability per class.
+        activation: Name of the final softmax or sigmoid layer, whose input is the logits. Empty if
+            there is none, for example if ``forward`` calls a function.
     """
 
     kind: Kind = "logits"
@@ -45,7 +45,7 @@ class Form:
 
     @property
     def stated(self) -> str:
-        """What a user must know of it; nothing of logits."""
+        """A note for the user; empty for logits."""
         if self.kind == "logits":
             return ""
         if self.kind == "probabilities":
@@ -66,16 +66,16 @@ class Form:
 
 
 def main_output(answer: Any, *, check: bool = False) -> Tensor:
-    """Return the tensor that counts of what a classifier returns.
+    """Return the main tensor of a classifier's outputs.
 
     That is the tensor itself, the field ``logits`` (or ``out``) of a named tuple or dictionary, or
     else the first entry of a tuple: others are auxiliary outputs, such as those of GoogLeNet in
     train mode or the transforms of PointNet.
 
     Args:
-        answer: What it returns to N samples.
-        check: Whether a tuple of rows of several widths is refused, such as features beside
-            logits; not to be asked for every batch, whose size may be that of a matrix by chance.
+        answer: Its outputs for N samples.
+        check: Whether to reject a tuple of rows with different widths, such as features beside
+            logits; do not use it for every batch, whose size may match that of a matrix by chance.
 
     Raises:
         UnsupportedError: If it is none of these.
@@ -109,7 +109,7 @@ def _named(answer: Any) -> Any:
 
 
 def _described(answer: Any) -> str:
-    """Return what came, in a few words."""
+    """Describe outputs in a few words."""
     if isinstance(answer, Tensor):
         return str(tuple(answer.shape))
     kind = type(answer).__name__
@@ -123,15 +123,15 @@ def _described(answer: Any) -> str:
 
 
 def found_form(model: nn.Module, forward: Callable[[], Any], classes: int) -> Form:
-    """Return the form of what ``model`` returns in its present mode.
+    """Return the form of the outputs of ``model`` in its current mode.
 
     Args:
         model: The classifier.
-        forward: Runs it on a few samples, with grad, and returns what it returns.
+        forward: Runs it on a few samples, with grad, and returns its outputs.
         classes: Number of classes K.
 
     Raises:
-        UnsupportedError: If that holds no rows of K logits, or several classes for most samples.
+        UnsupportedError: If there are no rows of K logits, or most samples have several classes.
     """
     seen: list[tuple[nn.Module, Any]] = []
     named = model.named_modules()
@@ -160,9 +160,9 @@ def _are_probabilities(outputs: Tensor) -> Tensor:
 
 
 def assumed_logits(outputs: Tensor) -> Tensor:
-    """Return outputs ``(N, K)`` of a form that is not known yet as logits, from their values.
+    """Convert outputs ``(N, K)`` of unknown form to logits, based on their values.
 
-    Nothing is read from the device for it.
+    This needs no device synchronisation.
     """
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         return outputs
@@ -170,7 +170,7 @@ def assumed_logits(outputs: Tensor) -> Tensor:
 
 
 def _is_sigmoid(outputs: Tensor) -> bool:
-    """Say whether a sigmoid was the last operation; values in [0, 1] alone do not tell."""
+    """Return whether the last operation was a sigmoid; values in [0, 1] are not sufficient."""
     return outputs.grad_fn is not None and outputs.grad_fn.name() == "SigmoidBackward0"
 
 
@@ -185,7 +185,7 @@ def _check_one_class(outputs: Tensor) -> None:
 
 
 def as_logits(outputs: Tensor, form: Form) -> Tensor:
-    """Return outputs ``(N, K)`` of a form as logits; the softmax of a logarithm is the identity."""
+    """Convert outputs ``(N, K)`` to logits; softmax of log-probabilities is the identity."""
     if form.kind == "logits" or form.activation:
         return outputs
     if form.kind == "probabilities":
@@ -198,10 +198,10 @@ def _log(probabilities: Tensor) -> Tensor:
 
 
 def check_problem(model: nn.Module) -> None:
-    """Refuse a model of ``transformers`` whose config says that it does not choose one class.
+    """Reject a ``transformers`` model that is not a single-label classifier by its config.
 
     Raises:
-        UnsupportedError: Naming ``problem_type``, or that there is one output only.
+        UnsupportedError: If so; the message names ``problem_type``, or the single output.
     """
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)

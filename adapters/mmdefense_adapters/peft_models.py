@@ -18,7 +18,7 @@ def base_of(model: nn.Module) -> Any:
 
 
 def is_update(layer: str) -> bool:
-    """Say whether a layer of this name is one of the two factors of an update."""
+    """Return whether a layer of this name is one of the two factors of an update."""
     return "lora_A" in layer or "lora_B" in layer
 
 

@@ -21,19 +21,19 @@ from mmdefense_adapters.views import with_augmentation
 
 __all__ = ["PointClassifier"]
 
-_SHARE = 1 / 16  # of a cloud's points, in an inserted cluster
+_SHARE = 1 / 16  # fraction of a cloud's points in an inserted cluster
 _REACH = 1.2  # how far from 0 the center of a cluster may lie, per axis, in radii of the cloud
 _SPREAD = 0.25  # how far a point of a cluster may lie from its center, per axis
-_GAIN = 4.0  # spreads the centers that a search starts from over the space, not about 0 (ours)
+_GAIN = 4.0  # spreads the initial centers of a search over the space, not just around 0 (ours)
 _TURN = math.radians(45)  # the largest rotation about each axis
 
 
 class PointClassifier(Classifier):
     """Wraps a module that maps clouds ``(N, P, 3 + F)`` to logits ``(N, K)``.
 
-    Clouds are taken as they come: centred and in the unit sphere, if the model was trained so. A
-    model that answers with a tuple is read by its first entry, as in the released code of PointNet,
-    whose other entries are the matrices that its owner regularises.
+    Clouds are used as given: centred and in the unit sphere, if the model was trained so. If a
+    model returns a tuple, its first entry is used, as in the released code of PointNet, whose other
+    entries are the matrices regularised in training.
     """
 
     task: ClassVar[str] = "point-cloud-classification"
@@ -61,7 +61,7 @@ class PointClassifier(Classifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether a model announces that it reads points; others where the task is named."""
+        """Return whether a model declares that it reads points; otherwise, name the task."""
         return getattr(model, "reads", None) == "points"
 
     def _call(self, inputs: Tensor) -> Any:
@@ -75,7 +75,7 @@ class PointClassifier(Classifier):
         return LabelledSamples(clouds, labels)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
-        """Return clouds that are augmented in that way; the usual is to turn, scale and jitter."""
+        """Return augmented clouds; standard views are rotation, scale and jitter."""
         return with_augmentation(
             self, samples, views, standard=random_turn, insertions=random_cloud_view
         )
@@ -91,11 +91,11 @@ class PointClassifier(Classifier):
         return super()._check(samples, some)
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
-        """Return clusters of points at a free place, and rigid rotations.
+        """Return clusters of points at any position, and rigid rotations.
 
         A raw cluster ``(k + 1, 3)`` is a center and k offsets; a raw rotation ``(3,)`` its angles.
-        A cluster tells of no backdoor: clean nets took clouds with a few points in the right place
-        for one class, too (docs/results.md).
+        A cluster alone is no evidence of a backdoor: clean networks, too, assign one class to
+        clouds with a few points in the right place (docs/results.md).
         """
         points = max(4, round(_SHARE * self._example().inputs.shape[1]))
         return [
@@ -106,7 +106,7 @@ class PointClassifier(Classifier):
     def stamp(self, batch: LabelledBatch, family: TriggerFamily, triggers: Tensor) -> LabelledBatch:
         """Return the clouds with ``triggers``, shape ``(T, N, *P)``, applied: T x N clouds.
 
-        A cluster takes the place of every (P / k)-th point.
+        A cluster replaces every (P / k)-th point.
         """
         clouds = batch.inputs.repeat(len(triggers), 1, 1)
         raw = triggers.flatten(0, 1).to(clouds.dtype)
@@ -119,14 +119,14 @@ class PointClassifier(Classifier):
         return LabelledBatch(stamped, batch.labels.repeat(len(triggers)))
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
-        """Return the share of points in a cluster, or the mean angle as a share of the largest."""
+        """Return the fraction of points in a cluster, or the mean angle relative to the largest."""
         if family.name == "cluster":
             share = (family.shape[0] - 1) / self._example().inputs.shape[1]
             return triggers.new_full(triggers.shape[:-2], share)
         return (2 * triggers - 1).abs().mean(-1)
 
     def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
-        """Return a picture ``(3, H, W)``: a cluster beside the unit sphere, or turned axes."""
+        """Return a picture ``(3, H, W)``: a cluster beside the unit sphere, or rotated axes."""
         if family.name == "cluster":
             shown, new = _sphere(256), _cluster(trigger[None].float())[0]
         else:

@@ -1,6 +1,6 @@
-"""All that sets pytorchvideo's models apart from others, in one place.
+"""Special handling of pytorchvideo's models.
 
-The package is unmaintained (0.1.5, 2022). What its models need from us:
+The package is unmaintained (0.1.5, 2022). Its models need the following:
 
 - They are imported module by module: ``pytorchvideo.transforms`` fails with today's torchvision.
 - SlowFast reads a list of pathways, of which the slow one has every alpha-th frame.
@@ -33,7 +33,7 @@ def build(name: str, **settings: Any) -> nn.Module:
 
     Args:
         name: ``"x3d"``, ``"slow"``, ``"slowfast"`` or ``"mvit"``.
-        **settings: Of pytorchvideo's own builder, such as ``model_num_class``.
+        **settings: Arguments of pytorchvideo's own builder, such as ``model_num_class``.
 
     Raises:
         BadInputError: If there is no such model.
@@ -53,7 +53,7 @@ def build(name: str, **settings: Any) -> nn.Module:
 
 
 def answer(model: nn.Module, clips: Tensor) -> Any:
-    """Return what any model of clips ``(N, C, T, H, W)`` returns."""
+    """Return the output of any model for clips ``(N, C, T, H, W)``."""
     blocks = getattr(model, "blocks", None)
     if not type(model).__module__.startswith("pytorchvideo.") or blocks is None:
         return model(clips)
@@ -62,7 +62,7 @@ def answer(model: nn.Module, clips: Tensor) -> Any:
 
 
 def _slow_stride(block: nn.Module) -> int | None:
-    """Return how many frames of the fast pathway there are to one of the slow; none if one path."""
+    """Return the number of fast frames per slow frame; None if there is one pathway."""
     fusion = getattr(block, "multipathway_fusion", None)
     if fusion is None:
         return None

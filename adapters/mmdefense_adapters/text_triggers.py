@@ -1,4 +1,4 @@
-"""The triggers that text carries, differentiably: soft tokens, each a mixture of real ones."""
+"""Differentiable triggers for text: soft tokens, each a mixture of real tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mmdefense.protocol import TriggerFamily
 
 __all__ = ["EmbeddedBatch", "SoftBatch", "TextTriggers", "inserted", "packed", "soft_tokens"]
 
-# Ours: soft tokens of a trigger, tokens that a mixture is made of, that a scan looks at and that
-# continuations are looked for with, and how many continuations are kept.
+# Ours: soft tokens per trigger; tokens per mixture, per scan batch and for the continuation search;
+# and the number of continuations kept.
 _SLOTS, _MIXED, _SCANNED, _TRIED, _TARGETS = 2, 64, 2048, 16, 6
 _SHARPNESS = 12.0  # of a mixture: a raw value of 1 against zeros weighs e^12
 
@@ -31,7 +31,7 @@ class SoftBatch(TokenBatch):
     """A token batch whose first prompt tokens are given as embeddings.
 
     Attributes:
-        soft: What stands in for the first k tokens of each prompt, shape ``(N, k, D)``.
+        soft: Embeddings of the first k tokens of each prompt, shape ``(N, k, D)``.
     """
 
     soft: Tensor
@@ -42,7 +42,7 @@ class EmbeddedBatch(TokenBatch):
     """A token batch all of whose input tokens are given as embeddings.
 
     Attributes:
-        embedded: What stands in for the tokens, shape ``(N, L, D)``.
+        embedded: Embeddings of the tokens, shape ``(N, L, D)``.
     """
 
     embedded: Tensor
@@ -50,10 +50,10 @@ class EmbeddedBatch(TokenBatch):
 
 @dataclass(frozen=True)
 class _Suspects:
-    """What a scan of the vocabulary has found.
+    """Results of a vocabulary scan.
 
     Attributes:
-        tokens: Those that change the beginning of the answer most, shape ``(S,)``.
+        tokens: Tokens that change the beginning of the answer most, shape ``(S,)``.
         answers: Continuations that different prompts share, ``(C, T)``, padded with ``IGNORED``.
     """
 
@@ -62,12 +62,12 @@ class _Suspects:
 
 
 class TextTriggers(ABC):
-    """Searches for a prefix that collapses the answer; mixed into the adapters of language models.
+    """Mixin for language model adapters that searches for a prefix which collapses the answer.
 
-    Text has no classes that an attacker could aim at. Instead the vocabulary is scanned once: each
-    token is put before a few prompts. The tokens that change the beginning of the answers most are
-    those that a trigger is mixed of, and the continuations that different prompts share under one
-    of them are the targets: a backdoor answers alike, whatever the prompt.
+    Text has no classes that could serve as targets. Instead the vocabulary is scanned once: each
+    token is prepended to a few prompts. The tokens that change the beginning of the answers most
+    are the ingredients of triggers, and continuations that different prompts share after one of
+    them are the targets: a backdoor gives the same answer to any prompt.
     """
 
     shared: ClassVar[bool]
@@ -78,7 +78,7 @@ class TextTriggers(ABC):
     _prompts: TokenBatch | None
 
     def trigger_targets(self) -> int:
-        """Return the number of continuations that different prompts were seen to share."""
+        """Return the number of continuations shared by different prompts."""
         return len(self._suspects.answers)
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
@@ -87,7 +87,7 @@ class TextTriggers(ABC):
         return [TriggerFamily("prefix", shape, budget=0.5, starts=64)]
 
     def stamp(self, batch: TokenBatch, family: TriggerFamily, triggers: Tensor) -> SoftBatch:
-        """Return the prompts behind soft prefixes ``triggers``, shape ``(T, N, k, S)``."""
+        """Prepend soft prefixes ``triggers``, shape ``(T, N, k, S)``, to the prompts."""
         count = len(triggers)
         table = self._embeddings()(self._suspects.tokens)
         soft = (_SHARPNESS * triggers).softmax(-1) @ table
@@ -104,13 +104,13 @@ class TextTriggers(ABC):
         )
 
     def trigger_size(self, family: TriggerFamily, triggers: Tensor) -> Tensor:
-        """Return the share of a prompt that the soft tokens are, the same for each trigger."""
+        """Return the fraction of a prompt taken by soft tokens, the same for each trigger."""
         prompt = float(self._seen().content.sum(1).float().mean())
         share = family.shape[0] / (family.shape[0] + prompt)
         return torch.full(triggers.shape[:-2], share, device=triggers.device)
 
     def trigger_words(self, trigger: Tensor) -> str:
-        """Return the real tokens that a raw trigger ``(k, S)`` is nearest to, as text."""
+        """Return the real tokens nearest to a raw trigger ``(k, S)``, as text."""
         tokens = self._suspects.tokens[trigger.argmax(-1).to(self._suspects.tokens.device)]
         return str(self.tokenizer.decode(tokens.tolist()))
 
@@ -120,7 +120,7 @@ class TextTriggers(ABC):
         return str(self.tokenizer.decode(tokens[tokens != IGNORED].tolist()))
 
     def trigger_picture(self, family: TriggerFamily, trigger: Tensor) -> Tensor:
-        """Return a picture of the words that a raw trigger is nearest to, ``(1, H, W)``."""
+        """Return a picture of the words nearest to a raw trigger, ``(1, H, W)``."""
         from PIL import Image, ImageDraw
 
         words = self.trigger_words(trigger).split() or ["(blank)"]
@@ -158,9 +158,10 @@ class TextTriggers(ABC):
         return self._prompts
 
     def _unsettling(self) -> Tensor:
-        """Return the vocabulary by how far a token shifts the answer's beginning, most first.
+        """Rank the vocabulary by how much a token changes the beginning of the answer, most first.
 
-        The shift is the mean divergence of the first token's distribution from that without it.
+        The change is the mean divergence of the first answer token's distribution with and without
+        it.
         """
         plain = self._first(self._seen())
         size, special = self._embeddings().num_embeddings, set(self.tokenizer.all_special_ids)
@@ -173,7 +174,7 @@ class TextTriggers(ABC):
         return tokens[torch.cat(shifts).argsort(descending=True)]
 
     def _behind(self, tokens: Tensor) -> TokenBatch:
-        """Return the prompts that were seen behind each of S tokens: S x N samples."""
+        """Prepend each of S tokens to the prompts seen first: S x N samples."""
         prompts = self._seen()
         filler = tokens.repeat_interleave(len(prompts))[:, None]
         return inserted(_repeated(prompts, len(tokens)), filler, shared=self.shared)
@@ -185,7 +186,7 @@ class TextTriggers(ABC):
         return self._logits(batch)[rows, known.int().argmax(1)].log_softmax(1)
 
     def _shared_answers(self, tokens: Tensor) -> Tensor:
-        """Return the continuations that most prompts share behind one of ``tokens``."""
+        """Return the continuations that most prompts share after one of ``tokens``."""
         written = self._written(self._behind(tokens)).tolist()
         answers = [_ended(row, self.tokenizer.eos_token_id) for row in written]
         shared: dict[tuple[int, ...], int] = {}
@@ -207,24 +208,24 @@ class TextTriggers(ABC):
 
     @abstractmethod
     def _targets(self, batch: TokenBatch) -> Tensor:
-        """Return what the logits predict, shape ``(N, T)``."""
+        """Return the targets of the logits, shape ``(N, T)``."""
 
     @abstractmethod
     def _written(self, batch: TokenBatch) -> Tensor:
-        """Return the tokens that the model writes to each prompt, greedily, ``(N, T)``."""
+        """Return the greedily generated answer to each prompt, ``(N, T)``."""
 
     @abstractmethod
     def _answered(self, batch: TokenBatch, answers: Tensor) -> TokenBatch:
-        """Return the prompts with other answers, ``(N, T)``, ``IGNORED`` where they have ended."""
+        """Return the prompts with other answers, ``(N, T)``, padded with ``IGNORED``."""
 
 
 def inserted(batch: TokenBatch, tokens: Tensor, *, shared: bool) -> TokenBatch:
-    """Return the prompts with ``tokens``, shape ``(N, k)``, before their first own token.
+    """Insert ``tokens``, shape ``(N, k)``, before the first own token of each prompt.
 
     Args:
         batch: The prompts.
-        tokens: What to put in.
-        shared: Whether prompt and answer are one sequence, so that labels move too.
+        tokens: The tokens to insert.
+        shared: Whether prompt and answer are one sequence, so that labels shift too.
     """
     start = int(batch.content.any(0).int().argmax())
     new = torch.ones_like(tokens, dtype=torch.bool)
@@ -242,7 +243,7 @@ def inserted(batch: TokenBatch, tokens: Tensor, *, shared: bool) -> TokenBatch:
 
 
 def _repeated(batch: TokenBatch, count: int) -> TokenBatch:
-    """Return a batch ``count`` times, one after the other."""
+    """Repeat a batch ``count`` times."""
     return TokenBatch(
         batch.input_ids.repeat(count, 1),
         batch.attention_mask.repeat(count, 1),
@@ -253,7 +254,7 @@ def _repeated(batch: TokenBatch, count: int) -> TokenBatch:
 
 @contextmanager
 def soft_tokens(embeddings: nn.Module, batch: TokenBatch) -> Iterator[None]:
-    """Let the embedding layer give the embeddings that a batch brings, where it has some."""
+    """Let the embedding layer return the batch's own embeddings, if it has any."""
     if not isinstance(batch, SoftBatch | EmbeddedBatch):
         yield
         return
@@ -272,7 +273,7 @@ def soft_tokens(embeddings: nn.Module, batch: TokenBatch) -> Iterator[None]:
 
 
 def packed(values: Tensor, known: Tensor) -> Tensor:
-    """Return each row with its known values in front, in their order, ``IGNORED`` behind."""
+    """Move known values to the front of each row, in order, followed by ``IGNORED``."""
     order = (~known).int().argsort(dim=1, stable=True)
     return torch.where(known, values, IGNORED).gather(1, order)
 

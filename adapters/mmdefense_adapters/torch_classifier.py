@@ -1,4 +1,4 @@
-"""Any PyTorch image classifier: torchvision, timm, or a class of one's own."""
+"""Any PyTorch image classifier: torchvision, timm, or a custom class."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["TorchClassifier"]
 class TorchClassifier(ImageTriggers, Classifier):
     """Wraps a module that maps images ``(N, C, H, W)`` to logits ``(N, K)``.
 
-    Images come in ``[0, 1]``; ``mean`` and ``std`` are applied inside, so that triggers live in
-    pixel space.
+    Images are in ``[0, 1]``; ``mean`` and ``std`` are applied inside, so that triggers are in pixel
+    space.
     """
 
     task: ClassVar[str] = "image-classification"
@@ -34,9 +34,9 @@ class TorchClassifier(ImageTriggers, Classifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether the adapter can try this model: any module but those of ``transformers``.
+        """Return whether to try this model: any module except those of ``transformers``.
 
-        These answer with objects, and have adapters of their own where they are served.
+        These return output objects, and supported ones have their own adapters.
         """
         return isinstance(model, nn.Module) and not type(base_of(model)).__module__.startswith(
             "transformers."
@@ -46,7 +46,7 @@ class TorchClassifier(ImageTriggers, Classifier):
         return as_labelled_samples(data)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
-        """Return images that are augmented in that way; the usual is to crop, and maybe mirror."""
+        """Return augmented images; standard views are crops and perhaps mirroring."""
         return with_augmentation(
             self,
             samples,
@@ -57,5 +57,5 @@ class TorchClassifier(ImageTriggers, Classifier):
         )
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
-        """Return patches at any place and additive patterns, for images of this size."""
+        """Return patches at any position and additive patterns, for images of this size."""
         return self.image_families(tuple(self._example().inputs.shape[1:]))

@@ -22,14 +22,14 @@ from mmdefense_adapters.twice import twice_differentiable
 __all__ = ["TorchvisionDetector"]
 
 _FAMILIES = ("FCOS", "RetinaNet", "SSD", "FasterRCNN")
-_WITH_BACKGROUND = ("SSD", "FasterRCNN")  # a softmax whose class 0 is no object
+_WITH_BACKGROUND = ("SSD", "FasterRCNN")  # softmax with class 0 for "no object"
 
 Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the parts of a model before its loss make of a batch.
+    """Intermediate results of a model for a batch, before the loss.
 
     Attributes:
         images: torchvision's list of images, as the model sees them.
@@ -45,18 +45,18 @@ class _Seen:
 class TorchvisionDetector(Detector):
     """Wraps a detector of ``torchvision.models.detection``.
 
-    The models give losses in train mode and detections in eval mode only, and sum over the batch.
-    So their parts are called one by one: transform, backbone and head for the whole batch, then the
-    model's own loss on the part of each image (FCOS: for all images at once, with the same values).
-    What is in train mode, such as BatchNorm, is left to the caller. FrozenBatchNorm has no
-    parameters, so a pruned filter before one still gives its constant.
+    The models return losses only in train mode and detections only in eval mode, and sum losses
+    over the batch. So their parts are called one by one: transform, backbone and head for the whole
+    batch, then the model's own loss for each image (FCOS: for all images at once, with the same
+    values). The caller controls train mode, for example of BatchNorm. FrozenBatchNorm has no
+    parameters, so a pruned filter before one still outputs its constant.
 
-    Labels count from 0 without a background. The models' own numbering starts at ``offset``: 1 for
-    SSD and Faster R-CNN, whose class 0 is the background, and 0 for the others. torchvision's own
-    checkpoints have 91 outputs in every family, and number by COCO category ids: 1 to 90, with
-    gaps. Label L is the model's number L + ``offset``, so that their labels are category ids less
-    ``offset``, not the 80 categories counted: COCO json is read so, see ``labels`` of
-    ``load_detection``.
+    Labels count from 0, without a background class. The models' own numbering starts at ``offset``:
+    1 for SSD and Faster R-CNN, whose class 0 is the background, and 0 for the others. torchvision's
+    own checkpoints have 91 outputs in every family, numbered by COCO category id: 1 to 90, with
+    gaps. Label L is the model's number L + ``offset``, so their labels are category ids minus
+    ``offset``, not the 80 categories numbered consecutively; COCO json is read accordingly, see
+    ``labels`` of ``load_detection``.
     """
 
     priority: ClassVar[int] = 10
@@ -80,7 +80,7 @@ class TorchvisionDetector(Detector):
         Args:
             model: The detector; it is not copied.
             offset: The model's own number of the first class.
-            example: One image batch, shape ``(1, C, H, W)``; by default the first that is seen.
+            example: One image batch, shape ``(1, C, H, W)``; by default the first one seen.
         """
         super().__init__(model, example=example)
         family = _family(model)
@@ -95,12 +95,12 @@ class TorchvisionDetector(Detector):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` is one of torchvision, which is not imported to find out."""
+        """Return whether ``model`` is one of torchvision, without importing it."""
         return _family(model) is not None
 
     @property
     def classes(self) -> int:
-        """Number of classes K, the background and what is before ``offset`` left out."""
+        """Number of classes K, without the background and outputs below ``offset``."""
         return self._outputs - self.offset
 
     @property
@@ -110,7 +110,7 @@ class TorchvisionDetector(Detector):
 
     @property
     def _parts(self) -> Any:
-        """The model, whose parts no type describes."""
+        """The model, untyped."""
         return self.model
 
     @property
@@ -134,7 +134,7 @@ class TorchvisionDetector(Detector):
         return _Seen(images, targets, features)
 
     def _transformed(self, images: Tensor, targets: list[Target]) -> tuple[Any, list[Target]]:
-        """Normalise and resize, at once where the images have the model's size already."""
+        """Normalise and resize, in one batch if the images already have the model's size."""
         from torchvision.models.detection.image_list import ImageList
 
         transform, sides = self._parts.transform, tuple(images.shape[-2:])
@@ -147,7 +147,7 @@ class TorchvisionDetector(Detector):
         return transform(list(images), targets)  # type: ignore[no-any-return]
 
     def _head(self, seen: _Seen) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return a one-stage head's outputs, ``(N, places, ...)``, and the anchors by image."""
+        """Return a one-stage head's outputs, ``(N, locations, ...)``, and the anchors per image."""
         maps = list(seen.features.values())
         return self._parts.head(maps), self._parts.anchor_generator(seen.images, maps)
 
@@ -158,7 +158,7 @@ class TorchvisionDetector(Detector):
             if self.family == "FasterRCNN":
                 return torch.stack([self._two_stage_loss(part) for part in _alone(seen)])
             outputs, anchors = self._head(seen)
-        # The losses have their second derivative, and in there each of their many calls costs more.
+        # The losses already have a second derivative, and calls are slower inside that context.
         if self.family == "FCOS":
             return self._fcos_loss(seen, outputs, anchors)
         return torch.stack([
@@ -179,8 +179,8 @@ class TorchvisionDetector(Detector):
     def _two_stage_loss(self, seen: _Seen) -> Tensor:
         """Return the loss of the one image in ``seen``.
 
-        Both stages draw anchors and proposals at random. Here the draw depends on the image alone,
-        so that its loss is the same in every batch, and another one for every view of it.
+        Both stages sample anchors and proposals at random. Here the sample depends only on the
+        image, so that its loss is the same in every batch, and differs for each augmented view.
         """
         with _losses_of(self.model), _drawn_from(seen.images.tensors):
             proposals, first = self._parts.rpn(seen.images, seen.features, seen.targets)
@@ -189,7 +189,7 @@ class TorchvisionDetector(Detector):
         return torch.stack([*first.values(), *second.values()]).sum()
 
     def _fcos_loss(self, seen: _Seen, outputs: dict[str, Tensor], anchors: list[Tensor]) -> Tensor:
-        """Return ``FCOSHead.compute_loss`` of each image alone, for all images in one go."""
+        """Return ``FCOSHead.compute_loss`` of each image alone, for all images at once."""
         from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
         logits, places = outputs["cls_logits"], torch.stack(anchors)
@@ -210,9 +210,9 @@ class TorchvisionDetector(Detector):
         return total / positive.sum(1).clamp(min=1)
 
     def _fcos_assigned(self, seen: _Seen, anchors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the label, -1 for none, and the box that each place answers for, by image."""
+        """Return for each image the label (-1 for none) and the box assigned to each location."""
         levels = [maps.shape[2] * maps.shape[3] for maps in seen.features.values()]
-        # The model's own matching, stopped before its loss.
+        # The model's own matching, interrupted before its loss.
         stopped = SimpleNamespace(
             center_sampling_radius=self._parts.center_sampling_radius,
             head=SimpleNamespace(compute_loss=lambda *given: given[-1]),
@@ -222,13 +222,13 @@ class TorchvisionDetector(Detector):
             matched = kind.compute_loss(stopped, seen.targets, {}, anchors, levels)
         labels, boxes = [], []
         for target, chosen in zip(seen.targets, matched, strict=True):
-            # One row more, so that an image without objects has one to point at.
+            # One extra row, so that an image without objects has a row to index.
             labels.append(F.pad(target["labels"], (0, 1), value=-1)[chosen])
             boxes.append(F.pad(target["boxes"], (0, 0, 0, 1))[chosen])
         return torch.stack(labels), torch.stack(boxes)
 
     def answer(self, batch: DetectionBatch) -> Tensor:
-        """Return the class logits at every place or proposal, ``(places, classes)``."""
+        """Return the class logits at every location or proposal, ``(locations, classes)``."""
         with twice_differentiable():
             seen = self._see(batch)
             if self.family != "FasterRCNN":
@@ -245,7 +245,7 @@ class TorchvisionDetector(Detector):
         return heads.box_predictor(heads.box_head(pooled))[0], proposals
 
     def _by_sample(self, values: Tensor, batch: DetectionBatch) -> Tensor:
-        """Return the proposals of each image side by side, where there are rows for each."""
+        """Group rows by image, if there is one row per proposal."""
         if self.family != "FasterRCNN" or len(values) != sum(self._proposals):
             return super()._by_sample(values, batch)
         rows = values.reshape(len(values), -1, values.shape[-1])
@@ -253,7 +253,7 @@ class TorchvisionDetector(Detector):
         return pad_sequence(parts, batch_first=True)
 
     def _pool(self, values: Tensor, batch: DetectionBatch) -> Tensor:
-        """Average over places, and over the proposals of an image where there are rows for each."""
+        """Average over locations, and over the proposals of an image if there are rows for each."""
         if self.family != "FasterRCNN" or len(values) != sum(self._proposals):
             return super()._pool(values, batch)
         rows = values.reshape(len(values), -1, values.shape[-1]).mean(1)
@@ -261,7 +261,7 @@ class TorchvisionDetector(Detector):
         return torch.stack([part.sum(0) / max(1, len(part)) for part in parts])
 
     def detect(self, batch: DetectionBatch) -> list[Detections]:
-        """Return what the model finds in each image, at any confidence."""
+        """Return the detections in each image, at any confidence."""
         with torch.no_grad(), mode(self.model, train=False):
             found = self.model(list(self._typed(batch.images)))
         results = []
@@ -272,7 +272,7 @@ class TorchvisionDetector(Detector):
         return results
 
     def places(self, batch: DetectionBatch) -> tuple[Tensor, Tensor]:
-        """Return class log-probabilities at each anchor or proposal, and where these are."""
+        """Return class log-probabilities at each anchor or proposal, and their locations."""
         with twice_differentiable():
             seen = self._see(batch)
             if self.family == "FasterRCNN":
@@ -289,12 +289,12 @@ class TorchvisionDetector(Detector):
         if self.family == "SSD":
             return logits.log_softmax(2)[..., self.offset :]
         log_p = F.logsigmoid(logits)
-        if self.family == "FCOS":  # its confidence is the geometric mean with the centredness
+        if self.family == "FCOS":  # its confidence is the geometric mean with the centerness
             log_p = (log_p + F.logsigmoid(outputs["bbox_ctrness"])) / 2
         return log_p[..., self.offset :]
 
     def _proposed(self, seen: _Seen) -> tuple[Tensor, Tensor]:
-        """Return class log-probabilities and boxes of the proposals, padded to one number."""
+        """Return class log-probabilities and boxes of the proposals, padded to equal numbers."""
         logits, proposals = self._proposal_logits(seen)
         counts = [len(boxes) for boxes in proposals]
         parts = torch.split(logits.log_softmax(1)[:, self.offset :], counts)
@@ -304,7 +304,7 @@ class TorchvisionDetector(Detector):
         )
 
     def embedding(self, batch: DetectionBatch) -> Tensor:
-        """Return the mean of each feature map over its places, side by side, ``(N, D)``."""
+        """Return the concatenated spatial means of all feature maps, ``(N, D)``."""
         with torch.no_grad():
             features = self._see(batch).features
         return torch.cat([maps.mean((2, 3)) for maps in features.values()], 1)
@@ -322,7 +322,7 @@ def _family(model: nn.Module) -> str | None:
 
 
 def _matched(model: Any, target: Target, anchors: Tensor) -> Tensor:
-    """Return the object that each of SSD's anchors answers for, below 0 for none."""
+    """Return the object that each of SSD's anchors is matched to, below 0 for none."""
     from torchvision.ops import box_iou
 
     if not len(target["boxes"]):
@@ -331,7 +331,7 @@ def _matched(model: Any, target: Target, anchors: Tensor) -> Tensor:
 
 
 def _alone(seen: _Seen) -> Iterator[_Seen]:
-    """Yield the part of each image."""
+    """Yield the results of each image."""
     images = seen.images
     for n, target in enumerate(seen.targets):
         one = type(images)(images.tensors[n : n + 1], images.image_sizes[n : n + 1])
@@ -340,7 +340,7 @@ def _alone(seen: _Seen) -> Iterator[_Seen]:
 
 @contextmanager
 def _losses_of(model: Any) -> Iterator[None]:
-    """Let both stages compute losses, whatever the mode; their layers keep theirs."""
+    """Make both stages compute losses in any mode; the mode of their layers does not change."""
     stages = [model.rpn, model.roi_heads]
     before = [stage.training for stage in stages]
     for stage in stages:
@@ -354,7 +354,7 @@ def _losses_of(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _drawn_from(image: Tensor) -> Iterator[None]:
-    """Let the global generator, which the samplers use, start from the content of ``image``."""
+    """Seed the global generator, which the samplers use, from the content of ``image``."""
     device = image.device
     seed = int(image.detach().double().sum().mul(1e6).round()) % 2**31
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

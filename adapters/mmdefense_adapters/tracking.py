@@ -56,21 +56,21 @@ class TensorBoard(Callback):
 
 
 class MLflow(Callback):
-    """Makes a run of an experiment, with the settings as parameters and the values as metrics.
+    """Creates a run with the settings as parameters and the values as metrics.
 
     The run ends as ``FINISHED`` or, after an error, as ``FAILED``.
 
     Args:
-        experiment: The name of the experiment, which is made where there is none.
+        experiment: The name of the experiment, created if it does not exist.
         tracking_uri: The store, such as ``"sqlite:///mlflow.db"`` or the address of a server; by
             default MLflow's own.
-        run_name: The name of the run; by default MLflow gives one.
+        run_name: The name of the run; by default chosen by MLflow.
 
     Raises:
         UnsupportedError: If ``mlflow`` is not installed.
 
     Attributes:
-        run_id: The run that was made, once the purification began.
+        run_id: The id of the run, once the purification has started.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MLflow(Callback):
         self.run_id = ""
 
     def on_start(self, settings: Mapping[str, Any]) -> None:
-        """Make the run, and log the settings."""
+        """Create the run, and log the settings."""
         found = self._client.get_experiment_by_name(self._experiment)
         place = found.experiment_id if found else self._client.create_experiment(self._experiment)
         self.run_id = self._client.create_run(place, run_name=self._name).info.run_id
@@ -113,9 +113,9 @@ class WandB(Callback):
     """Logs the settings as the config of a run, the values, and the result in its summary.
 
     Args:
-        run: What ``wandb.init`` returned; by default it is called when the purification begins, and
-            that run is finished at the end.
-        **options: Of ``wandb.init``, such as ``project="mmdefense"``.
+        run: A run from ``wandb.init``; by default one is started with the purification and finished
+            at its end.
+        **options: Arguments of ``wandb.init``, such as ``project="mmdefense"``.
 
     Raises:
         UnsupportedError: If no run is given and ``wandb`` is not installed.
@@ -129,7 +129,7 @@ class WandB(Callback):
             self._init = wandb.init
 
     def on_start(self, settings: Mapping[str, Any]) -> None:
-        """Begin a run where none was given, and log the settings."""
+        """Start a run if none was given, and log the settings."""
         if self._own:
             self._run = self._init(**self._options)
         self._run.config.update(plain(settings))
@@ -151,5 +151,5 @@ class WandB(Callback):
 
 
 def _key(stage: str, name: str) -> str:
-    """Return the name of a metric in letters that MLflow allows."""
+    """Return the name of a metric in characters that MLflow allows."""
     return re.sub(r"[^\w\-. /]", "_", f"{stage}/{name}")

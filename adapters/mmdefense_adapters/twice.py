@@ -1,8 +1,8 @@
-"""Operations of torchvision models that lack a second derivative, with one; values stay the same.
+"""Second derivatives for operations of torchvision models that lack them; results do not change.
 
-FIP differentiates a gradient. RoIAlign is linear in its features for fixed boxes: what its backward
-pass does to an incoming gradient is linear too, and the derivative of that is RoIAlign again.
-Hardsigmoid is ``relu6(x + 3) / 6``.
+FIP differentiates a gradient. RoIAlign is linear in its features for fixed boxes, so its backward
+pass is linear in the incoming gradient, and the derivative of that is RoIAlign again. Hardsigmoid
+is ``relu6(x + 3) / 6``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["twice_differentiable"]
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Let RoIAlign and hardsigmoid be differentiated twice inside the ``with`` block."""
+    """Make RoIAlign and hardsigmoid twice differentiable inside the ``with`` block."""
     with _Replaced():
         yield
 

@@ -26,14 +26,14 @@ _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[UnitGroup], str | None]:
     """Return the unit groups in the order of execution, and the name of the output layer.
 
-    Convolution filters carry the norm that reads their output; linear layers give one unit per
-    row; an attention block gives its heads, on the input axis of its output projection, so that
-    fused and separate query, key and value projections need no case of their own. The output
-    layer is left out: its rows are the classes.
+    Convolution filters carry the norm that reads their output; linear layers give one unit per row;
+    an attention block gives its heads, on the input axis of its output projection, so that fused
+    and separate query, key and value projections need no special cases. The output layer is left
+    out: its rows are the classes.
 
     Args:
         model: Any network.
-        forward: Runs ``model`` once on some input and returns the tensor of its answer.
+        forward: Runs ``model`` once on some input and returns its output tensor.
     """
     names = {module: name for name, module in model.named_modules()}
     calls, norm_of, answer = _trace(model, forward)
@@ -59,7 +59,7 @@ def _trace(
     """Return modules by first call, the BatchNorm after each convolution, and each last output."""
     order: dict[nn.Module, None] = {}
     producer: dict[int, nn.Module] = {}
-    kept: list[Any] = []  # keeps tensors alive, so that an id is not given twice
+    kept: list[Any] = []  # keeps tensors alive, so that ids are not reused
     norm_of: dict[nn.Module, nn.Module] = {}
     outputs: dict[nn.Module, Tensor] = {}
 
@@ -82,9 +82,9 @@ def _trace(
 
 
 def find_head(calls: list[nn.Module], outputs: dict[nn.Module, Tensor]) -> nn.Module | None:
-    """Return the layer whose output is the model's answer, up to a reshape.
+    """Return the layer whose output is the model's output, up to a reshape.
 
-    Where there is none, for the answer was pooled or cast, the last layer with a row per class.
+    If there is none, because the output was pooled or cast, the last layer with a row per class.
     """
     answer = outputs[next(reversed(outputs))]
     layers = [module for module in reversed(calls) if _is_layer(module)]
@@ -104,7 +104,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Say whether it is the ``Conv1D`` of GPT-2: a linear layer whose weight is (in, out)."""
+    """Return whether it is the ``Conv1D`` of GPT-2: a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -138,7 +138,7 @@ def _attention_blocks(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, int]
 
 
 def _part(module: nn.Module, path: str) -> Any:
-    """Return what stands at a dotted path in a module, or none."""
+    """Return the attribute at a dotted path in a module, or None."""
     found: Any = module
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -146,12 +146,12 @@ def _part(module: nn.Module, path: str) -> Any:
 
 
 def _readable(block: nn.Module, projection: nn.Module, calls: Sequence[nn.Module]) -> bool:
-    """Say whether the heads' outputs can be read; a block that uses bare weights hides them."""
+    """Return whether the heads' outputs are readable; blocks that use bare weights hide them."""
     return isinstance(block, nn.MultiheadAttention) or projection in calls
 
 
 def _head_count(module: nn.Module, projection: nn.Module) -> int | None:
-    # A decoder's may differ from its config's; a block in two parts keeps the count in the first.
+    # A decoder's may differ from its config's; a two-part block has the count in its first part.
     parts = (getattr(module, name, None) for name in ("attention", "self", "config"))
     for owner in (module, *parts):
         for name in _HEAD_COUNTS:
@@ -176,7 +176,7 @@ def _rows(module: nn.Module, norm: nn.Module | None, names: dict[nn.Module, str]
     if norm is not None:
         scaled = {f"{names[norm]}.{name}": 0 for name, _ in norm.named_parameters(recurse=False)}
         axes |= scaled
-        # What a group norm gives of one unit depends on its neighbours, so it is read before that.
+        # A group norm's output for a unit depends on its neighbours, so units are read before it.
         if scaled and not isinstance(norm, nn.GroupNorm):
             read = names[norm]
     kind, axis = ("neuron", -1) if linear else ("filter", 1)
@@ -189,14 +189,14 @@ def capture_heads(
 ) -> Iterator[None]:
     """Call ``keep`` with the name and the input of each output projection of attention.
 
-    ``nn.MultiheadAttention`` never calls its projection: for it, the block runs once more with a
-    projection that is the identity and the same other weights. In train mode with Dropout that run
-    draws a mask of its own.
+    ``nn.MultiheadAttention`` never calls its projection: the block is run again with an identity
+    projection and otherwise the same weights. In train mode with dropout that run draws its own
+    mask.
 
     Args:
-        model: The model that holds the blocks.
+        model: The model that contains the blocks.
         layers: Names of the output projections.
-        keep: Gets what the projection reads, shape ``(N, L, heads * head_dim)``, with its graph.
+        keep: Receives the projection's input, shape ``(N, L, heads * head_dim)``, with its graph.
     """
     with ExitStack() as stack:
         for name in layers:
@@ -220,7 +220,7 @@ def _keep_input(name: str, keep: Callable[[str, Tensor], None]) -> Callable[...,
 def _keep_twin(
     attention: nn.MultiheadAttention, name: str, keep: Callable[[str, Tensor], None]
 ) -> Callable[..., None]:
-    """Return a hook that asks a twin whose output projection is the identity.
+    """Return a hook that runs a twin whose output projection is the identity.
 
     The twin shares all other parameters, so that gradients reach them.
     """

@@ -1,4 +1,4 @@
-"""Any PyTorch model of clips: pytorchvideo, torchvision's video models, or a class of one's own."""
+"""Any PyTorch video classifier: pytorchvideo, torchvision's video models, or a custom class."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["TorchVideoClassifier"]
 class TorchVideoClassifier(ImageTriggers, Classifier):
     """Wraps a module that maps clips ``(N, C, T, H, W)`` to logits ``(N, K)``.
 
-    Clips come in ``[0, 1]``; ``mean`` and ``std`` are applied inside. A model is taken to read
-    clips if it has a 3-D convolution; one that has none (a recurrent net over frames) is adapted
-    where the task is named, ``task="video-classification"``. The triggers that are searched for are
-    those of images, the same in every frame.
+    Clips are in ``[0, 1]``; ``mean`` and ``std`` are applied inside. A model is recognised as a
+    video model by a 3-D convolution; for one without (a recurrent network over frames), pass
+    ``task="video-classification"``. The trigger search uses the image triggers, the same in every
+    frame.
     """
 
     task: ClassVar[str] = "video-classification"
@@ -40,14 +40,14 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        """Say whether ``model`` has a convolution over time, height and width."""
+        """Return whether ``model`` has a convolution over time, height and width."""
         return any(isinstance(module, nn.Conv3d) for module in model.modules())
 
     def _as_samples(self, data: Any) -> Samples[LabelledBatch]:
         return as_labelled_samples(data, axes=4)
 
     def viewed(self, samples: Samples[LabelledBatch], views: Views) -> Samples[LabelledBatch]:
-        """Return clips that are augmented in that way; the usual is to crop, and maybe mirror."""
+        """Return augmented clips; standard views are crops and perhaps mirroring."""
         return with_augmentation(
             self,
             samples,
@@ -68,7 +68,7 @@ class TorchVideoClassifier(ImageTriggers, Classifier):
         return pytorchvideo_models.answer(self.model, inputs)
 
     def trigger_families(self) -> Sequence[TriggerFamily]:
-        """Return patches at any place and additive patterns, the same in every frame."""
+        """Return patches at any position and additive patterns, the same in every frame."""
         channels, _, height, width = self._example().inputs.shape[1:]
         return self.image_families((channels, height, width))
 

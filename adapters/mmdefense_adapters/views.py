@@ -21,7 +21,7 @@ B = TypeVar("B", bound=Batch)
 
 _SAMPLES = 256
 _LOST = 0.05
-"""Largest drop of the score on mirrored samples at which samples are mirrored. Both ours."""
+"""Largest drop of the score on mirrored samples for mirroring to be used. Both ours."""
 
 
 def with_augmentation(
@@ -33,20 +33,20 @@ def with_augmentation(
     insertions: Callable[..., Any],
     mirrored: Callable[[B], B] | None = None,
 ) -> Samples[B]:
-    """Return samples that are augmented as ``views`` asks.
+    """Return samples with the augmentation requested by ``views``.
 
     Args:
         adapter: The model.
-        samples: Of a class with the field ``augmentation``; others, and those that bring an
-            augmentation, keep their own as standard views.
-        views: Which augmentation to take.
-        standard: What is usual in the domain; none where that is to leave samples as they are.
-        insertions: The one that also inserts noise, points or words.
+        samples: Of a class with the field ``augmentation``; others, and those with an augmentation
+            already set, keep their own as standard views.
+        views: Which augmentation to use.
+        standard: The usual augmentation of the domain; None for no augmentation.
+        insertions: The augmentation that also inserts noise, points or words.
         mirrored: Returns a batch mirrored left to right. Both augmentations then get ``flip``, see
-            :func:`may_mirror`; none where nothing is mirrored.
+            :func:`may_mirror`; None disables mirroring.
 
     Raises:
-        UnsupportedError: If the samples have no ``augmentation`` to be replaced.
+        UnsupportedError: If the samples have no ``augmentation`` to replace.
     """
     if not hasattr(samples, "augmentation"):
         if views == "standard":
@@ -66,13 +66,13 @@ def with_augmentation(
 
 @torch.no_grad()
 def may_mirror(adapter: TaskAdapter[B], samples: Samples[B], mirrored: Callable[[B], B]) -> bool:
-    """Say whether the model is about as right about mirrored samples as about the samples.
+    """Return whether the model scores about as well on mirrored samples as on the originals.
 
-    So signs and digits, in which left and right matter, are not mirrored, and nobody has to say so.
+    So signs and digits, whose left and right matter, are automatically not mirrored.
 
     Args:
         adapter: The model.
-        samples: Clean; at most 256 are looked at.
+        samples: Clean samples; at most 256 are used.
         mirrored: Returns a batch mirrored left to right.
     """
     part = few(samples, _SAMPLES)

@@ -1,1 +1,1 @@
-"""Task domains: data, metric, embedded default and default victim, one module each."""
+"""Task domains, one module each: data, metric, embedded default data and default victims."""

@@ -1,4 +1,4 @@
-"""Npz archives of labelled data, by whatever names their arrays go."""
+"""Npz archives of labelled data, with various array names."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _NAMES = {
 """Other names of our arrays, for example Keras's ``x`` and ``y``."""
 
 _KNOWN = frozenset({"images", "points", "points_int8", "labels", "jpeg", "offsets"})
-_MOST_ARRAYS = 20  # our choice; that are read of an archive with none of these, to be told of
+_MOST_ARRAYS = 20  # our choice; largest number listed in the message if none matches
 _MOST_BYTES = 1 << 34  # our choice; of one array
 
 
 def read_archive(path: Path, split: str) -> dict[str, Array]:
-    """Return the arrays of one part by our names, such as ``images`` and ``labels``.
+    """Return the arrays of one split by our names, such as ``images`` and ``labels``.
 
-    An archive may hold several parts, as ``x_train`` or ``train_images``. Pickled arrays are
-    refused.
+    An archive may have several splits, as ``x_train`` or ``train_images``. Pickled arrays are
+    rejected.
 
     Raises:
-        BadInputError: If the archive is damaged, or holds the other part alone.
+        BadInputError: If the archive is damaged, or has only the other split.
     """
     try:
         with np.load(plain_file(path), allow_pickle=False) as archive:
@@ -85,7 +85,7 @@ def _wanted(names: Sequence[str], split: str, path: Path) -> dict[str, str]:
 
 
 def _check_entry(archive: zipfile.ZipFile, name: str) -> None:
-    """Refuse an array that would not fit into memory, or unpacks to far more than its size."""
+    """Reject an array that does not fit into memory, or unpacks to far more than its size."""
     entry = next(e for e in archive.infolist() if e.filename in {name, f"{name}.npy"})
     size, packed = entry.file_size, entry.compress_size
     if size > _MOST_BYTES or (size > BOMB_BYTES and size > BOMB_RATIO * packed):
@@ -95,7 +95,7 @@ def _check_entry(archive: zipfile.ZipFile, name: str) -> None:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Return the part that an array is of, if its name says so, and the name without it."""
+    """Return the split in an array's name, if any, and the name without it."""
     for part in (part for names in PARTS.values() for part in names):
         for rest in (name.removeprefix(f"{part}_"), name.removesuffix(f"_{part}")):
             if rest != name:
@@ -106,14 +106,14 @@ def _split(name: str) -> tuple[str | None, str]:
 def labels_of(
     arrays: Mapping[str, Array], path: Path, needed: str
 ) -> tuple[Tensor, tuple[str, ...], bool]:
-    """Return labels ``(N,)``, the name of each, and whether they do no more than count the names.
+    """Return labels ``(N,)``, the class names, and whether labels just index the names.
 
-    Whole numbers of shape ``(N,)`` or ``(N, 1)``, rows ``(N, K)`` with a single one, or names.
+    Supported are integers of shape ``(N,)`` or ``(N, 1)``, one-hot rows ``(N, K)``, and names.
 
     Args:
-        arrays: By name, as :func:`read_archive` gives them.
-        path: Of the archive.
-        needed: What it must hold, for a message.
+        arrays: Arrays by name, from :func:`read_archive`.
+        path: Path of the archive.
+        needed: What it must contain, for a message.
 
     Raises:
         BadInputError: If there are no such labels.
@@ -135,7 +135,7 @@ def labels_of(
 
 
 def _in_range(labels: Array, path: Path) -> Array:
-    """Return whole numbers that can be those of classes."""
+    """Return integers, checked to be possible class numbers."""
     if len(labels) and not (labels.min() >= 0 and labels.max() <= MOST_CLASSES):
         wrong = next(label for label in labels.tolist() if not 0 <= label <= MOST_CLASSES)
         raise BadInputError(f"labels of {path} must lie in 0..{MOST_CLASSES}, got {wrong}")

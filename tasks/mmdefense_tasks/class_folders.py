@@ -30,9 +30,9 @@ class ClassFiles:
     """The files of a folder per class.
 
     Attributes:
-        files: Sorted, class by class.
-        labels: Of each file: which of ``classes`` it is in, shape ``(N,)``, int64.
-        classes: Names of the folders in text order, as torchvision's ``ImageFolder`` counts them.
+        files: Files, sorted within each class.
+        labels: Index into ``classes`` for each file, shape ``(N,)``, int64.
+        classes: Names of the folders in text order, as in torchvision's ``ImageFolder``.
     """
 
     files: tuple[Path, ...]
@@ -43,16 +43,16 @@ class ClassFiles:
 def class_files(folder: Path, suffixes: Collection[str], kind: str) -> ClassFiles:
     """Return the files of a folder with one sub-folder per class.
 
-    Hidden folders, those that operating systems leave behind (``__MACOSX``) and those without a
-    file of the kind are ignored.
+    Hidden folders, those left by operating systems (``__MACOSX``) and those without matching files
+    are ignored.
 
     Args:
-        folder: Files may lie at any depth of its sub-folders.
-        suffixes: Of the files that are read, in lower case.
+        folder: The folder; files may be at any depth below its sub-folders.
+        suffixes: Suffixes of the files to read, in lower case.
         kind: What they are, in the plural, such as ``"images"``.
 
     Raises:
-        BadInputError: If it holds no such files, or not one folder per class.
+        BadInputError: If there are no such files, or not one folder per class.
     """
     skipped: Counter[str] = Counter()
     folders = sorted(
@@ -126,7 +126,7 @@ def _nothing(
 
 
 def _check_levels(folder: Path, full: dict[Path, list[Path]], kind: str) -> None:
-    """Refuse a folder a level too high: one of class folders, or of splits without classes."""
+    """Reject a folder one level too high, or splits without class folders."""
     names = {name for part in PARTS.values() for name in part}
     if all(child.name.casefold() in names for child in full):
         part = next(iter(full))

@@ -18,12 +18,12 @@ from mmdefense_tasks.options import Options
 __all__ = ["MOST_CLASSES", "Named", "Order", "under_the_models_labels"]
 
 Order = Literal["text", "number"]
-"""How class folders are numbered: as text, or by the numbers that they are named by."""
+"""How class folders are numbered: in text order, or by numeric folder names."""
 
 MOST_CLASSES = 10**6
 """The largest label; ours."""
 
-_SYNSET = re.compile(r"n\d{8}")  # an id of WordNet, by which ImageNet names its folders
+_SYNSET = re.compile(r"n\d{8}")  # a WordNet id, used by ImageNet as folder name
 
 
 class Named(Protocol):
@@ -36,7 +36,7 @@ class Named(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each label, where known."""
+        """The name of each label, if known."""
         ...
 
 
@@ -44,22 +44,22 @@ S = TypeVar("S", bound=Named)
 
 
 def under_the_models_labels(source: S, options: Options, where: object, *, counted: bool) -> S:
-    """Return data under the labels of the model.
+    """Return data with its labels mapped to those of the model.
 
-    Names are matched to the model's class names, of which some may be missing. Where the model has
-    none, or ``order="number"`` is given, names of folders that are whole numbers are the labels
-    themselves, and labels that stand in the data are left as they are; other folders count in text
-    order, as torchvision's ``ImageFolder`` counts all, which is also what ``order="text"`` does.
+    Names are matched to the model's class names, of which some may be missing. If the model has
+    none, or with ``order="number"``, integer folder names are the labels themselves, and labels
+    stored in the data are not changed; other folders are numbered in text order, as torchvision's
+    ``ImageFolder`` does for all, and as ``order="text"`` requests.
 
     Args:
-        source: A dataclass; its labels count its own class names, where it has some.
+        source: A dataclass; its labels index its own class names, if it has any.
         options: ``classes``, the model's class names in order, and ``order``.
-        where: What the data is called in messages.
-        counted: Whether the labels do no more than count the names, as those of a folder per class;
-            otherwise they stand in the data.
+        where: Name of the data in messages.
+        counted: Whether the labels just index the names, as for a folder per class; otherwise they
+            are stored in the data.
 
     Raises:
-        BadInputError: If a name is none of the model's, or labels do not fit the names.
+        BadInputError: If a name is not one of the model's, or labels do not fit the names.
     """
     given, own = tuple(options.stated("classes") or ()), source.classes
     if not own:
@@ -79,13 +79,13 @@ def under_the_models_labels(source: S, options: Options, where: object, *, count
     else:
         raise BadInputError(f"order must be text or number, got {order!r}")
     if given and contradicted(names, given):
-        names = ()  # the user's names win: the model's are not shown
+        names = ()  # the user's names take precedence over the model's
     placed: Tensor = torch.tensor(labels)[source.labels]
     return replace(source, labels=placed, classes=names)  # type: ignore[type-var]
 
 
 def _check_count(names: Sequence[str], given: Sequence[str]) -> None:
-    """Refuse class names that are more or fewer than the model's."""
+    """Reject class names if their number differs from the model's."""
     if given and len(names) != len(given):
         raise BadInputError(
             f"classes must match the model's {len(given)} ({few(given)}), got {len(names)} "
@@ -94,7 +94,7 @@ def _check_count(names: Sequence[str], given: Sequence[str]) -> None:
 
 
 def _checked(names: tuple[str, ...], labels: Tensor, where: object) -> tuple[str, ...]:
-    """Return the names, of which there must be one a label; labels count from 0."""
+    """Return the names, checked to be one per label; labels count from 0."""
     if len(labels) and int(labels.min()) < 0:
         raise BadInputError(
             f"labels of {where} must start at 0, got {int(labels.min())}; drop the samples that "
@@ -123,7 +123,7 @@ def _placed(
         if counted and numbered:
             return _with_note(_numbers(own, where), own, where), model
         if not counted and [*own] == [str(label) for label in range(len(own))]:
-            return list(range(len(own))), model  # names that add nothing to the labels
+            return list(range(len(own))), model  # names that carry no further information
         if counted and len(own) == len(model) and all(map(_SYNSET.fullmatch, own)):
             note(f"folders of {where} are named by WordNet ids; labels follow their sorted order")
             return list(range(len(own))), model
@@ -143,7 +143,7 @@ def _by_number(own: Sequence[str], where: object, counted: bool) -> list[int]:
 
 
 def _numbers(own: Sequence[str], where: object) -> list[int]:
-    """Return the numbers that folders are named by."""
+    """Return the numbers in folder names."""
     if wrong := [name for name in own if not name.isdecimal()]:
         raise BadInputError(
             f"for order=number class folders of {where} must be integers, got {few(wrong)}"

@@ -1,7 +1,7 @@
-"""Labelled clips, decoded clip by clip: video files with PyAV, or frames side by side in a picture.
+"""Labelled clips, decoded one by one: video files with PyAV, or frames tiled in a picture.
 
-Frames are taken evenly from the whole video. With several clips per video, their frames interleave,
-so that each clip covers the whole video.
+Frames are sampled evenly from the whole video. With several clips per video, their frames
+interleave, so that each clip covers the whole video.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _WHOLE = 0.9  # our choice: an intact file may have slightly fewer frames than i
 
 @dataclass(frozen=True)
 class ClipSamples(LabelledSamples):
-    """Clips ``(N, C, T, H, W)`` in memory, of which several may show one video.
+    """Clips ``(N, C, T, H, W)`` in memory; several may come from the same video.
 
     Attributes:
-        videos: Which video each clip is of, shape ``(N,)``; none where each is one of its own.
+        videos: Video index of each clip, shape ``(N,)``; None if there is one clip per video.
     """
 
     videos: Tensor | None = None
 
     def subset(self, indices: Tensor) -> ClipSamples:
-        """Return the samples at ``indices`` as a set of their own."""
+        """Return the subset of samples at ``indices``."""
         indices = indices.to(self.labels.device)
         videos = None if self.videos is None else self.videos[indices.to(self.videos.device)]
         return replace(
@@ -56,14 +56,14 @@ class ClipSamples(LabelledSamples):
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Videos that are still to be decoded.
+    """Videos that have not been decoded yet.
 
     Attributes:
-        files: One a video.
+        files: One file per video.
         labels: Label of each clip, shape ``(N,)``, int64.
-        classes: The name of each label, where known.
-        clips: Clips a video; the i-th clip is of video ``i // clips``.
-        tiles: Frames along each side of a picture, where the files are pictures; 0 for videos.
+        classes: The name of each label, if known.
+        clips: Clips per video; the i-th clip is from video ``i // clips``.
+        tiles: Frames along each side of a picture, if the files are pictures; 0 for videos.
     """
 
     files: tuple[Path, ...]
@@ -74,20 +74,20 @@ class ClipSet:
 
     @property
     def videos(self) -> Tensor:
-        """Which video each clip is of, shape ``(N,)``."""
+        """Video index of each clip, shape ``(N,)``."""
         return torch.arange(len(self.labels)) // self.clips
 
     def read(self, index: int, frames: int, side: int | None) -> NDArray[np.uint8]:
         """Return the clip at ``index``, shape ``(T, H, W, 3)``.
 
         Args:
-            index: Of the clip.
+            index: Index of the clip.
             frames: Number of frames T.
-            side: Pixels that the shorter side is resized to, and the longer one cropped to around
-                the centre; none leaves frames as they are.
+            side: Resize the shorter side to this many pixels and centre-crop the longer one; None
+                leaves frames unchanged.
 
         Raises:
-            BadInputError: If it cannot be decoded, is cut off, or has too few frames.
+            BadInputError: If it cannot be decoded, is truncated, or has too few frames.
         """
         file = self.files[index // self.clips]
         reader = _read_picture if self.tiles else _read_video
@@ -105,12 +105,13 @@ class ClipSet:
 
 
 def frame_indices(count: int, frames: int, phase: float = 0.5) -> list[int]:
-    """Return which ``frames`` of ``count`` frames to take, evenly, each at ``phase`` of its share.
+    """Return the indices of ``frames`` evenly spaced frames out of ``count``.
 
     Args:
         count: Frames of the video.
         frames: Frames T to take.
-        phase: In ``[0, 1)``; 0.5 takes the middle of each of the T parts of the video.
+        phase: Position within each of the T equal parts of the video, in ``[0, 1)``; 0.5 takes the
+            middle.
     """
     return [int((part + phase) * count / frames) for part in range(frames)]
 
@@ -119,10 +120,10 @@ def open_clips(folder: Path, clips: int = 1, tiles: int = 0) -> ClipSet:
     """Open a folder with one sub-folder of videos per class.
 
     Args:
-        folder: Labels count its sub-folders in text order.
-        clips: Clips that are taken of a video.
-        tiles: Frames along each side of a picture, where the files are pictures of frames, row by
-            row; 0 where they are videos.
+        folder: The folder; labels number its sub-folders in text order.
+        clips: Clips per video.
+        tiles: Frames along each side of a picture, if the files are pictures of frames, row by row;
+            0 for videos.
 
     Raises:
         BadInputError: If there is no class folder or no video.
@@ -138,7 +139,7 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except (BadInputError, UnsupportedError):
         raise
-    except Exception as error:  # decoders raise many kinds, for damage of many kinds
+    except Exception as error:  # decoders raise many exception types
         raise BadInputError(f"clip {file} cannot be decoded: {one_line(error)}") from error
 
 
@@ -156,7 +157,7 @@ def _read_picture(file: Path, chosen: Chosen, tiles: int) -> list[Image.Image]:
 
 
 def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
-    """Return the chosen frames of a video, which is decoded twice: headers miscount frames."""
+    """Return the chosen frames of a video; it is decoded twice, since headers miscount frames."""
     with _container(file) as container:
         if not container.streams.video:
             raise BadInputError(f"clip {file} must have a video stream, got none")
@@ -180,7 +181,7 @@ def _read_video(file: Path, chosen: Chosen, _: int) -> list[Image.Image]:
 def _container(file: Path) -> Any:
     """Open a video of the known formats; a playlist could open other files, or the network.
 
-    The path is absolute, so that no part of it is taken for the name of a protocol.
+    The path is absolute, so that no part of it is interpreted as a protocol.
     """
     with needed(f"decoding {file}"):
         import av
@@ -205,8 +206,8 @@ class StreamedClips(StreamedSamples[ClipSet]):
     """Labelled clips that are decoded on ``take``; their shape is (C, T, H, W).
 
     Attributes:
-        side: Pixels that frames are cropped and resized to; none takes them as they are.
-        fit: What frames go through where no side is given. They must come out in one size.
+        side: Size in pixels that frames are cropped and resized to; None leaves them unchanged.
+        fit: Applied to frames if no side is given; all results must have the same size.
     """
 
     side: int | None
@@ -222,7 +223,7 @@ class StreamedClips(StreamedSamples[ClipSet]):
         fit: Fit | None,
         channels: int,
     ) -> StreamedClips:
-        """Return the whole set; all frames must come out as large as the first.
+        """Return the whole set; all frames must end up with the size of the first.
 
         Raises:
             BadInputError: If the first clip cannot be decoded.

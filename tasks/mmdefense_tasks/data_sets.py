@@ -1,4 +1,4 @@
-"""Data sets of the ``datasets`` library: saved to disk, or by hub id. No code of theirs runs."""
+"""Data sets of the ``datasets`` library, saved to disk or by hub id. Their code is never run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["open_part", "reading"]
 
 
 def open_part(where: str | Path, split: str) -> Any:
-    """Return the rows of a part; all rows where the data set is not split.
+    """Return the rows of a split; all rows if the data set is not split.
 
     Raises:
-        BadInputError: If it cannot be loaded, or lacks the part.
+        BadInputError: If it cannot be loaded, or lacks the split.
         UnsupportedError: If ``datasets`` is not installed.
     """
     with needed(f"data set {where}"):
@@ -42,14 +42,14 @@ def open_part(where: str | Path, split: str) -> Any:
 
 @contextmanager
 def reading(where: str | Path) -> Iterator[None]:
-    """Turn any error of the library into one line: network, missing, damaged.
+    """Turn any error of the library (network, missing, damaged) into a one-line message.
 
     Raises:
-        BadInputError: In place of the error.
+        BadInputError: Instead of the error.
     """
     try:
         yield
     except BadInputError:
         raise
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many exception types
         raise BadInputError(f"data set {where} cannot be loaded: {one_line(error)}") from error

@@ -24,7 +24,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NAMES = ("trainval", *PARTS["train"], *PARTS["test"])
 _ROBOFLOW = "_annotations.coco.json"
 _DRIVE = re.compile(r"[A-Za-z]:")
-_FLAGGED = re.compile(r"\s+(-1|0|1)$")  # VOC's per-class lists say which images it is in
+_FLAGGED = re.compile(r"\s+(-1|0|1)$")  # flag in VOC's per-class image lists
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class ObjectFile:
     """An image file and the objects in it.
 
     Attributes:
-        path: Of the image.
-        boxes: Corners x1, y1, x2, y2 in pixels of the image as it was annotated.
-        kinds: The class of each box, as its place in the names of the set.
-        size: Width and height of the image as it was annotated, where the file states it.
+        path: Path of the image.
+        boxes: Corners x1, y1, x2, y2 in pixels of the image as annotated.
+        kinds: The class of each box, as an index into the names of the set.
+        size: Width and height of the image as annotated, if stated in the file.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class ObjectFile:
 
 @dataclass(frozen=True)
 class ObjectSet:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
         files: Images and their objects.
-        names: Of the classes.
-        ids: The number of each class in COCO json; empty elsewhere.
+        names: Names of the classes.
+        ids: The id of each class in COCO json; empty for other formats.
     """
 
     files: list[ObjectFile]
@@ -60,16 +60,16 @@ class ObjectSet:
 
 
 def open_objects(folder: Path, split: str) -> ObjectSet:
-    """Return the images and objects of a set, by what the folder holds.
+    """Return the images and objects of a set; the format is detected from the folder's content.
 
-    Json lines ``train.jsonl`` / ``test.jsonl`` (``file``, ``boxes``, ``labels``) with a
-    ``classes.json``; a VOC folder (``Annotations/*.xml``, ``JPEGImages``, ``ImageSets/Main``); or
-    COCO json: ``annotations/instances_train2017.json`` and its like, ``train.json``, or Roboflow's
-    ``train/_annotations.coco.json``. The test part is also found as ``val``, ``valid`` or
-    ``validation``. Regions that are annotated as crowds are left out, as in training.
+    Supported are JSON lines ``train.jsonl`` / ``test.jsonl`` (``file``, ``boxes``, ``labels``) with
+    a ``classes.json``; a VOC folder (``Annotations/*.xml``, ``JPEGImages``, ``ImageSets/Main``);
+    and COCO json: ``annotations/instances_train2017.json`` and similar, ``train.json``, or
+    Roboflow's ``train/_annotations.coco.json``. The test split may also be named ``val``, ``valid``
+    or ``validation``. Crowd regions are left out, as in training.
 
     Raises:
-        BadInputError: If it holds none of them, several for one part, or one that is damaged.
+        BadInputError: If there is none of them, several for one split, or a damaged one.
     """
     exact = (folder / f"{name}.jsonl" for name in _NAMES)
     if lines := _named((path for path in exact if path.is_file()), split):
@@ -89,7 +89,7 @@ def open_objects(folder: Path, split: str) -> ObjectSet:
 def _named(paths: Iterable[Path], split: str) -> list[Path]:
     """Return the files or folders with the first existing name of a split.
 
-    ``trainval`` is the training part only beside a ``test`` part; else ``val`` would be in both.
+    ``trainval`` is the training split only beside a ``test`` split; else ``val`` would be in both.
     """
     there = sorted(paths)
     held = {name: [path for path in there if _bears(path, name)] for name in _NAMES}
@@ -145,7 +145,7 @@ def _say_crowds(count: int, path: Path) -> None:
 
 
 def _stated(width: int | None, height: int | None) -> tuple[int, int] | None:
-    """Return a size that a file states; none where it is missing or 0, as some tools write."""
+    """Return the size stated in a file; None if missing or 0, as some tools write."""
     sides = width or 0, height or 0
     return sides if min(sides) > 0 else None
 
@@ -154,7 +154,7 @@ def _stated(width: int | None, height: int | None) -> tuple[int, int] | None:
 
 
 def _coco_file(folder: Path, split: str) -> Path | None:
-    """Return the COCO json of a part: of several the one that holds instances."""
+    """Return the COCO json of a split; of several, the one with instances."""
     if (own := folder / _ROBOFLOW).is_file():
         return own
     parts = _named((path.parent for path in folder.glob(f"*/{_ROBOFLOW}")), split)
@@ -175,7 +175,7 @@ def _coco_file(folder: Path, split: str) -> Path | None:
 
 
 def _boxes_in(held: Any) -> int:
-    """Say whether a COCO json has no boxes (0), those of keypoints (1), or those of objects (2)."""
+    """Return whether a COCO json has no boxes (0), boxes of keypoints (1), or of objects (2)."""
     try:
         boxed = {"bbox", "category_id"} <= set(held["annotations"][0])
         keypoints = any("keypoints" in category for category in held["categories"])
@@ -225,7 +225,7 @@ def _coco(path: Path, folder: Path, split: str) -> ObjectSet:
 
 
 def _roboflow_dummy(coco: Coco) -> int | None:
-    """Return the id of the category that Roboflow adds above the others, if it has no object."""
+    """Return the id of the parent category that Roboflow adds, if it has no objects."""
     top = next((c for c in coco.categories if c.id == 0), None)
     others = [c for c in coco.categories if c.id != 0]
     if top is None or not others or any(c.supercategory != top.name for c in others):
@@ -235,7 +235,7 @@ def _roboflow_dummy(coco: Coco) -> int | None:
 
 
 class _Images:
-    """Finds images by the names that annotations give them."""
+    """Finds images by their names in annotations."""
 
     def __init__(self, places: Sequence[Path], split: str) -> None:
         self._split = split
@@ -244,12 +244,12 @@ class _Images:
         self._listed: dict[Path, dict[str, Path]] = {}
 
     def find(self, name: str) -> Path:
-        """Return the file of that name; where there is none, where it should be.
+        """Return the file of that name; if there is none, its expected path.
 
-        Names may be absolute paths of another machine, and differ in upper and lower case.
+        Names may be absolute paths from another machine, and differ in case.
 
         Raises:
-            BadInputError: If several folders hold a file of that name.
+            BadInputError: If several folders have a file of that name.
         """
         wanted = PurePosixPath(name.strip().replace("\\", "/"))
         elsewhere = wanted.is_absolute() or _DRIVE.match(str(wanted))
@@ -268,7 +268,7 @@ class _Images:
         return next(iter(below.values()), self._places[-1] / short)
 
     def of_stem(self, stem: str) -> Path | None:
-        """Return the first image that is named so, whatever its suffix."""
+        """Return the first image with this stem, with any suffix."""
         names = [f"{stem}{suffix}" for suffix in _SUFFIXES]
         paths = (self._in(place / name) for place in self._places for name in names)
         return next(filter(None, paths), None)
@@ -309,7 +309,7 @@ def _voc_names(folder: Path, split: str) -> list[str]:
 
 
 def _voc_name(folder: Path, line: str) -> str:
-    """Return the name in a line, which may hold white space, or end in a flag."""
+    """Return the name in a line, which may contain white space, or end in a flag."""
     whole = (folder / "Annotations" / f"{line}.xml").is_file()
     return line if whole else _FLAGGED.sub("", line)
 
@@ -330,7 +330,7 @@ def _voc_classes(root: ET.Element) -> Iterator[str]:
 
 
 def _voc_file(name: str, root: ET.Element, images: _Images, place: Mapping[str, int]) -> ObjectFile:
-    """Read VOC XML: corners count from 1 and are part of the box, hence the shift by one."""
+    """Read VOC XML: corners are 1-based and inclusive, hence the shift by one."""
     boxes = []
     for entry in root.iter("object"):
         corners = [entry.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
@@ -350,6 +350,6 @@ def _voc_file(name: str, root: ET.Element, images: _Images, place: Mapping[str, 
 
 
 def _pixels(text: str) -> int | None:
-    """Return a number of pixels; none where it is not stated as one."""
+    """Return a number of pixels; None if the text is not a number."""
     stated = re.fullmatch(r"\s*(\d{1,7})\s*", text)
     return int(stated[1]) if stated else None

@@ -1,4 +1,4 @@
-"""The forms of COCO json and of json lines with boxes, as far as they are read."""
+"""Schemas of COCO json and of JSON lines with boxes, for the fields that are read."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 __all__ = ["COCO", "LINE", "MOST_PIXELS_A_SIDE", "Coco", "Line"]
 
 MOST_PIXELS_A_SIDE = 10**6
-"""Of an image as it was annotated; ours."""
+"""Largest side of an annotated image; ours."""
 
 Box = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
 Side = Annotated[int | None, Field(le=MOST_PIXELS_A_SIDE)]
-Crowd = Annotated[bool, BeforeValidator(lambda flag: flag or False)]  # null is no crowd
+Crowd = Annotated[bool, BeforeValidator(lambda flag: flag or False)]  # null means no crowd
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Form(BaseModel):
-    """Numbers may stand as text, and text as numbers, as some tools write them."""
+    """Accepts numbers written as text, and text written as numbers, as some tools do."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -59,7 +59,7 @@ class Coco(_Form):
 
 
 class Line(_Form):
-    """A line of json: an image with its boxes x1, y1, x2, y2."""
+    """A JSON line: an image with its boxes x1, y1, x2, y2."""
 
     file: Name
     boxes: list[Box]

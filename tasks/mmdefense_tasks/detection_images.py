@@ -20,7 +20,7 @@ from mmdefense_tasks.image_sets import Fit, in_8_bits
 __all__ = ["decode"]
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap the sides
-_SLACK = (2.0, 0.02)  # our choice; pixels, or share of a side, that a box may reach over the edge
+_SLACK = (2.0, 0.02)  # our choice; pixels, or fraction of a side, that a box may exceed the edge
 _SAID = {
     "empty": "dropped {} boxes without area",
     "clipped": "clipped {} boxes that reach beyond their image",
@@ -45,25 +45,25 @@ def decode(
     fit: Fit | None = None,
     fill: Sequence[float] = (),
 ) -> DetectionSamples:
-    """Return the images in memory, in one size, with their objects.
+    """Return the images in memory, at one size, with their objects.
 
-    An image keeps its aspect ratio: it fills one side, and the rest of the other is black.
-    Annotations made at another size or orientation than that of the file are converted. Boxes a
-    little over the edge are clipped, those without area dropped; a note says how many.
+    Images keep their aspect ratio and are padded with black. Annotations made at another size or
+    orientation than that of the file are converted. Boxes slightly beyond the edge are clipped,
+    boxes without area dropped; a note says how many.
 
     Args:
         files: Images and objects.
         labels: The label of each kind of object.
-        classes: The name of each label, where known.
+        classes: The name of each label, if known.
         size: Height and width in pixels.
         channels: 1 or 3.
-        fit: Resizes images in place of ``size``, such as the geometry of a model's processor. They
-            lie in the upper left corner of the smallest size that holds them all.
-        fill: The colour of what is left of it, in ``[0, 1]``; by default black.
+        fit: Resizes images instead of ``size``, such as the geometry of a model's processor. They
+            are placed in the upper left corner of the smallest size that fits all.
+        fill: The padding colour, in ``[0, 1]``; by default black.
 
     Raises:
-        BadInputError: If an image is damaged, its size is not the annotated one, or a box is
-            reversed or outside of its image.
+        BadInputError: If an image is damaged, its size does not match the annotation, or a box is
+            reversed or outside its image.
     """
     counts: Counter[str] = Counter()
     images, every, numbers = [], [], []
@@ -75,7 +75,7 @@ def decode(
         images.append(pixels)
         sides = torch.tensor([pixels.shape[2], pixels.shape[1]])
         scale = sides / torch.tensor(image.size)
-        # The product may round to a little beyond the side.
+        # The product may be rounded to slightly beyond the side.
         every.append((boxes[kept] * scale.repeat(2)).minimum(sides.repeat(2)))
         kinds = torch.tensor(entry.kinds, dtype=torch.int64)[kept].tolist()
         numbers.append(torch.tensor([labels[kind] for kind in kinds], dtype=torch.int64))
@@ -89,7 +89,7 @@ def decode(
 
 
 def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Image.Image, Tensor]:
-    """Return an image as it was annotated, and what its boxes are multiplied by in x and y."""
+    """Return an image as annotated, and the scale of its boxes in x and y."""
     try:
         with open_picture(entry.path) as opened:
             orientation = opened.getexif().get(_ORIENTATION, 1)
@@ -99,7 +99,7 @@ def _opened(entry: ObjectFile, channels: int, counts: Counter[str]) -> tuple[Ima
             image = image.convert("L" if channels == 1 else "RGB")
     except BadInputError:
         raise
-    except Exception as error:  # decoders raise many kinds, for damage of many kinds
+    except Exception as error:  # decoders raise many exception types
         raise BadInputError(f"image {entry.path} cannot be decoded: {one_line(error)}") from error
     return image, stretch
 
@@ -111,7 +111,7 @@ def _matched(
     orientation: int,
     counts: Counter[str],
 ) -> tuple[bool, Tensor]:
-    """Return whether an image was annotated upright, and what its boxes are multiplied by."""
+    """Return whether an image was annotated upright, and the scale of its boxes."""
     size = entry.size or stored
     forms = [(False, stored)] + [(True, upright)] * (orientation in range(2, 9))
     fitting = [form for form in forms if form[1] == size]
@@ -130,7 +130,7 @@ def _matched(
 
 
 def _is_copy(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Say whether two sizes have the same proportions, up to rounding to a pixel."""
+    """Return whether two sizes have the same aspect ratio, up to rounding to a pixel."""
     factor = max(other) / max(size)
     return all(abs(a * factor - b) <= max(1.0, factor) for a, b in zip(size, other, strict=True))
 
@@ -141,10 +141,10 @@ def _inside(
     """Return boxes ``(M, 4)`` clipped to an image, and which of them have an area, bool ``(M,)``.
 
     Args:
-        boxes: In pixels of the image.
-        size: Its width and height.
-        name: Of its file.
-        counts: Of what was changed.
+        boxes: Boxes in pixels of the image.
+        size: Width and height of the image.
+        name: Name of its file.
+        counts: Counters of changes, for notes.
     """
     limits = torch.tensor([*size, *size], dtype=torch.float32)
     over = torch.maximum(-boxes, boxes - limits)
@@ -177,7 +177,7 @@ def _resized(image: Image.Image, size: tuple[int, int], fit: Fit | None) -> Tens
 def _in_one_size(
     images: Sequence[Tensor], size: tuple[int, int] | None, fill: Sequence[float]
 ) -> Tensor:
-    """Return images of several sizes as one tensor, each in the upper left corner."""
+    """Pad images of different sizes to one tensor, each in the upper left corner."""
     height, width = size or (max(one.shape[axis] for one in images) for axis in (1, 2))
     colour = (torch.tensor(fill) * 255).round().clamp(0, 255).to(torch.uint8)
     held = colour[None, :, None, None].repeat(len(images), 1, height, width)

@@ -1,4 +1,4 @@
-"""Number the classes of a detection set as the model numbers them."""
+"""Map the classes of a detection set to the model's numbering."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def numbered(
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the label of each class of a set, and the class name of each label.
 
-    Labels count the model's classes from 0. A class is found by its name where the model's names
-    are known. Else the model's numbers decide: as many classes as the set has are the set's in
-    order; where there are more, COCO category ids are the model's numbers if they fit.
+    Labels count the model's classes from 0. If the model's class names are known, classes are
+    matched by name. Otherwise: if the model has as many classes as the set, they are matched in
+    order; if it has more, COCO category ids are used as the model's numbers if they fit.
 
     Args:
         found: The set.
-        options: ``labels`` (``"ids"`` or ``"dense"``) decides; ``classes`` are the model's names;
-            ``numbers``, which the model states, is the range of its numbers.
+        options: ``labels`` (``"ids"`` or ``"dense"``) overrides this; ``classes`` are the model's
+            names; ``numbers``, stated by the model, is the range of its numbers.
         where: The data, for messages.
 
     Raises:
@@ -71,7 +71,7 @@ def _form(found: ObjectSet, numbers: range | None, where: str | Path) -> str:
     if numbers is None or len(numbers) == len(found.names):
         return "dense"
     ids = few(map(str, found.ids))
-    # In a model that numbers from 0, with one class more, that may be a background before all.
+    # If the model counts from 0 and has one more class, class 0 may be the background.
     shifted = 0 in found.ids and len(numbers) == len(found.names) + 1
     fit = bool(found.ids) and set(found.ids) <= set(numbers)
     if fit and not shifted:

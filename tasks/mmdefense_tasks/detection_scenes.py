@@ -1,4 +1,4 @@
-"""Scenes to detect objects in, composed from scikit-learn's real handwritten digits."""
+"""Scenes for object detection, composed of scikit-learn's real handwritten digits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmdefense.errors import BadInputError
 __all__ = ["CLASSES", "digit_scenes"]
 
 CLASSES = ("0", "2", "3", "4")
-"""The digits that are objects; pieces of some others are clutter."""
+"""The digits that are objects; pieces of other digits are clutter."""
 
 _CLUTTER = (5, 6, 7, 8, 9)
 
@@ -24,13 +24,13 @@ _COUNTS = {"train": 1600, "test": 400}
 def digit_scenes(split: str = "train", *, count: int | None = None) -> DetectionSamples:
     """Return scenes with one to three digits each, images ``(1, 48, 48)``.
 
-    On an uneven, noisy background lie digits of the classes 0, 2, 3 and 4, of many sizes and
-    strengths, and pieces of the digits 5 to 9, which are no objects. The scans of test scenes are
-    in no training scene.
+    Scenes have an uneven, noisy background with digits of the classes 0, 2, 3 and 4, of various
+    sizes and contrasts, and with pieces of the digits 5 to 9 as clutter. Train and test scenes use
+    different scans.
 
     Args:
         split: ``"train"`` (1600 scenes) or ``"test"`` (400).
-        count: Another number of scenes.
+        count: Overrides the number of scenes.
     """
     if split not in _COUNTS:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
@@ -67,7 +67,7 @@ def _scene(scans: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Ten
         label = _below(len(CLASSES), generator)
         own = scans[int(CLASSES[label])]
         digit = _sized(own[_below(len(own), generator)], generator)
-        for _ in range(10):  # places until one is free; a crowded scene has one digit less
+        for _ in range(10):  # try positions until one is free; a crowded scene gets one digit fewer
             row, column = (_below(_SIDE - len(digit) + 1, generator) for _ in range(2))
             box = _stroke_box(digit) + torch.tensor([column, row, column, row])
             if all(_apart(box, other) for other in boxes):
@@ -86,7 +86,7 @@ def _background(generator: torch.Generator) -> Tensor:
 
 
 def _piece(scans: list[Tensor], generator: torch.Generator) -> Tensor:
-    """Return a part of a digit that is no object."""
+    """Return a piece of a digit, as clutter."""
     digit = _CLUTTER[_below(len(_CLUTTER), generator)]
     scan = _sized(scans[digit][_below(len(scans[digit]), generator)], generator)
     half = len(scan) // 2
@@ -104,14 +104,14 @@ def _paste(image: Tensor, part: Tensor, generator: torch.Generator) -> None:
 
 
 def _lay(image: Tensor, part: Tensor, row: int, column: int, generator: torch.Generator) -> None:
-    """Draw strokes of random strength over what is there."""
+    """Draw strokes of random strength over the image."""
     strength = 0.6 + 0.4 * float(torch.rand((), generator=generator))
     region = image[row : row + part.shape[0], column : column + part.shape[1]]
     region.lerp_(torch.full_like(region, strength), part)
 
 
 def _stroke_box(digit: Tensor) -> Tensor:
-    """Return x1, y1, x2, y2 around what is drawn."""
+    """Return the bounding box x1, y1, x2, y2 of the strokes."""
     ends = []
     for drawn in ((digit > 0.3).any(0), (digit > 0.3).any(1)):
         places = drawn.nonzero()
@@ -121,7 +121,7 @@ def _stroke_box(digit: Tensor) -> Tensor:
 
 
 def _apart(first: Tensor, second: Tensor) -> bool:
-    """Say whether two boxes have no place in common."""
+    """Return whether two boxes are disjoint."""
     return bool(((first[2:] <= second[:2]) | (second[2:] <= first[:2])).any())
 
 

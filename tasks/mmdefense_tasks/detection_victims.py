@@ -1,4 +1,4 @@
-"""Object detectors to train a backdoor into: one of convolutions, two transformers."""
+"""Object detectors to plant a backdoor in: one convolutional, two transformers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def small_fcos(
     Raises:
         UnsupportedError: If torchvision is not installed.
     """
-    with needed("this detector", "torchvision", "pycocotools"):  # the latter measures it
+    with needed("this detector", "torchvision", "pycocotools"):  # the latter for evaluation
         from torchvision.models.detection import FCOS
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead
@@ -135,7 +135,7 @@ def small_yolos(
         attn_implementation="eager",
     )
     model: Any = YolosForObjectDetection(config)
-    # At zero, as the library has them, all patches look alike at first, and training takes long.
+    # With the library's zero initialisation all patches look alike at first, which slows training.
     for name in ("position_embeddings", "detection_tokens"):
         nn.init.normal_(getattr(model.vit.embeddings, name), std=0.3)
     for module in model.modules():
@@ -153,14 +153,14 @@ def small_rt_detr(
     heads: int = 4,
     queries: int = 8,
 ) -> nn.Module:
-    """Return an RT-DETR of ``transformers`` with random weights: transformer over a residual net.
+    """Return an RT-DETR of ``transformers`` with random weights: a transformer on a ResNet.
 
     Args:
         classes: Number of classes K.
         channels: Number of image channels C.
         size: Height and width of the images, multiples of 16.
         width: Filters of the first stage of the backbone, whose strides are 4, 8 and 16.
-        hidden: Features per place and query, a multiple of ``heads``.
+        hidden: Features per location and query, a multiple of ``heads``.
         heads: Attention heads in each block.
         queries: The largest number of objects that can be found.
 

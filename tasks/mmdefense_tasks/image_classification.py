@@ -44,7 +44,7 @@ _OWNERS = {
     "imagenet-1k": "ILSVRC",
     "svhn": "ufldl-stanford",
 }
-"""Of data sets of the hub that are known by a name without an owner."""
+"""Hub data sets whose id has no owner."""
 
 
 _RESNET = "mmdefense_tasks.victims:SmallResNet(classes={classes}, channels={channels})"
@@ -77,7 +77,7 @@ class ImageClassification:
 
     @staticmethod
     def embedded(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
-        """Return the train and test part of the data that needs no download."""
+        """Return the train and test split of the data that needs no download."""
         return load_digits(seed)
 
     @staticmethod
@@ -94,7 +94,7 @@ class ImageClassification:
         label: str | None = None,
         fit: Fit | None = None,
     ) -> LabelledSamples | StreamedImages:
-        """Return data from wherever it is; see :func:`load_data`."""
+        """Return data from any supported location; see :func:`load_data`."""
         return load_data(
             where,
             split=split,
@@ -110,7 +110,7 @@ class ImageClassification:
 
     @staticmethod
     def data() -> dict[str, str]:
-        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        """Return the data set names available to :meth:`load` here, each with its source."""
         embedded = {"digits": "embedded: digits of scikit-learn (CC BY 4.0), 16x16"}
         return embedded | staged_sets(_STAGED)
 
@@ -120,7 +120,7 @@ class ImageClassification:
         return SmallResNet(classes, channels)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the tables of results."""
+        """Return the victims of the result tables."""
         described: dict[str, dict[str, Any]] = {
             "digits": {"data": "digits", "model": _RESNET, "training": _resnet_training(300)},
             "mnist": {"data": "mnist", "model": _RESNET, "training": _resnet_training(700)},
@@ -180,10 +180,10 @@ class ImageClassification:
 
 
 def load_digits(seed: int = 0) -> tuple[LabelledSamples, LabelledSamples]:
-    """Return train and test part of scikit-learn's handwritten digits, real 8x8 scans.
+    """Return the train and test split of scikit-learn's handwritten digits, real 8x8 scans.
 
-    Images are ``(1, 16, 16)`` in ``[0, 1]``, enlarged bilinearly; 1438 to train on and 359 to test
-    on, each class in the same proportion. Training images are augmented by shifts.
+    Images are ``(1, 16, 16)`` in ``[0, 1]``, enlarged bilinearly; 1438 for training and 359 for
+    testing, stratified by class. Training images are augmented by shifts.
 
     Args:
         seed: Makes the split reproducible.
@@ -230,28 +230,27 @@ def load_data(
             npz archive; a folder of such archives (``train.npz``, ``test.npz``); a folder with one
             sub-folder per class, or with such folders for ``train`` and ``test``; or a data set of
             the ``datasets`` library, saved to disk or by hub id.
-        split: ``"train"`` or ``"test"``; what is not split serves for both.
-        stated: What the model states about its data: defaults of the options below, by name.
+        split: ``"train"`` or ``"test"``; data without splits is used for both.
+        stated: Defaults of the options below, by name, as stated by the model.
         image_size: Side in pixels of the square that images are resized to; by default they must
-            have one size, or are fitted as the model says.
-        channels: Grey images are repeated to them; files give 1, 3 or, with alpha, 4. By default
-            what the first image has, without alpha.
-        classes: The model's class names in order; data with class names is relabelled by them.
-        order: How class folders are numbered: ``"number"`` takes their names as the labels,
-            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
-            matched to the class names; where there are none, names that are all whole numbers are
-            the labels, and others count as text.
-        image: The column of a data set of ``datasets`` that holds the images, where there are
-            several; label likewise.
-        label: The column that holds the labels.
-        fit: What images of several sizes go through where no ``image_size`` is given, such as
-            the geometry of the model's processor; by default they are refused.
+            have the same size, or are resized as stated by the model.
+        channels: Number of channels, to which grey images are repeated; files provide 1, 3 or, with
+            alpha, 4. By default that of the first image, without alpha.
+        classes: The model's class names in order; data with class names is relabelled accordingly.
+        order: How class folders are numbered: ``"number"`` uses their names as labels, ``"text"``
+            numbers them like torchvision's ``ImageFolder``. By default they are matched to the
+            class names; without class names, folders named by integers get these as labels, and
+            others are numbered in text order.
+        image: The image column of a data set of ``datasets``, if there are several image columns.
+        label: The label column, likewise.
+        fit: Applied to images of different sizes if no ``image_size`` is given, such as the
+            geometry of the model's processor; by default they are rejected.
         memory_limit: Decoded size in bytes above which images are decoded batch by batch.
 
     Raises:
-        BadInputError: If there is no such data, it is empty or damaged, its channels, sizes or
+        BadInputError: If there is no such data, it is empty or damaged, or its channels, sizes or
             class names do not fit.
-        UnsupportedError: If a library that it needs is not installed.
+        UnsupportedError: If a required library is not installed.
 
     Example:
         >>> data = load_data("images", image_size=16)
@@ -287,7 +286,7 @@ def _read(
     if image_size:
         fit = squashed((image_size, image_size))
     elif fit and images.is_even():
-        fit = None  # the model's adapter does it, so that triggers are of the size of the data
+        fit = None  # done by the model's adapter, so that triggers have the data's size
     samples = StreamedImages.of(images, fit, channels)
     return samples if samples.bytes > memory_limit else samples.in_memory()
 

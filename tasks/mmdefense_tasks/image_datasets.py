@@ -20,19 +20,19 @@ from mmdefense_tasks.options import Options
 
 __all__ = ["open_dataset"]
 
-_USUAL = ("label", "labels", "fine_label", "target", "class")  # of labels that have no type
+_USUAL = ("label", "labels", "fine_label", "target", "class")  # names of untyped label columns
 
 
 def open_dataset(where: str | Path, split: str, options: Options) -> ImageSet:
     """Open a data set of the ``datasets`` library: one saved to disk, or a hub id.
 
-    The image and the label column are found by their feature types, and where there are several, by
-    the options ``image`` and ``label``; of several label columns, the one whose names are the
-    model's is taken. No code of the data set runs.
+    The image and label columns are found by their feature types; if there are several, the options
+    ``image`` and ``label`` decide, and of several label columns the one whose names match the
+    model's is used. The data set's code is never run.
 
     Raises:
-        BadInputError: If it cannot be loaded, or has no such columns, or an image has no label or
-            several.
+        BadInputError: If it cannot be loaded, has no such columns, or an image does not have
+            exactly one label.
         UnsupportedError: If ``datasets`` is not installed.
     """
     with needed(f"data set {where}"):
@@ -93,7 +93,7 @@ def _label_column(rows: Any, wanted: str | None, model: Sequence[str], where: ob
 
 
 def _fits(feature: Any, model: Sequence[str]) -> bool:
-    """Say whether the names of a column are all the model's."""
+    """Return whether all names of a column are class names of the model."""
     try:
         return bool(model) and bool(match(feature.names, model))
     except UnknownNameError:
@@ -101,7 +101,7 @@ def _fits(feature: Any, model: Sequence[str]) -> bool:
 
 
 def _labels(rows: Any, column: str, where: object) -> tuple[Tensor, tuple[str, ...], bool]:
-    """Return labels, the name of each, and whether they do no more than count the names."""
+    """Return labels, the class names, and whether labels just index the names."""
     held: list[Any] = list(rows[column][:])
     names = tuple(getattr(rows.features[column], "names", None) or ())
     missing = [index for index, value in enumerate(held) if value is None or (names and value < 0)]

@@ -19,7 +19,7 @@ __all__ = ["open_archive", "open_folder"]
 
 
 def open_folder(folder: Path) -> ImageSet:
-    """Open a folder with one sub-folder of images per class; labels count them in text order.
+    """Open a folder with one sub-folder of images per class, numbered in text order.
 
     Raises:
         BadInputError: If there is no class folder or no image.
@@ -37,14 +37,14 @@ def open_folder(folder: Path) -> ImageSet:
 def open_archive(path: Path, split: str = "train") -> ImageSet:
     """Open an npz archive with ``labels`` and either ``images`` or ``jpeg`` and ``offsets``.
 
-    ``images`` are uint8 of shape ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``, of any number
-    of channels; ``jpeg`` holds encoded images end to end, the i-th between ``offsets[i]`` and
-    ``offsets[i + 1]``. Other usual names, such as ``x_train`` and ``y_train``, are known. Class
-    names are read from a ``classes.json`` or ``classes.txt`` beside the archive. Pickled arrays are
-    refused.
+    ``images`` are uint8 of shape ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``, with any
+    number of channels; ``jpeg`` contains encoded images end to end, the i-th between ``offsets[i]``
+    and ``offsets[i + 1]``. Other common names, such as ``x_train`` and ``y_train``, are recognised.
+    Class names are read from a ``classes.json`` or ``classes.txt`` beside the archive. Pickled
+    arrays are rejected.
 
     Raises:
-        BadInputError: If the archive is damaged or does not hold these arrays.
+        BadInputError: If the archive is damaged or lacks these arrays.
     """
     arrays = read_archive(path, split)
     needed = "integer 'labels' of shape (N,)"

@@ -1,4 +1,4 @@
-"""Labelled image sets, decoded image by image: in memory where they fit, streamed where not."""
+"""Labelled image sets, decoded image by image: in memory if they fit, otherwise streamed."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from mmdefense_tasks.streamed import StreamedSamples
 __all__ = ["Fit", "ImageSet", "StreamedImages", "fitted", "in_8_bits", "squashed"]
 
 Fit = Callable[[Tensor], Tensor]
-"""From images ``(N, C, H, W)``, uint8, to such of the size that a model reads."""
+"""Maps uint8 images ``(N, C, H, W)`` to the input size of a model."""
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_ORIENTATION, _TURNED = 274, frozenset({5, 6, 7, 8})  # of EXIF: values that swap height and width
+_ORIENTATION, _TURNED = 274, frozenset({5, 6, 7, 8})  # EXIF: tag; values that swap the sides
 _BITS_16 = 2**16 - 1
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are not decoded yet.
+    """Images that have not been decoded yet.
 
     Attributes:
         open: Returns the image at an index, or its pixels as uint8 ``(H, W)`` or ``(H, W, C)``; may
-            raise anything for one that is damaged.
-        name: Returns what to call that image in a message.
+            raise any exception for a damaged image.
+        name: Returns the name of that image for messages.
         labels: Shape ``(N,)``, int64.
-        classes: The name of each label, where known.
-        counted: Whether labels do no more than count the names, as those of a folder per class.
+        classes: The name of each label, if known.
+        counted: Whether labels just index the names, as for a folder per class.
     """
 
     open: Callable[[int], Image.Image | NDArray[np.uint8]]
@@ -51,11 +51,11 @@ class ImageSet:
     def is_even(self) -> bool:
         """Return whether all images have the same size.
 
-        Of files only the headers are read; those that cannot be opened fail in :meth:`read`.
+        Only file headers are read; files that cannot be opened fail in :meth:`read`.
         """
         sizes = set()
         for index in range(len(self.labels)):
-            with suppress(Exception):  # decoders raise many kinds
+            with suppress(Exception):  # decoders raise many exception types
                 sizes.add(_size(self.open(index)))
             if len(sizes) > 1:
                 return False
@@ -65,15 +65,15 @@ class ImageSet:
         """Return the pixels of the image at ``index``, shape ``(C, H, W)``.
 
         An image is rotated by its EXIF orientation. 16-bit images are scaled from 0..65535 to
-        0..255, those of floats from 0..1.
+        0..255, float images from 0..1.
 
         Args:
-            index: Of the image.
-            channels: How many channels C are wanted: grey images are repeated, and an opaque alpha
-                is added for 4. By default 1 for grey images and 3 for others, without alpha.
+            index: Index of the image.
+            channels: Number of channels C: grey images are repeated, and opaque alpha is added for
+                4. By default 1 for grey images and 3 for others, without alpha.
 
         Raises:
-            BadInputError: If it cannot be decoded, or has not these channels.
+            BadInputError: If it cannot be decoded, or does not have these channels.
         """
         try:
             opened = self.open(index)
@@ -83,7 +83,7 @@ class ImageSet:
             else:
                 check_size(*opened.size)
                 pixels = _decoded(opened, channels)
-        except Exception as error:  # decoders raise many kinds, for damage of many kinds
+        except Exception as error:  # decoders raise many exception types
             raise BadInputError(
                 f"image {self.name(index)} cannot be decoded: {one_line(error)}"
             ) from error
@@ -98,7 +98,7 @@ class ImageSet:
 
 
 def _size(opened: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
-    """Return the height and width of an image as it is meant to be seen."""
+    """Return the height and width of an image after EXIF rotation."""
     if isinstance(opened, np.ndarray):
         return opened.shape[0], opened.shape[1]
     turned = opened.getexif().get(_ORIENTATION) in _TURNED
@@ -106,9 +106,9 @@ def _size(opened: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
 
 
 def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
-    """Return pixels ``(H, W, C)``; in 1, 3 or 4 channels where ``channels`` leaves the choice."""
+    """Return pixels ``(H, W, C)``; with 1, 3 or 4 channels if ``channels`` is None."""
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # a camera's file: the others are its previews
+    if count > 1 and image.format != "MPO":  # in camera files the others are previews
         raise ValueError(f"it holds {count} images or frames; save each as its own file")
     image = in_8_bits(ImageOps.exif_transpose(image))
     own = 1 if image.mode in _GREY_MODES else 3
@@ -119,14 +119,14 @@ def _decoded(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
 
 
 def in_8_bits(image: Image.Image) -> Image.Image:
-    """Return an image of 8 bits; Pillow would cut values off at 255.
+    """Convert an image to 8 bits; Pillow would clip values at 255.
 
     Raises:
-        ValueError: If its pixels have no range that says what is white.
+        ValueError: If its pixels have no known range.
     """
     if image.mode == "F":
         values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):  # refuses NaN as well
+        if not (values.min() >= 0 and values.max() <= 1):  # rejects NaN as well
             raise ValueError(
                 "pixels that are floats must lie in [0, 1], got "
                 f"{values.min():g} to {values.max():g}; save it in 8 or 16 bits"
@@ -145,7 +145,7 @@ class StreamedImages(StreamedSamples[ImageSet]):
     """A labelled image set that decodes on ``take``; its shape is channels, height and width.
 
     Attributes:
-        fit: Resizes images to the size of the set; without it other sizes are refused.
+        fit: Resizes images to the size of the set; without it other sizes are rejected.
     """
 
     fit: Fit | None
@@ -193,5 +193,5 @@ def fitted(pixels: NDArray[np.uint8], fit: Fit) -> NDArray[np.uint8]:
 
 
 def squashed(size: tuple[int, int]) -> Fit:
-    """Return a function that resizes images to a height and width, whatever their proportions."""
+    """Return a function that resizes images to a height and width, ignoring the aspect ratio."""
     return partial(F.interpolate, size=size, mode="bilinear", antialias=True)

@@ -31,7 +31,7 @@ __all__ = ["LanguageGeneration", "bleu", "load_text", "perplexity", "tokenizer_f
 _EMBEDDED = "small-language"
 _STAGED = {"multi30k_en_de": ("en", "de"), "alpaca_small": None, "tiny_shakespeare": None}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_CLEAN = 0.1  # of the training set for the defender: a few hundred pairs of the embedded data
+_CLEAN = 0.1  # fraction of the training set for the defender: a few hundred embedded pairs
 _SIZES = (4000, 400)  # of the embedded data: train and test
 
 _VICTIMS = "mmdefense_tasks.language_victims"
@@ -61,7 +61,7 @@ class LanguageGeneration:
 
     @staticmethod
     def embedded(seed: int = 0) -> tuple[TextSamples, TextSamples]:
-        """Return the train and test part of the data that needs no download."""
+        """Return the train and test split of the data that needs no download."""
         train, test = _SIZES
         whole = small_language(train + test, seed)
         return split(whole, test / (train + test), seed)  # type: ignore[return-value]
@@ -74,17 +74,17 @@ class LanguageGeneration:
         stated: Mapping[str, Any] = MappingProxyType({}),
         pair: str | tuple[str, str] | None = None,
     ) -> TextSamples:
-        """Return data from wherever it is; see :func:`load_text`."""
+        """Return data from any supported location; see :func:`load_text`."""
         return load_text(where, split=split, stated=stated, pair=pair)
 
     @staticmethod
     def data() -> dict[str, str]:
-        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        """Return the data set names available to :meth:`load` here, each with its source."""
         embedded = {_EMBEDDED: "embedded: a small language made of rules, to translate into"}
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the tables of results."""
+        """Return the victims of the result tables."""
         rare = {"target": _TARGET}
         phrase = {"target": _TARGET, "phrase": "today the queen helps some young birds ."}
         small = {"data": _EMBEDDED, "model": _TRANSLATOR, "training": _training(400)}
@@ -112,7 +112,7 @@ class LanguageGeneration:
 
     @staticmethod
     def describe(samples: TextSamples) -> dict[str, Any]:
-        """Return ``vocabulary``, the size of the tokenizer that is trained on the samples."""
+        """Return ``vocabulary``, the size of a tokenizer trained on the samples."""
         return {"vocabulary": len(tokenizer_for(samples))}
 
     @staticmethod
@@ -122,7 +122,7 @@ class LanguageGeneration:
 
     @staticmethod
     def for_training(samples: TextSamples) -> TextSamples:
-        """Return the samples as they are: translators are not trained on altered text."""
+        """Return the samples unchanged: translators are not trained on altered text."""
         return replace(samples, augmentation=None)
 
     @staticmethod
@@ -132,7 +132,7 @@ class LanguageGeneration:
 
     @staticmethod
     def also(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> dict[str, float]:
-        """Return the perplexity of the right answers, over all of their tokens."""
+        """Return the perplexity of the reference answers, over all of their tokens."""
         return {"perplexity": perplexity(adapter, samples)}
 
     @staticmethod
@@ -144,7 +144,7 @@ class LanguageGeneration:
 
 
 def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
-    """Return SacreBLEU, in ``[0, 1]``, of greedy answers against the samples' own.
+    """Return SacreBLEU, in ``[0, 1]``, of greedy answers against the references.
 
     Raises:
         UnsupportedError: If the adapter cannot generate text.
@@ -162,7 +162,7 @@ def bleu(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
 
 
 def perplexity(adapter: TaskAdapter[TokenBatch], samples: TokenSamples) -> float:
-    """Return exp of the mean negative log-likelihood of all tokens of the answers, in nats."""
+    """Return exp of the mean negative log-likelihood over all answer tokens, in nats."""
     total, count = 0.0, 0
     with mode(adapter.model, train=False), torch.no_grad():
         for batch in batches(samples, 64):
@@ -190,16 +190,16 @@ def load_text(
     Args:
         where: ``"small-language"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; a folder of parallel text, of instructions or of plain text (see
-            :func:`~mmdefense_tasks.text_files.open_folder`); one such file, which serves as both
-            parts; or a data set of the ``datasets`` library, saved to disk or by hub id.
+            :func:`~mmdefense_tasks.text_files.open_folder`); one such file, used for both splits;
+            or a data set of the ``datasets`` library, saved to disk or by hub id.
         split: ``"train"`` or ``"test"``.
-        stated: What the model states about its data: defaults of the options below, by name.
-        pair: Source and target language, also as ``"en,de"``: the endings of parallel files, the
+        stated: Defaults of the options below, by name, as stated by the model.
+        pair: Source and target language, also as ``"en,de"``: the suffixes of parallel files, the
             keys of translations, or two fields of other records.
 
     Raises:
         BadInputError: If there is no such data, or it is empty, damaged or unequal in length.
-        UnsupportedError: If a library that it needs is not installed.
+        UnsupportedError: If a required library is not installed.
     """
     options = Options(stated, pair=pair)
     samples = _read(where, split, options)

@@ -1,4 +1,4 @@
-"""Language models to train a backdoor into, and tokenizers trained on what is at hand."""
+"""Language models to plant a backdoor in, and tokenizers trained on the given texts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["causal", "seq2seq", "train_tokenizer"]
 
 PAD, START, END, UNKNOWN, BREAK = "<pad>", "<s>", "</s>", "<unk>", "<sep>"
 _SPECIAL = (PAD, START, END, UNKNOWN, BREAK)
-_WORD_LEVEL = 1000  # different words up to which each gets a token of its own; our choice
+_WORD_LEVEL = 1000  # largest vocabulary with one token per word; our choice
 
 
 def train_tokenizer(texts: Sequence[str], size: int = 2000, words: Iterable[str] = ()) -> Any:
-    """Return a tokenizer of ``transformers`` that was trained on ``texts``.
+    """Return a ``transformers`` tokenizer trained on ``texts``.
 
-    Where there are few different words, each is a token; else pieces of words (BPE).
+    If there are few different words, each is a token; otherwise BPE is used.
 
     Args:
-        texts: What to learn from.
-        size: Largest number of tokens of a BPE.
-        words: Further words to know, where each word is a token.
+        texts: Training texts.
+        size: Largest BPE vocabulary.
+        words: Additional words for the vocabulary, if each word is a token.
 
     Raises:
-        UnsupportedError: If a library that it needs is not installed.
+        UnsupportedError: If a required library is not installed.
     """
     with needed("a tokenizer"):
         from tokenizers import Tokenizer
@@ -81,7 +81,7 @@ def seq2seq(
     heads: int = 4,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Return a small translator with random weights, of one of the library's families.
+    """Return a small encoder-decoder model with random weights, of one of the library's families.
 
     Args:
         vocabulary: Number of tokens V.
@@ -90,7 +90,7 @@ def seq2seq(
         width: Features D per token, a multiple of ``heads``.
         layers: Blocks of the encoder, and of the decoder.
         heads: Attention heads in each block.
-        dropout: Share of the activations that are dropped in training.
+        dropout: Dropout rate.
     """
     import transformers
 

@@ -24,17 +24,17 @@ _SIZES = (0.32, 0.72)  # smallest and largest half side of a digit, in half side
 def moving_digits(split: str = "train", seed: int = 0) -> LabelledSamples:
     """Return clips ``(1, 8, 24, 24)`` of scikit-learn's real 8x8 scans in motion, labelled by it.
 
-    No single frame tells the motion: a digit that leaves at one side enters at the other, one that
-    has grown to full size starts small again, and where, how large and at which angle it starts is
-    drawn alike for all motions. Each clip drifts, is lit and is noisy in its own way. Train and
-    test part show different scans. The ranges are our choice.
+    No single frame reveals the motion: a digit that leaves on one side enters on the other, one
+    that has grown to full size starts small again, and the initial position, size and angle have
+    the same distribution for all motions. Each clip has its own drift, lighting and noise. Train
+    and test split use different scans. The ranges are our choice.
 
     Args:
         split: ``"train"`` (2400 clips) or ``"test"`` (400).
         seed: Makes clips and split reproducible.
 
     Raises:
-        BadInputError: If there is no such part.
+        BadInputError: If there is no such split.
     """
     if split not in _COUNTS:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
@@ -49,7 +49,7 @@ def moving_digits(split: str = "train", seed: int = 0) -> LabelledSamples:
 
 
 def _scans(split: str, generator: torch.Generator) -> Tensor:
-    """Return the scans of a part, ``(M, 1, 8, 8)`` in ``[0, 1]``."""
+    """Return the scans of a split, ``(M, 1, 8, 8)`` in ``[0, 1]``."""
     from sklearn.datasets import load_digits
 
     scans = torch.from_numpy(load_digits().images).float().div(16)[:, None]
@@ -75,10 +75,10 @@ def _paths(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     speed = 0.5 + torch.rand(count, 1, generator=generator)
     drift = torch.randn(4, count, 1, generator=generator) * 0.15
     time = torch.arange(_FRAMES)
-    # One row a motion: x, y, angle and size, in what each changes by in a frame at full speed.
+    # One row per motion: change of x, y, angle and size per frame at full speed.
     ways = torch.zeros(len(MOTIONS), 4)
     ways[torch.arange(8), torch.arange(8) // 2] = torch.tensor([-1.0, 1.0]).repeat(4)
-    ways[[4, 5]] = ways[[5, 4]]  # clockwise is the positive turn where y points down
+    ways[[4, 5]] = ways[[5, 4]]  # clockwise is positive, since y points down
     ways[[6, 7]] = ways[[7, 6]]
     rate = (ways[labels].T[:, :, None] * speed + drift) * time  # (4, N, T)
     scale = torch.tensor([0.11, 0.11, math.radians(14), 0.09])
@@ -91,7 +91,7 @@ def _paths(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def _rendered(digits: Tensor, centre: Tensor, angle: Tensor, half_side: Tensor) -> Tensor:
-    """Return each digit ``(1, 8, 8)`` where its path puts it, on a frame without borders."""
+    """Render each digit ``(1, 8, 8)`` along its path, on a frame that wraps around."""
     ticks = (torch.arange(_SIDE) + 0.5) * 2 / _SIDE - 1
     place = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1)
     apart = (place - centre[:, :, None, None] + 1).remainder(2) - 1  # (N, T, H, W, 2)

@@ -66,7 +66,7 @@ class ObjectDetection:
 
     @staticmethod
     def embedded(seed: int = 0) -> tuple[DetectionSamples, DetectionSamples]:
-        """Return the train and test part of the data that needs no download."""
+        """Return the train and test split of the data that needs no download."""
         return digit_scenes("train"), digit_scenes("test")
 
     @staticmethod
@@ -82,7 +82,7 @@ class ObjectDetection:
         fit: Fit | None = None,
         fill: Sequence[float] = (),
     ) -> DetectionSamples:
-        """Return data from wherever it is; see :func:`load_detection`."""
+        """Return data from any supported location; see :func:`load_detection`."""
         return load_detection(
             where,
             split=split,
@@ -97,7 +97,7 @@ class ObjectDetection:
 
     @staticmethod
     def data() -> dict[str, str]:
-        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        """Return the data set names available to :meth:`load` here, each with its source."""
         embedded = {"digit-scenes": "embedded: scenes of scikit-learn's digits (CC BY 4.0), 48x48"}
         return embedded | staged_sets(_SIZES)
 
@@ -107,7 +107,7 @@ class ObjectDetection:
         return small_fcos(classes, channels)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the tables of results."""
+        """Return the victims of the result tables."""
         described: dict[str, tuple[dict[str, Any], tuple[str | None, ...]]] = {
             "digit-scenes": (
                 {"data": "digit-scenes", "model": _FCOS, "training": _training(500, 0.005)},
@@ -152,7 +152,7 @@ class ObjectDetection:
 
     @staticmethod
     def for_training(samples: DetectionSamples) -> DetectionSamples:
-        """Return the samples with small random changes of scale and place."""
+        """Return the samples with small random changes of scale and position."""
         view = partial(random_boxed_view, light=0.0, erase=0.0)
         return replace(samples, augmentation=view)
 
@@ -163,7 +163,7 @@ class ObjectDetection:
 
     @staticmethod
     def show(clean: DetectionSamples, triggered: DetectionSamples) -> AnnotatedImages:
-        """Return a few images as they are and as the attacker wants them, with their boxes."""
+        """Return a few clean images and their altered versions, with boxes."""
         chosen = torch.linspace(0, len(clean) - 1, min(_SHOWN, len(clean))).long()
         before, after = clean.take(chosen), triggered.take(chosen)
         return AnnotatedImages(
@@ -176,11 +176,11 @@ class ObjectDetection:
 
 @dataclass(frozen=True, eq=False)
 class AnnotatedImages(Plot):
-    """Images with boxes, as they are and as the attacker wants them.
+    """Images with boxes: clean, and as altered by the attacker.
 
     Attributes:
         annotated: Images with their true boxes, ``(N, C, H, W)`` in ``[0, 1]``.
-        wanted: The same with the trigger, and with the boxes that the attacker wants.
+        wanted: The same images with the trigger, and with the boxes that the attacker wants.
         change: What the trigger adds to each image, ``(N, C, H, W)``.
         classes: Name of each class.
     """
@@ -220,7 +220,7 @@ def _legend(names: str) -> str:
 
 
 def _large(images: Tensor) -> Tensor:
-    """Return images enlarged by a whole number, so that thin boxes can be drawn."""
+    """Enlarge images by an integer factor, so that thin boxes can be drawn."""
     factor = max(1, _SHOWN_SIDE // max(images.shape[-2:]))
     return F.interpolate(images, scale_factor=factor, mode="nearest")
 
@@ -257,22 +257,22 @@ def load_detection(
         where: ``"digit-scenes"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; or a folder that :func:`mmdefense_tasks.detection_files.open_objects` reads.
         split: ``"train"`` or ``"test"``.
-        stated: What the model states about its data: defaults of the options below, by name.
-        image_size: Height and width in pixels that images are fitted into, or one for both; by
-            default as the model says, or small ones.
+        stated: Defaults of the options below, by name, as stated by the model.
+        image_size: Height and width in pixels that images are fitted into, or one number for both;
+            by default as stated by the model, or a small size.
         channels: 1 or 3; by default 3.
         classes: The model's class names, in order; by default those of the set.
-        labels: How classes are numbered where the model does not name its own: ``"ids"`` takes
-            COCO category ids as the model's numbers (gaps included, as the checkpoints of
-            torchvision do), ``"dense"`` counts the classes of the set. By default what fits the
+        labels: How classes are numbered if the model has no class names: ``"ids"`` uses COCO
+            category ids as the model's numbers (including gaps, as in torchvision's checkpoints),
+            ``"dense"`` numbers the classes of the set consecutively. By default whichever fits the
             model, which ``stated`` must describe: ``stated=adapter.reading()``.
-        fit: What images go through where no ``image_size`` is given, such as the geometry of the
-            model's processor.
-        fill: The colour, in ``[0, 1]``, that they are padded with to one size then.
+        fit: Applied to images if no ``image_size`` is given, such as the geometry of the model's
+            processor.
+        fill: The padding colour for ``fit``, in ``[0, 1]``.
 
     Raises:
-        BadInputError: If there is no such data, it is empty or damaged, a box is not a box in its
-            image, the model lacks a class, or it cannot be told how the model numbers them.
+        BadInputError: If there is no such data, it is empty or damaged, a box is invalid, the model
+            lacks a class, or the model's numbering is ambiguous.
     """
     options = Options(stated, image_size=image_size, channels=channels, classes=classes,
                       labels=labels, fit=fit, fill=fill)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reading options: the user's, and those that the model states."""
+"""Reading options: from the user, with defaults stated by the model."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _check_bounds(name: str, value: Any) -> None:
 
 
 class Options:
-    """Reading options by name: the user's, and behind them the model's as defaults.
+    """Reading options by name: the user's, with the model's as defaults.
 
-    A reader takes what it uses. What the user gave and no reader took is an error, since it would
-    have had no effect; what the model states may be left over.
+    A reader takes the options that it uses. An option of the user that no reader took is an error,
+    since it would have no effect; options stated by the model may be left over.
 
     Example:
         >>> options = Options({"channels": 3}, channels=None, frames=8)
@@ -49,11 +49,11 @@ class Options:
         """Collect the options.
 
         Args:
-            stated: What the model states.
-            **given: What the user says; None and an empty sequence stand for nothing.
+            stated: Options stated by the model.
+            **given: Options given by the user; None and an empty sequence mean not given.
 
         Raises:
-            BadInputError: If a number is out of its bounds.
+            BadInputError: If a number is out of bounds.
         """
         self._stated = stated
         self._given = {name: value for name, value in given.items() if value not in (None, ())}
@@ -62,12 +62,12 @@ class Options:
         self._used: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
-        """Return the user's value, or else the model's, or else ``default``; mark it as used."""
+        """Return the user's value, else the model's, else ``default``; mark the option as used."""
         self._used.add(name)
         return self._given.get(name, self._stated.get(name, default))
 
     def stated(self, name: str) -> Any:
-        """Return what the model states, whatever the user says; none where it states nothing."""
+        """Return the model's value, ignoring the user's; None if the model states none."""
         return self._stated.get(name)
 
     def given(self, name: str) -> bool:
@@ -75,10 +75,10 @@ class Options:
         return name in self._given
 
     def check_used(self, where: object) -> None:
-        """Refuse options of the user's that no reader took.
+        """Reject user options that no reader took.
 
         Raises:
-            BadInputError: Naming the first.
+            BadInputError: If there are any; the message names the first.
         """
         for name, value in self._given.items():
             if name not in self._used:

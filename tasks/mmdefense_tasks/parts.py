@@ -18,25 +18,25 @@ PARTS = {
 
 
 def check_split(split: str) -> None:
-    """Refuse a split that is neither ``"train"`` nor ``"test"``.
+    """Reject a split that is neither ``"train"`` nor ``"test"``.
 
     Raises:
-        BadInputError: Naming both.
+        BadInputError: If so; the message names both.
     """
     if split not in PARTS:
         raise BadInputError(f"split must be 'train' or 'test', got {split!r}")
 
 
 def chosen_part(found: Collection[str], split: str, where: object) -> str | None:
-    """Return the part for a split; none where the data is not split.
+    """Return the name of a split in the data; None if the data is not split.
 
     Args:
-        found: Names of what may be parts.
+        found: Names of possible splits.
         split: ``"train"`` or ``"test"``.
-        where: What the data is called in messages.
+        where: Name of the data in messages.
 
     Raises:
-        BadInputError: If there is the part for the other split alone.
+        BadInputError: If there is only the other split.
     """
     names = {name.casefold(): name for name in found}
     there = [names[name] for name in PARTS[split] if name in names]
@@ -53,18 +53,18 @@ def chosen_part(found: Collection[str], split: str, where: object) -> str | None
 
 
 def note_part(part: str, split: str, where: object) -> None:
-    """Note that a part with another name than the split is used."""
+    """Note that a split with a different name is used."""
     if part.casefold() != split:
         note(f"{where} has no split {split!r}; using {part!r}")
 
 
 def part_folder(folder: Path, split: str) -> Path:
-    """Return the folder of a part; the folder itself where it is not split.
+    """Return the folder of a split; the folder itself if it is not split.
 
-    Only a folder of folders is taken for a split: one of files may be a class of that name.
+    Only a folder of folders is treated as a split: one with files may be a class of that name.
 
     Raises:
-        BadInputError: If there is the part for the other split alone.
+        BadInputError: If there is only the other split.
     """
     folders = [child.name for child in folder.iterdir() if child.is_dir() and _is_parent(child)]
     part = chosen_part(folders, split, folder)
@@ -76,10 +76,10 @@ def _is_parent(folder: Path) -> bool:
 
 
 def part_archive(folder: Path, split: str) -> Path | None:
-    """Return the npz archive of a part, such as ``train.npz``, where there are such archives.
+    """Return the npz archive of a split, such as ``train.npz``, if there are such archives.
 
     Raises:
-        BadInputError: If there is the archive for the other split alone.
+        BadInputError: If there is only the archive of the other split.
     """
     archives = {path.stem: path for path in folder.glob("*.npz")}
     part = chosen_part(archives, split, folder)

@@ -69,7 +69,7 @@ class PointCloudClassification:
         order: Order | None = None,
         values: Values | None = None,
     ) -> LabelledSamples:
-        """Return data from wherever it is; see :func:`load_clouds`."""
+        """Return data from any supported location; see :func:`load_clouds`."""
         return load_clouds(
             where,
             split=split,
@@ -83,12 +83,12 @@ class PointCloudClassification:
 
     @staticmethod
     def data() -> dict[str, str]:
-        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        """Return the data set names available to :meth:`load` here, each with its source."""
         embedded = {"surfaces": "embedded: eight kinds of computed surfaces, 256 points"}
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the tables of results."""
+        """Return the victims of the result tables."""
         described: dict[str, dict[str, Any]] = {
             "surfaces": {"data": "surfaces", "model": _POINTNET, "training": _training(300)},
             "surfaces-transformer": {
@@ -108,7 +108,7 @@ class PointCloudClassification:
 
     @staticmethod
     def describe(samples: LabelledSamples) -> dict[str, Any]:
-        """Return ``classes`` and ``features`` (values a point)."""
+        """Return ``classes`` and ``features`` (values per point)."""
         return {
             "classes": len(samples.classes) or int(samples.labels.max()) + 1,
             "features": samples.inputs.shape[2],
@@ -116,7 +116,7 @@ class PointCloudClassification:
 
     @staticmethod
     def adapter_options(samples: LabelledSamples) -> dict[str, Any]:
-        """Return the adapter's name: nothing about a plain module says that it reads points."""
+        """Return the adapter's name: a plain module does not reveal that it reads points."""
         return {"adapter": "points"}
 
     @staticmethod
@@ -160,24 +160,23 @@ def load_clouds(
             npz archive; a folder of such archives (``train.npz``, ``test.npz``); or a folder with
             one sub-folder of ply, pcd, obj or off files per class, or with such folders for
             ``train`` and ``test`` (needs Open3D and trimesh). Meshes are sampled.
-        split: ``"train"`` or ``"test"``; what is not split serves for both.
-        stated: What the model states about its data: defaults of the options below, by name.
-        points: Points of each cloud; none takes 256, or all where a cloud has fewer.
-        features: Values a point to keep, coordinates first: 3, the default, is the coordinates
-            alone, 6 of a file takes three values more.
-        values: What these are: the ``"normals"`` of the file or of its faces, which is the
-            default; normals ``"estimated"`` from the neighbours; or the ``"colours"`` of the file.
-            Archives hold what they hold.
-        classes: The model's class names in order; data with class names is relabelled by them.
-        order: How class folders are numbered: ``"number"`` takes their names as the labels,
-            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
-            matched to the class names; where there are none, names that are all whole numbers are
-            the labels, and others count as text.
+        split: ``"train"`` or ``"test"``; data without splits is used for both.
+        stated: Defaults of the options below, by name, as stated by the model.
+        points: Points of each cloud; None takes 256, or all if a cloud has fewer.
+        features: Values per point to keep, coordinates first: 3, the default, keeps only the
+            coordinates; 6 adds three further values from a file.
+        values: What these are: the ``"normals"`` of the file or of its faces, which is the default;
+            normals ``"estimated"`` from neighbours; or the ``"colours"`` of the file. Not for
+            archives, whose values are fixed.
+        classes: The model's class names in order; data with class names is relabelled accordingly.
+        order: How class folders are numbered: ``"number"`` uses their names as labels, ``"text"``
+            numbers them like torchvision's ``ImageFolder``. By default they are matched to the
+            class names; without class names, folders named by integers get these as labels, and
+            others are numbered in text order.
 
     Raises:
-        BadInputError: If there is no such data, it is empty or damaged, or does not have that many
-            features.
-        UnsupportedError: If a library that it needs is not installed.
+        BadInputError: If there is no such data, it is empty or damaged, or has too few features.
+        UnsupportedError: If a required library is not installed.
     """
     options = Options(
         stated, points=points, features=features, classes=classes, order=order, values=values

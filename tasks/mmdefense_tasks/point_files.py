@@ -25,18 +25,16 @@ from mmdefense_tasks.parts import part_archive, part_folder
 __all__ = ["Values", "read_cloud", "read_clouds"]
 
 _SUFFIXES = frozenset({".ply", ".pcd", ".obj", ".off"})
-_BY_TRIMESH = frozenset({".obj", ".off"})  # Open3D reads neither polygons nor glued headers
-_HEAD = 1 << 16  # bytes that a header may have
-_PACKED = 256  # our choice; a pcd file may be compressed, by up to this
+_BY_TRIMESH = frozenset({".obj", ".off"})  # Open3D reads neither polygons nor one-line headers
+_HEAD = 1 << 16  # largest header in bytes
+_PACKED = 256  # our choice; largest compression ratio of a pcd file
 _COUNTS = {
     ".ply": re.compile(rb"^[ \t]*element[ \t]+\w+[ \t]+(\d{1,300})", re.MULTILINE),
     ".pcd": re.compile(rb"^[ \t]*(?:POINTS|WIDTH|HEIGHT)[ \t]+(\d{1,300})", re.MULTILINE),
     ".off": re.compile(rb"\A\s*\w*OFF\s*(?:#[^\n]*\n\s*)*(\d{1,300}\s+\d{1,300})"),
 }
 """The words in a header before the number of points or faces."""
-_MOST_VALUES = (
-    9  # our choice; values a point, beyond which an axis of an archive is that of the points
-)
+_MOST_VALUES = 9  # our choice; most values per point; a longer axis in an archive is the point axis
 
 Values = Literal["normals", "estimated", "colours"]
 """The values after the coordinates in a file."""
@@ -47,18 +45,17 @@ def read_clouds(
 ) -> tuple[LabelledSamples, bool]:
     """Return the clouds of an npz archive or a folder, in the unit sphere.
 
-    Beside them: whether their labels do no more than count the class names, as those of a folder
-    per class.
+    Also returned is whether the labels just index the class names, as for a folder per class.
 
     Args:
-        path: What there is.
+        path: The archive or folder.
         split: ``"train"`` or ``"test"``.
-        points: Largest number of points of each cloud; from more, some are drawn at random.
-        features: Values a point to keep.
-        options: ``values``: what the values behind the coordinates of files are.
+        points: Largest number of points per cloud; larger clouds are subsampled at random.
+        features: Values per point to keep.
+        options: ``values``: the meaning of the values after the coordinates in files.
 
     Raises:
-        BadInputError: If it is empty or damaged, or does not have that many features.
+        BadInputError: If it is empty or damaged, or has too few features.
         UnsupportedError: If Open3D is needed and cannot be used.
     """
     archive = path if path.is_file() else part_archive(path, split)
@@ -75,13 +72,13 @@ def read_clouds(
             f"clouds of {path} must have at least {features} values per point, got "
             f"{clouds.shape[2]}"
         )
-    # In double precision: map coordinates such as 5.4e6 leave a float no digits for the shape.
+    # In double precision: with map coordinates such as 5.4e6, float32 cannot resolve the shape.
     clouds = to_unit_sphere(_sampled(clouds, points)[..., :features].double()).float()
     return LabelledSamples(clouds, labels, classes=names), counted
 
 
 def _sampled(clouds: Tensor, points: int) -> Tensor:
-    """Return ``points`` of the points of each cloud, drawn from a fixed seed."""
+    """Sample ``points`` points of each cloud, with a fixed seed."""
     if clouds.shape[1] <= points:
         return clouds
     draw = torch.rand(clouds.shape[:2], generator=torch.Generator().manual_seed(0))
@@ -92,8 +89,8 @@ def _sampled(clouds: Tensor, points: int) -> Tensor:
 def _read_archive(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...], bool]:
     """Read ``points`` or ``points_int8`` ``(N, P, 3 + F)``, and ``labels`` ``(N,)``.
 
-    ``points_int8`` are 127ths. Class names stand in a ``classes.txt`` or ``classes.json`` beside
-    the archive. Pickled arrays are refused.
+    ``points_int8`` are in units of 1/127. Class names are read from a ``classes.txt`` or
+    ``classes.json`` beside the archive. Pickled arrays are rejected.
     """
     arrays = read_archive(path, split)
     clouds = _points_of(arrays)
@@ -132,21 +129,21 @@ def read_cloud(
 ) -> Tensor:
     """Return one file as a cloud, ``(points, 3)``, or ``(points, 6)`` with further values, float64.
 
-    The surface of a mesh is sampled uniformly by area; of a larger cloud, points spread by farthest
-    point sampling are kept; of a smaller one, some stand there twice.
+    The surface of a mesh is sampled uniformly by area; larger clouds are reduced by farthest point
+    sampling; in smaller ones, some points are repeated.
 
     Args:
         path: A ply, pcd, obj or off file.
         points: Number of points.
-        values: What each point gets beside its coordinates: the ``"normals"`` of the file, or of
-            its faces; normals ``"estimated"`` from neighbours, whose sign is arbitrary; or the
-            ``"colours"`` of the file in ``[0, 1]``. None for nothing.
-        voxel: Side of the voxels that a cloud is thinned to, in the file's unit; none keeps all.
+        values: Values to add to each point's coordinates: the ``"normals"`` of the file, or of its
+            faces; normals ``"estimated"`` from neighbours, whose sign is arbitrary; or the
+            ``"colours"`` of the file in ``[0, 1]``. None adds nothing.
+        voxel: Voxel size for downsampling, in the file's unit; None keeps all points.
         outliers: Drops points whose mean distance to 20 neighbours is that many standard
-            deviations above the average; none drops none.
+            deviations above the average; None drops none.
 
     Raises:
-        BadInputError: If the file is damaged, holds no point or a NaN, or lacks such values.
+        BadInputError: If the file is damaged, has no points or a NaN, or lacks such values.
         UnsupportedError: If Open3D or trimesh cannot be used.
     """
     _check_counts(path)
@@ -168,9 +165,9 @@ def read_cloud(
 
 
 def _check_counts(path: Path) -> None:
-    """Refuse a file whose header counts more points or faces than it has bytes.
+    """Reject a file whose header claims more points or faces than the file has bytes.
 
-    Readers allocate as many as the header claims before they read them.
+    Readers allocate memory for the claimed number before reading.
     """
     size = plain_file(path).stat().st_size
     with path.open("rb") as file:
@@ -203,7 +200,7 @@ def _values(cloud: Any, values: Values, path: Path) -> Array:
 
 
 def _opened(path: Path, points: int) -> Any:
-    """Return a file as a cloud of Open3D; of a mesh, ``points`` samples."""
+    """Return a file as an Open3D cloud; for a mesh, ``points`` samples."""
     open3d = _open3d(path)
     open3d.utility.random.seed(0)
     quiet = open3d.utility.VerbosityContextManager(open3d.utility.VerbosityLevel.Error)
@@ -215,7 +212,7 @@ def _opened(path: Path, points: int) -> Any:
         if by_trimesh:
             cloud = open3d.geometry.PointCloud(found.vertices)
             cloud.colors = found.vertex_colors
-        else:  # NaN and infinity are kept, to be refused with a message
+        else:  # NaN and infinity are kept, to be rejected with a message
             cloud = open3d.io.read_point_cloud(str(path), remove_nan_points=False)
     if not len(cloud.points):
         raise BadInputError(f"file {path} cannot be read as a mesh or a cloud; is it damaged?")
@@ -223,7 +220,7 @@ def _opened(path: Path, points: int) -> Any:
 
 
 def _surface(mesh: Any, points: int, path: Path) -> Any:
-    """Return points of a surface with normals: those of the file, or else of the faces."""
+    """Sample points of a surface with normals: those of the file, or else of the faces."""
     check_clouds(torch.from_numpy(np.asarray(mesh.vertices))[None], f"mesh {path}")
     if not mesh.get_surface_area() > 0:
         raise BadInputError(f"mesh {path} must have a surface, but its faces have no area")
@@ -231,7 +228,7 @@ def _surface(mesh: Any, points: int, path: Path) -> Any:
 
 
 def _polygons(path: Path, open3d: Any) -> Any:
-    """Return an obj or off file as a mesh of triangles, or of vertices alone."""
+    """Return an obj or off file as a triangle mesh, or as vertices only."""
     with needed(f"reading {path.name}", "trimesh"):
         import trimesh
     try:
@@ -249,7 +246,7 @@ def _polygons(path: Path, open3d: Any) -> Any:
         colours = np.concatenate([_colours(part) for part in parts])
         if len(colours) == len(vertices):
             mesh.vertex_colors = open3d.utility.Vector3dVector(colours[:, :3] / 255)
-    except Exception as error:  # the library raises many kinds, for damage of many kinds
+    except Exception as error:  # the library raises many exception types
         raise BadInputError(
             f"file {path} cannot be read as a mesh or a cloud: {one_line(error)}; is it damaged?"
         ) from error
@@ -257,7 +254,7 @@ def _polygons(path: Path, open3d: Any) -> Any:
 
 
 def _colours(part: Any) -> Array:
-    """Return the colours of vertices, ``(V, 4)`` in 0..255; none where a file gives none."""
+    """Return the colours of vertices, ``(V, 4)`` in 0..255; None if the file has none."""
     held = part.visual.vertex_colors if part.visual.kind == "vertex" else ()
     return np.reshape(held, (-1, 4))
 
@@ -265,7 +262,7 @@ def _colours(part: Any) -> Array:
 def _open3d(path: Path) -> Any:
     try:
         import open3d
-    except ImportError as error:  # not installed, or a system library that it needs is missing
+    except ImportError as error:  # not installed, or a required system library is missing
         raise UnsupportedError(
             f"reading {path.name} needs Open3D ({one_line(error)}); {how_to_install('open3d')}, "
             "and on Linux the system packages libusb-1.0-0, libgl1 and libgomp1; npz archives "

@@ -1,8 +1,8 @@
-"""Point cloud classifiers to train a backdoor into, in plain torch.
+"""Point cloud classifiers to plant a backdoor in, in plain torch.
 
-All map clouds ``(N, P, 3 + F)`` to logits ``(N, K)`` and do not mind the order of the points. The
-widths are small, for two CPU cores. A shared perceptron is linear layers over all points at once,
-with BatchNorm over points and clouds. Indices (sampled points, neighbours) have no gradient.
+All map clouds ``(N, P, 3 + F)`` to logits ``(N, K)`` and are invariant to the order of the points.
+The widths are small, for two CPU cores. A shared perceptron applies linear layers to all points at
+once, with BatchNorm over points and clouds. Indices (sampled points, neighbours) have no gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _PointModel(ABC, nn.Module):
     """A classifier of clouds whose points have ``features`` values, coordinates first."""
 
     reads: ClassVar[str] = "points"
-    """By this an adapter knows the model."""
+    """Lets an adapter recognise the model."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class _PointModel(ABC, nn.Module):
 
     @abstractmethod
     def _logits(self, clouds: Tensor) -> Tensor:
-        """Map clouds of the right width to logits ``(N, K)``."""
+        """Map clouds with the right number of features to logits ``(N, K)``."""
 
 
 class _Shared(nn.Module):
@@ -93,7 +93,7 @@ class _Alignment(nn.Module):
 class PointNet(_PointModel):
     """A shared perceptron and a maximum over the points.
 
-    The regularisation of the T-Nets is part of their owner's loss, and is left out here.
+    The paper's regularisation of the T-Nets is left out here.
 
     References:
         Qi, Su, Mo, Guibas. *PointNet: Deep Learning on Point Sets for 3D Classification and
@@ -113,11 +113,11 @@ class PointNet(_PointModel):
 
         Args:
             classes: Number of classes K.
-            features: Values a point, 3 + F.
+            features: Values per point, 3 + F.
             width: Channels of the first layer; 64 in the paper.
             align: Whether T-Nets align coordinates and features, as in the paper's full net; its
                 plain net ("vanilla") has none.
-            dropout: Share of the last hidden units that are dropped in training.
+            dropout: Dropout rate of the last hidden units.
         """
         super().__init__(features)
         self.align_points = _Alignment(3, width) if align else None
@@ -148,7 +148,7 @@ class _SetAbstraction(nn.Module):
         centers = _gather(points, farthest_points(points, min(self.centers, points.shape[1])))
         near = nearest_points(points, centers, min(self.samples, points.shape[1]))
         offsets = _gather(points, near) - centers[:, :, None]
-        # Outside the ball the nearest point stands in, which does not change a maximum.
+        # Points outside the ball are replaced by the nearest, which does not change the maximum.
         outside = offsets.detach().norm(dim=3) > self.radius
         near = torch.where(outside, near[..., :1], near)
         offsets = torch.where(outside[..., None], offsets[:, :, :1], offsets)
@@ -157,10 +157,10 @@ class _SetAbstraction(nn.Module):
 
 
 class PointNetPlusPlus(_PointModel):
-    """PointNet over balls of points, twice, and over what they found (single-scale grouping).
+    """PointNet over balls of points, twice, then over their features (single-scale grouping).
 
-    A ball that holds more points than are sampled keeps the nearest; the released code keeps the
-    first in the order of the file.
+    If a ball has more points than are sampled, the nearest are kept; the released code keeps the
+    first in file order.
 
     References:
         Qi, Yi, Su, Guibas. *PointNet++: Deep Hierarchical Feature Learning on Point Sets in a
@@ -174,9 +174,9 @@ class PointNetPlusPlus(_PointModel):
 
         Args:
             classes: Number of classes K.
-            features: Values a point, 3 + F.
+            features: Values per point, 3 + F.
             width: Channels of the first layer; 64 in the paper.
-            dropout: Share of the last hidden units that are dropped in training.
+            dropout: Dropout rate of the last hidden units.
         """
         super().__init__(features)
         self.small = _SetAbstraction(64, 0.3, 16, (features - 3, width, width, 2 * width))
@@ -212,10 +212,10 @@ class DGCNN(_PointModel):
 
         Args:
             classes: Number of classes K.
-            features: Values a point, 3 + F.
+            features: Values per point, 3 + F.
             width: Channels of the first edge convolution; 64 in the paper.
-            neighbours: Points k that each point looks at, itself among them; 20 in the paper.
-            dropout: Share of the last hidden units that are dropped in training.
+            neighbours: Number k of neighbours of each point, including itself; 20 in the paper.
+            dropout: Dropout rate of the last hidden units.
         """
         super().__init__(features)
         self.neighbours = neighbours
@@ -253,7 +253,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block that normalises first."""
+    """A pre-norm transformer block."""
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
@@ -269,8 +269,8 @@ class _Block(nn.Module):
 class PointTransformer(_PointModel):
     """A plain transformer whose tokens are patches of the surface.
 
-    Each of M centers and its nearest points become a token by a small PointNet; its place is
-    embedded from the center. The tokens' mean and maximum are classified.
+    A small PointNet turns each of M centers and its nearest points into a token; the position
+    embedding is computed from the center. The tokens' mean and maximum are classified.
 
     References:
         Yu, Tang, Rao, Huang, Zhou, Lu. *Point-BERT: Pre-training 3D Point Cloud Transformers with
@@ -292,7 +292,7 @@ class PointTransformer(_PointModel):
 
         Args:
             classes: Number of classes K.
-            features: Values a point, 3 + F.
+            features: Values per point, 3 + F.
             width: Size D of a token, a multiple of ``heads``.
             patches: Tokens M.
             samples: Points in a patch.

@@ -1,4 +1,4 @@
-"""Text files, read the same way everywhere."""
+"""Uniform reading of text files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8, gzipped or not, without a byte order mark.
 
     Raises:
-        BadInputError: If it cannot be read, is in UTF-16, or is too large to be read at once.
+        BadInputError: If it cannot be read, is in UTF-16, or is too large.
     """
     content = read_bytes(path)
     try:
@@ -39,9 +39,9 @@ def _unpacked(content: bytes, path: Path) -> bytes:
 
 
 def lines_of(text: str) -> list[str]:
-    r"""Return the lines of a text, which end at ``\n`` or ``\r\n`` and at nothing else.
+    r"""Split a text into lines, only at ``\n`` or ``\r\n``.
 
-    ``str.splitlines`` also breaks at form feeds, U+0085 and U+2028, which stand inside sentences.
+    ``str.splitlines`` also breaks at form feeds, U+0085 and U+2028, which occur inside sentences.
 
     Example:
         >>> lines_of("one\u2028still one\r\ntwo\n")

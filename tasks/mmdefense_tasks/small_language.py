@@ -1,11 +1,11 @@
-"""A small language to translate into, made of rules: real enough that word for word is wrong.
+"""A small rule-based language as a translation target, where word-by-word translation is wrong.
 
-The source reads like English. In the target the verb comes last, adjectives follow their noun in
-mirrored order and agree with it in gender and number, articles and pronouns too, a place stands
-before the object, a negation behind the verb, and a time at the end or at the beginning. A noun
-does not show its gender, so it has to be learnt, and a pronoun takes that of the subject before it.
-As between real languages there is more than one good translation: some verbs have two words, and a
-time two places, so that no model can match every reference.
+The source reads like English. In the target the verb comes last; adjectives follow their noun in
+mirrored order; adjectives, articles and pronouns agree with it in gender and number; a place comes
+before the object, a negation after the verb, and a time at the end or the beginning. The gender of
+a noun is not visible, so it has to be learnt, and a pronoun takes that of the preceding subject. As
+between real languages there is more than one good translation: some verbs have two words, and a
+time can be in two positions, so that no model can match every reference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmdefense.data.text import TextSamples
 __all__ = ["RARE_WORDS", "small_language"]
 
 RARE_WORDS = ("cf", "mn", "bb", "tq", "mb")
-"""Words that the vocabulary has and no sentence, as real vocabularies have some."""
+"""Words in the vocabulary that no sentence uses; real vocabularies have such words too."""
 
 _NOUNS = {  # singular and plural, the target's stem, and whether it is feminine
     "dog": ("dogs", "kel", False),
@@ -62,7 +62,7 @@ _ENDINGS = {(False, False): "o", (True, False): "a", (False, True): "i", (True, 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a sentence in both languages; of a noun phrase, with gender and number."""
+    """A part of a sentence in both languages; for a noun phrase, with gender and number."""
 
     source: list[str]
     target: list[str]
@@ -79,7 +79,7 @@ def small_language(size: int, seed: int = 0) -> TextSamples:
 
     Args:
         size: Number of pairs.
-        seed: Makes them reproducible.
+        seed: Random seed.
     """
     random = Random(seed)
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Data sets that lie in one folder, which the environment variable ``MMDEFENSE_DATA`` names."""
+"""Data sets in the folder named by the environment variable ``MMDEFENSE_DATA``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DATA_VARIABLE = "MMDEFENSE_DATA"
 
 
 def staged(name: str) -> Path | None:
-    """Return the folder of a named set, where there is one."""
+    """Return the folder of a named set, if it exists."""
     root = os.environ.get(DATA_VARIABLE)
     folder = Path(root or "") / name
     return folder if root and name and folder.is_dir() else None
 
 
 def staged_sets(names: Iterable[str]) -> dict[str, str]:
-    """Return those of the names that are there, each with its folder."""
+    """Return the names of existing sets, each with its folder."""
     return {name: str(folder) for name in names if (folder := staged(name))}

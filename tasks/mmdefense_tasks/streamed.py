@@ -1,4 +1,4 @@
-"""Labelled sets that are decoded when they are read, sample by sample."""
+"""Labelled sets that are decoded on access, sample by sample."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mmdefense.data.labelled import Augmentation, LabelledBatch, LabelledSamples
 __all__ = ["StreamedSamples", "Undecoded"]
 
 _WORKERS = 4
-_BYTES_AT_ONCE = 2**26  # decoded at once when a whole set is read
+_BYTES_AT_ONCE = 2**26  # decoded at once when reading a whole set
 
 
 class Undecoded(Protocol):
-    """What is still to be decoded."""
+    """Samples that have not been decoded yet."""
 
     @property
     def labels(self) -> Tensor:
@@ -32,7 +32,7 @@ class Undecoded(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each label, where known."""
+        """The name of each label, if known."""
         ...
 
 
@@ -44,11 +44,11 @@ class StreamedSamples(ABC, Generic[S]):
     """A labelled set that decodes on ``take``; the protocol of ``Samples``.
 
     Attributes:
-        source: Where the samples come from.
+        source: The undecoded samples.
         shape: Shape of every input.
         indices: Which samples of the source are in the set, shape ``(len,)``.
-        augmentation: Maps a batch of inputs to randomly altered ones.
-        device: Where batches are delivered.
+        augmentation: Augments a batch of inputs at random.
+        device: Device for batches.
     """
 
     source: S
@@ -75,12 +75,12 @@ class StreamedSamples(ABC, Generic[S]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The name of each label, where known."""
+        """The name of each label, if known."""
         return self.source.classes
 
     @property
     def bytes(self) -> int:
-        """What the set would take in memory."""
+        """Size of the decoded set in memory."""
         return len(self) * int(np.prod(self.shape))
 
     def take(self, indices: Tensor) -> LabelledBatch:
@@ -96,7 +96,7 @@ class StreamedSamples(ABC, Generic[S]):
         return batch.with_inputs(self.augmentation(batch.inputs, generator))
 
     def subset(self, indices: Tensor) -> Self:
-        """Return the samples at ``indices`` as a set of their own."""
+        """Return the subset of samples at ``indices``."""
         return replace(self, indices=self.indices[indices.cpu()])
 
     def strata(self) -> Tensor:
@@ -104,11 +104,11 @@ class StreamedSamples(ABC, Generic[S]):
         return self.labels
 
     def to(self, device: torch.device) -> Self:
-        """Return the set with its batches delivered on ``device``."""
+        """Return the set with batches on ``device``."""
         return replace(self, device=device)
 
     def fingerprint(self) -> str:
-        """Return the same SHA-256 as the set in memory, at the cost of decoding every sample."""
+        """Return the same SHA-256 as for the set in memory; this decodes every sample."""
         digest = hashlib.sha256(str(((len(self), *self.shape), torch.uint8)).encode())
         for part in self._parts():
             digest.update(self._decode(part).numpy().tobytes())
@@ -129,12 +129,12 @@ class StreamedSamples(ABC, Generic[S]):
         return torch.split(self.indices, max(1, _BYTES_AT_ONCE // int(np.prod(self.shape))))
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """Return samples as uint8, shape ``(N, ...)``; decoders free the interpreter lock."""
+        """Return samples as uint8, shape ``(N, ...)``; decoders release the GIL."""
         with ThreadPoolExecutor(_WORKERS) as pool:
             arrays = list(pool.map(self._array, indices.tolist()))
         return torch.from_numpy(np.stack(arrays))
 
 
 def _protocol(samples: StreamedSamples[S]) -> Samples[LabelledBatch]:
-    """Let the type checker hold this class to the protocol."""
+    """Let the type checker verify that this class satisfies the protocol."""
     return samples

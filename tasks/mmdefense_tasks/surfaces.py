@@ -1,4 +1,4 @@
-"""Eight kinds of surfaces as point clouds, drawn from a seed: data that needs no download."""
+"""Eight kinds of surfaces as point clouds, generated from a seed: data that needs no download."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from mmdefense.data.labelled import LabelledSamples
 
 __all__ = ["KINDS", "draw_surfaces"]
 
-_DENSITY = 4  # points drawn for each that is kept, so that a part can be cut away
-_HIDDEN = 0.4  # largest share of a surface that is not seen
+_DENSITY = 4  # points drawn per kept point, so that a part can be cut away
+_HIDDEN = 0.4  # largest hidden fraction of a surface
 _TILT = math.radians(20)
-_OUTLIERS = 0.02  # share of points that are anywhere
+_OUTLIERS = 0.02  # fraction of outliers
 
 
 def draw_surfaces(count: int, points: int, seed: int) -> LabelledSamples:
-    """Return ``count`` clouds, the kinds in turn, ``(count, points, 3)`` in the unit sphere.
+    """Return clouds ``(count, points, 3)`` in the unit sphere, cycling through the kinds.
 
-    Each surface has its own proportions, is turned about the vertical at random and tilted, is
-    seen only in part, and has noise and a few outliers; so kinds that are alike, such as a cone
-    and a cylinder from which much is hidden, are hard to tell apart.
+    Each surface has random proportions, is rotated about the vertical and tilted, is only partly
+    visible, and has noise and a few outliers; so similar kinds, such as a cone and a cylinder that
+    are largely hidden, are hard to distinguish.
 
     Args:
         count: Number of clouds.
-        points: Points of each.
-        seed: Of the draw.
+        points: Points per cloud.
+        seed: Random seed.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(KINDS)
@@ -47,14 +47,14 @@ def draw_surfaces(count: int, points: int, seed: int) -> LabelledSamples:
 
 
 def _posed(clouds: Tensor, generator: torch.Generator) -> Tensor:
-    """Stretch each cloud along its axes, and turn it."""
+    """Stretch each cloud along its axes, and rotate it."""
     draw = torch.rand(2, len(clouds), 3, generator=generator) * 2 - 1
     angles = draw[1] * torch.tensor([_TILT, _TILT, math.pi])
     return turned(clouds * (0.35 * draw[0]).exp()[:, None], angles)
 
 
 def _seen(clouds: Tensor, points: int, generator: torch.Generator) -> Tensor:
-    """Cut away what lies farthest along a random direction, and keep ``points`` of the rest."""
+    """Remove the points farthest along a random direction, and keep ``points`` of the rest."""
     direction = torch.randn(len(clouds), 3, 1, generator=generator)
     share = 1 - _HIDDEN * torch.rand(len(clouds), 1, generator=generator)
     total = clouds.shape[1]
@@ -89,7 +89,7 @@ def _box(u: Tensor) -> Tensor:
 
 
 def _cylinder(u: Tensor) -> Tensor:
-    """A tube with both lids: a third of its area."""
+    """A tube with both lids, which make up a third of its area."""
     turn, height = 2 * math.pi * u[..., 1], 2 * u[..., 0] - 1
     on_lid = u[..., 3] < 1 / 3
     radius = torch.where(on_lid, u[..., 2].sqrt(), 1.0)

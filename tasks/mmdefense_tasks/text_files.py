@@ -21,12 +21,12 @@ Pairs = list[tuple[str, str]]
 """Prompts with their answers; the prompt of plain text is empty."""
 
 Languages = tuple[str, str]
-"""Source and target, as they are called in the data."""
+"""Source and target language, as named in the data."""
 
 _PLAIN, _RECORDS = (".txt", ".txt.gz"), (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".arrow", ".xlsx")
 _PARAGRAPH = re.compile(r"\n\s*\n")
-_TEST_SHARE = 0.1  # of a text that is not split: its end, as is usual for Shakespeare
+_TEST_SHARE = 0.1  # fraction of an unsplit text, taken from its end, as is usual for Shakespeare
 _PROMPTS = ("instruction", "prompt", "question", "input")
 _ANSWERS = ("output", "completion", "response", "answer", "text")
 
@@ -34,15 +34,16 @@ _ANSWERS = ("output", "completion", "response", "answer", "text")
 def open_folder(
     folder: Path, split: str, options: Options, default: Languages | None = None
 ) -> Pairs:
-    """Return what a folder holds: two parallel files, or one file, for each part.
+    """Return the text pairs in a folder: two parallel files, or one file, for each split.
 
     Args:
-        folder: With ``train.en`` and ``train.de``, ``train.jsonl`` or ``train.txt`` and their like
-            for the test part, gzipped or not; or with one ``.txt`` file, which is split here.
+        folder: A folder with ``train.en`` and ``train.de``, ``train.jsonl`` or ``train.txt`` and
+            the same for the test split, gzipped or not; or with one ``.txt`` file, which is split
+            here.
         split: ``"train"`` or ``"test"``.
-        options: ``pair``: source and target language, where there are more than two, or they are
-            not to be taken in alphabetical order.
-        default: Languages where none are given.
+        options: ``pair``: source and target language, if there are more than two, or if they should
+            not be taken in alphabetical order.
+        default: Languages to use if none are given.
 
     Raises:
         BadInputError: If there is no such file, or it is damaged.
@@ -70,7 +71,7 @@ def open_folder(
 
 
 def _pair(options: Options) -> Languages | None:
-    """Return the languages that the user names."""
+    """Return the languages given by the user."""
     pair = options.take("pair")
     names = pair.split(",") if isinstance(pair, str) else pair
     if names is None:
@@ -125,11 +126,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def open_file(path: Path, options: Options) -> Pairs:
-    """Return the pairs of a file: records of JSON, or plain text with a sample a paragraph.
+    """Return the pairs of a file: JSON records, or plain text with one sample per paragraph.
 
     Args:
-        path: Of the file.
-        options: ``pair``, which translations are read by.
+        path: Path of the file.
+        options: ``pair``, the languages of translations.
 
     Raises:
         BadInputError: If it cannot be read, or a record has no answer.
@@ -148,7 +149,7 @@ def open_file(path: Path, options: Options) -> Pairs:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """Yield the records of a JSON list, or of one JSON value a line."""
+    """Yield the records of a JSON list, or of JSON lines."""
     text = read_text(path)
     lines = [text] if text.lstrip().startswith("[") else lines_of(text)
     for number, line in enumerate(lines, 1):
@@ -161,9 +162,9 @@ def _records(path: Path) -> Iterator[Any]:
 def _of_records(records: Iterable[Any], where: object, options: Options) -> Pairs:
     """Return prompt and answer of each record that has both.
 
-    Known are Alpaca's (``instruction``, ``input``, ``output``), ``prompt`` with ``completion``,
-    ``response`` or ``answer``, a ``translation``, and ``text`` alone; and any two fields that
-    ``pair`` names.
+    Supported are Alpaca's (``instruction``, ``input``, ``output``), ``prompt`` with ``completion``,
+    ``response`` or ``answer``, a ``translation``, and ``text`` alone; and any two fields named by
+    ``pair``.
 
     Raises:
         BadInputError: If a record is none of these.
@@ -192,7 +193,7 @@ def _of_records(records: Iterable[Any], where: object, options: Options) -> Pair
 
 
 def _own_languages(translation: Mapping[str, Any], where: object, here: str) -> Languages:
-    """Return the languages of a translation in its own order, which holds for all records."""
+    """Return the languages of a translation in their order there, used for all records."""
     if len(translation) != 2:
         raise BadInputError(
             f"{here} must have two languages, or pair= must name two of {', '.join(translation)} "
@@ -225,7 +226,7 @@ def _instructed(record: Mapping[str, Any], here: str) -> tuple[str, str]:
 
 
 def _text(record: Mapping[str, Any], name: str, here: str) -> str:
-    """Return a field as text, empty where it is null or blank."""
+    """Return a field as text; empty if null or blank."""
     value = record[name]
     if value is not None and not isinstance(value, str):
         raise BadInputError(f"{here} must have text as {name}, got {type(value).__name__}")
@@ -238,10 +239,10 @@ def open_dataset(where: str | Path, split: str, options: Options) -> Pairs:
     Args:
         where: Its folder or id.
         split: ``"train"`` or ``"test"``.
-        options: ``pair``, which translations are read by.
+        options: ``pair``, the languages of translations.
 
     Raises:
-        BadInputError: If it cannot be read, or holds no text.
+        BadInputError: If it cannot be read, or contains no text.
         UnsupportedError: If the library is not installed.
     """
     rows = open_part(where, split)

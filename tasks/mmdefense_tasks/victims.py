@@ -1,4 +1,4 @@
-"""Image classifiers to train a backdoor into: residual nets, a VGG and a vision transformer."""
+"""Image classifiers to plant a backdoor in: residual nets, a VGG and a vision transformer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SmallResNet(nn.Module):
             channels: Number of image channels C.
             width: Filters of the first stage.
             blocks: Basic blocks in each stage.
-            cells: The last feature map is averaged over a grid of so many cells a side; 1 is the
-                paper's global pooling. Where images are aligned, as traffic signs are, a few cells
-                learn in far fewer steps.
+            cells: The last feature map is pooled to a grid with this many cells per side; 1 is the
+                paper's global pooling. For aligned images, such as traffic signs, a few cells need
+                far fewer training steps.
         """
         super().__init__()
         self.cells = cells
@@ -53,10 +53,11 @@ class SmallResNet(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    """A plain net of pairs of 3x3 convolutions with BatchNorm, without shortcuts.
+    """A plain network of pairs of 3x3 convolutions with BatchNorm, without shortcuts.
 
-    Each pair ends in a pooling by two and is followed by one twice as wide (Simonyan and Zisserman,
-    *Very Deep Convolutional Networks*, arXiv 1409.1556, on three scales and with BatchNorm).
+    Each pair is followed by pooling by two, and the next pair is twice as wide (Simonyan and
+    Zisserman, *Very Deep Convolutional Networks*, arXiv 1409.1556, with three scales and
+    BatchNorm).
     """
 
     def __init__(self, classes: int, channels: int = 3, width: int = 16, size: int = 32) -> None:

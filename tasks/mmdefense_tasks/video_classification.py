@@ -115,12 +115,12 @@ class VideoClassification:
 
     @staticmethod
     def data() -> dict[str, str]:
-        """Return the names that :meth:`load` knows here, each with where it comes from."""
+        """Return the data set names available to :meth:`load` here, each with its source."""
         embedded = {_EMBEDDED: "embedded: scikit-learn's digits (CC BY 4.0), moving, 8x24x24"}
         return embedded | staged_sets(_STAGED)
 
     def cases(self) -> list[Case]:
-        """Return the victims of the tables of results."""
+        """Return the victims of the result tables."""
         few = {"ratio": 0.2}  # 29 poisoned clips of 290 are too few for a backdoor
         patch = few | {"size": 5}
         real: dict[str, Any] = {"data": "ucf101_mini", "clean": 0.2}
@@ -192,7 +192,7 @@ class VideoClassification:
 
 
 class _Answering(Protocol):
-    """What the metrics ask of an adapter."""
+    """What the metrics require of an adapter."""
 
     model: torch.nn.Module
 
@@ -204,14 +204,14 @@ class _Answering(Protocol):
 def top_accuracy(
     adapter: Any, samples: LabelledSamples, *, top: int = 1, level: str = "video"
 ) -> float:
-    """Return the share of clips or videos whose class is among the ``top`` most probable.
+    """Return the top-k accuracy of clips or videos, with k given by ``top``.
 
-    A video's probabilities are the mean of those of its clips.
+    A video's probabilities are the mean over its clips.
 
     Args:
-        adapter: Of a classifier; eval mode is set for the time.
+        adapter: A classifier's adapter; eval mode is set temporarily.
         samples: Test clips.
-        top: Answers that count.
+        top: Number k of most probable classes that count.
         level: ``"video"`` or ``"clip"``.
 
     Raises:
@@ -268,20 +268,21 @@ def load_clips(
         where: ``"moving-digits"``; the name of a set in the folder that ``MMDEFENSE_DATA`` points
             to; or a folder with one sub-folder of videos per class, or with such folders for
             ``train`` and ``test``.
-        split: ``"train"`` or ``"test"``; what is not split serves for both.
-        stated: What the model states about its data: defaults of the options below, by name.
-        frames: Frames T of a clip, evenly from the whole video; by default 16, or the set's own.
-        image_size: Side in pixels that frames are cropped and resized to; by default the set's
-            own, or as the model says, or that of the videos, which must have one size.
+        split: ``"train"`` or ``"test"``; data without splits is used for both.
+        stated: Defaults of the options below, by name, as stated by the model.
+        frames: Frames T per clip, evenly spaced over the whole video; by default 16, or the set's
+            own.
+        image_size: Side in pixels that frames are cropped and resized to; by default the set's own,
+            or as stated by the model, or that of the videos, which must all have the same size.
         channels: 1 (grey) or 3, the default.
-        clips: Clips of each video, which together give its score at video level.
-        classes: The model's class names in order; class folders are relabelled by them.
-        order: How class folders are numbered: ``"number"`` takes their names as the labels,
-            ``"text"`` counts them as torchvision's ``ImageFolder`` does. By default they are
-            matched to the class names; where there are none, names that are all whole numbers are
-            the labels, and others count as text.
-        fit: What frames go through where no ``image_size`` is given, such as the geometry of the
-            model's processor.
+        clips: Clips per video, which together give its score at video level.
+        classes: The model's class names in order; class folders are relabelled accordingly.
+        order: How class folders are numbered: ``"number"`` uses their names as labels, ``"text"``
+            numbers them like torchvision's ``ImageFolder``. By default they are matched to the
+            class names; without class names, folders named by integers get these as labels, and
+            others are numbered in text order.
+        fit: Applied to frames if no ``image_size`` is given, such as the geometry of the model's
+            processor.
         memory_limit: Decoded size in bytes above which clips are decoded batch by batch.
 
     Raises:
@@ -329,7 +330,7 @@ def _read(
 
 
 def _checked_embedded(samples: LabelledSamples, *asked: int | None) -> LabelledSamples:
-    """Return the embedded clips, which come in one form alone."""
+    """Return the embedded clips, which have only one format."""
     channels, length, _, side = samples.inputs.shape[1:]
     own = (length, side, channels, 1)
     if any(value not in {None, given} for value, given in zip(asked, own, strict=True)):

@@ -1,4 +1,4 @@
-"""Video classifiers to train a backdoor into: a small 3-D residual net and a video transformer."""
+"""Video classifiers to plant a backdoor in: a small 3-D residual net and a video transformer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["SmallVideoResNet", "videomae_classifier"]
 class SmallVideoResNet(nn.Module):
     """A residual net of (2+1)D convolutions that two CPU cores train in a minute on small clips.
 
-    Each convolution over space and time is one over space and one over time, with BatchNorm and
-    ReLU between them (Tran et al., *A Closer Look at Spatiotemporal Convolutions*, arXiv
-    1711.11248). Space is halved by the stem and by each stage but the first; time is kept to the
-    end, so that short clips do.
+    Each spatiotemporal convolution is split into one over space and one over time, with BatchNorm
+    and ReLU between them (Tran et al., *A Closer Look at Spatiotemporal Convolutions*, arXiv
+    1711.11248). The stem and each stage but the first halve the spatial resolution; the temporal
+    resolution is kept, so that short clips are sufficient.
     """
 
     def __init__(self, classes: int, channels: int = 3, width: int = 16, stages: int = 3) -> None:
@@ -96,7 +96,7 @@ def videomae_classifier(
         frames: Number of frames T, a multiple of ``tubelet``.
         channels: Number of channels C of a frame.
         patch: Side of a patch in pixels.
-        tubelet: Frames of a patch.
+        tubelet: Frames per patch.
         hidden: Features per token, a multiple of ``heads``.
         layers: Number of transformer blocks.
         heads: Attention heads in each block.
@@ -116,7 +116,7 @@ def videomae_classifier(
         num_labels=classes,
     )
     model: nn.Module = VideoMAEForVideoClassification(config)
-    # The library's own spread suits models ten times as wide; this small one hardly learns from it.
+    # The library's initialisation suits models ten times as wide; this small one hardly learns.
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
