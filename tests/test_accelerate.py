@@ -125,4 +125,4 @@ def test_weights_are_split_over_processes_alone(mmdefense, place):
 def test_what_does_not_go_with_it_is_refused(mmdefense, place, option):
     outcome = mmdefense(*place.purify("--accelerate", *option))
     assert outcome.code == 2
-    assert f"{option[0]} must not go with --accelerate" in outcome.err
+    assert f"{option[0]} cannot be used with --accelerate" in outcome.err
