@@ -35,8 +35,6 @@ class Training:
         batch_norm: ``"train"`` normalises by batch, ``"eval"`` by the running statistics.
         augment: Whether the samples are augmented.
         optimizer: ``"sgd"``, or ``"adamw"`` for nets that SGD trains slowly.
-        average: Share of the updates, the last ones, over whose states the mean is taken; the
-            model ends in that mean (Izmailov et al. 2018, arXiv:1803.05407). 0 takes the last one.
         check_every: Steps between two looks at the loss (one host synchronisation each).
         resume_every: Steps between two states that a run can go on from; more than 1 where the
             gradients depend on what was measured some steps before.
@@ -52,7 +50,6 @@ class Training:
     batch_norm: Literal["train", "eval"] = "train"
     augment: bool = True
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    average: Share = 0.0
     check_every: Count = 20
     resume_every: Count = 1
 

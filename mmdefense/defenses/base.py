@@ -495,7 +495,7 @@ class RateFindingDefense(TrainingDefense):
         """Return the mean score after a short training at a share of the rate; 0 if it diverges."""
         model, name = work.adapter.model, f"range test {at_rate(rate)}"
         given, run = copy_state(model), work.run.milder(name)
-        short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 5)))  # type: ignore[call-arg]
+        short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 3)))  # type: ignore[call-arg]
         try:
             short._run(work.on(work.fit, work.holdout, run))
             return mean_score(work.adapter, work.holdout)
@@ -507,7 +507,7 @@ class RateFindingDefense(TrainingDefense):
 
 
 _RANGE_STEPS = 30
-"""Updates of the range test, or a fifth of all if those are fewer."""
+"""Updates of the range test, or a third of all if those are fewer."""
 _KEPT_SHARE = 0.75
 """Share of the score above chance that the range test keeps. Both ours."""
 

@@ -18,7 +18,6 @@ from mmdefense.kernels.fisher import (
     Form,
     check_second_derivative,
     fisher_diagonal,
-    natural_factors,
     penalised_gradient,
 )
 from mmdefense.kernels.hooks import second_derivatives
@@ -70,8 +69,6 @@ class _FisherPurification(RateFindingDefense):
         fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
             recovers accuracy; 0 keeps it constant, as the paper does (ours).
         trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.
-        average: Share of the updates, the last ones, whose mean state is returned; 0 returns the
-            last state, as the paper does.
         batch_norm: ``"train"`` normalises by batch, as the released code does.
         importance_batch: Samples that share one random draw of the anchor's diagonal F: 1 draws
             for each sample, which is less noisy, and slower (ours).
@@ -81,18 +78,27 @@ class _FisherPurification(RateFindingDefense):
     eta_f: NotNegative | None = None
     anchor: NotNegative = 1.0
     eta_r: NotNegative | None = None
-    trace: Trace = "true"
+    trace: Trace = "perturbation"
     radius: NotNegative = 0.5
     fade: Share = 0.5
     trace_every: Count = 1
-    average: Share = 0.0
     batch_norm: Literal["train", "eval"] = "train"
     importance_batch: BatchSize = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trace == "perturbation":
+            for name in ("strength", "eta_f", "fade", "trace_every"):
+                if getattr(self, name) != _default(self, name):
+                    raise BadInputError(
+                        f"{name}={getattr(self, name)} of {type(self).__name__} has no effect with "
+                        "trace='perturbation'; set trace='true', or radius in its place"
+                    )
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
         training = super().training(adapter)
-        return replace(training, batch_norm=self.batch_norm, average=self.average)
+        return replace(training, batch_norm=self.batch_norm)
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
         """Return how many values are trained."""
@@ -119,10 +125,8 @@ class _FisherPurification(RateFindingDefense):
         eta_r = self.eta_r
         if eta_r is None:
             eta_r = self.anchor / trace if trace > 0 else 0.0
-        training = self._bounded(self.training(adapter), trace)
+        training = self.training(adapter)
         run.report("fisher", 1, 1, fisher_trace=trace, eta_f=eta, eta_r=eta_r, lr=training.lr)
-        compute = self._gradients(work, space, start, importance, eta, eta_r)
-        compute = self._preconditioned(compute, space, importance, training)
 
         def after_step(step: int) -> None:
             space.write()
@@ -135,7 +139,7 @@ class _FisherPurification(RateFindingDefense):
             training,
             run,
             stage="purify",
-            gradients=compute,
+            gradients=self._gradients(work, space, start, importance, eta, eta_r),
             parameters=space.parameters,
             after_step=after_step,
         )
@@ -159,20 +163,6 @@ class _FisherPurification(RateFindingDefense):
         if self.eta_f is not None:
             return self.eta_f
         return min(_PAPER_ETA_F, self.strength / factor / trace) if trace > 0 else _PAPER_ETA_F
-
-    def _bounded(self, training: Training, trace: float) -> Training:
-        """Return the updates to take where Tr(F) of the given model is known."""
-        return training
-
-    def _preconditioned(
-        self,
-        compute: Gradients,
-        space: Coordinates,
-        importance: Sequence[Tensor],
-        training: Training,
-    ) -> Gradients:
-        """Return the gradients to step along; plain ones here."""
-        return compute
 
     def _gradients(
         self,
@@ -276,6 +266,10 @@ class _FisherPurification(RateFindingDefense):
         return loss, torch.stack(sums).mean()
 
 
+def _default(defense: Defense, name: str) -> Any:
+    return next(field.default for field in fields(defense) if field.name == name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FIP(_FisherPurification):
     """Move to a flatter minimum of the clean loss, close to the given model where it matters.
@@ -307,23 +301,14 @@ class FIP(_FisherPurification):
         Backdoor Attacks*. CCS 2024. arXiv:2409.00863
     """
 
-    trace: Trace = "perturbation"
     preset: Literal["ours", "paper"] = "ours"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        defaults = {field.name: field.default for field in fields(self)}
         if self.preset == "paper":
             for name, value in _PAPER.items():
-                if getattr(self, name) == defaults[name]:
+                if getattr(self, name) == _default(self, name):
                     object.__setattr__(self, name, value)
-        if self.trace == "perturbation":
-            for name in ("strength", "eta_f", "fade", "trace_every"):
-                if getattr(self, name) != defaults[name]:
-                    raise BadInputError(
-                        f"{name}={getattr(self, name)} of FIP has no effect with "
-                        "trace='perturbation'; set trace='true', or radius in its place"
-                    )
+        super().__post_init__()
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the updates of the adapter's model, as the loop takes them."""
@@ -341,21 +326,11 @@ class FastFIP(_FisherPurification):
     Covers convolution, linear and embedding layers, and fused attention projections. The model
     keeps plain weights throughout, so keys, shapes and dtypes stay those of the given model.
 
+    The perturbation is of singular values, relative to their size. Few values are trained, at a
+    rate far above FIP's, so a third of its updates is enough.
+
     Attributes:
-        strength: As in FIP; Tr(F) is that of the shifts (and of norms and biases). Smaller: with
-            more, the clean loss is hardly followed (ours).
-        eta_r: As in FIP, over the shifts; smaller, since one shift moves a whole matrix (ours).
-        lr: The largest rate; far above FIP's, since singular values and norms alone have to undo
-            the backdoor (ours).
         layer_norm_factor: Singular values have a rate of their own, whatever normalises the model.
-        step: The rate times Tr(F) is at most this, so that a sharper net, such as a transformer,
-            is moved by smaller steps (ours).
-        damping: SGD takes natural gradient steps by the diagonal Fisher information of the given
-            model, damped by this share of its mean, for the sharpness of singular values differs
-            by five orders of magnitude within a net; none leaves the gradient as it is (ours,
-            after Karim et al. 2023, arXiv:2306.17441, the precursor of FIP).
-        steps: More than in FIP, for the reason of ``lr``.
-        average: Far steps leave noise, which the mean of the last half evens out (ours).
         scale: How far a shift of one moves a singular value; the code's s, there 1. It sets the
             step size of singular values against that of norms and biases (ours).
         norms_and_biases: Whether the other parameters train too, as in FIP. The paper leaves open
@@ -365,47 +340,10 @@ class FastFIP(_FisherPurification):
         See :class:`FIP`; the paper calls this variant f-FIP.
     """
 
-    strength: NotNegative = 0.005
-    eta_r: NotNegative | None = 0.01
-    lr: NotNegative = 0.3
+    steps: Whole = 100
     layer_norm_factor: Positive = 1.0
-    adamw_lr: NotNegative = 0.02
-    step: Positive = 30.0
-    damping: Positive | None = 0.1
-    steps: Whole = 200
-    average: Share = 0.5
     norms_and_biases: bool = True
-    scale: Positive = 2.0
-
-    def milder(self) -> Defense | None:
-        """Return this defense at half of its rate, and of what binds it."""
-        milder = super().milder()
-        return replace(milder, step=self.step / 2) if isinstance(milder, FastFIP) else None
-
-    def _bounded(self, training: Training, trace: float) -> Training:
-        if training.optimizer == "adamw" or trace <= 0:  # AdamW's steps have a length of their own
-            return training
-        return replace(training, lr=min(training.lr, self.step / trace))
-
-    def _preconditioned(
-        self,
-        compute: Gradients,
-        space: Coordinates,
-        importance: Sequence[Tensor],
-        training: Training,
-    ) -> Gradients:
-        if self.damping is None or training.optimizer == "adamw":  # it has factors of its own
-            return compute
-        factors = natural_factors(importance, self.damping)
-
-        def natural(batch: Any, step: int) -> Tensor:
-            loss = compute(batch, step)
-            for tensor, factor in zip(space.parameters, factors, strict=True):
-                assert tensor.grad is not None
-                tensor.grad *= factor
-            return loss
-
-        return natural
+    scale: Positive = 3.0
 
     def _coordinates(self, model: nn.Module) -> Coordinates:
         return SingularValues(model, others=self.norms_and_biases, scale=self.scale)

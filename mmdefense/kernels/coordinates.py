@@ -73,6 +73,10 @@ class Coordinates(ABC):
         )
         return list(found)
 
+    def sizes(self) -> list[Tensor]:
+        """Return what a change of each parameter is small or large against, never negative."""
+        return [parameter.detach().abs() for parameter in self.parameters]
+
     def assign(self, gradients: Sequence[Tensor]) -> None:
         """Set ``.grad`` of the parameters."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -145,6 +149,13 @@ class SingularValues(Coordinates):
         """Return the gradients of the shifts and the others, in closed form."""
         count = len(self.spectrum.shifts)
         return [*self.spectrum.pull_back(gradients[:count]), *gradients[count:]]
+
+    def sizes(self) -> list[Tensor]:
+        """Return the singular values, in units of ``scale``, and the absolute others.
+
+        A shift starts at zero, so its own size says nothing.
+        """
+        return [*self.spectrum.sizes(), *(other.detach().abs() for other in self.others)]
 
     def write(self) -> None:
         """Write the shifted singular values; the others are trained directly."""

@@ -31,7 +31,6 @@ __all__ = [
     "fisher_diagonal",
     "fisher_trace",
     "loss_and_trace",
-    "natural_factors",
     "penalised_gradient",
 ]
 
@@ -282,27 +281,6 @@ def fisher_diagonal(
         each(count, count)
     torch._foreach_div_(total, len(samples))
     return total
-
-
-def natural_factors(diagonal: Sequence[Tensor], damping: float) -> list[Tensor]:
-    """Return the factors of a damped natural gradient under a diagonal F, times the mean of F.
-
-    That is ``1 / (F_i / mean(F) + damping)``: a coordinate of average sharpness keeps about its
-    gradient, a sharper one gets less, and a flat one at most ``1 / damping`` times as much (Amari,
-    *Natural Gradient Works Efficiently in Learning*, Neural Computation 1998).
-
-    Args:
-        diagonal: diag(F), a tensor per coordinate; if it is zero everywhere, the factors are one.
-        damping: Positive, as a share of the mean of F.
-
-    Returns:
-        Tensors of the shapes of ``diagonal``.
-    """
-    total = torch.stack([values.sum() for values in diagonal]).sum()
-    mean = total / sum(values.numel() for values in diagonal)
-    if not mean > 0:
-        return [torch.ones_like(values) for values in diagonal]
-    return [1 / (values / mean + damping) for values in diagonal]
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def optimise(
         mode(model, train=True, batch_norm=training.batch_norm == "train"),
         channels_last(model),
         _restored_rng(device),
-        _cleaned_up(model, optimizer, state.average),
+        _without_gradients(optimizer),
     ):
         for step in range(start, training.steps):
             seed = run.seed_for(f"{stage}/{step}")
@@ -178,7 +178,6 @@ class _TrainingState:
     ) -> None:
         self.model, self.parameters, self.optimizer = model, parameters, optimizer
         self.training, self.run, self.stage = training, run, stage
-        self.average = _Average(training)
         self.total, self.seen = torch.zeros((), device=parameters[0].device), 0
         self.mean = math.nan
         self.saved, self.good = 0, (0, copy_state(model))
@@ -195,7 +194,6 @@ class _TrainingState:
             DivergenceError: If the loss or a weight is not finite; the last good state is restored.
             OutOfTime: If time ran out before the last step.
         """
-        self.average.take(self.model, done, last=last)
         if last or done % self.training.check_every == 0:
             self.mean = self._finite_mean()
             self.total, self.seen = torch.zeros_like(self.total), 0
@@ -243,7 +241,6 @@ class _TrainingState:
             # They need not be the model's own; those that are share its storage in the file too.
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.mean,
         }
         self.run.keep(f"{self.stage}.progress", state)
 
@@ -262,7 +259,6 @@ class _TrainingState:
             with torch.no_grad():
                 for parameter, value in zip(self.parameters, kept["parameters"], strict=True):
                     parameter.copy_(value)
-            self.average.mean = kept["average"]
             total, self.seen = kept["losses"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadInputError(
@@ -274,30 +270,6 @@ class _TrainingState:
         self.saved = int(kept["step"])
         self.good = (self.saved, copy_state(self.model))
         return self.saved
-
-
-class _Average:
-    """The running mean of a model's states over the last updates."""
-
-    def __init__(self, training: Training) -> None:
-        self.first = training.steps - round(training.average * training.steps) + 1
-        self.mean: dict[str, Tensor] = {}
-
-    def take(self, model: nn.Module, done: int, *, last: bool) -> None:
-        """Add the state after ``done`` updates; after the last, load the mean into the model."""
-        if done < self.first:
-            return
-        state = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-        if not self.mean:
-            self.mean = {name: value.clone() for name, value in state.items()}
-        for name, value in state.items():
-            self.mean[name].lerp_(value, 1 / (done - self.first + 1))
-        if last:
-            self.finish(model)
-
-    def finish(self, model: nn.Module) -> None:
-        """Load the mean into the model, if a state was added."""
-        model.load_state_dict(self.mean, strict=False)
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:
@@ -401,15 +373,10 @@ def _restored_rng(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _cleaned_up(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average
-) -> Iterator[None]:
-    """Clear the gradients at the end, and if time ran out load the mean of the states so far."""
+def _without_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Clear the gradients at the end."""
     try:
         yield
-    except OutOfTime:
-        average.finish(model)
-        raise
     finally:
         optimizer.zero_grad(set_to_none=True)
 

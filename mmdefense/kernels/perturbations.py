@@ -62,22 +62,17 @@ def moved(space: Coordinates, change: Sequence[Tensor], length: float = 1.0) -> 
 
 
 def sharpness_step(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    radius: float,
-    *,
-    eta: float | None = None,
+    gradients: Sequence[Tensor], radius: float, scales: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Return the step within ``radius`` that raises a linear loss most.
 
-    That is ``radius g / ||g||`` over all parameters together [SAM]; or, if ``eta`` is given,
-    ``radius T^2 g / ||T g||`` with ``T = |parameter| + eta``, within ``||T^-1 step|| <= radius``,
-    so that a large weight moves further than a small one [ASAM].
+    That is ``radius g / ||g||`` over all parameters together [SAM]; or, if ``scales`` T are given,
+    ``radius T^2 g / ||T g||``, within ``||T^-1 step|| <= radius``, so that a large weight moves
+    further than a small one [ASAM].
     """
     with torch.no_grad():
         scaled, step = list(gradients), list(gradients)
-        if eta is not None:
-            scales = [parameter.abs() + eta for parameter in parameters]
+        if scales is not None:
             scaled = [scale * g for scale, g in zip(scales, gradients, strict=True)]
             step = [scale * g for scale, g in zip(scales, scaled, strict=True)]
         norm = torch.stack(torch._foreach_norm(scaled)).norm()
@@ -101,7 +96,7 @@ def sharpness_aware_gradient(
         batch: N samples.
         space: The trained coordinates.
         radius: Length of the step.
-        eta: See :func:`sharpness_step`.
+        eta: Added to the sizes of the coordinates, which then scale the step; none does not scale.
 
     Example:
         >>> from mmdefense.kernels.coordinates import Weights, trainable
@@ -112,7 +107,8 @@ def sharpness_aware_gradient(
         True
     """
     loss, gradients = mean_loss_gradient(adapter, batch, space.weights)
-    step = sharpness_step(space.parameters, space.pull_back(gradients), radius, eta=eta)
+    scales = None if eta is None else [size + eta for size in space.sizes()]
+    step = sharpness_step(space.pull_back(gradients), radius, scales)
     with moved(space, step), frozen_statistics(adapter.model):
         _, worst = mean_loss_gradient(adapter, batch, space.weights)
         return loss, space.pull_back(worst)

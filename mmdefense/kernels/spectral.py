@@ -83,6 +83,13 @@ class Spectrum:
             shifted.append(start + ((left * change) @ right).view_as(start))
         return shifted
 
+    def sizes(self) -> list[Tensor]:
+        """Return the shifted singular values, in units of ``scale``."""
+        return [
+            torch.relu(values / self.scale + shift.detach())
+            for shift, (_, values, _) in zip(self.shifts, self.bases, strict=True)
+        ]
+
     def write(self) -> None:
         """Write the shifts into the weights."""
         with torch.no_grad():

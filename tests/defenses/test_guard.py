@@ -15,7 +15,6 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import folds, split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.base import Defense, RateFindingDefense, TrainingDefense
-from mmdefense.defenses.fip import FastFIP
 from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense.plots.weight_change import WeightChange
 from mmdefense.runtime.deadline import Deadline
@@ -562,8 +561,3 @@ def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
         0.2,
         0.1,
     ]
-
-
-def test_the_bound_of_fast_fip_is_halved_with_its_rate():
-    milder = FastFIP(lr=0.4, step=8.0, restarts=3).milder()
-    assert (milder.lr, milder.step, milder.restarts) == (0.2, 4.0, 2)

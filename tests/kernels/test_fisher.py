@@ -16,7 +16,6 @@ from mmdefense.kernels.fisher import (
     fisher_diagonal,
     fisher_trace,
     loss_and_trace,
-    natural_factors,
 )
 from mmdefense.kernels.hooks import second_derivatives
 from mmdefense_adapters.torch_classifier import TorchClassifier
@@ -284,21 +283,3 @@ def test_want_of_memory_is_not_taken_for_a_missing_derivative(adapter, samples, 
     monkeypatch.setattr(adapter, "sampled_loss", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         check_second_derivative(adapter, samples, list(adapter.model.parameters()))
-
-
-def test_natural_factors_solve_the_damped_system(adapter, parameters, samples):
-    diagonal = fisher_diagonal(adapter, samples, parameters, torch.Generator().manual_seed(0))
-    gradient = [torch.randn_like(values) for values in diagonal]
-    factors = natural_factors(diagonal, 0.2)
-    found = reference.flat([g * f for g, f in zip(gradient, factors, strict=True)])
-    fisher = torch.diag(reference.flat(diagonal))
-    damped = fisher / fisher.diagonal().mean() + 0.2 * torch.eye(len(found), dtype=found.dtype)
-    torch.testing.assert_close(found, torch.linalg.solve(damped, reference.flat(gradient)))
-    other = natural_factors([100 * values for values in diagonal], 0.2)
-    for factor, same, values in zip(factors, other, diagonal, strict=True):
-        assert factor.shape == values.shape
-        torch.testing.assert_close(factor, same)  # the scale of the loss does not matter
-
-
-def test_natural_factors_of_no_information_are_one():
-    assert all((f == 1).all() for f in natural_factors([torch.zeros(3), torch.zeros(2, 2)], 0.1))

@@ -82,20 +82,6 @@ def test_training_is_plain_sgd_on_the_drawn_batches(build, draw):
     torch.testing.assert_close(copy_state(adapter.model), copy_state(twin.model))
 
 
-def test_the_mean_of_the_last_states_is_kept(build, draw):
-    adapter, states = build(), []
-    plan = replace(PLAN, steps=6, average=0.5)
-    train(adapter, draw(10), plan, Run(),
-          after_step=lambda _: states.append(copy_state(adapter.model)))  # fmt: skip
-    expected = {
-        name: torch.stack([state[name].double() for state in states[-3:]]).mean(0)
-        for name, value in states[0].items()
-        if value.is_floating_point()
-    }
-    found = {name: copy_state(adapter.model)[name].double() for name in expected}
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("total", [10, 3])
 def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(build, draw, total):
     samples = recorded(draw(total))
@@ -108,7 +94,7 @@ def test_every_epoch_takes_each_sample_once_in_an_order_of_its_own(build, draw, 
     assert len({tuple(epoch) for epoch in epochs}) > 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"average": 0.6}])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}])
 @pytest.mark.parametrize("stops", [(1,), (4,), (5, 6), (9,), (11,)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, stops):
     plan = replace(PLAN, **changes)
@@ -127,9 +113,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(noisy, tmp_path, changes, s
     assert_equal_states(copy_state(twin.model), copy_state(adapter.model))
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_run_whose_time_is_up_goes_on_to_the_same_bits(noisy, tmp_path, average):
-    plan = replace(PLAN, average=average)
+def test_a_run_whose_time_is_up_goes_on_to_the_same_bits(noisy, tmp_path):
+    plan = PLAN
     adapter, samples = noisy()
     whole = Run(seed=3)
     train(adapter, samples, plan, whole)
@@ -176,21 +161,6 @@ def test_what_depends_on_earlier_steps_goes_on_from_where_it_began(noisy, tmp_pa
 
 def parameters_of(adapter):
     return list(adapter.model.parameters())
-
-
-def test_the_mean_so_far_is_what_is_left_when_the_time_is_up(build, draw):
-    adapter, states = build(), []
-    plan = replace(PLAN, average=1.0)
-    with pytest.raises(OutOfTime):
-        train(
-            adapter,
-            draw(10),
-            plan,
-            Run(deadline=looks(3)),
-            after_step=lambda _: states.append(copy_state(adapter.model)["0.weight"]),
-        )
-    assert len(states) == 3
-    torch.testing.assert_close(copy_state(adapter.model)["0.weight"], sum(states) / len(states))
 
 
 def test_parameters_that_are_not_the_models_own_are_resumed_too(build, draw, tmp_path):

@@ -70,7 +70,8 @@ def test_the_step_is_the_best_within_its_radius(parameters, eta):
     """Against the formula over one long vector, and against random steps of the same length."""
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(p.shape, generator=generator).double() for p in parameters]
-    step = torch.cat([s.flatten() for s in sharpness_step(parameters, gradients, 0.3, eta=eta)])
+    scales = None if eta is None else [p.detach().abs() + eta for p in parameters]
+    step = torch.cat([s.flatten() for s in sharpness_step(gradients, 0.3, scales)])
     g = torch.cat([gradient.flatten() for gradient in gradients])
     theta = torch.cat([p.detach().flatten() for p in parameters])
     scale = torch.ones_like(theta) if eta is None else theta.abs() + eta
@@ -88,7 +89,8 @@ def test_sharpness_aware_gradients_are_those_of_a_model_that_was_moved(adapter, 
     assert loss.item() == pytest.approx(loss_of(adapter, batch), rel=1e-13)
     assert same(before, copy_state(adapter.model))
     _, first = mean_loss_gradient(adapter, batch, space.weights)
-    step = sharpness_step(space.parameters, space.pull_back(first), 0.2, eta=eta)
+    scales = None if eta is None else [size + eta for size in space.sizes()]
+    step = sharpness_step(space.pull_back(first), 0.2, scales)
     with torch.no_grad():
         for parameter, change in zip(space.parameters, step, strict=True):
             parameter += change
