@@ -1,4 +1,4 @@
-"""Base classes of the defenses: their settings, ``purify``, and the loop of restarts."""
+"""Base classes of the defenses: settings, ``purify``, and restarts at lower learning rates."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ B = TypeVar("B", bound=Batch)
 
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
-    """A purified model, and the record of how it was made.
+    """A purified model and the record of how it was obtained.
 
     Attributes:
         model: The purified copy.
-        adapter: An adapter around it; for a model in half precision, around a float32 copy of the
-            same values.
+        adapter: An adapter that wraps it; for a half-precision model, it wraps a float32 copy with
+            the same values.
         defense: Name of the defense's class.
-        settings: All settings of the defense, seed included.
+        settings: All settings of the defense, including the seed.
         guard: The verdict of the utility guard.
         history: Reported values in chronological order, each with its stage and step.
         plots: Plots for the report.
         seconds: Wall-clock time of the purification, including parts before an interruption.
-        versions: Versions of the software, and the device.
+        versions: Software versions and the device.
         data: Fingerprint and size of the clean samples.
-        stopped: The stage in which time ran out; empty if it did not.
+        stopped: The stage in which the time limit was reached; empty if it was not.
         threads: Number of CPU threads in each part of the run.
-        unchanged: Why no weight or buffer was changed; empty if any was.
-        search: What the search for triggers found; None if there was no search.
+        unchanged: Why no weight or buffer changed; empty if at least one did.
+        search: Results of the trigger search; None if there was no search.
         choice: Which defense was chosen, and why; None if there was no choice.
     """
 
@@ -99,21 +99,21 @@ class Result(Shown):
 
 @dataclass
 class Purifying(Generic[B]):
-    """What a defense works with: a private copy of the model, and the parts of the clean data.
+    """What a defense works on: a private copy of the model and the splits of the clean data.
 
     Attributes:
         adapter: Wraps a private copy of the model, which is edited in place.
         fit: Samples to train on.
-        holdout: Samples to select by; disjoint from ``fit``.
-        folds: Other splits of the clean data, for the guard; none where there are none.
-        guard: Set to the verdict by a defense that consists of others, which have been judged.
-        run: Seed, progress, states and store.
+        holdout: Held-out samples for model selection; disjoint from ``fit``.
+        folds: Further splits of the clean data, for the guard; may be empty.
+        guard: The guard's verdict, set by a defense that delegates to others already judged.
+        run: Seed, progress, snapshots and store.
         plots: Plots for the report, filled by the defense.
-        search: What the search for triggers found, if there was one.
+        search: Results of the trigger search, if there was one.
         choice: Which defense was chosen, and why, if there were several.
-        why_unchanged: Why the defense changed nothing, if it knows.
-        stopped: The stage in which time ran out; empty if it did not.
-        types: Half-precision types that weights are rounded to at the end, by name.
+        why_unchanged: Why the defense changed nothing, if known.
+        stopped: The stage in which the time limit was reached; empty if it was not.
+        types: Half-precision dtypes that weights are rounded to at the end, by name.
     """
 
     adapter: TaskAdapter[B]
@@ -130,27 +130,27 @@ class Purifying(Generic[B]):
     guard: Guard | None = None
 
     def on(self, fit: Samples[B], holdout: Samples[B], run: Run) -> Purifying[B]:
-        """Return the same with other parts of the clean data and another run."""
+        """Return a copy with other splits of the clean data and another run."""
         return Purifying(self.adapter, fit, holdout, run, types=self.types)
 
     def adopt(self, other: Purifying[B]) -> None:
-        """Take over the results of the run whose model is returned."""
+        """Copy the results of the run whose model is returned."""
         self.plots, self.search, self.choice = other.plots, other.search, other.choice
         self.why_unchanged = other.why_unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(ABC):
-    """A purification method. Its fields are its whole configuration.
+    """A purification method. Its dataclass fields are its complete configuration.
 
     Attributes:
         seed: Seed of all random numbers; the same seed gives the same result.
-        max_utility_drop: Largest drop of the task metric on held-out data, in ``[0, 1]``.
-        holdout: Share of the clean data that is held out for selection and for the guard.
+        max_utility_drop: Largest allowed drop of the task metric on held-out data, in ``[0, 1]``.
+        holdout: Fraction of the clean data held out for model selection and the guard.
     """
 
     requires: ClassVar[type] = TaskAdapter
-    can_split: ClassVar[bool] = False  # whether its training can split the weights over processes
+    can_split: ClassVar[bool] = False  # whether weights can be sharded over processes in training
 
     seed: Seed = 0
     max_utility_drop: Share = 0.02
@@ -160,7 +160,7 @@ class Defense(ABC):
         check_settings(self)
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
-        """Return what is trained, and how much of it, for the plan of a dry run."""
+        """Describe what is trained and how many values, for the plan of a dry run."""
         return "nothing"
 
     @final
@@ -174,28 +174,28 @@ class Defense(ABC):
         max_seconds: float | Deadline | None = None,
         processes: Processes | None = None,
     ) -> Result:
-        """Purify a copy of a model; the given one stays as it is, bit for bit.
+        """Purify a copy of a model; the given model is not modified.
 
-        A model in half precision is purified in float32, because rounding would lose small updates,
-        and returned in its own type; the guard judges the rounded weights.
+        A half-precision model is purified in float32, because rounding would lose small updates,
+        and returned in its original dtype; the guard evaluates the rounded weights.
 
         Args:
-            model: The model in its adapter; or model and clean data, checked by
+            model: The model in its adapter; or model and clean data, validated by
                 :func:`~mmdefense.prepared.prepare`.
             clean: With an adapter, clean samples in any form that ``adapter.samples`` reads.
             progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-            store: Where to save states, so that the same call resumes after a kill.
+            store: Where to save checkpoints, so that repeating the call resumes an interrupted run.
             max_seconds: Time limit in seconds, or a deadline; when it is reached, the best state so
                 far is returned. It is checked after each update, and training ends early enough to
                 leave time for the utility guard.
-            processes: The processes that compute the result together, each of which makes the same
-                call; by default this one alone.
+            processes: The processes that compute the result together; each makes the same call. By
+                default only this process.
 
         Raises:
             UnsupportedError: If the adapter lacks members that this defense requires, or if the
                 defense cannot run in several processes.
-            BadInputError: If the clean data or the model cannot be used.
-            DivergenceError: If the loss stopped being finite.
+            BadInputError: If the clean data or the model is not usable.
+            DivergenceError: If the loss became non-finite.
         """
         adapter = model.adapter if isinstance(model, Prepared) else model
         if missing := missing_members(adapter, self.requires):
@@ -250,7 +250,7 @@ class Defense(ABC):
         )
 
     def _why_unchanged(self, work: Purifying[Any]) -> str:
-        """Return why the defense changed nothing."""
+        """Explain why the defense changed nothing."""
         if work.why_unchanged:
             return work.why_unchanged
         if work.stopped:
@@ -258,14 +258,14 @@ class Defense(ABC):
         if getattr(self, "steps", None) == 0:
             return "steps=0"
         rounding = ", or its changes were lost in rounding" if work.types else ""
-        return f"{type(self).__name__} left every weight as it was{rounding}"
+        return f"{type(self).__name__} changed no weight{rounding}"
 
     @final
     def attempt(self, work: Purifying[Any]) -> Guard:
-        """Run on ``work`` until its deadline, and leave its model in the state the guard chose.
+        """Run on ``work`` until its deadline, and load the state that the guard chose.
 
         Raises:
-            DivergenceError: If the loss stopped being finite at every rate.
+            DivergenceError: If the loss became non-finite at every learning rate.
         """
         work.fit = self._viewed(work, work.fit)
         recompute = getattr(self, "gradient_checkpointing", False)
@@ -292,21 +292,21 @@ class Defense(ABC):
         return samples if views is None else viewed(work.adapter, samples, views)
 
     def _run_until_kept(self, work: Purifying[Any], given: State, judging: Judging) -> None:
-        """Run at one rate after another until a state keeps the utility bound.
+        """Try decreasing learning rates until a state meets the utility bound.
 
-        The first rate is that of :meth:`begins`. At each rate the final state is tried, then states
-        on the line from it to the given one, down to 60 % of the way. If none of them keeps the
-        bound, or the loss stopped being finite, the next rate is that of :meth:`milder`. In the end
-        come the states that the defense kept on its way at the first rate, latest first, and the
-        rest of its line.
+        The first rate comes from :meth:`begins`. At each rate the final state is tried first, then
+        interpolations between the given and the final state, down to 60 % of the way. If none of
+        them meets the bound, or the loss became non-finite, the next rate comes from
+        :meth:`milder`. Last come the snapshots that the defense saved at the first rate, latest
+        first, and the remaining interpolations at that rate.
 
         Args:
-            work: What the defense works with at its own rate.
+            work: What the defense works on at the full rate.
             given: The state of the given model.
-            judging: Judges the states, and keeps the best.
+            judging: Judges the states and keeps the best.
 
         Raises:
-            DivergenceError: If the loss stopped being finite at every rate.
+            DivergenceError: If the loss became non-finite at every learning rate.
         """
         defense: Defense | None = self
         rate, failure = 1.0, None
@@ -322,7 +322,7 @@ class Defense(ABC):
             if ended or failure:
                 part = work.on(work.fit, work.holdout, work.run.milder(at_rate(rate)))
                 why = "the loss stopped being finite" if failure else "too much utility is lost"
-                note = f"{why}; beginning again {at_rate(rate)}"
+                note = f"{why}; restarting {at_rate(rate)}"
                 work.run.progress(Event(at_rate(rate), 0, 1, note=note))
                 work.adapter.model.load_state_dict(given)
             try:
@@ -353,39 +353,39 @@ class Defense(ABC):
         judging.settles(part, rate, chain(kept, far), self._run)
 
     def begins(self, work: Purifying[Any]) -> tuple[Defense, float]:
-        """Return the defense to begin with, and its share of this one's learning rate."""
+        """Return the defense to start with, and its learning rate as a fraction of this one's."""
         return self, 1.0
 
     def milder(self) -> Defense | None:
-        """Return the defense to try if this one costs too much utility, or None."""
+        """Return the defense to try next if this one costs too much utility, or None."""
         return None
 
     @abstractmethod
     def _run(self, work: Purifying[Any]) -> None:
-        """Edit ``work.adapter.model`` in place; ``work.run.snapshot`` keeps candidate states."""
+        """Edit ``work.adapter.model`` in place; ``work.run.snapshot`` saves candidate states."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefense(Defense):
-    """A defense that trains on clean data; its learning rate falls to zero on a cosine.
+    """A defense that trains on clean data; its learning rate decays to zero along a cosine.
 
     Attributes:
         views: How the clean samples are augmented; see :data:`~mmdefense.data.batch.Views`.
         lr: Peak learning rate of SGD.
-        layer_norm_factor: Multiplies ``lr``, and divides ``adamw_lr``, if the adapter says that
-            the model is normalised by LayerNorm, as transformers are: at SGD's rate for networks
-            with BatchNorm a transformer hardly moves, and at AdamW's it forgets its task (ours).
-        adamw_lr: The same of AdamW.
-        optimizer: ``"auto"`` uses the one that the adapter names for its kind of model: the rate
-            of SGD that suits all others moves a detector too little (ours).
+        layer_norm_factor: Multiplies ``lr``, and divides ``adamw_lr``, if the adapter reports that
+            the model uses LayerNorm, as transformers do: at the SGD rate that suits BatchNorm
+            networks a transformer hardly moves, and at their AdamW rate it forgets its task (ours).
+        adamw_lr: Peak learning rate of AdamW.
+        optimizer: ``"auto"`` uses the optimizer that the adapter recommends for its kind of model:
+            the SGD rate that suits all other models moves a detector too little (ours).
         momentum: Momentum of SGD.
         steps: Number of updates.
-        batch_size: Clean samples per update.
-        max_norm: Gradient norm to clip at; None does not clip.
+        batch_size: Clean samples per update. max_norm: Gradient norm to clip at; None disables
+            clipping.
         gradient_checkpointing: Whether to recompute activations in the backward pass, for models
             that support it, such as those of Transformers: less memory, more time.
         restarts: How often to restart at half the rate if neither the final state nor one near it
-            keeps the utility bound, or if the loss stops being finite (ours).
+            meets the utility bound, or if the loss becomes non-finite (ours).
     """
 
     views: Views = "standard"
@@ -401,7 +401,7 @@ class TrainingDefense(Defense):
     restarts: Whole = 3
 
     def milder(self) -> Defense | None:
-        """Return this defense at half its rate, as long as ``restarts`` allow it."""
+        """Return this defense at half its learning rate, or None if no restarts are left."""
         if self.restarts < 1 or not self.steps:
             return None
         left = self.restarts - 1
@@ -420,7 +420,7 @@ class TrainingDefense(Defense):
         )
 
     def factor(self, adapter: TaskAdapter[Any]) -> float:
-        """Return the factor on SGD's rate for the adapter's model; 1 for AdamW."""
+        """Return the factor on SGD's learning rate for the adapter's model; 1 for AdamW."""
         return self._layer_norm_factor(adapter) if self._optimizer(adapter) == "sgd" else 1.0
 
     def _layer_norm_factor(self, adapter: TaskAdapter[Any]) -> float:
@@ -430,7 +430,7 @@ class TrainingDefense(Defense):
         return traits(adapter).optimizer if self.optimizer == "auto" else self.optimizer
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
-        """Return what is trained, and how much of it, for the plan of a dry run."""
+        """Describe what is trained and how many values, for the plan of a dry run."""
         return f"{self.trained(adapter):,} values"
 
     def trained(self, adapter: TaskAdapter[Any]) -> int:
@@ -440,16 +440,16 @@ class TrainingDefense(Defense):
 
 @dataclass(frozen=True, kw_only=True)
 class RateFindingDefense(TrainingDefense):
-    """A defense that trains at the largest rate that the model stands.
+    """A defense that trains at the largest learning rate that the model tolerates.
 
-    Removal grows with the rate. It begins at one that no model is expected to stand, and is halved
-    until a short training keeps three quarters of the score above chance (ours; a range test after
-    Smith 2017, arXiv:1506.01186), and then until the utility guard passes. Where no rate keeps as
-    much, the search begins at the largest that keeps three quarters of what the best one does.
+    Higher rates remove more of the backdoor. The rate starts too high for any model and is halved
+    until a short training run keeps three quarters of the score above chance (ours; a range test
+    after Smith 2017, arXiv:1506.01186), and then until the utility guard passes. If no rate keeps
+    that much, the largest rate is used that keeps three quarters of what the best rate keeps.
 
     Attributes:
-        lr: Where the search begins with SGD.
-        adamw_lr: Where it begins with AdamW.
+        lr: Where the search starts with SGD.
+        adamw_lr: Where it starts with AdamW.
     """
 
     lr: NotNegative = 1.28
@@ -458,7 +458,7 @@ class RateFindingDefense(TrainingDefense):
     restarts: Whole = 8
 
     def begins(self, work: Purifying[Any]) -> tuple[Defense, float]:
-        """Return this defense at the largest rate that a short training stands, and its share."""
+        """Return this defense at the largest rate that passes the range test, and its fraction."""
         if self.milder() is None:
             return self, 1.0
         found = work.run.once("range test", lambda: self._tested(work))
@@ -469,14 +469,14 @@ class RateFindingDefense(TrainingDefense):
         return defense, 0.5**halvings
 
     def _tested(self, work: Purifying[Any]) -> dict[str, Any]:
-        """Return the number of halvings, and what the short trainings computed for any rate."""
+        """Return the number of halvings, and what the short runs computed for every rate."""
         halvings = self._halvings(work)
         return {"halvings": halvings, "shared": dict(work.run.shared)}
 
     def _halvings(self, work: Purifying[Any]) -> int:
-        """Return how often the rate is halved until a short training keeps most of the score.
+        """Return how often the rate is halved until a short training run keeps most of the score.
 
-        Where none does, as after a layer was reinitialised, it is most of what the best one keeps.
+        If no rate does, as after a layer was reinitialised, most of the best rate's score counts.
         """
         chance = work.adapter.chance
         enough = _KEPT_SHARE * (mean_score(work.adapter, work.holdout) - chance)
@@ -492,7 +492,7 @@ class RateFindingDefense(TrainingDefense):
         return next(count for count, score in enumerate(kept) if score >= enough)
 
     def _kept(self, defense: Defense, work: Purifying[Any], rate: float) -> float:
-        """Return the mean score after a short training at a share of the rate; 0 if it diverges."""
+        """Return the mean score after a short run at a fraction of the rate; 0 if it diverges."""
         model, name = work.adapter.model, f"range test {at_rate(rate)}"
         given, run = copy_state(model), work.run.milder(name)
         short = replace(defense, steps=max(1, min(_RANGE_STEPS, self.steps // 3)))  # type: ignore[call-arg]
@@ -507,17 +507,17 @@ class RateFindingDefense(TrainingDefense):
 
 
 _RANGE_STEPS = 30
-"""Updates of the range test, or a third of all if those are fewer."""
+"""Updates of the range test, or a third of all updates if that is fewer."""
 _KEPT_SHARE = 0.75
-"""Share of the score above chance that the range test keeps. Both ours."""
+"""Fraction of the score above chance that must survive the range test. Both values are ours."""
 
 
 def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Samples[B]:
     """Return the samples augmented by ``views``.
 
     Raises:
-        UnsupportedError: If an adapter without ``viewed`` is asked for other than standard views,
-            which it leaves to the samples.
+        UnsupportedError: If other than standard views are requested and the adapter has no
+            ``viewed``; standard views come from the samples.
     """
     if missing_members(adapter, ViewingAdapter):
         if views == "standard":
@@ -530,7 +530,7 @@ def viewed(adapter: TaskAdapter[B], samples: Samples[B], views: Views) -> Sample
 
 
 def _same(given: nn.Module, purified: nn.Module) -> bool:
-    """Return whether all weights and buffers of two models are equal, bit for bit."""
+    """Return whether all weights and buffers of two models are bitwise equal."""
     before, after = given.state_dict(), purified.state_dict()
     return before.keys() == after.keys() and all(
         torch.equal(value, after[name].to(value.device)) for name, value in before.items()
@@ -541,11 +541,11 @@ def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:
     """Return when training must end to leave time for the guard.
 
     A tenth of the remaining time is reserved, but at least one evaluation and at most six: the
-    final state and five nearer to the given one.
+    final state and five interpolations towards the given one.
 
     Args:
         deadline: When the whole run must end.
-        evaluation: Seconds that one evaluation takes.
+        evaluation: Duration of one evaluation in seconds.
     """
     tenth = deadline.left / 10
     return deadline.earlier(max(evaluation, min(tenth, 6 * evaluation)))
@@ -553,7 +553,7 @@ def _before_the_guard(deadline: Deadline, evaluation: float) -> Deadline:
 
 @contextmanager
 def _explained_out_of_memory() -> Iterator[None]:
-    """Explain in one line that memory ran out and that smaller batches would not help.
+    """Turn an out-of-memory error that smaller batches would not fix into a one-line message.
 
     Raises:
         UnsupportedError: Instead of the allocator's error.
@@ -570,7 +570,7 @@ def _explained_out_of_memory() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software that purifies, and the device."""
+    """Return the versions of the software used, and the device."""
     return {
         "mmdefense": version("mmdefense"),
         "torch": torch.__version__,

@@ -47,31 +47,31 @@ Trace = Literal["perturbation", "true", "empirical", "released", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class _FisherPurification(RateFindingDefense):
-    """The objective that FIP and Fast FIP share, over coordinates of their own.
+    """The objective shared by FIP and Fast FIP, which differ in the coordinates they train.
 
     Attributes:
-        strength: The penalty ``eta_F Tr(F)`` of the given model, in nats; it fixes ``eta_F``
-            where that is not given. Ours: Tr(F) differs by orders of magnitude between nets, so
-            one fixed ``eta_F`` means very different defenses. Where the rate is
-            ``layer_norm_factor`` times as large it is as many times smaller, so that a step of the
-            penalty is as long. Never above the code's 0.5.
+        strength: Target value of the penalty ``eta_F Tr(F)`` at the given model, in nats; it
+            determines ``eta_F`` if that is not set. Ours: Tr(F) differs by orders of magnitude
+            between networks, so a fixed ``eta_F`` would mean very different defenses. If the rate
+            is scaled up by ``layer_norm_factor``, ``eta_F`` is scaled down by the same factor, so
+            that steps along the penalty keep their length. Never above the code's 0.5.
         eta_f: The paper's weight of Tr(F); overrides ``strength``.
-        anchor: ``eta_r Tr(Fbar)``, which fixes ``eta_r`` where that is not given, and rises from
-            zero on a line, so that the model is held where it has come to, and not where it was
-            given. Ours, for the reason of ``strength``.
+        anchor: ``eta_r Tr(Fbar)``, which determines ``eta_r`` if that is not set. It ramps up
+            linearly from zero, so that the model is free to move early in training. Ours, for the
+            same reason as ``strength``.
         eta_r: The paper's weight of the anchor, constant; overrides ``anchor``.
         trace: ``"perturbation"`` descends the loss at the worst weights within ``radius``, as SAM
-            does; ``"true"`` is Tr(F) with labels from the model, ``"empirical"`` with the given
-            ones, ``"released"`` the released code's term (see :meth:`_released`), ``"none"`` no
-            term.
-        radius: Of that perturbation, in units of the weights' own size (ASAM). With a larger one
-            the model stands a smaller rate.
-        fade: ``eta_F`` falls to zero on a line over this share of the steps, so that what is left
-            recovers accuracy; 0 keeps it constant, as the paper does (ours).
-        trace_every: Steps from one Tr(F) to the next, whose weight is multiplied to make up for it.
-        batch_norm: ``"train"`` normalises by batch, as the released code does.
-        importance_batch: Samples that share one random draw of the anchor's diagonal F: 1 draws
-            for each sample, which is less noisy, and slower (ours).
+            does; ``"true"`` is Tr(F) with labels sampled from the model, ``"empirical"`` with the
+            given labels, ``"released"`` the released code's term (see :meth:`_released`),
+            ``"none"`` no penalty.
+        radius: Radius of that perturbation, relative to the weights (ASAM). With a larger radius
+            the model tolerates only a smaller learning rate.
+        fade: Fraction of the steps over which ``eta_F`` decays linearly to zero, so that the
+            remaining steps recover accuracy; 0 keeps it constant, as the paper does (ours).
+        trace_every: Compute Tr(F) only in every n-th step, with n times its weight.
+        batch_norm: ``"train"`` normalises with batch statistics, as the released code does.
+        importance_batch: Samples that share one random draw for the anchor's diagonal F; 1 draws
+            for each sample, which is less noisy but slower (ours).
     """
 
     strength: NotNegative = 0.05
@@ -96,7 +96,7 @@ class _FisherPurification(RateFindingDefense):
                     )
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
-        """Return the updates of the adapter's model, as the loop takes them."""
+        """Return the settings of the training loop for the adapter's model."""
         training = super().training(adapter)
         return replace(training, batch_norm=self.batch_norm)
 
@@ -203,17 +203,17 @@ class _FisherPurification(RateFindingDefense):
         return compute
 
     def _share(self, step: int) -> float:
-        """Return the part of ``eta_F`` that is left at a step."""
+        """Return the fraction of ``eta_F`` that applies at a step."""
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 1.0
 
     def _released_gradient(
         self, adapter: Any, batch: Any, space: Coordinates, generator: torch.Generator, now: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the loss, and the gradient of it and ``now`` times the released code's penalty."""
+        """Return the loss, and the gradient of loss plus ``now`` times the released penalty."""
         start = generator.get_state()
 
         def value(rows: slice) -> tuple[Tensor, Tensor]:
-            generator.set_state(start)  # the same directions for each part, as for the whole
+            generator.set_state(start)  # every micro-batch uses the same directions
             loss, penalty = self._released(adapter, batch.rows(rows), space, generator)
             return loss, loss + now * penalty
 
@@ -247,10 +247,10 @@ class _FisherPurification(RateFindingDefense):
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and the term that the released code calls the trace.
 
-        That is the mean over 20 normal vectors v of the products <v, grad>, where the partial sums
-        over layers are kept as well, so early layers count often. It is random with mean zero:
-        its gradient is noise shaped by the Hessian, not a step to a flatter place. (The code also
-        mixes labels within the batch; that is left out.)
+        That is the mean of <v, grad> over 20 Gaussian vectors v. It also includes the partial sums
+        over layers, so early layers count repeatedly. It is random with mean zero: its gradient is
+        noise shaped by the Hessian, not a step to a flatter minimum. (The code also mixes labels
+        within the batch; that is left out.)
         """
         loss = adapter.per_sample_loss(batch).mean()
         gradient = torch.autograd.grad(
@@ -278,23 +278,23 @@ class FIP(_FisherPurification):
     weights, F the Fisher information of the moving model on clean data, Fbar the diagonal of that
     of the given model thetabar.
 
-    By default Tr(F) is lowered by a perturbation of the weights, as SAM does: each step follows the
-    gradient at the worst weights within ``radius``. To first order that adds the norm of the batch
-    gradient to the loss, which is what Tr(F) squares. It takes two forward and two backward passes
-    and no second derivative, so that every model is served. With ``trace="true"`` Tr(F) is the
-    paper's: from one backward pass without per-sample gradients, and differentiated exactly by a
-    second one.
+    By default Tr(F) is reduced by perturbing the weights, as in SAM: each step follows the gradient
+    at the worst weights within ``radius``. To first order that adds the norm of the batch gradient
+    to the loss; Tr(F) is a mean of squared gradient norms. It takes two forward and two backward
+    passes and no second derivative, so it works for every model. With ``trace="true"`` Tr(F) is the
+    paper's: computed in one backward pass without per-sample gradients, and differentiated exactly
+    by a second one.
 
     Ours (docs/papers.md): that perturbation; ``strength`` in place of a fixed ``eta_F`` (the code's
     0.5), fading over the first half; ``anchor`` in place of a fixed ``eta_r`` (the code's 5,
-    commented out there); 300 steps of
-    batch 64 on a cosine (the code: 2000 of 128 at 0.005, constant); Tr(F) in every step (the code:
-    every fifth). ``preset="paper"`` takes the paper's objective and the code's schedule.
+    commented out there); 300 steps of batch size 64 with cosine decay (the code: 2000 of 128 at
+    0.005, constant); Tr(F) in every step (the code: every fifth). ``preset="paper"`` takes the
+    paper's objective and the code's schedule.
 
     Attributes:
-        preset: ``"paper"`` sets what is left at its default to the paper's exact Tr(F), ``eta_f``
-            0.5, ``eta_r`` 5 and no fading, and to the released code's schedule: 2000 steps of 128
-            at 0.005, constant, with the trace in every fifth.
+        preset: ``"paper"`` changes settings that were left at their defaults to the paper's exact
+            Tr(F), ``eta_f`` 0.5, ``eta_r`` 5 and no fading, and to the released code's schedule:
+            2000 steps of 128 at a constant 0.005, with the trace in every fifth.
 
     References:
         Karim, Arafat, Rakin, Guo, Rahnavard. *Fisher Information guided Purification against
@@ -311,7 +311,7 @@ class FIP(_FisherPurification):
         super().__post_init__()
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
-        """Return the updates of the adapter's model, as the loop takes them."""
+        """Return the settings of the training loop for the adapter's model."""
         training = super().training(adapter)
         return replace(training, schedule="constant") if self.preset == "paper" else training
 
@@ -324,17 +324,18 @@ class FastFIP(_FisherPurification):
     """FIP over singular values alone: ``W = U diag(relu(sigma + delta)) V^T``, delta trained.
 
     Covers convolution, linear and embedding layers, and fused attention projections. The model
-    keeps plain weights throughout, so keys, shapes and dtypes stay those of the given model.
+    keeps ordinary weights throughout, so keys, shapes and dtypes of its state dict do not change.
 
-    The perturbation is of singular values, relative to their size. Few values are trained, at a
-    rate far above FIP's, so a third of its updates is enough.
+    The perturbation applies to singular values, relative to their size. Few values are trained, at
+    a rate far above FIP's, so a third of its updates is enough.
 
     Attributes:
-        layer_norm_factor: Singular values have a rate of their own, whatever normalises the model.
+        layer_norm_factor: 1 by default: the rate of singular values does not depend on whether the
+            model uses LayerNorm.
         scale: How far a shift of one moves a singular value; the code's s, there 1. It sets the
-            step size of singular values against that of norms and biases (ours).
-        norms_and_biases: Whether the other parameters train too, as in FIP. The paper leaves open
-            which of them do.
+            step size of singular values relative to norms and biases (ours).
+        norms_and_biases: Whether norms and biases are trained too, as in FIP. The paper does not
+            say which of them are.
 
     References:
         See :class:`FIP`; the paper calls this variant f-FIP.

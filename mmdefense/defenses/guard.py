@@ -27,8 +27,8 @@ State = dict[str, Tensor]
 KEPT: Literal["kept"] = "kept"
 VIOLATED: Literal["violated"] = "violated"
 UNDECIDED: Literal["not decidable"] = "not decidable"
-"""The three verdicts of the guard: the whole interval of the drop lies within the bound, all of it
-lies beyond, or the bound lies inside it."""
+"""The three verdicts of the guard: the interval of the drop lies entirely within the bound,
+entirely beyond it, or contains it."""
 
 _Z = 1.645  # one-sided 95 %
 
@@ -41,15 +41,14 @@ class Guard:
         before: Mean score of the given model, in ``[0, 1]``.
         after: Mean score of the returned state.
         drop: ``before - after``.
-        spread: Standard deviation of the drop of single samples.
-        bound: The largest drop that was allowed.
-        samples: Number of samples that were held out, in all folds together.
+        spread: Standard deviation of the per-sample drop.
+        bound: The largest allowed drop.
+        samples: Number of held-out samples, over all folds.
         state: Which state was returned: ``"final"`` or an earlier one.
-        rate: The share of the defense's learning rate at which that state was reached.
-        metric: What is measured: what the adapter's score is called.
-        folds: Number of folds that the samples were held out in, one after the other; with more
-            than one, the returned state is that of the first, and before, after and drop are means
-            over it and its counterparts.
+        rate: The learning rate at which that state was reached, as a fraction of the defense's.
+        metric: Name of the adapter's score.
+        folds: Number of cross-validation folds. With more than one, the returned state is that of
+            the first fold, and before, after and drop are means over the states of all folds.
     """
 
     before: float
@@ -67,7 +66,8 @@ class Guard:
     def margin(self) -> float:
         """Half-width of the 90 % interval of the drop, each end of which is a 95 % bound.
 
-        With few samples and no observed change the plain error is 0: half a sample is the floor.
+        With few samples and no observed change the standard error is 0, so the floor is half a
+        sample.
         """
         return _Z * max(self.spread / math.sqrt(self.samples), 1 / self.samples / 2)
 
@@ -83,27 +83,27 @@ class Guard:
 
     @property
     def verdict(self) -> Literal["kept", "violated", "not decidable"]:
-        """Whether the bound is kept, violated, or neither is certain with so few samples."""
+        """Whether the bound is kept, violated, or not decidable with so few samples."""
         if self.low > self.bound:
             return VIOLATED
         return KEPT if self.high <= self.bound else UNDECIDED
 
     @property
     def violated(self) -> bool:
-        """Whether even the best state drops by more than ``bound``, beyond chance."""
+        """Whether even the best state drops significantly more than ``bound``."""
         return self.verdict == VIOLATED
 
     @property
     def passes(self) -> bool:
-        """Whether the state may be returned: its drop is within the bound, certainly or not."""
+        """Whether the state may be returned: its drop is within the bound, significantly or not."""
         return self.drop <= self.bound + 1e-6
 
     @property
     def needed(self) -> int | None:
-        """Number of held-out samples that would decide, if drop and spread stay as they are.
+        """Number of held-out samples needed to decide, assuming the same drop and spread.
 
-        It is none where these decide already, or where the drop is so near to the bound that no
-        number that anyone has would.
+        None if the present samples decide already, or if the drop is so close to the bound that no
+        realistic number would.
         """
         gap = abs(self.bound - self.drop)
         if self.verdict != UNDECIDED or gap < 1e-4:
@@ -112,45 +112,45 @@ class Guard:
 
     @property
     def undecided(self) -> str:
-        """That the samples do not decide, and how many would; empty where they do."""
+        """A message if the samples are too few to decide, and how many would do; else empty."""
         return not_decidable(self.samples, self.needed) if self.verdict == UNDECIDED else ""
 
     @property
     def instead(self) -> str:
-        """What was returned in place of the final state at the full rate; empty where that was."""
+        """What was returned instead of the final state at the full rate; else empty."""
         if self.rate != 1:
             return f"{self.state}, {at_rate(self.rate)}"
         return "" if self.state == "final" else self.state
 
     @property
     def message(self) -> str:
-        """One sentence for a person."""
+        """The verdict as one readable sentence."""
         turns = f" of {self.folds} folds" if self.folds > 1 else ""
         change = (
             f"{self.metric} went from {self.before:.3f} to {self.after:.3f} on {self.samples} "
             f"held-out samples{turns} (drop {self.drop:+.3f} ± {self.margin:.3f}, "
             f"bound {self.bound:g})"
         )
-        taken = f"; taken is the state {self.instead!r}" if self.instead else ""
+        taken = f"; returned the state {self.instead!r}" if self.instead else ""
         return f"utility guard: {self._words()}{taken}: {change}"
 
     def _words(self) -> str:
         if self.verdict == VIOLATED:
-            return "bound VIOLATED by every state, the smallest drop is returned"
+            return "bound VIOLATED by every state; the one with the smallest drop is returned"
         if self.verdict == KEPT:
             return "bound kept"
-        least = "" if self.passes else ", the smallest drop is returned"
+        least = "" if self.passes else "; the state with the smallest drop is returned"
         return f"bound {self.undecided}{least}"
 
 
 def not_decidable(samples: int, needed: int | None) -> str:
-    """Return in words that a hold-out part does not decide, and how large one would."""
+    """Say that the held-out samples are too few to decide, and how many would do."""
     would = "" if needed is None else f" (about {needed:,} would decide)"
     return f"not decidable with {samples:,} held-out samples{would}"
 
 
 def at_rate(rate: float) -> str:
-    """Return a share of the learning rate in words."""
+    """Describe a fraction of the learning rate in words."""
     return f"at {rate:g} times the learning rate"
 
 
@@ -160,12 +160,13 @@ def judge(
     """Return the verdict on a state.
 
     Args:
-        before: Each held-out sample's share of the task metric under the given model, ``(N,)``.
+        before: Per-sample score (each sample's share of the task metric) under the given model,
+            ``(N,)``.
         after: The same under the state, shape ``(N,)``.
-        bound: The largest drop of the mean that is allowed, in ``[0, 1]``.
-        state: What the state is called.
-        rate: The share of the learning rate at which it was reached.
-        folds: Number of folds that the samples were held out in.
+        bound: The largest allowed drop of the mean, in ``[0, 1]``.
+        state: Name of the state.
+        rate: The fraction of the learning rate at which it was reached.
+        folds: Number of cross-validation folds.
     """
     difference = (before - after).double()
     count = len(difference)
@@ -183,7 +184,7 @@ def judge(
 
 
 def between(given: State, final: State, share: float) -> State:
-    """Return the state at a share of the way from the given one to the final one."""
+    """Interpolate linearly from the given state to the final one."""
     return {
         name: torch.lerp(given[name], value, share) if value.is_floating_point() else value
         for name, value in final.items()

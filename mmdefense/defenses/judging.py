@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Chosen", "Fold", "Judging"]
 
 _ENOUGH = 400
-"""Held-out samples that decide, whatever their interval: each fold costs a whole run. Ours."""
+"""Number of held-out samples at which no more folds are run, since each costs a whole run. Ours."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Candidate:
     """A state that may be returned.
 
     Attributes:
-        label: What it is called.
+        label: Its name.
         state: The state dict.
-        share: How far it lies on the line from the given state to the final one; none for a state
-            that the defense kept on its way.
+        share: Its interpolation factor between the given state (0) and the final one (1); None for
+            a snapshot taken during the run.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Candidate:
 
     @classmethod
     def line(cls, given: State, final: State, shares: Iterable[float]) -> Iterable[Candidate]:
-        """Yield the states at these shares of the way from the given state to the final one."""
+        """Yield interpolations from the given state to the final one, one for each factor."""
         for share in shares:
             yield cls(
                 f"{share:.0%} of the way to the final state", between(given, final, share), share
@@ -61,14 +61,14 @@ class Chosen:
 
 @dataclass
 class Fold:
-    """Clean data split at another place, on which a defense is run again.
+    """Another split of the clean data, on which a defense is run again.
 
     Attributes:
-        fit: What to learn from.
-        holdout: What to judge by.
-        run: Of the defense on this fold, at the last rate.
-        before: Each held-out sample's share of the task metric under the given model.
-        reached: The final state at the full rate and at the last one, by the share of the rate.
+        fit: Samples to train on.
+        holdout: Held-out samples to judge by.
+        run: The defense's run on this fold, at the latest rate.
+        before: Per-sample score on the held-out samples under the given model.
+        reached: The final states at the full rate and at the latest one, by fraction of the rate.
     """
 
     fit: Samples[Any]
@@ -80,23 +80,23 @@ class Fold:
 
 @dataclass
 class Judging:
-    """Judges one state after another, and keeps the best of them.
+    """Judges states in turn and keeps the best of them.
 
-    A state passes if its drop on the held-out samples is within the bound. Where chance may
-    explain on which side of the bound the drop is, the defense is run on the other folds of the
-    clean data too, until the samples that were held out in turn decide or there are no more, or
-    until 400 were judged; then their mean drop counts, here and for the next states at that rate
-    (cross-validation).
+    A state passes if its drop on the held-out samples is within the bound. If the drop is not
+    significantly on one side of the bound, the defense is also run on the other folds of the clean
+    data (cross-validation), until the held-out samples of all folds decide, no fold is left, or 400
+    samples have been judged. From then on the mean drop over the folds counts, also for the next
+    states at that rate.
 
     Attributes:
-        work: Around the model that the states are of.
+        work: Wraps the model into which the states are loaded.
         given: The state of the given model.
-        bound: The largest drop that is allowed.
-        deadline: Once it has passed, no further state is judged.
-        folds: The other folds of the clean data; with none, the held-out samples alone decide.
-        before: Each held-out sample's share of the task metric under the given model, ``(N,)``.
+        bound: The largest allowed drop.
+        deadline: After it, no further state is judged.
+        folds: The other folds of the clean data; if empty, only ``work.holdout`` decides.
+        before: Per-sample score on the held-out samples under the given model, ``(N,)``.
         chosen: The state that passed, or else the one with the smallest drop so far.
-        count: How many states were judged.
+        count: Number of states judged.
     """
 
     work: Purifying[Any]
@@ -118,12 +118,12 @@ class Judging:
         states: Iterable[Candidate],
         again: Callable[[Purifying[Any]], None] | None = None,
     ) -> bool:
-        """Judge states in turn; return whether one passes, or the time is up.
+        """Judge states in turn; return whether one passes or the time is up.
 
         Args:
-            part: The part of the run that reached them.
-            rate: The share of the learning rate at which it did.
-            states: What to judge, first what to take first.
+            part: The part of the run that produced them.
+            rate: Its learning rate, as a fraction of the defense's.
+            states: Candidate states in order of preference.
             again: Runs the defense at that rate on another fold; without it there is no
                 cross-validation. If it diverges there, no further state of this call is judged.
         """
@@ -136,7 +136,7 @@ class Judging:
             if again and candidate.share and guard.verdict == UNDECIDED:
                 try:
                     guard = self._cross_validated(guard, after, candidate.share, again)
-                except DivergenceError:  # this rate is not to be trusted
+                except DivergenceError:  # this rate is unstable
                     return self._refused(guard, part, candidate)
             self.count += 1
             self.work.run.progress(Event("guard", self.count, 0))
@@ -148,7 +148,7 @@ class Judging:
         return False
 
     def _refused(self, guard: Guard, part: Purifying[Any], candidate: Candidate) -> bool:
-        """Keep a state only if there is no other, and settle nothing."""
+        """Keep a state only if there is no other, and return False."""
         if self.chosen is None:
             self.chosen = Chosen(guard, part, candidate.state)
         return False
@@ -156,13 +156,13 @@ class Judging:
     def _cross_validated(
         self, first: Guard, after: Tensor, share: float, again: Callable[[Purifying[Any]], None]
     ) -> Guard:
-        """Return the verdict on the held-out samples of as many folds as it takes to decide.
+        """Return the verdict over as many folds as are needed to decide.
 
         Args:
-            first: The verdict on those of the first fold.
-            after: Their scores, shape ``(N,)``.
-            share: How far the state lies on the line from the given state to the final one.
-            again: Runs the defense at the rate in question on another fold.
+            first: The verdict on the first fold.
+            after: Scores of the first fold's held-out samples, shape ``(N,)``.
+            share: The state's interpolation factor between the given state and the final one.
+            again: Runs the defense at the same rate on another fold.
         """
         guard, before = first, self.before
         for number, fold in enumerate(self.folds, 2):
@@ -171,7 +171,7 @@ class Judging:
             try:
                 found = self._scores_of(fold, number, first.rate, share, again)
             except OutOfTime:
-                self.folds = ()  # no time is left for any
+                self.folds = ()  # no time left for further folds
                 return guard
             before, after = torch.cat([before, found[0]]), torch.cat([after, found[1]])
             guard = judge(before, after, self.bound, first.state, first.rate, folds=number)
@@ -196,7 +196,12 @@ class Judging:
             name = f"fold {number} of {len(self.folds) + 1}"
             fold.run = fold.run.milder(at_rate(rate)) if fold.run else self.work.run.part(name)
             self.work.run.progress(
-                Event(name, 0, 1, note=f"{len(self.before)} held-out samples do not decide; {name}")
+                Event(
+                    name,
+                    0,
+                    1,
+                    note=f"{len(self.before)} held-out samples are too few to decide; {name}",
+                )
             )
             again(self.work.on(fold.fit, fold.holdout, fold.run))
             full = {1.0: fold.reached[1.0]} if 1.0 in fold.reached else {}
@@ -206,6 +211,6 @@ class Judging:
         return fold.before, self._scores(state, fold.holdout)
 
     def _scores(self, state: State, samples: Samples[Any]) -> Tensor:
-        """Return each sample's share of the task metric under a state, as it is rounded."""
+        """Return the per-sample score under a state, with its weights rounded as when returned."""
         self.work.adapter.model.load_state_dict(rounded(state, self.work.types))
         return scores(self.work.adapter, samples)

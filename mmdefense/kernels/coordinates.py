@@ -1,10 +1,10 @@
 """What a defense trains: parameters, and the weights of a model that they determine.
 
-Training moves ``parameters``. :meth:`Coordinates.values` returns the weights as a function of them,
-with grad; :meth:`Coordinates.write` copies these into the model, which keeps plain weights all the
-time; and :meth:`Coordinates.pull_back` turns gradients of the weights into gradients of the
-parameters. At their initial values, the parameters reproduce the weights bit for bit. In the
-training loop::
+The optimizer updates ``parameters``. :meth:`Coordinates.values` returns the weights as a
+differentiable function of them; :meth:`Coordinates.write` copies these into the model, which keeps
+ordinary weights throughout; and :meth:`Coordinates.pull_back` turns gradients of the weights into
+gradients of the parameters. At their initial values, the parameters reproduce the weights bit for
+bit. In the training loop::
 
     space = UnitMasks(model, adapter.unit_groups())
 
@@ -47,7 +47,7 @@ class Coordinates(ABC):
     """Tensors to optimise, and the weights of a model that they determine.
 
     Attributes:
-        parameters: The trained tensors, which are leaves.
+        parameters: The trained tensors (leaf tensors).
         weights: The model's own parameters that are computed from them.
         bounds: Smallest and largest value of a parameter; None if there are no bounds.
     """
@@ -74,7 +74,7 @@ class Coordinates(ABC):
         return list(found)
 
     def sizes(self) -> list[Tensor]:
-        """Return what a change of each parameter is small or large against, never negative."""
+        """Return the scale of each parameter, for relative perturbations; not negative."""
         return [parameter.detach().abs() for parameter in self.parameters]
 
     def assign(self, gradients: Sequence[Tensor]) -> None:
@@ -96,7 +96,7 @@ class Coordinates(ABC):
             weight.copy_(value)
 
     def settle(self, _: int = 0) -> None:
-        """Project and write, as is due after each update of the training loop."""
+        """Project and write; call it after each update of the training loop."""
         self.project()
         self.write()
 
@@ -121,7 +121,7 @@ class Weights(Coordinates):
 
 
 class SingularValues(Coordinates):
-    """Shifts of the singular values of all weight matrices; see :mod:`mmdefense.kernels.spectral`.
+    """Additive shifts of the singular values of all weights; see :mod:`mmdefense.kernels.spectral`.
 
     ``W(d) = U diag(relu(s + scale * d)) V^T``, with d starting at zero.
     """
@@ -131,7 +131,7 @@ class SingularValues(Coordinates):
 
         Args:
             model: The model.
-            others: Whether norms and biases are trained too, directly.
+            others: Whether norms and biases are also trained, directly.
             scale: A shift of one moves a singular value by ``scale``.
         """
         matrices = list(spectral_weights(model).values())
@@ -142,7 +142,7 @@ class SingularValues(Coordinates):
         self.weights = [*matrices, *rest]
 
     def values(self) -> list[Tensor]:
-        """Return the weights with shifted singular values, and the others."""
+        """Return the weights with shifted singular values, and the other weights."""
         return [*self.spectrum.values(), *self.others]
 
     def pull_back(self, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -151,9 +151,9 @@ class SingularValues(Coordinates):
         return [*self.spectrum.pull_back(gradients[:count]), *gradients[count:]]
 
     def sizes(self) -> list[Tensor]:
-        """Return the singular values, in units of ``scale``, and the absolute others.
+        """Return the singular values, in units of ``scale``, and the absolute other weights.
 
-        A shift starts at zero, so its own size says nothing.
+        A shift starts at zero, so its own size is no measure.
         """
         return [*self.spectrum.sizes(), *(other.detach().abs() for other in self.others)]
 
@@ -165,9 +165,9 @@ class SingularValues(Coordinates):
 class UnitMasks(Coordinates):
     """A factor on the output of each unit, starting at one (ANP, RNP).
 
-    It multiplies the unit's entries in the parameters of its last module (``UnitGroup.outer``), for
-    a filter with BatchNorm those of the norm, so that it scales the unit's output. Zero prunes the
-    unit. Parameters that do not require grad stay as they are.
+    It multiplies the unit's entries in the parameters of its last module (``UnitGroup.outer``; for
+    a filter with BatchNorm, the norm), so that it scales the unit's output. Zero prunes the unit.
+    Parameters that do not require grad are not changed.
 
     Attributes:
         masks: One for each group, shape ``(U,)``.

@@ -2,9 +2,9 @@
 
 For one sample, ``F_n`` is the covariance of the gradient of ``log p(y | x_n)`` over labels ``y``
 drawn from the model itself (the true Fisher), or its outer product at the given label (the
-empirical one); ``F`` is the mean over samples. Scores that are independent between samples and have
-mean zero give both from the gradient of one sum, without per-sample gradients:
-``E ||grad sum_n s_n||^2 = sum_n Tr F_n``.
+empirical Fisher); ``F`` is the mean over samples. With scores that are independent between samples
+and have zero mean, the gradient of one sum gives both, without per-sample gradients: ``E ||grad
+sum_n s_n||^2 = sum_n Tr F_n``.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _scores(
 
 
 class _Signs:
-    """The random signs of a batch, drawn part by part.
+    """The random signs of a batch, drawn micro-batch by micro-batch.
 
-    With several processes, each draws the signs of all rows and uses those of its own rows: no two
-    processes use the same ones, and all continue from the same state.
+    With several processes, each draws the signs of all rows and uses those of its own rows, so that
+    signs are independent between processes and all generators stay in the same state.
     """
 
     def __init__(self, generator: torch.Generator, total: int) -> None:
@@ -73,7 +73,7 @@ class _Signs:
 
 
 class _WholeDraws(TorchFunctionMode):
-    """Draws integers for all rows of a batch when some rows request them; returns theirs."""
+    """Draws integers for all rows of a batch when some rows request them; returns those rows."""
 
     def __init__(self, generator: torch.Generator, rows: slice, total: int) -> None:
         super().__init__()
@@ -106,9 +106,9 @@ def loss_and_trace(
     form: Form = "true",
     pull_back: PullBack = list,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean loss and an unbiased Tr(F), both with graph.
+    """Return the mean loss and an unbiased estimate of Tr(F), both with graph.
 
-    One forward and one backward pass serve both; the trace can be differentiated again if every
+    Both come from one forward and one backward pass; the trace can be differentiated if every
     operation of the model has a second derivative.
 
     Args:
@@ -141,11 +141,11 @@ def penalised_gradient(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the mean loss, and the gradient of ``loss + weight * Tr(F)``.
 
-    Like :func:`loss_and_trace`, but in parts if memory runs out or several processes share the
-    batch, with the same result. With ``G`` the sum of the scores' gradients, ``N Tr(F) = ||G||^2``,
-    whose gradient is the sum over parts of ``2 d<grad s_part, G>``: a first pass over the parts
-    sums ``G``, and a second one, with the same random signs, differentiates. (BatchNorm in train
-    mode normalises by its part.)
+    Like :func:`loss_and_trace`, but in micro-batches if memory runs out or several processes share
+    the batch, with the same result. With ``G`` the sum of the scores' gradients, ``N Tr(F) =
+    ||G||^2``, whose gradient is the sum over micro-batches of ``2 d<grad s_part, G>``: a first pass
+    accumulates ``G``, and a second pass, with the same random signs, differentiates. (BatchNorm in
+    train mode normalises each micro-batch by itself.)
     """
     model, count = adapter.model, len(batch)
 
@@ -172,7 +172,7 @@ def penalised_gradient(
                 *torch.autograd.grad(total, parameters, materialize_grads=True),
             ]
         known: tuple[Tensor, list[Tensor]] | None = None
-        # Several processes sum G only once; their signs do not depend on the size of the parts.
+        # Processes all-reduce G only once; signs do not depend on the size of the micro-batches.
         if not summed or processes.count == 1:
             start, local = RandomState(model, generator), list[Tensor]()
             for row in rows:
@@ -233,8 +233,8 @@ def fisher_diagonal(
 ) -> list[Tensor]:
     """Return diag(F), the mean over samples of squared per-sample gradients, in eval mode.
 
-    Each batch adds the square of one gradient of its signed sum, whose expectation is the sum of
-    the per-sample squares; memory is that of one gradient. ``batch_size=1`` with the empirical
+    Each batch adds the squared gradient of its signed sum, whose expectation is the sum of the
+    per-sample squares; this needs memory for one gradient only. ``batch_size=1`` with the empirical
     form is exact.
 
     Args:
@@ -243,13 +243,13 @@ def fisher_diagonal(
         parameters: The coordinates of F.
         generator: Source of the random signs, on the model's device.
         form: ``"true"`` or ``"empirical"``.
-        batch_size: Samples per backward pass; smaller is less noisy and slower.
+        batch_size: Samples per backward pass; smaller is less noisy but slower.
         pull_back: Maps gradients with respect to ``parameters`` to other coordinates, linearly.
         each: Called before each batch, and after the last one, with the number of batches done so
             far and their total number.
 
     Returns:
-        One tensor per coordinate, of its shape.
+        One tensor per coordinate, of the same shape.
     """
     total = [torch.zeros_like(p) for p in pull_back([torch.zeros_like(p) for p in parameters])]
     model = adapter.model
@@ -299,7 +299,7 @@ def _cleared_gradients(model: nn.Module) -> Iterator[None]:
 def check_second_derivative(
     adapter: TaskAdapter[B], samples: Samples[B], parameters: Sequence[Tensor]
 ) -> None:
-    """Differentiate Tr(F) once on one sample, so that an unfit model is refused before the run.
+    """Differentiate Tr(F) on one sample, so that an unsupported model is rejected before the run.
 
     Raises:
         UnsupportedError: If an operation of the model has no second derivative; it is named.
@@ -314,7 +314,7 @@ def check_second_derivative(
                 # error that once_differentiable leaves in the graph.
                 torch.autograd.backward(trace)
     except RuntimeError as error:
-        if is_out_of_memory(error):  # also a RuntimeError, but not the fault of an operation
+        if is_out_of_memory(error):  # also a RuntimeError, but not caused by an operation
             raise
         raise UnsupportedError(
             "the model must be differentiated twice, but one of its operations cannot be: "

@@ -1,7 +1,7 @@
-"""The training loop of victims and of every defense.
+"""The training loop used for victims and by every defense.
 
-The samples stay on the device, are drawn and augmented there in whole batches, and a step never
-waits for the host: losses are summed on the device and read once every ``check_every`` steps.
+Samples stay on the device and are drawn and augmented there in whole batches. A step never waits
+for the host: losses are summed on the device and read once every ``check_every`` steps.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ B = TypeVar("B", bound=Batch)
 Gradients = Callable[[Any, int], Tensor]
 """Sets ``.grad`` to the gradients of one batch and returns the loss; called with batch and step.
 
-A batch that may be too large for memory is computed in parts, as :func:`mean_loss_gradient` and
-:func:`~mmdefense.runtime.memory.gradient_in_parts` do.
+A batch that may be too large for memory is split into micro-batches, as in
+:func:`mean_loss_gradient` and :func:`~mmdefense.runtime.memory.gradient_in_parts`.
 """
 
 
@@ -96,21 +96,23 @@ def optimise(
     Args:
         model: The model to train.
         samples: Samples to train on.
-        training: Steps, rates and modes.
+        training: Number of steps, learning rates and modes.
         run: Seed, progress and store.
         gradients: Computes the gradients of one batch.
-        stage: A name that is unique in the run; it labels progress, randomness and checkpoints.
+        stage: A name that is unique in the run; it identifies progress, random streams and
+            checkpoints.
         parameters: Tensors to update; all parameters that require grad by default.
-        after_step: Called after each update with the number of updates done; true ends the stage.
+        after_step: Called after each update with the number of updates done; return True to end
+            the stage.
 
     Returns:
         The mean loss of the last ``check_every`` steps.
 
     Raises:
         DivergenceError: If the loss or a weight is not finite; the last good state is restored.
-        OutOfTime: If the run's deadline has passed after an update; there is at least one update.
-            The model keeps the state of that moment, and the store what is needed to resume from
-            it (or from the last multiple of ``resume_every`` at which the time was checked).
+        OutOfTime: If the run's deadline has passed after an update; at least one update is made.
+            The model keeps its current state, and the store has what is needed to resume from it
+            (or from the last multiple of ``resume_every`` at which the time was checked).
 
     Example:
         >>> from mmdefense.kernels.loop import mean_loss_gradient, optimise
@@ -188,7 +190,7 @@ class _TrainingState:
         self.seen += 1
 
     def after(self, done: int, *, last: bool) -> None:
-        """Check the loss, save the state and check the time, each when it is due.
+        """Check the loss, save a checkpoint and check the time, each when due.
 
         Raises:
             DivergenceError: If the loss or a weight is not finite; the last good state is restored.
@@ -211,7 +213,7 @@ class _TrainingState:
             self.run.check_time(self.stage, done, self.training.steps)
         except OutOfTime:
             if self.seen:
-                self._finite_mean()  # or a state that is not finite would be saved
+                self._finite_mean()  # so that no non-finite state is saved
             if done != self.saved and done % self.training.resume_every == 0:
                 self._save(done)
             raise
@@ -238,7 +240,7 @@ class _TrainingState:
             "mean": self.mean,
             "losses": (self.total, self.seen),
             "model": self.model.state_dict(),
-            # They need not be the model's own; those that are share its storage in the file too.
+            # They may be other tensors; those of the model share its storage in the file too.
             "parameters": [parameter.detach() for parameter in self.parameters],
             "optimizer": self.optimizer.state_dict(),
         }
@@ -248,7 +250,7 @@ class _TrainingState:
         """Restore the saved state of the stage, if there is one, and return its step.
 
         Raises:
-            BadInputError: If it belongs to another model or other settings.
+            BadInputError: If it was saved with another model or other settings.
         """
         kept = self.run.recall(f"{self.stage}.progress")
         if kept is None:
@@ -291,7 +293,7 @@ def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Opti
 
 
 def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
-    """Return the gradients of the mean loss, in bf16 where that is faster and safe."""
+    """Return a function that computes the gradients of the mean loss, in bf16 on CUDA."""
     model = adapter.model
     device = next(model.parameters()).device
 
@@ -318,7 +320,7 @@ def loss_gradients(adapter: TaskAdapter[B]) -> Gradients:
 
 
 def _add_up_gradients(processes: Processes, parameters: Sequence[Tensor]) -> None:
-    """Sum ``.grad`` over processes; it stays None for parameters that no process has used."""
+    """Sum ``.grad`` over processes; it stays None for parameters that no process used."""
     if processes.count == 1:
         return
     used = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
@@ -332,13 +334,13 @@ def _add_up_gradients(processes: Processes, parameters: Sequence[Tensor]) -> Non
 def mean_loss_gradient(
     adapter: TaskAdapter[B], batch: B, parameters: Sequence[Tensor], what: str = "training"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the mean loss of a batch and its gradient, in parts if memory runs out.
+    """Return the mean loss of a batch and its gradient, in micro-batches if memory runs out.
 
     Args:
         adapter: The model, in any mode; see :mod:`mmdefense.runtime.memory` for BatchNorm.
         batch: N samples.
         parameters: What to differentiate with respect to.
-        what: The kind of work; the size of the parts is remembered for each.
+        what: The kind of work; the micro-batch size is remembered for each kind.
     """
 
     def loss(rows: slice) -> tuple[Tensor, Tensor]:
@@ -352,7 +354,7 @@ def mean_loss_gradient(
 def _indices(total: int, size: int, step: int, run: Run, stage: str) -> Tensor:
     """Return the sample indices of a step, from an endless sequence of permutations.
 
-    They depend on seed, stage and step alone, so that a resumed run draws the same ones.
+    They depend only on seed, stage and step, so that a resumed run draws the same ones.
     """
     first, last = step * size // total, ((step + 1) * size - 1) // total
     sequence = torch.cat(
@@ -390,7 +392,7 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def scores(adapter: TaskAdapter[B], samples: Samples[B], batch_size: int = 256) -> Tensor:
-    """Return each sample's share of the task metric in eval mode, shape ``(len,)``, on the CPU."""
+    """Return per-sample scores (their mean is the task metric) in eval mode, ``(N,)``, on CPU."""
     with mode(adapter.model, train=False), torch.no_grad():
         found = [
             each

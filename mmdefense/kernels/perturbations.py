@@ -40,12 +40,12 @@ __all__ = [
 B = TypeVar("B", bound=Batch)
 
 ASAM_ETA = 0.01
-"""Added to each absolute weight, so that small ones move too; the value of [ASAM]."""
+"""Added to each absolute weight, so that small ones are perturbed too; the value of [ASAM]."""
 
 
 @contextmanager
 def moved(space: Coordinates, change: Sequence[Tensor], length: float = 1.0) -> Iterator[None]:
-    """Add ``length`` times ``change`` to the coordinates; afterwards restore them bit for bit.
+    """Add ``length`` times ``change`` to the coordinates, and restore them bit for bit on exit.
 
     The bounds of the coordinates are ignored.
     """
@@ -64,7 +64,7 @@ def moved(space: Coordinates, change: Sequence[Tensor], length: float = 1.0) -> 
 def sharpness_step(
     gradients: Sequence[Tensor], radius: float, scales: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Return the step within ``radius`` that raises a linear loss most.
+    """Return the step within ``radius`` that maximises the linearised loss.
 
     That is ``radius g / ||g||`` over all parameters together [SAM]; or, if ``scales`` T are given,
     ``radius T^2 g / ||T g||``, within ``||T^-1 step|| <= radius``, so that a large weight moves
@@ -96,7 +96,8 @@ def sharpness_aware_gradient(
         batch: N samples.
         space: The trained coordinates.
         radius: Length of the step.
-        eta: Added to the sizes of the coordinates, which then scale the step; none does not scale.
+        eta: Added to the sizes of the coordinates, which then scale the step; None disables
+            scaling.
 
     Example:
         >>> from mmdefense.kernels.coordinates import Weights, trainable
@@ -125,13 +126,13 @@ def adversarial_noise(
 ) -> list[Tensor]:
     """Return noise on the parameters, within ``+-radius``, that raises the mean loss [ANP].
 
-    Each step adds ``radius / steps`` times the sign of the gradient. The model is left as it is;
-    use the noise with :func:`moved`.
+    Each step adds ``radius / steps`` times the sign of the gradient. The model is not changed;
+    apply the noise with :func:`moved`.
 
     Args:
-        adapter: The model; its BatchNorm statistics stay as they are.
+        adapter: The model; its BatchNorm statistics are not updated.
         batch: N samples.
-        space: What is perturbed, such as the masks of units.
+        space: The coordinates to perturb, such as unit masks.
         radius: Largest absolute value of the noise.
         steps: Number of ascent steps.
         generator: Draws a uniformly random start, on the device of the model; None starts at zero.
@@ -159,7 +160,7 @@ def perturbed(adapter: InputAdapter[B], batch: B, change: Tensor) -> B:
     Args:
         adapter: Reads the batch.
         batch: N samples.
-        change: Shape ``(N, ...)``, or ``(1, ...)`` for one change to all samples.
+        change: Shape ``(N, ...)``, or ``(1, ...)`` for the same change to all samples.
     """
     inputs, bounds = adapter.inputs(batch) + change, adapter.input_bounds(batch)
     return adapter.with_inputs(batch, inputs if bounds is None else inputs.clamp(*bounds))
@@ -178,26 +179,27 @@ def worst_change(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a change of the inputs that raises the loss, by projected gradient ascent [PGD].
+    """Return a perturbation of the inputs that raises the loss, by projected gradient ascent [PGD].
 
-    The model is used in its current mode and left unchanged, including its statistics.
+    The model is used in its current mode; neither weights nor statistics are changed.
 
     Args:
         adapter: The model.
         batch: N samples.
-        radius: Largest norm of the change of a sample.
+        radius: Largest norm of the perturbation of a sample.
         steps: Number of steps.
-        step_size: Length of a step, in the norm.
-        norm: ``"linf"`` steps along the sign of the gradient, the others along the gradient. Too
-            long a change is clamped in ``"linf"``, and scaled down in the others.
-        universal: Whether all samples share one change, ``(1, ...)``, that raises the mean loss.
+        step_size: Length of a step, in the chosen norm.
+        norm: ``"linf"`` steps along the sign of the gradient, the others along the gradient. A
+            perturbation beyond the radius is clamped for ``"linf"`` and rescaled for the others.
+        universal: Whether all samples share one perturbation, ``(1, ...)``, that raises the mean
+            loss.
         loss: Loss of each sample of a perturbed batch, ``(N,)``; the training loss by default.
-        start: Where to begin; zero by default.
+        start: Initial perturbation; zero by default.
         generator: Adds a uniformly random start in ``+-radius``, on the device of the inputs.
 
     Returns:
-        Shape ``(N, ...)``, detached; applied by :func:`perturbed`. If it is not universal, the
-        changed inputs stay within their bounds.
+        Shape ``(N, ...)``, detached; apply it with :func:`perturbed`. Unless it is universal, the
+        perturbed inputs stay within their bounds.
     """
     inputs, bounds = adapter.inputs(batch), adapter.input_bounds(batch)
     losses = adapter.per_sample_loss if loss is None else loss

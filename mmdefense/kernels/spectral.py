@@ -1,9 +1,9 @@
 """Weights in the coordinates of their own singular values.
 
-A weight, reshaped to a matrix with one row per output, is ``W = U diag(s) V^T``. Training moves
-``W(d) = U diag(relu(s + d)) V^T`` along ``d`` alone. The model keeps plain weights all the time:
-``d`` is written into them after each step, and gradients with respect to them are pulled back,
-``dL/dd_k = [s_k + d_k > 0] u_k^T (dL/dW) v_k``, exactly. So nothing has to be unwrapped at the end.
+A weight, reshaped to a matrix with one row per output, is ``W = U diag(s) V^T``. Training changes
+``W(d) = U diag(relu(s + d)) V^T`` through ``d`` alone. The model keeps ordinary weights throughout:
+they are updated from ``d`` after each step, and gradients with respect to them are pulled back
+exactly, ``dL/dd_k = [s_k + d_k > 0] u_k^T (dL/dW) v_k``. So nothing has to be unwrapped at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of convolution, linear, embedding and fused attention layers by name.
 
-    A layer of any other class counts if its ``weight`` is a matrix, as in GPT-2.
+    Layers of other classes are included if their ``weight`` is a matrix, as in GPT-2.
     """
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
@@ -39,13 +39,13 @@ def spectral_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Spectrum:
-    """The singular value coordinates of some weights, decomposed once, in float32."""
+    """The singular values of some weights as coordinates, decomposed once, in float32."""
 
     def __init__(self, weights: Sequence[nn.Parameter], scale: float = 1.0) -> None:
-        """Decompose ``weights``, each of two or more axes, the first of which is the output.
+        """Decompose ``weights``, each with two or more axes, the first of which is the output.
 
         Args:
-            weights: The parameters to move.
+            weights: The parameters to decompose.
             scale: A shift of one moves a singular value by ``scale``.
         """
         self.weights = list(weights)

@@ -228,7 +228,7 @@ def test_the_latest_state_that_keeps_the_bound_comes_next(adapter, clean):
     guard, level = purify(adapter, clean, 0.99, 0.98, 0.4, 0.2)
     assert (guard.state, guard.violated) == ("at 0.98", False)
     assert level == pytest.approx(0.98)
-    assert "taken is the state 'at 0.98'" in guard.message
+    assert "returned the state 'at 0.98'" in guard.message
 
 
 @pytest.mark.parametrize(("bound", "share", "level"), [(0.75, 70, 0.3), (0.45, 40, 0.6)])
@@ -338,10 +338,10 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
     assert "the state 'final, at 0.25 times the learning rate'" in result.guard.message
     assert [plot.change for plot in result.plots] == [[0.1]]
     assert [event.note for event in events if event.note] == [
-        "too much utility is lost; beginning again at 0.5 times the learning rate",
-        "100 held-out samples do not decide; fold 2 of 2",
-        "too much utility is lost; beginning again at 0.25 times the learning rate",
-        "100 held-out samples do not decide; fold 2 of 2",
+        "too much utility is lost; restarting at 0.5 times the learning rate",
+        "100 held-out samples are too few to decide; fold 2 of 2",
+        "too much utility is lost; restarting at 0.25 times the learning rate",
+        "100 held-out samples are too few to decide; fold 2 of 2",
     ]
     told = [(entry["stage"], entry["lr"]) for entry in result.history]
     assert told == [("purify", 0.4), ("at 0.25 times the learning rate: purify", 0.1)]
