@@ -97,13 +97,16 @@ def removes(case, defense):
 
 def test_clp_removes_it_and_as_many_random_units_do_not(case):
     result = removes(case, CLP(spread=1.2, max_utility_drop=0.15))
-    fork = case.adapter.fork()
-    groups = fork.unit_groups()
+    groups = case.adapter.unit_groups()
     units = [(g, unit) for g, group in enumerate(groups) for unit in range(group.size)]
-    drawn = torch.randperm(len(units), generator=Run(case.attack.seed).generator("random units"))
     count = round(result.plots[0].chosen * len(units))
-    prune(fork.model, groups, [units[place] for place in drawn[:count]])
-    assert case.measured(fork).asr >= 0.8
+    left = []
+    for draw in range(10):  # one of them may hit the backdoor's units by chance
+        fork = case.adapter.fork()
+        drawn = torch.randperm(len(units), generator=torch.Generator().manual_seed(draw))
+        prune(fork.model, groups, [units[place] for place in drawn[:count]])
+        left.append(case.measured(fork).asr)
+    assert sum(left) / len(left) >= 0.8
 
 
 BOUND = {"max_utility_drop": 0.1}

@@ -27,7 +27,10 @@ def test_a_cluster_that_loses_a_node_gives_the_cells_of_one_process(tmp_path):
     from ray.cluster_utils import Cluster
 
     grid = Grid(
-        cases=named_cases(["digits-badnets"]), defenses=["fine-tuning", "tsbd"], seeds=(0, 1)
+        cases=named_cases(["digits-badnets"]),
+        defenses=["fine-tuning", "tsbd"],
+        seeds=(0, 1),
+        baselines=False,
     )
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = nodes.add_node(num_cpus=1)
