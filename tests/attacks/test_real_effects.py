@@ -262,21 +262,21 @@ def clean_accuracy_on_all_signs() -> float:
 
 
 @pytest.mark.parametrize(
-    "attack",
-    [
-        LowFrequency(target=2),
-        AdaptiveBlend(target=2, key="noise"),
-        AdaptivePatch(target=2),
-        CompositeImage(target=2, source=12, partner=13),
-        IMC(target=2),
-    ],
-    ids=lambda attack: type(attack).__name__,
+    ("attack", "least"),
+    rows(
+        (LowFrequency(target=2), 0.9),
+        # Each poisoned image has a cover image; the paper poisons 0.5 %, and 10 % cost 4 points.
+        (AdaptiveBlend(target=2, key="noise", ratio=0.03), 0.7),
+        (AdaptivePatch(target=2, ratio=0.05), 0.9),
+        (CompositeImage(target=2, source=12, partner=13), 0.9),
+        (IMC(target=2), 0.9),
+    ),
 )
-def test_an_attack_works_on_all_signs_and_leaves_the_task_alone(attack):
+def test_an_attack_works_on_all_signs_and_leaves_the_task_alone(attack, least):
     samples, test = all_signs()
     victim = fresh(samples, 43)
     planted = attack.plant(victim, samples, ALL_SIGNS, Run(0))
     triggered = planted.triggered(test, victim)
     success = planted.success(victim, victim.samples(triggered.samples))
-    assert success.mean() > 0.9
+    assert success.mean() > least
     assert mean_score(victim, victim.samples(test)) > clean_accuracy_on_all_signs() - 0.03
