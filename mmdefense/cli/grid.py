@@ -237,6 +237,8 @@ def run(
 @grid_app.command("status")
 def status(out: Out, form: TableFormat = "text") -> None:
     """Show how many cells of the last run are done, failed and running."""
+    from mmdefense.report.terminal import in_training
+
     check_form(form)
     store = _opened(out)
     try:
@@ -265,6 +267,8 @@ def status(out: Out, form: TableFormat = "text") -> None:
         return
     reached = list(states.values())
     shown = [f"{reached.count(state)} {state}" for state in ("done", "failed", "running", "to do")]
+    if training := len(claimed - states.keys()):
+        shown.append(in_training(training))
     say(", ".join(shown))
     rows = [
         (states[digest], name, entries[digest].error if digest in entries else "")

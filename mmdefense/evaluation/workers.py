@@ -40,12 +40,14 @@ class Standing:
         done: Number of measured cells.
         failed: Number of cells that ended in an error.
         running: Names of the cells that processes are working on.
+        training: Number of victims that processes are training.
     """
 
     total: int
     done: int
     failed: int
     running: tuple[str, ...]
+    training: int
 
 
 def standing(store: Store, cells: Sequence[Planned]) -> Standing:
@@ -53,11 +55,13 @@ def standing(store: Store, cells: Sequence[Planned]) -> Standing:
     status = {entry.digest: entry.status for entry in store.entries("cell")}
     claimed = store.claimed()
     found = [status.get(cell.identity.digest) for cell in cells]
+    running = tuple(c.identity.name for c in cells if c.identity.digest in claimed)
     return Standing(
         len(cells),
         found.count("done"),
         found.count("failed"),
-        tuple(c.identity.name for c in cells if c.identity.digest in claimed),
+        running,
+        len(claimed) - len(running),
     )
 
 
@@ -107,7 +111,7 @@ def run_workers(
             time.sleep(_LOOK)
             now = standing(store, cells)
             if display is not None:
-                display.show(now.done, now.failed, now.total, now.running)
+                display.show(now.done, now.failed, now.total, now.running, now.training)
             if now.done + now.failed > reached:
                 deaths, reached = 0, now.done + now.failed
             for index, worker in list(workers.items()):

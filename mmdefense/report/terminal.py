@@ -31,7 +31,7 @@ from mmdefense.report.formats import duration
 from mmdefense.runtime.run import Event
 from mmdefense.runtime.run import Progress as Listener
 
-__all__ = ["CellsDisplay", "ProgressDisplay", "shown"]
+__all__ = ["CellsDisplay", "ProgressDisplay", "in_training", "shown"]
 
 
 @contextmanager
@@ -216,8 +216,13 @@ class ProgressDisplay:
             self._bars.stop()
 
 
+def in_training(count: int) -> str:
+    """Return how many victims are being trained, in words."""
+    return f"{count} victim{'s' if count > 1 else ''} in training"
+
+
 class CellsDisplay:
-    """How far a grid is: a live table on a terminal, elsewhere a line whenever a cell is done.
+    """How far a grid is: a live table on a terminal, elsewhere a line whenever that changes.
 
     Use it as a context manager, so that the terminal is left in order.
     """
@@ -232,15 +237,27 @@ class CellsDisplay:
         """Show it on ``console``, by default on standard error; nothing if ``quiet``."""
         self.console = console or Console(stderr=True, quiet=quiet)
         self.clock = clock
-        self._begun, self._at_first, self._last = clock(), -1, -1
+        self._begun, self._at_first, self._last = clock(), -1, (-1, -1)
         self._live = Live(console=self.console, auto_refresh=False)
 
-    def show(self, done: int, failed: int, total: int, running: Sequence[str]) -> None:
-        """Show how many cells are done, failed and running, which, and how long the rest takes."""
+    def show(
+        self, done: int, failed: int, total: int, running: Sequence[str], training: int = 0
+    ) -> None:
+        """Show the number of cells that are done, failed and running, and the time left.
+
+        Args:
+            done: Number of measured cells.
+            failed: Number of failed cells.
+            total: Number of cells.
+            running: Names of the cells that are being measured.
+            training: Number of victims that are being trained.
+        """
         ready = done + failed
         if self._at_first < 0:
             self._at_first = ready
         counts = f"{done} of {total} cells done, {failed} failed, {len(running)} running"
+        if training:
+            counts += f", {in_training(training)}"
         if ready > self._at_first and ready < total:
             each = (self.clock() - self._begun) / (ready - self._at_first)
             counts += f", about {duration(each * (total - ready))} left"
@@ -249,9 +266,9 @@ class CellsDisplay:
             for name in running:
                 table.add_row(Text(printable(name)))
             self._live.update(table, refresh=True)
-        elif ready != self._last:
+        elif (ready, training) != self._last:
             self.console.print(counts, markup=False, highlight=False, soft_wrap=True)
-        self._last = ready
+        self._last = ready, training
 
     def say(self, text: str) -> None:
         """Print a sentence above the table."""

@@ -19,7 +19,7 @@ from mmdefense.evaluation.tables import markdown
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.leaderboard import leaderboard
 from mmdefense.report.record import Row
-from mmdefense.store import Store
+from mmdefense.store import Identity, Store
 
 ROWS = ["quick", "fine-tuning like quick", "ft-sam like quick"]
 
@@ -103,6 +103,8 @@ def test_the_commands_show_export_check_and_clean_a_store(grid, tmp_path, mmdefe
     run = ["grid", "run", "-o", tmp_path, "--defense", "quick", "--seeds", "1"]
     assert mmdefense(*run).code == 0
     assert mmdefense("grid", "status", "-o", tmp_path).out.startswith("3 done, 0 failed")
+    with Store(tmp_path).claim(Identity("victim", "another", {})):
+        assert "1 victim in training" in mmdefense("grid", "status", "-o", tmp_path).out
     rows = list(csv.DictReader(mmdefense("grid", "export", "-o", tmp_path).out.splitlines()))
     assert [row["defense"] for row in rows] == ROWS
     assert (tmp_path / rows[0]["record"]).is_file()

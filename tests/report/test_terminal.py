@@ -104,6 +104,8 @@ def test_cells_are_a_line_each_time_one_is_done_and_say_what_is_left():
     clock = Clock()
     console = Console(file=io.StringIO(), width=100)
     with CellsDisplay(console, clock) as display:
+        display.show(2, 0, 8, [], 1)
+        display.show(2, 0, 8, [], 1)
         display.show(2, 0, 8, [])
         clock.now += 30
         display.show(2, 0, 8, ["a", "b"])
@@ -111,6 +113,7 @@ def test_cells_are_a_line_each_time_one_is_done_and_say_what_is_left():
         display.say("worker 1 was \x1b[2J killed")
     lines = console.file.getvalue().splitlines()
     assert lines == [
+        "2 of 8 cells done, 0 failed, 0 running, 1 victim in training",
         "2 of 8 cells done, 0 failed, 0 running",
         "3 of 8 cells done, 1 failed, 1 running, about 1 min 0 s left",
         r"worker 1 was \x1b[2J killed",
