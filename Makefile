@@ -17,8 +17,9 @@ PROCESSES ?= 2
 SHARED := -n $(PROCESSES) --dist worksteal
 # Bytecode is kept: without it, each process that a test starts compiles PyTorch again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# The oldest versions of all dependencies, and the tests that they must pass.
+# The oldest versions of all dependencies, newer Pythons, and the tests that they must pass.
 FLOOR := $(VENV)/floor
+NEWER ?= python3.12 python3.13
 MATRIX := tests/hostile tests/checkpoints tests/scanning/test_files.py \
   $(addprefix tests/adapters/test_,detection.py images.py language.py processors.py) \
   --deselect tests/adapters/test_detection.py::test_the_loss_can_be_differentiated_twice'[rt-detr]'
@@ -56,11 +57,19 @@ test: $(READY)  ## run the tests
 test-slow: $(READY)  ## run the tests that take minutes each, which make test leaves out
 	@MMDEFENSE_SLOW=1 $(ONE_THREAD) $(BIN)/pytest $(SHARED) -m slow $(ARGS)
 
-test-matrix: $(READY)  ## load models and refuse hostile files with the oldest versions that are admitted
+test-matrix: $(READY)  ## load models and refuse hostile files with the oldest versions, and on newer Pythons
 	@$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(FLOOR)
 	@UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-180} VIRTUAL_ENV=$(FLOOR) \
 	  $(BIN)/uv pip install --quiet --resolution lowest-direct -e ".[dev]"
 	@$(ONE_THREAD) $(FLOOR)/bin/pytest $(SHARED) $(MATRIX) $(ARGS)
+	@for python in $(NEWER); do \
+	  if ! "$$python" -c '' 2>/dev/null; then echo "test-matrix: $$python is not installed, left out"; continue; fi; \
+	  echo "test-matrix: $$("$$python" --version)"; \
+	  $(BIN)/uv venv --quiet --allow-existing --python "$$(command -v "$$python")" $(VENV)/newer/$$python && \
+	  UV_HTTP_TIMEOUT=$${UV_HTTP_TIMEOUT:-180} VIRTUAL_ENV=$(VENV)/newer/$$python \
+	    $(BIN)/uv pip install --quiet -c constraints.txt -e ".[dev]" && \
+	  $(ONE_THREAD) $(VENV)/newer/$$python/bin/pytest $(SHARED) $(MATRIX) $(ARGS) || exit 1; \
+	done
 
 check: $(READY)  ## lint, types, and the arrows between the packages
 	@$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from mmdefense.checkpoints.names import DATA, is_dangerous
 from mmdefense.errors import BadInputError, one_line
 from mmdefense.findings import Finding, Level, Rule
 from mmdefense.scanning.templates import MAX_TEMPLATE, scan_template
-from mmdefense.scanning.yaml_values import Tagged, parse_yaml
+from mmdefense.scanning.yaml_values import MAX_DEPTH, Tagged, parse_yaml
 
 __all__ = ["parse_config", "scan_values"]
 
@@ -114,13 +114,30 @@ def parse_config(data: bytes, suffix: str) -> Any:
         if suffix == ".toml":
             if len(data) > MAX_TOML:
                 raise OverflowError(f"{len(data)} bytes of TOML")
-            return tomllib.loads(data.decode("utf-8"))
+            return _shallow(tomllib.loads(data.decode("utf-8")))
         values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
         if values > MAX_VALUES:
             raise OverflowError(f"about {values} values of JSON")
-        return json.loads(data.decode("utf-8-sig"))
+        return _shallow(json.loads(data.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise BadInputError(f"it must be {suffix[1:].upper()}: {one_line(error)}") from error
+
+
+def _shallow(content: Any) -> Any:
+    """Return plain values unless they are nested too deeply.
+
+    How deep a parser goes differs between versions of Python, and what reads the values recurses.
+
+    Raises:
+        ValueError: If they are nested more than ``MAX_DEPTH`` deep.
+    """
+    level = [content] if isinstance(content, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        groups = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for group in groups for each in group if isinstance(each, (dict, list))]
+        if not level:
+            return content
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def scan_values(content: Any, subject: str, folder: Path | None = None) -> Iterator[Finding]:

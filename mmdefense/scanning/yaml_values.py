@@ -7,9 +7,9 @@ from typing import Any
 
 from mmdefense.errors import BadInputError, one_line
 
-__all__ = ["MAX_YAML", "Tagged", "parse_yaml"]
+__all__ = ["MAX_DEPTH", "MAX_YAML", "Tagged", "parse_yaml"]
 
-MAX_YAML, _DEEPEST = 1 << 20, 100
+MAX_YAML, MAX_DEPTH = 1 << 20, 100
 """Most bytes to parse, and most levels of nesting. Our choice."""
 _PLAIN = {
     *("str", "int", "float", "bool", "null", "map", "seq", "binary", "timestamp", "set", "omap"),
@@ -73,8 +73,8 @@ class _Builder:
         elif isinstance(event, yaml.AliasEvent):
             self._add(self._anchors.get(event.anchor), None)
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
-            if len(self._open) >= _DEEPEST:
-                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            if len(self._open) >= MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
             held: Any = [] if isinstance(event, yaml.SequenceStartEvent) else {}
             self._add(self._tagged(event, held), event.anchor)
             self._open.append(held)

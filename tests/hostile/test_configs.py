@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from mmdefense.checkpoints.models import load_model
+from mmdefense.errors import BadInputError
+from mmdefense.scanning.configs import parse_config
 from mmdefense.scanning.files import scan_files
 
 BIG = 10**9
@@ -232,6 +234,21 @@ def test_the_scan_names_it(row, sound, at_home, tmp_path):
     assert row.rule in {finding.id for finding in found}
     level = "medium" if row.rule in {"config-malformed", "config-unreadable"} else "high"
     assert level in {finding.level for finding in found if finding.id == row.rule}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".json", lambda levels: '{"a":' * levels + "1" + "}" * levels),
+        (".toml", lambda levels: "a = " + "[" * (levels - 1) + "1" + "]" * (levels - 1)),
+        (".yaml", lambda levels: "[" * levels + "1" + "]" * levels),
+    ],
+)
+def test_a_hundred_levels_are_read_and_no_more_on_any_version_of_python(suffix, text):
+    """Parsers go further or less far by the version; what reads the values must not recurse."""
+    assert parse_config(text(100).encode(), suffix)
+    with pytest.raises(BadInputError, match=f"must be {suffix[1:].upper()}: .*more than 100 deep"):
+        parse_config(text(101).encode(), suffix)
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm", "llama", "lora"])
