@@ -14,6 +14,7 @@ from mmdefense.evaluation import cluster as cluster_module
 from mmdefense.evaluation.cases import named_cases
 from mmdefense.evaluation.cluster import run_on_ray
 from mmdefense.evaluation.grid import Grid
+from mmdefense.evaluation.lineup import Lineup
 from mmdefense.store import Store
 
 
@@ -26,12 +27,9 @@ def test_a_cluster_that_loses_a_node_gives_the_cells_of_one_process(tmp_path):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    grid = Grid(
-        cases=named_cases(["digits-badnets"]),
-        defenses=["fine-tuning", "tsbd"],
-        seeds=(0, 1),
-        baselines=False,
-    )
+    fast = {"steps": 50, "restarts": 0, "max_utility_drop": 1.0}  # no search, no cross-validation
+    defenses = [Lineup(defense=name, settings=fast) for name in ("fine-tuning", "tsbd")]
+    grid = Grid(cases=named_cases(["digits-badnets"]), defenses=defenses, seeds=(0, 1))
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = nodes.add_node(num_cpus=1)
     events = []
