@@ -6,8 +6,11 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from mmdefense.metrics.backdoor import Rates
 
 BENCH = Path(__file__).parents[1] / "recipes" / "bench.py"
 
@@ -43,9 +46,18 @@ def test_each_row_has_one_ratio_a_repetition(rows):
         assert min(row["ratios"]) > 0
 
 
-def test_a_goal_that_is_not_reached_is_said(rows):
-    assert rows[-1]["ratios"] == []
-    assert "FIP never" in rows[-1]["check"]
+@pytest.mark.parametrize(
+    ("asr", "found"), [(0.5, (None, "never, 40 steps: ACC 90.0%, ASR 50.0%")),
+                       (0.05, (20, "20 steps: ACC 90.0%, ASR 5.0%"))]
+)  # fmt: skip
+def test_a_goal_that_is_not_reached_is_said(asr, found):
+    rates = Rates(acc=0.9, asr=asr, ra=0.5)
+    victim = SimpleNamespace(before=rates, adapter=None, clean=None, after=lambda _: rates)
+    purified = SimpleNamespace(adapter=None)
+    defense = SimpleNamespace(purify=lambda *_: purified)
+    assert runpy.run_path(str(BENCH))["first_success"](lambda steps: defense, victim, (20, 40)) == (
+        found
+    )
 
 
 def test_the_table_shows_every_row_and_the_machine(written, rows):

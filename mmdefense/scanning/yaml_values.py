@@ -9,7 +9,7 @@ from mmdefense.errors import BadInputError, one_line
 
 __all__ = ["MAX_DEPTH", "MAX_YAML", "Tagged", "parse_yaml"]
 
-MAX_YAML, MAX_DEPTH = 1 << 20, 100
+MAX_YAML, MAX_DEPTH = 1 << 20, 250
 """Most bytes to parse, and most levels of nesting. Our choice."""
 _PLAIN = {
     *("str", "int", "float", "bool", "null", "map", "seq", "binary", "timestamp", "set", "omap"),

@@ -141,7 +141,10 @@ LISTS = [
     Command("help of the whole", _says("-h"), 0, "Usage: "),
     Command("help of a command", _says("purify", "-h"), 0, "--max-utility-drop"),
     Command(
-        "a list without markup", _says("list", "attacks"), 0, r"Stamps the patch on a few frames"
+        "a list without markup",
+        _says("list", "attacks"),
+        0,
+        r"Applies the patch to a few consecutive frames",
     ),
     Command(
         "a list that is aligned",
