@@ -204,3 +204,18 @@ def test_training_moves_the_weights_and_a_cut_run_goes_on_to_the_same_bits(
     assert all(torch.equal(expected[key], value) for key, value in found.items())
     given = copy_state(build().model)
     assert not torch.equal(found["6.weight"], given["6.weight"])
+
+
+def test_a_singular_value_is_its_size_and_not_its_shift(adapter):
+    """A shift starts at zero; by its own size a perturbation would leave it where it is."""
+    space = SingularValues(adapter.model, scale=2.0)
+    count = len(space.spectrum.shifts)
+    with torch.no_grad():
+        for shift in space.spectrum.shifts:
+            shift -= 0.1
+    sizes = space.sizes()
+    for size, start in zip(sizes, space.spectrum.start, strict=False):
+        values = torch.linalg.svdvals(start.flatten(1))
+        torch.testing.assert_close(size, (values / 2 - 0.1).relu())
+    for size, other in zip(sizes[count:], space.others, strict=True):
+        assert torch.equal(size, other.detach().abs())
