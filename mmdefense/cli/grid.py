@@ -70,9 +70,24 @@ Clean = Annotated[
         "says. Repeat for more.",
     ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds, from 0.")]
+Seeds = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of seeds, from 0; by default 3, or the zoo's one."),
+]
+Zoo = Annotated[
+    bool,
+    typer.Option(
+        "--zoo",
+        help="Load the victims from the zoo instead of training them: those of --case, by default "
+        "all whose weights are here (`mmdefense zoo list`).",
+    ),
+]
 Baselines = Annotated[
-    bool, typer.Option(help="Also run plain fine-tuning with the same budget as each defense.")
+    bool | None,
+    typer.Option(
+        "--baselines/--no-baselines",
+        help="Also run plain fine-tuning with the same budget as each defense; by default yes.",
+    ),
 ]
 Retune = Annotated[
     int,
@@ -97,11 +112,12 @@ def _grid(
     spec: Path | None,
     cases: list[str] | None,
     defenses: list[str] | None,
-    seeds: int,
-    baselines: bool,
+    seeds: int | None,
+    baselines: bool | None,
     views: list[str] | None,
     clean: list[str] | None,
     retune: int,
+    zoo: bool,
 ) -> Grid:
     """Return the grid of a file, or of the options."""
     from mmdefense.evaluation.cases import described_case, named_cases
@@ -109,28 +125,33 @@ def _grid(
     from mmdefense.evaluation.grid import VIEWS, Grid
     from mmdefense.evaluation.lineup import Lineup
     from mmdefense.evaluation.spec import read_spec
+    from mmdefense.evaluation.zoo import zoo_named
 
     if spec is not None:
-        if cases or defenses or views or clean or retune:
+        if cases or defenses or seeds or baselines is not None or views or clean or retune or zoo:
             raise BadInputError(
-                f"{spec} already defines the grid; leave out --case, --defense, --views, --clean "
-                "and --retune"
+                f"{spec} already defines the grid; leave out --case, --defense, --seeds, "
+                "--baselines, --views, --clean, --retune and --zoo"
             )
         return read_spec(spec)
     chosen = [known for known in VIEWS if known in (views or ("standard",))]
     if unknown := [name for name in views or () if name not in VIEWS]:
         raise BadInputError(f"--views must be one of {', '.join(VIEWS)}, got {unknown[0]!r}")
-    described = [_with_settings(text) for text in cases or ()]
+    if zoo:
+        victims = zoo_named(cases or ())
+    else:
+        described = [_with_settings(text) for text in cases or ()]
+        victims = [described_case({"base": name, **given}) for name, given in described]
     lineup = [_with_settings(text) for text in defenses or DEFENSES]
     return Grid(
-        cases=[described_case({"base": name, **given}) for name, given in described]
-        or named_cases(),
+        cases=victims or named_cases(),
         defenses=[Lineup(defense=name, settings=given) for name, given in lineup],
-        seeds=range(seeds),
-        baselines=baselines,
+        seeds=range(seeds or (1 if zoo else 3)),
+        baselines=baselines is not False,
         views=chosen,
         clean=[_clean_data(text) for text in clean or [""]],
         retune=retune,
+        zoo=zoo,
     )
 
 
@@ -162,11 +183,12 @@ def run(
     spec: Spec = None,
     cases: Cases = None,
     defenses: Defenses = None,
-    seeds: Seeds = 3,
-    baselines: Baselines = True,
+    seeds: Seeds = None,
+    baselines: Baselines = None,
     views: Views = None,
     clean: Clean = None,
     retune: Retune = 0,
+    zoo: Zoo = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     threads: Annotated[
         int, typer.Option(min=1, help="Threads per process; the last bits of results depend on it.")
@@ -203,7 +225,8 @@ def run(
     refuse_launcher("grid run")
     devices = device.split(",")
     grid = replace(
-        _grid(spec, cases, defenses, seeds, baselines, views, clean, retune), device=devices[0]
+        _grid(spec, cases, defenses, seeds, baselines, views, clean, retune, zoo),
+        device=devices[0],
     )
     cells, store = grid.planned(), Store(out)
     if retry_failed:

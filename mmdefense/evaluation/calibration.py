@@ -18,6 +18,7 @@ from mmdefense.defenses.base import versions
 from mmdefense.evaluation.identity import victim_identity
 from mmdefense.evaluation.kept import kept_victim
 from mmdefense.evaluation.victims import Victim
+from mmdefense.evaluation.zoo import zoo_weights
 from mmdefense.findings import Finding
 from mmdefense.pipeline.identity import code_version
 from mmdefense.pipeline.scan import scan
@@ -73,6 +74,8 @@ def calibrate(
     seeds: Sequence[int],
     folder: str | Path,
     progress: Progress | None = None,
+    *,
+    zoo: bool = False,
 ) -> list[Scanned]:
     """Scan the victim of every case and every clean twin, with every seed.
 
@@ -83,20 +86,26 @@ def calibrate(
         seeds: Seeds, with one model and one scan each; use seeds on which nothing was tuned.
         folder: Folder of the store; created if it is missing.
         progress: Called with each :class:`~mmdefense.runtime.run.Event`.
+        zoo: Whether the models are loaded from the zoo, where each has one seed; its clean models
+            are cases like the others, and no twin is added.
 
     Raises:
-        BadInputError: If a kept file is damaged.
+        BadInputError: If a kept file is damaged, or the zoo lacks a model.
     """
     every: list[Case] = []
-    for case in (*cases, *map(clean_twin, cases)):
+    for case in (*cases, *(() if zoo else map(clean_twin, cases))):
         if case not in every:
             every.append(case)
     store = Store(folder)
-    return [_cell(case, seed, store, progress) for case in every for seed in seeds]
+    return [
+        _cell(case, seed, store, progress, zoo_weights(case, seed) if zoo else "")
+        for case in every
+        for seed in seeds
+    ]
 
 
-def _cell(case: Case, seed: int, store: Store, progress: Progress | None) -> Scanned:
-    victim = victim_identity(case, seed)
+def _cell(case: Case, seed: int, store: Store, progress: Progress | None, weights: str) -> Scanned:
+    victim = victim_identity(case, seed, weights=weights)
     parts = {"victim": victim.digest, "clean": case.clean, "search": plain(SEARCH)}
     identity = Identity("calibration", f"{case.name}/{seed}", {**parts, "code": code_version()})
     entry = store.find(identity)

@@ -17,7 +17,8 @@ from torch import Tensor
 from mmdefense.errors import BadInputError
 from mmdefense.evaluation.grid import Grid, Planned, measure
 from mmdefense.evaluation.identity import cell_identity, victim_identity
-from mmdefense.evaluation.kept import restored, train_and_describe
+from mmdefense.evaluation.kept import restored, trained
+from mmdefense.evaluation.victims import train_and_describe
 from mmdefense.libraries import needed
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import plain
@@ -77,6 +78,8 @@ def _collect(
     def victim(identity: Identity, case: Case, seed: int, device: str) -> Any:
         if identity.digest not in victims:
             entry = store.find(identity)
+            if entry is None and "weights" in identity.parts:  # of the zoo, which this machine has
+                entry = trained(store, identity, case, seed, lambda _: None, device)
             if entry is not None and entry.status == "done":
                 kept: Kept = store.content(entry), store.tensors(entry)
                 victims[identity.digest] = ray.put(kept)
@@ -116,7 +119,8 @@ def _measure_cell(
     victim: Kept, twin: Kept | None, cell: Planned, digest: str, threads: int
 ) -> tuple[dict[str, Any], None]:
     """Measure a cell on a node."""
-    mine = victim_identity(cell.case, cell.defense.seed, cell.device)
+    weights = cell.victim.parts.get("weights", "")
+    mine = victim_identity(cell.case, cell.defense.seed, cell.device, weights)
     found = cell_identity(
         mine, cell.case, cell.label, cell.defense, cell.views, cell.change, cell.retune
     )

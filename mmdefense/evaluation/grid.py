@@ -25,6 +25,7 @@ from mmdefense.evaluation.identity import cell_identity, victim_identity
 from mmdefense.evaluation.kept import kept_victim, trained
 from mmdefense.evaluation.lineup import Contender, Lineup, with_baselines
 from mmdefense.evaluation.victims import Victim, for_defenses, purified_row
+from mmdefense.evaluation.zoo import zoo_weights
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
 from mmdefense.report.encoding import build, plain
@@ -126,6 +127,8 @@ class Grid:
         retune: Number of poisoned samples on which each purified model and a clean twin of its
             victim are retuned, to see whether the backdoor comes back; 0 leaves this out.
         device: The device to compute on.
+        zoo: Whether the victims are loaded from the zoo, so that every machine has the same ones.
+            Clean twins of ``retune`` are trained all the same.
     """
 
     cases: Sequence[Case]
@@ -136,12 +139,14 @@ class Grid:
     clean: Sequence[CleanData] = (CleanData(),)
     retune: int = 0
     device: str = "cpu"
+    zoo: bool = False
 
     def planned(self) -> list[Planned]:
         """Return the cells in order, grouped by victim.
 
         Raises:
-            BadInputError: If a name or setting is unknown, or two cases or defenses have one name.
+            BadInputError: If a name or setting is unknown, two cases or defenses have one name, or
+                the zoo lacks a victim.
         """
         _check_names("cases", [case.name for case in self.cases])
         return [
@@ -158,7 +163,8 @@ class Grid:
         entries = [Lineup(defense=one) if isinstance(one, str) else one for one in self.defenses]
         defenses = {entry.name: entry.build(seed) for entry in entries}
         _check_names("defenses", [entry.name for entry in entries])
-        victim = victim_identity(case, seed, self.device)
+        weights = zoo_weights(case, seed) if self.zoo else ""
+        victim = victim_identity(case, seed, self.device, weights)
         rows = starmap(Contender, defenses.items())
         for row in with_baselines(defenses) if self.baselines else rows:
             label, defense = row.label, _viewing(row.defense, views)

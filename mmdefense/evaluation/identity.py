@@ -30,11 +30,17 @@ _SETS = 4
 """Parts of data sets to keep in memory, such as both parts of two data sets."""
 
 
-def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
+def victim_identity(case: Case, seed: int, device: str = "cpu", weights: str = "") -> Identity:
     """Return what the trained victim of a case depends on.
 
     That does not include its name, nor the share of clean samples if the victim is trained on these
     as well, so that cells of several shares have one victim.
+
+    Args:
+        case: The victim.
+        seed: Seed of the weights, the poisoned samples and the training.
+        device: The device to compute on.
+        weights: SHA-256 of the victim's file, if it is one of the zoo and not trained here.
     """
     described = plain(case)
     for name in ("name", "demo", *(["clean"] if case.seen else [])):
@@ -49,6 +55,7 @@ def victim_identity(case: Case, seed: int, device: str = "cpu") -> Identity:
             "device": device.partition(":")[0],
             "code": code_version(*_NOT_MEASURING, *_AFTER_VICTIMS),
             "libraries": library_versions(),
+            **({"weights": weights} if weights else {}),
         },
     )
 

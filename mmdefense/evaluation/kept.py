@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import DivergenceError
-from mmdefense.evaluation.victims import Victim, kept_tensors, restore_victim, train_victim
+from mmdefense.evaluation.victims import Victim, restore_victim, train_and_describe
+from mmdefense.evaluation.zoo import zoo_victim
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
-from mmdefense.report.encoding import build, plain
-from mmdefense.runtime.run import Progress, Run
+from mmdefense.report.encoding import build
+from mmdefense.runtime.run import Progress
 from mmdefense.store import Entry, Identity, Store
 
-__all__ = ["kept_victim", "restored", "train_and_describe", "trained"]
+__all__ = ["kept_victim", "restored", "trained"]
 
 
 def kept_victim(
@@ -53,31 +52,17 @@ def kept_victim(
 def restored(
     case: Case, seed: int, content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str
 ) -> Victim:
-    """Return a victim from the values of :func:`train_and_describe`."""
+    """Return a victim from its JSON values and its tensors in a store."""
     before: Rates = build(Rates, content["before"], f"victim {case.name}/{seed}")
     return restore_victim(case, seed, tensors, before, device)
-
-
-def train_and_describe(
-    case: Case, seed: int, progress: Progress, device: str, folder: Path
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Train a victim; return its rates as JSON values, and its tensors.
-
-    Args:
-        case: The victim to train.
-        seed: Seed of the weights, the poisoned samples and the training.
-        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
-        device: The device to compute on.
-        folder: Folder of states, from which an interrupted training resumes.
-    """
-    victim = train_victim(case, Run(seed, progress, RunStore(folder)), device)
-    return {"case": plain(case), "before": plain(victim.before)}, kept_tensors(victim)
 
 
 def trained(
     store: Store, identity: Identity, case: Case, seed: int, progress: Progress, device: str
 ) -> Entry | None:
     """Train a victim unless it is in the store; return its entry, or that of its failure.
+
+    A victim of the zoo is loaded instead.
 
     Returns:
         None while another process trains it.
@@ -89,6 +74,8 @@ def trained(
             return None
         if found := store.find(identity):
             return found
+        if "weights" in identity.parts:
+            return store.put(identity, *zoo_victim(case.name))
         states = store.work(identity)
         try:
             entry = store.put(

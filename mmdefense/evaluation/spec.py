@@ -11,12 +11,16 @@ from mmdefense.errors import BadInputError
 from mmdefense.evaluation.cases import CleanData, described_case, named_cases
 from mmdefense.evaluation.grid import VIEWS, Grid
 from mmdefense.evaluation.lineup import Lineup
+from mmdefense.evaluation.zoo import zoo_named
 from mmdefense.protocol import Case
 from mmdefense.settings import checked_settings
 
 __all__ = ["read_spec"]
 
-_KEYS = {"cases", "shared", "seeds", "baselines", "views", "clean", "device", "defenses", "retune"}
+_KEYS = {
+    *("cases", "shared", "zoo", "seeds", "views", "clean", "retune"),
+    *("defenses", "baselines", "device"),
+}
 _OF_DEFENSE = {"name", "label", "settings"}
 
 
@@ -32,6 +36,7 @@ def read_spec(path: Path) -> Grid:
             views = ["standard"]
             clean = [0.05, { share = 0.05, kind = "unseen" }]
             retune = 5                    # poisoned samples; left out if not given
+            zoo = true                    # victims of the zoo, by default those that are here
             defenses = ["tsbd", { name = "fip", settings = { radius = 4.0 } }]
 
     Raises:
@@ -44,7 +49,10 @@ def read_spec(path: Path) -> Grid:
     _check_keys(held, _KEYS, path)
     if "defenses" not in held or not isinstance(held["defenses"], list):
         raise BadInputError(f"grid {path} must list its defenses, such as defenses = ['fip']")
-    seeds = held.get("seeds", 3)
+    zoo = held.get("zoo", False)
+    if not isinstance(zoo, bool):
+        raise BadInputError(f"zoo of {path} must be true or false, got {zoo!r}")
+    seeds = held.get("seeds", [0] if zoo else 3)
     if isinstance(seeds, int):
         seeds = list(range(seeds))
     views = _listed(held, "views", str, path) or ["standard"]
@@ -53,7 +61,11 @@ def read_spec(path: Path) -> Grid:
             raise BadInputError(f"views of {path} must be among {', '.join(VIEWS)}, got {name!r}")
     try:
         shared = _shared(held)
-        cases = [_case(entry, shared) for entry in _entries(held, "cases", path)] or named_cases()
+        entries = _entries(held, "cases", path)
+        if zoo:
+            cases = [*zoo_named(entries)]
+        else:
+            cases = [_case(entry, shared) for entry in entries] or named_cases()
         clean = [_clean(entry) for entry in _entries(held, "clean", path)] or [CleanData()]
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
@@ -71,6 +83,7 @@ def read_spec(path: Path) -> Grid:
         clean=clean,
         retune=retune,
         device=str(held.get("device", "cpu")),
+        zoo=zoo,
     )
 
 

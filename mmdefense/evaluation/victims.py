@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mmdefense import registry
 from mmdefense.attacks.base import Attack
 from mmdefense.checkpoints.architecture import build_architecture
+from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import Samples, split
 from mmdefense.data.shifts import shifted
 from mmdefense.defenses.base import Defense
@@ -28,6 +30,7 @@ from mmdefense.metrics.permanence import Retuning, retune
 from mmdefense.pipeline.evaluating import retuning_of
 from mmdefense.pipeline.purification import Purification, purify
 from mmdefense.protocol import Case, Task, TaskAdapter
+from mmdefense.report.encoding import plain
 from mmdefense.report.record import Row
 from mmdefense.runtime.run import Progress, Run
 from mmdefense.shown import Shown
@@ -39,6 +42,7 @@ __all__ = [
     "kept_tensors",
     "purified_row",
     "restore_victim",
+    "train_and_describe",
     "train_victim",
 ]
 
@@ -108,6 +112,22 @@ def train_victim(case: Case, run: Run, device: str = "cpu") -> Victim:
         train(adapter, adapter.samples(planted), case.training, run, stage="victim")
         return victim
     return replace(victim, attack=victim.attack.plant(adapter, planted, case.training, run))
+
+
+def train_and_describe(
+    case: Case, seed: int, progress: Progress, device: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train a victim; return its rates as JSON values, and its tensors.
+
+    Args:
+        case: The victim to train.
+        seed: Seed of the weights, the poisoned samples and the training.
+        progress: Called with each :class:`~mmdefense.runtime.run.Event`.
+        device: The device to compute on.
+        folder: Folder of states, from which an interrupted training resumes.
+    """
+    victim = train_victim(case, Run(seed, progress, RunStore(folder)), device)
+    return {"case": plain(case), "before": plain(victim.before)}, kept_tensors(victim)
 
 
 def kept_tensors(victim: Victim) -> dict[str, Tensor]:

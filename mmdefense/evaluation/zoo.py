@@ -7,20 +7,22 @@ learnt, and a card in JSON. Those that are small enough ship in ``recipes/zoo`` 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from mmdefense.checkpoints.runs import write_atomically
 from mmdefense.checkpoints.weights import hash_file, read_checkpoint, write_state
 from mmdefense.defenses.base import versions
 from mmdefense.errors import BadInputError, one_line
+from mmdefense.evaluation.cases import described_case
 from mmdefense.evaluation.identity import loaded
-from mmdefense.evaluation.kept import train_and_describe
-from mmdefense.evaluation.spec import read_spec
-from mmdefense.evaluation.victims import Victim, restore_victim
+from mmdefense.evaluation.victims import Victim, restore_victim, train_and_describe
 from mmdefense.files import read_bytes
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.protocol import Case
@@ -38,6 +40,9 @@ __all__ = [
     "load_victim",
     "verify_victim",
     "zoo_cases",
+    "zoo_named",
+    "zoo_victim",
+    "zoo_weights",
 ]
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "zoo"
@@ -117,8 +122,19 @@ class Checked:
 @cache
 def zoo_cases() -> Mapping[str, tuple[Case, int]]:
     """Return case and seed of each victim by its name."""
-    grid = read_spec(_SPEC)
-    return {case.name: (case, grid.seeds[0]) for case in grid.cases}
+    spec = tomllib.loads(_SPEC.read_text(encoding="utf-8"))
+    tables = [{"base": one} if isinstance(one, str) else one for one in spec["cases"]]
+    return {case.name: (case, spec["seed"]) for case in map(described_case, tables)}
+
+
+def zoo_named(names: Sequence[Any]) -> list[Case]:
+    """Return the cases of these victims, by default of all whose weights are here.
+
+    Raises:
+        BadInputError: If there is no such victim.
+    """
+    here = [name for name in zoo_cases() if find_card(name) is not None]
+    return [_known(str(name))[0] for name in names or here]
 
 
 def find_card(name: str, folder: str | Path | None = None) -> tuple[Card, Path] | None:
@@ -169,6 +185,42 @@ def load_victim(name: str, folder: str | Path | None = None, *, device: str = "c
     if faults := _faults_of_file(card, weights):
         raise BadInputError(faults[0])
     return _restored(card, weights, device)
+
+
+def zoo_weights(case: Case, seed: int) -> str:
+    """Return the SHA-256 of the file of a victim, as its card has it.
+
+    Raises:
+        BadInputError: If there is no such victim, it is yet to be built, or its case or seed is
+            not the zoo's.
+    """
+    card, _ = _present(case.name, None)
+    known, its = _known(case.name)
+    if case != known:
+        raise BadInputError(
+            f"victim {case.name!r} of the zoo was trained with clean={known.clean}, "
+            f"{'seen' if known.seen else 'unseen'} by it, and its other settings are in zoo.toml; "
+            "leave out what differs, or train the victim: leave out zoo"
+        )
+    if seed != its:
+        raise BadInputError(
+            f"victim {case.name!r} of the zoo has seed {its}, got {seed}; set seeds to [{its}], "
+            "or train the victim: leave out zoo"
+        )
+    return card.sha256
+
+
+def zoo_victim(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return case and rates of a victim as JSON values, and its tensors, as a store keeps them.
+
+    Raises:
+        BadInputError: If there is no such victim, it is yet to be built, or its file is not the
+            one that its card describes.
+    """
+    card, weights = _present(name, None)
+    if faults := _faults_of_file(card, weights):
+        raise BadInputError(faults[0])
+    return {"case": dict(card.case), "before": plain(card.rates)}, read_checkpoint(weights)
 
 
 def build_victim(

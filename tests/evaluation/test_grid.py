@@ -52,13 +52,13 @@ def measured(monkeypatch):
 def trained(monkeypatch):
     """Count the victims that are trained."""
     cases = []
-    genuine = kept_module.train_victim
+    genuine = victims.train_victim
 
     def train(case, *rest):
         cases.append(case)
         return genuine(case, *rest)
 
-    monkeypatch.setattr(kept_module, "train_victim", train)
+    monkeypatch.setattr(victims, "train_victim", train)
     return cases
 
 
@@ -376,8 +376,8 @@ def test_victims_come_first_then_a_cell_of_each_kind_then_the_longest(plug, tmp_
         names.append("victim")
         return genuine(case, run, *rest)
 
-    genuine = kept_module.train_victim
-    monkeypatch.setattr(kept_module, "train_victim", train)
+    genuine = victims.train_victim
+    monkeypatch.setattr(victims, "train_victim", train)
     monkeypatch.setattr(grid_module, "purified_row", row)
     defenses = [Lineup(defense="quick", label=label) for label in ("xx", "xxx", "x")]
     Grid(cases=[CASE], defenses=defenses, seeds=(0, 1), baselines=False).run(tmp_path)

@@ -12,9 +12,13 @@ from quick import CASE
 import mmdefense as mmd
 from mmdefense.checkpoints.weights import hash_file, write_state
 from mmdefense.errors import BadInputError
-from mmdefense.evaluation import zoo
+from mmdefense.evaluation import kept, zoo
+from mmdefense.evaluation.cases import CleanData
+from mmdefense.evaluation.grid import Grid
+from mmdefense.evaluation.spec import read_spec
 from mmdefense.metrics.backdoor import Rates
 from mmdefense.report.encoding import plain
+from mmdefense.store import Store
 
 CASES = zoo.zoo_cases()
 CARDS = {name: found for name in CASES if (found := zoo.find_card(name, zoo.SHIPPED))}
@@ -153,3 +157,47 @@ def test_unknown_victim_is_named(mmdefense):
     assert (outcome.code, "unknown victim 'digits-bednets'" in outcome.err) == (2, True)
     with pytest.raises(BadInputError, match="choose from digits-badnets"):
         mmd.load_victim("digits-bednets")
+
+
+def test_a_grid_takes_victims_of_the_zoo_without_training_them(built, mmdefense, monkeypatch):
+    monkeypatch.setattr(kept, "train_and_describe", None)
+    monkeypatch.setattr("mmdefense.evaluation.victims.train", None)
+    run = ("grid", "run", "-o", "store", "--zoo", "--no-baselines", "--defense", "pruning")
+    assert mmdefense(*run).code == 0
+    (victim,) = Store("store").entries("victim")
+    assert victim.identity["weights"] == built.sha256
+    assert Store("store").content(victim)["before"] == plain(built.rates)
+    (cell,) = Store("store").entries("cell")
+    assert cell.name.startswith("quick/0: pruning")
+
+
+def test_a_victim_of_the_zoo_is_another_than_one_trained_here(built):
+    grid = Grid(cases=[CASE], defenses=["pruning"], seeds=[0])
+    of_zoo = replace(grid, zoo=True)
+    assert grid.planned()[0].victim.digest != of_zoo.planned()[0].victim.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": [0, 1]}, "has seed 0, got 1; set seeds"),
+        ({"clean": [CleanData(share=0.2)]}, "was trained with clean=0.05"),
+        ({"cases": [replace(CASE, name="other")]}, "unknown victim 'other'"),
+    ],
+)
+def test_a_grid_asks_the_zoo_for_what_it_has(built, change, words):
+    grid = Grid(cases=[CASE], defenses=["pruning"], seeds=[0], zoo=True)
+    with pytest.raises(BadInputError, match=words):
+        replace(grid, **change).planned()
+
+
+def test_a_spec_names_victims_of_the_zoo(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text("zoo = true\ndefenses = ['fip']\ncases = ['digits-trojannn']\n")
+    (cell,) = [cell for cell in read_spec(path).planned() if not cell.baseline][:1]
+    assert cell.victim.parts["weights"] == CARDS["digits-trojannn"][0].sha256
+    path.write_text("zoo = true\ndefenses = ['fip']\n")
+    assert {cell.case.name for cell in read_spec(path).planned()} == set(CARDS)
+    path.write_text("zoo = 'yes'\ndefenses = ['fip']\n")
+    with pytest.raises(BadInputError, match="must be true or false"):
+        read_spec(path)

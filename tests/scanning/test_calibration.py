@@ -70,5 +70,14 @@ def test_the_recipe_prints_detections_and_false_alarms(scans, monkeypatch, capsy
     assert "detections: 1 of 1; false alarms: 0 of 1" in said
 
 
+def test_models_of_the_zoo_are_scanned_as_they_are(scans, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("mmdefense.evaluation.victims.train", None)
+    names = ("--case", "digits-badnets", "--case", "digits-clean")
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--zoo", *names, "--out", str(tmp_path)])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+    assert "detections: 1 of 1; false alarms: 0 of 1" in capsys.readouterr().out
+    assert len(scans) == 2
+
+
 def test_no_cells_are_an_empty_table():
     assert "detections: 0 of 0" in markdown([])
