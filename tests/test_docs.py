@@ -26,6 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmdefense import registry
+from mmdefense.defenses.fine_tuning import FineTuning
+from mmdefense.defenses.fip import FIP
 from mmdefense.evaluation.spec import read_spec
 from mmdefense.kernels.loop import train
 from mmdefense.pipeline import scan as pipeline_scan
@@ -199,6 +201,13 @@ def brief_searches(monkeypatch):
 
 
 @pytest.fixture
+def brief_training(monkeypatch):
+    """Let defenses at their defaults take few updates: it is not their effect that is tested."""
+    for defense in (FineTuning, FIP):
+        monkeypatch.setitem(defense.__init__.__kwdefaults__, "steps", 20)
+
+
+@pytest.fixture
 def readers_folder(tmp_path, monkeypatch):
     """A folder with what a reader has: an own model, its class, and labelled images."""
     (tmp_path / "my_models.py").write_text(MY_MODELS)
@@ -253,7 +262,7 @@ def save_other_models() -> None:
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_runs(page, readers_folder, brief_searches, monkeypatch):
+def test_page_runs(page, readers_folder, brief_searches, brief_training, monkeypatch):
     if "my-vit" in page.read_text():
         with torch.random.fork_rng():
             torch.manual_seed(0)
