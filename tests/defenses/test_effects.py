@@ -20,6 +20,7 @@ from mmdefense.defenses.baeraser import BaEraser
 from mmdefense.defenses.fine_tuning import FineTuning
 from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.fst import FST
+from mmdefense.defenses.ft_sam import FTSAM
 from mmdefense.defenses.i_bau import IBAU
 from mmdefense.defenses.neural_cleanse import NeuralCleanse
 from mmdefense.defenses.sau import SAU
@@ -85,6 +86,8 @@ def test_the_backdoor_is_removed_and_the_task_kept(case, defense):
 MECHANISMS = {
     "FIP, perturbation": (FIP(lr=0.02, radius=2.0, **UNGUARDED), {"radius": 0.0}),
     "Fast FIP, perturbation": (FastFIP(lr=0.32, steps=200, **UNGUARDED), {"radius": 0.0}),
+    "FT-SAM, perturbation": (FTSAM(lr=0.04, **UNGUARDED), {"radius": 0.0}),
+    "TSBD, zeroing": (TSBD(lr=0.04, **UNGUARDED), {"ratio": 0.0}),
     "fine-tuning, rate": (FineTuning(lr=0.16, **UNGUARDED), {"lr": 0.02}),
     "BAERASER, ascent": (BaEraser(), {"ascent_weight": 0.0}),
 }
@@ -99,6 +102,10 @@ MECHANISMS = {
         pytest.param(1, "fine-tuning, rate", marks=pytest.mark.slow),
         pytest.param(0, "BAERASER, ascent", marks=pytest.mark.slow),
         pytest.param(1, "BAERASER, ascent", marks=pytest.mark.slow),
+        pytest.param(0, "FT-SAM, perturbation", marks=pytest.mark.slow),
+        pytest.param(1, "FT-SAM, perturbation", marks=pytest.mark.slow),
+        # On the other victim zeroing changes nothing at any rate.
+        pytest.param(1, "TSBD, zeroing", marks=pytest.mark.slow),
         # On the other victim 70 % are left with it and all without, which is too little to test.
         pytest.param(0, "Fast FIP, perturbation", marks=pytest.mark.slow),
     ],
