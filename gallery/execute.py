@@ -45,6 +45,7 @@ def strip(notebook: Any) -> None:
 def main() -> None:
     """Execute the named notebooks, by default all."""
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, for it names a path
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # figures depend on the number of threads
     for path in [HERE / f"{name}.ipynb" for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(path, Path(folder))

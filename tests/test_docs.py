@@ -102,6 +102,7 @@ NOT_RUN = {
     "--beside 'picklescan=picklescan -p {}' --beside 'modelscan=modelscan -p {}' "
     "--beside 'fickling=fickling --check-safety {}' -o out/corpora": "repositories of others",
     "python recipes/memory.py -o out/memory --device cpu": "many minutes",
+    "python recipes/scan_calibration.py --zoo": "minutes",
     "python recipes/scan_calibration.py --first-seed 300 --seeds 3 "
     "--case digits-badnets": "many minutes",
     "python recipes/scan_calibration.py --first-seed 200 --seeds 3 "

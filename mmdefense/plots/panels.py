@@ -277,10 +277,11 @@ class Bars(Panel):
         places = np.arange(len(names))
         colors = [BEFORE if name == "before" else AFTER for name in names]
         axes.barh(places, np.nan_to_num(self.values, posinf=0, neginf=0), 0.62, color=colors)
-        for place, value, error in zip(places, self.values, self.errors, strict=True):
+        texts = list(map(_with_error, self.values, self.errors))
+        for place, value, text in zip(places, self.values, texts, strict=True):
             start = value if np.isfinite(value) else 0.0
             axes.annotate(
-                _with_error(value, error),
+                text,
                 (start, place),
                 xytext=(3 if start >= 0 else -3, 0),
                 textcoords="offset points",
@@ -291,7 +292,7 @@ class Bars(Panel):
         axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.margins(x=0.16)
+        axes.margins(x=0.08 + 0.035 * max(map(len, texts)))  # room for the texts in narrow panels
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(tick)
