@@ -56,7 +56,7 @@ def verdict(record: Record) -> Verdict:
         return Verdict("fail", "Nothing changed", headline, lines)
     headline = f"Utility bound {guard.undecided or guard.verdict}. {headline}"
     if guard.violated:
-        return Verdict("fail", "Utility bound violated", headline, lines)
+        return Verdict("fail", "Too much utility lost", headline, lines)
     if record.low_utility:
         return Verdict("open", "Low utility accepted", headline, lines)
     if guard.undecided and level == "pass":

@@ -164,7 +164,7 @@ def test_a_comparison_shows_all_side_by_side():
     for text in (
         "Utility bound",
         "kept",
-        "✕ Utility bound violated",
+        "✕ Too much utility lost",
         "97.0%",
         "50.0%",
         "stem",
