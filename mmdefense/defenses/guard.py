@@ -32,6 +32,9 @@ entirely beyond it, or contains it."""
 
 _Z = 1.645  # one-sided 95 %
 
+_LOW_RATE = 1 / 32
+"""Fraction of the learning rate at which most defenses left a backdoor (docs/appendix.md)."""
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -132,7 +135,18 @@ class Guard:
             f"bound {self.bound:g})"
         )
         taken = f"; returned the state {self.instead!r}" if self.instead else ""
-        return f"utility guard: {self._words()}{taken}: {change}"
+        caution = f"; {self.caution}" if self.caution else ""
+        return f"utility guard: {self._words()}{taken}: {change}{caution}"
+
+    @property
+    def caution(self) -> str:
+        """Why a backdoor may remain although the bound is kept; empty if nothing says so."""
+        if self.rate > _LOW_RATE:
+            return ""
+        return (
+            f"{at_rate(self.rate)} a backdoor often stays; more clean samples, or a larger "
+            "max_utility_drop, let a higher rate pass"
+        )
 
     def _words(self) -> str:
         if self.verdict == VIOLATED:

@@ -498,6 +498,7 @@ def _recorded(guard: Guard) -> records.GuardInfo:
         verdict=guard.verdict,
         needed=guard.needed,
         folds=guard.folds,
+        caution=guard.caution,
     )
 
 

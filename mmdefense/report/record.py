@@ -116,6 +116,7 @@ class GuardInfo:
         verdict: ``"kept"``, ``"violated"`` or ``"not decidable"``; by default as the interval says.
         needed: Held-out samples that would decide; none where these do, or no number would.
         folds: Number of hold-out parts, each measured on a purification of its own.
+        caution: Why a backdoor may remain although the bound is kept; empty if nothing says so.
     """
 
     before: float
@@ -133,6 +134,7 @@ class GuardInfo:
     verdict: str = ""
     needed: int | None = None
     folds: int = 1
+    caution: str = ""
 
     def __post_init__(self) -> None:
         if not self.verdict:  # a record of before there were three

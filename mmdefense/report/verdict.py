@@ -97,6 +97,7 @@ def _guard_lines(guard: GuardInfo) -> list[str]:
         f"confidence interval {points(guard.drop_low)} to {points(guard.drop_high)}); the bound "
         f"is {points(guard.bound)}.",
         f"State that was returned: {guard.state}{smallest}.",
+        *([f"{guard.caution[0].upper()}{guard.caution[1:]}."] if guard.caution else []),
     ]
 
 

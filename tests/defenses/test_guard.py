@@ -15,6 +15,7 @@ from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import folds, split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.defenses.base import Defense, RateFindingDefense, TrainingDefense
+from mmdefense.defenses.guard import judge
 from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense.plots.weight_change import WeightChange
 from mmdefense.runtime.deadline import Deadline
@@ -561,3 +562,11 @@ def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
         0.2,
         0.1,
     ]
+
+
+@pytest.mark.parametrize(("rate", "low"), [(1.0, False), (1 / 16, False), (1 / 32, True)])
+def test_a_rate_at_which_backdoors_stay_is_said(rate, low):
+    guard = judge(torch.ones(HELD), torch.ones(HELD), 0.02, "final", rate)
+    assert guard.passes
+    assert ("a backdoor often stays; more clean samples" in guard.message) == low
+    assert bool(guard.caution) == low

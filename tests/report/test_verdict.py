@@ -55,6 +55,11 @@ def test_a_violated_guard_outweighs_a_low_asr():
     assert found.headline.startswith("Utility bound violated")
 
 
+def test_a_low_rate_is_a_caution():
+    found = verdict(attacked(0.99, 0.0, guard={"caution": "at this rate a backdoor often stays"}))
+    assert "At this rate a backdoor often stays." in found.lines
+
+
 UNDECIDED = {"drop": 0.15, "drop_low": 0.011, "drop_high": 0.289, "needed": 41}
 
 
