@@ -32,7 +32,7 @@ entirely beyond it, or contains it."""
 
 _Z = 1.645  # one-sided 95 %
 
-_LOW_RATE = 1 / 32
+_LOW_RATE = 1 / 64
 """Fraction of the learning rate at which most defenses left a backdoor (docs/appendix.md)."""
 
 

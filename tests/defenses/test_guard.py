@@ -564,7 +564,7 @@ def test_each_attempt_keeps_files_of_its_own(adapter, clean, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("rate", "low"), [(1.0, False), (1 / 16, False), (1 / 32, True)])
+@pytest.mark.parametrize(("rate", "low"), [(1.0, False), (1 / 32, False), (1 / 64, True)])
 def test_a_rate_at_which_backdoors_stay_is_said(rate, low):
     guard = judge(torch.ones(HELD), torch.ones(HELD), 0.02, "final", rate)
     assert guard.passes
