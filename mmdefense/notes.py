@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from mmdefense.errors import printable
@@ -23,10 +24,26 @@ class Note(UserWarning):
 def note(text: str) -> None:
     """Tell the user something, such as which classes were taken or how many files were skipped.
 
+    The warning points to the user's line, not to one of this package.
+
     Args:
         text: One line.
     """
-    warnings.warn(text, Note, stacklevel=3)
+    warnings.warn(text, Note, stacklevel=_level_of_the_user())
+
+
+def _level_of_the_user() -> int:
+    """Return the stack level, counted from the caller, at which this package was entered."""
+    level, user, frame = 1, 1, sys._getframe(1)
+    while frame.f_back is not None:
+        level, inside = level + 1, _is_ours(frame)
+        user, frame = level if inside else user, frame.f_back
+    return user
+
+
+def _is_ours(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in ("mmdefense", "mmdefense_adapters", "mmdefense_tasks")
 
 
 @contextmanager

@@ -71,7 +71,6 @@ _ABROAD = {"socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.send
 _STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn"}
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _FULL = ("can't allocate memory", "Cannot allocate memory", "Unable to allocate", "bad alloc")
-_FORWARDED: tuple[type[Warning], ...] = (Note, RuntimeWarning)
 
 Network = Literal["never", "later", "always"]
 """When a child may use the network and start other programs: "later" is once its limits are lifted,
@@ -239,20 +238,13 @@ def _heard(
             what, size = printable(message[0]) or what, message[1]
             begun, most = time.monotonic(), 0 if size < 0 else _most_seconds(size)
         elif kind == "note" and not quiet:
-            _pass_on(*message)
+            note(str(message))
         elif kind == "full":
             raise _full(what, size)
         elif kind == "error":
             raise _raised(*message)
         elif kind == "done":
             return message
-
-
-def _pass_on(kind: str, text: str) -> None:
-    if kind == "Note":
-        note(text)
-    else:
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _raised(kind: str, text: str, trace: str) -> Exception:
@@ -386,9 +378,8 @@ def _confine(send: Callable[[str, Any], None], network: Network) -> None:
         _stay_at_home(network)
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if issubclass(category, _FORWARDED):
-            kind = "Note" if issubclass(category, Note) else "RuntimeWarning"
-            send("note", [kind, str(message)[:1000]])
+        if issubclass(category, Note):
+            send("note", str(message)[:1000])
 
     warnings.showwarning = show  # type: ignore[assignment]
 

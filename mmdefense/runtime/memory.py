@@ -15,7 +15,6 @@ batch in its own parts.
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from mmdefense.data.batch import Batch
 from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.notes import note
 from mmdefense.runtime.processes import sharing
 
 __all__ = [
@@ -65,10 +65,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def _warn(words: str) -> None:
-    warnings.warn(words, RuntimeWarning, stacklevel=2)
-
-
 @dataclass
 class Room:
     """How many samples fit into memory at once, as far as is known.
@@ -80,7 +76,7 @@ class Room:
     """
 
     sizes: dict[str, int] = field(default_factory=dict)
-    notify: Callable[[str], None] = _warn
+    notify: Callable[[str], None] = note
     notified: bool = False
 
     def served(self, what: str, count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.errors import BadInputError
+from mmdefense.notes import note
 from mmdefense.runtime.deadline import Deadline
 from mmdefense.runtime.memory import Room
 from mmdefense.runtime.parts import Parts
@@ -55,9 +55,9 @@ Progress = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Show nothing but the notes, as warnings."""
+    """Show nothing but the notes."""
     if event.note:
-        warnings.warn(event.note, RuntimeWarning, stacklevel=2)
+        note(event.note)
 
 
 def named(name: str, progress: Progress | None, mark: str = ": ") -> Progress:

@@ -21,6 +21,7 @@ from mmdefense.kernels.loop import mean_loss_gradient, scores, train
 from mmdefense.kernels.pruning_curve import head_activations, pruning_curve
 from mmdefense.kernels.units import mean_activations
 from mmdefense.kernels.unlearning import unlearn
+from mmdefense.notes import Note
 from mmdefense.runtime.memory import RandomState, Room, fitted, in_parts, is_out_of_memory, roomy
 from mmdefense.runtime.run import Run, copy_state
 from mmdefense.training import Training
@@ -125,7 +126,7 @@ def test_another_error_is_not_met_by_smaller_batches(room):
 def test_outside_of_a_run_the_size_is_kept_by_model(build, draw):
     batch, asked = draw(8).everything(), []
     adapter = limited(build(), 2, asked)
-    with pytest.warns(RuntimeWarning, match="micro-batches"):
+    with pytest.warns(Note, match="micro-batches"):
         in_parts(adapter.score, batch, "scoring", adapter.model)
     in_parts(adapter.score, batch, "scoring", adapter.model)
     assert [n for _, n in asked] == [8, 4] + 8 * [2]
@@ -274,7 +275,7 @@ def test_training_in_parts_is_training(build, room, draw):
         mean = train(adapter, draw(20), plan, Run())
         return [torch.tensor(mean).double(), *copy_state(adapter.model).values()]
 
-    with pytest.warns(RuntimeWarning, match="memory ran out") as told:
+    with pytest.warns(Note, match="memory ran out") as told:
         whole, parts = compared(build, lambda a: within(Room(), work, a))
     torch.testing.assert_close(parts[1:], whole[1:], **EXACT)
     assert len(told) == 1
@@ -333,7 +334,7 @@ def test_training_goes_on_in_the_parts_that_were_kept(build, draw, tmp_path):
 
     plan = Training(steps=6, batch_size=8, lr=0.1, check_every=2)
     net, run = limited(build(), 3), Run(store=RunStore(tmp_path, every=1))
-    with roomy(run.room), pytest.warns(RuntimeWarning):
+    with roomy(run.room), pytest.warns(Note):
         train(net, draw(20), plan, run)
     expected = copy_state(net.model)
     store = RunStore(tmp_path / "cut", every=1)

@@ -19,6 +19,7 @@ from mmdefense.kernels.perturbations import (
     sharpness_step,
     worst_change,
 )
+from mmdefense.notes import Note
 from mmdefense.runtime.run import copy_state
 
 SPACES = {
@@ -112,7 +113,7 @@ def test_statistics_are_updated_by_the_first_pass_alone(build, batch):
 def test_sharpness_aware_gradients_are_the_same_in_parts(build, batch):
     whole, parts = build(), limited(build(), 2)
     expected = sharpness_aware_gradient(whole, batch, Weights(trainable(whole.model)), radius=0.1)
-    with pytest.warns(RuntimeWarning, match="micro-batches"):
+    with pytest.warns(Note, match="micro-batches"):
         found = sharpness_aware_gradient(parts, batch, Weights(trainable(parts.model)), radius=0.1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
@@ -206,7 +207,7 @@ def test_input_changes_are_the_same_in_parts(build, batch):
     options = {"radius": 0.2, "steps": 2, "step_size": 0.1}
     for universal in (False, True):
         expected = worst_change(build(), batch, universal=universal, **options)
-        with pytest.warns(RuntimeWarning, match="micro-batches"):
+        with pytest.warns(Note, match="micro-batches"):
             found = worst_change(limited(build(), 2), batch, universal=universal, **options)
         torch.testing.assert_close(found, expected)
 
