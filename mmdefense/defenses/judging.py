@@ -193,16 +193,13 @@ class Judging:
             model.load_state_dict(self.given)
             if fold.before is None:
                 fold.before = scores(self.work.adapter, fold.holdout)
-            name = f"fold {number} of {len(self.folds) + 1}"
+            most = len(self.folds) + 1
+            name = f"fold {number} of {most}"
+            if number == 2 and fold.run is None:
+                few = f"{len(self.before)} held-out samples are too few to decide"
+                note = f"{few}; repeating the training on up to {most} folds of the clean data"
+                self.work.run.progress(Event(name, 0, 1, note=note))
             fold.run = fold.run.milder(at_rate(rate)) if fold.run else self.work.run.part(name)
-            self.work.run.progress(
-                Event(
-                    name,
-                    0,
-                    1,
-                    note=f"{len(self.before)} held-out samples are too few to decide; {name}",
-                )
-            )
             again(self.work.on(fold.fit, fold.holdout, fold.run))
             full = {1.0: fold.reached[1.0]} if 1.0 in fold.reached else {}
             fold.reached = {**full, rate: copy_state(model)}
