@@ -340,9 +340,9 @@ def test_a_smaller_rate_comes_before_states_far_from_the_final_one(adapter, clea
     assert [plot.change for plot in result.plots] == [[0.1]]
     assert [event.note for event in events if event.note] == [
         "too much utility is lost; restarting at 0.5 times the learning rate",
-        "100 held-out samples are too few to decide; fold 2 of 2",
+        "100 held-out samples are too few to decide; repeating the training on up to 2 folds of "
+        "the clean data",
         "too much utility is lost; restarting at 0.25 times the learning rate",
-        "100 held-out samples are too few to decide; fold 2 of 2",
     ]
     told = [(entry["stage"], entry["lr"]) for entry in result.history]
     assert told == [("purify", 0.4), ("at 0.25 times the learning rate: purify", 0.1)]
