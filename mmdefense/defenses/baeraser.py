@@ -43,13 +43,16 @@ class BaEraser(TrainingDefense):
     samples within their family's budget; a target whose trigger is more than twice as large as
     another target's in the same family is not accepted (ours). Step B minimises, over clean samples
     x and recovered triggers t for target y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) +
-    drift_weight sum_i w_i |theta_i - theta_0i|``: gradient ascent on the triggers, constrained by
-    the clean loss and by a penalty on weight drift, whose weights w follow the Fisher information
-    of the current model (the dynamic part). Ascent on a sample ends when its target is no likelier
-    than chance, and ascent on a trigger pauses while it succeeds on at most ``stop`` of the
-    samples; training continues until the rate has decayed to zero. With more ``rounds`` the search
-    is then repeated until it finds nothing. Triggers are judged and unlearnt in eval mode, as at
-    inference: the statistics of a batch in which every sample carries the trigger would hide it.
+    repair_weight CE(f(x + t), y) + drift_weight sum_i w_i |theta_i - theta_0i|``: gradient ascent
+    on the triggers, constrained by the clean loss and by a penalty on weight drift, whose weights w
+    follow the Fisher information of the current model (the dynamic part). The third term is ours:
+    ascent alone sends triggered samples to any other class than the target, and the true label
+    brings them back, as Neural Cleanse does (Wang et al., S&P 2019, section VI.C). Ascent on a
+    sample ends when its target is no likelier than chance, and ascent on a trigger pauses while it
+    succeeds on at most ``stop`` of the samples; training continues until the rate has decayed to
+    zero. With more ``rounds`` the search is then repeated until it finds nothing. Triggers are
+    judged and unlearnt in eval mode, as at inference: the statistics of a batch in which every
+    sample carries the trigger would hide it.
 
     The released code is given the target, trains one generator of one level, has constant weights
     and uses the true trigger to decide when to stop; none of that is done here. Additive triggers
@@ -67,6 +70,8 @@ class BaEraser(TrainingDefense):
             only natural triggers).
         ascent_weight: Weight of the ascent relative to the clean loss (ours; the code's is 1/100):
             at 1 a natural trigger cost clean networks three points of accuracy.
+        repair_weight: Weight of the loss of triggered samples with their true labels; 0 leaves it
+            out, as the paper does.
         drift_weight: The paper's beta (ours; the code has a plain L1 penalty with 1e-6).
         stop: Ascent on a recovered trigger pauses while its success rate is at most this.
         steps: Unlearning updates per round; each uses as many triggered samples as clean ones.
@@ -88,6 +93,7 @@ class BaEraser(TrainingDefense):
     entropy: NotNegative = 0.1
     rounds: Whole = 1
     ascent_weight: NotNegative = 0.5
+    repair_weight: NotNegative = 1.0
     drift_weight: NotNegative = 1e-3
     stop: float = 0.02
     steps: Whole = 100
@@ -198,8 +204,9 @@ class BaEraser(TrainingDefense):
             def value(rows: slice) -> tuple[Tensor, Tensor]:
                 some = batch.rows(rows)
                 ascent = 0 if pool is None else self._ascent(adapter, some, pool, rows)
+                repair = self._repair(adapter, some, pools[step % len(pools)], rows)
                 loss = adapter.per_sample_loss(some).mean()
-                return loss, loss + self.ascent_weight * ascent
+                return loss, loss + self.ascent_weight * ascent + self.repair_weight * repair
 
             loss, gradients = gradient_in_parts(
                 value, len(batch), parameters, "training", adapter.model
@@ -218,15 +225,31 @@ class BaEraser(TrainingDefense):
     @staticmethod
     def _ascent(adapter: TriggerAdapter[Any], batch: Any, pool: _Pool, rows: slice) -> Tensor:
         """Return the mean of ``log p(y_t | x + t)``, for the ``rows`` of a batch."""
-        family, target, triggers = pool
+        stamped = _stamped(adapter, batch, pool, rows)
         device = next(adapter.model.parameters()).device
-        chosen = triggers[torch.arange(rows.start, rows.stop) % len(triggers)]
-        stamped = adapter.stamp(batch, family, chosen[None].to(device))
-        targets = torch.full((len(batch),), target, device=device)
+        targets = torch.full((len(batch),), pool[1], device=device)
         floor = -math.log(adapter.trigger_targets())
         with mode(adapter.model, train=False):
             log_p = adapter.target_log_probability(stamped, targets).clamp(min=floor)
         return (log_p * adapter.not_target(batch, targets)).mean()
+
+    def _repair(
+        self, adapter: TriggerAdapter[Any], batch: Any, pool: _Pool, rows: slice
+    ) -> Tensor | float:
+        """Return the mean loss of ``x + t`` by its true label, for the ``rows`` of a batch."""
+        if not self.repair_weight:
+            return 0.0
+        stamped = _stamped(adapter, batch, pool, rows)
+        with mode(adapter.model, train=False):
+            return adapter.per_sample_loss(stamped).mean()
+
+
+def _stamped(adapter: TriggerAdapter[Any], batch: Any, pool: _Pool, rows: slice) -> Any:
+    """Return the ``rows`` of a batch with the triggers of a pool in turn."""
+    family, _, triggers = pool
+    device = next(adapter.model.parameters()).device
+    chosen = triggers[torch.arange(rows.start, rows.stop) % len(triggers)]
+    return adapter.stamp(batch, family, chosen[None].to(device))
 
 
 def _trigger_adapter(work: Purifying[Any]) -> TriggerAdapter[Any]:

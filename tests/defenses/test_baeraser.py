@@ -157,7 +157,7 @@ def test_the_ascent_pauses_while_a_trigger_fails_and_goes_on_where_it_succeeds_a
 
 def test_without_ascent_they_go_on_to_succeed(learnt, corners, finds):
     finds([record(learnt, TRIGGER)])
-    defense = BaEraser(steps=60, rounds=1, ascent_weight=0.0, **SETTINGS)
+    defense = BaEraser(steps=60, rounds=1, ascent_weight=0.0, repair_weight=0.0, **SETTINGS)
     assert successes(defense.purify(learnt, corners))[60] > 0.1
 
 
@@ -182,12 +182,15 @@ def test_no_more_rounds_are_done_than_allowed(learnt, corners, finds):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_a_step_descends_the_clean_loss_and_ascends_on_the_triggers(learnt, corners, finds, weight):
+@pytest.mark.parametrize(("weight", "repair"), [(0.0, 0.0), (0.5, 0.0), (0.5, 2.0)])
+def test_a_step_descends_the_clean_loss_and_ascends_on_the_triggers(
+    learnt, corners, finds, weight, repair
+):
     """Against explicit autograd; the stamped batch is seen in eval mode, as it is judged."""
     find = record(learnt, TRIGGER)
     finds([find])
-    result = BaEraser(ascent_weight=weight, **ONE_STEP).purify(learnt, corners)
+    defense = BaEraser(ascent_weight=weight, repair_weight=repair, **ONE_STEP)
+    result = defense.purify(learnt, corners)
     batch = split(corners, 0.2, 0)[0]
     order = step_order(learnt, corners, finds, find)
     inputs, labels = batch.inputs[order], batch.labels[order]
@@ -197,7 +200,9 @@ def test_a_step_descends_the_clean_loss_and_ascends_on_the_triggers(learnt, corn
     stamped = inputs + triggers[:, :1] * (triggers[:, 1:] - inputs)
     log_p = model.eval()(stamped).log_softmax(1)[:, TARGET].clamp(min=math.log(1 / 3))
     ascent = log_p[labels != TARGET].sum() / 24
-    loss = F.cross_entropy(model.train()(inputs), labels) + weight * ascent
+    mended = F.cross_entropy(model(stamped), labels)
+    clean = F.cross_entropy(model.train()(inputs), labels)
+    loss = clean + weight * ascent + repair * mended
     expected = reference.gradient_of(loss, model.parameters())
     given = reference.flat(learnt.model.parameters()).detach()
     found = given - reference.flat(result.model.parameters()).detach()
@@ -214,7 +219,8 @@ def step_order(adapter, samples, finds, find):
 
     class Watched(type(adapter)):
         def per_sample_loss(self, batch):
-            taken.append(batch.inputs)
+            if self.model.training:  # triggered samples are seen in eval mode
+                taken.append(batch.inputs)
             return super().per_sample_loss(batch)
 
     watched = adapter.fork()
