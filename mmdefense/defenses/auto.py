@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -27,25 +27,50 @@ __all__ = ["Auto"]
 _Pool = tuple[TriggerFamily, int, Tensor]
 """A trigger family, a target, and triggers ``(M, *P)`` for that target."""
 
+_AS_SMALL = 2.0
+"""Largest size of a trigger that counts in a purified model, relative to the suspect. Ours."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The triggers that candidates are judged by.
+
+    Attributes:
+        pools: Their families, targets and values; empty if the model cannot be searched.
+        suspect: The smallest trigger that was found in the given model, if any was.
+    """
+
+    pools: Sequence[_Pool] = ()
+    suspect: Mapping[str, Any] | None = None
+
+    def like(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a trigger in a purified model may be that of the suspect's backdoor."""
+        if self.suspect is None:
+            return True
+        fits = row["size"] <= _AS_SMALL * self.suspect["size"]
+        return bool(fits and row["target"] == self.suspect["target"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Defense):
     """Try defenses, cheap ones first, and return the first that is good enough.
 
-    A defense is good enough if the utility guard passes and no known trigger succeeds on more than
-    ``tolerated`` of the held-out samples. The known triggers are those that a search finds in the
-    given model, those that it finds in the purified model, and a bank of random ones. If no defense
-    is good enough, the result with the lowest success among those that pass the guard is returned.
+    A search finds triggers in the given model. The smallest of them, relative to the budget of its
+    family, is the suspect: larger ones are often natural, and go on working when a backdoor is
+    gone. A defense is good enough if the utility guard passes and the suspect succeeds on at most
+    ``tolerated`` of the held-out samples, and so does every trigger that a search in the purified
+    model finds to the same target and at most twice as large. If no defense is good enough, the
+    result with the lowest success among those that pass the guard is returned.
 
-    If no trigger is found in the given model, there is no criterion to choose by, and only
-    ``fallback`` runs. **Triggers of families that are not searched for go unnoticed**, here as
-    everywhere.
+    If no trigger is found in the given model, and none of a bank of random ones succeeds, there is
+    no criterion to choose by, and only ``fallback`` runs. **Triggers of families that are not
+    searched for go unnoticed**, here as everywhere.
 
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
         fallback: The defense that runs if no trigger is found; by default the one with the lowest
             remaining attack success on this project's victims over the domains (docs/results.md).
-        tolerated: Largest acceptable success rate of a known trigger, in ``[0, 1]``.
+        tolerated: Largest acceptable success rate of these triggers, in ``[0, 1]``.
         search_steps: Updates of the trigger search.
         bank: Number of random triggers per family.
         views: How each candidate augments the clean samples.
@@ -76,10 +101,10 @@ class Auto(Defense):
         return f"copies, by {names} in turn until one is good enough, or by {self.fallback} alone"
 
     def _run(self, work: Purifying[Any]) -> None:
-        names, pools, why, success = self._plan(work)
+        names, known, why, success = self._plan(work)
         best: _Trial | None = None
         for name in names:
-            trial = self._try(work, name, pools)
+            trial = self._try(work, name, known)
             why.append(f"{name}: {trial.words(self.tolerated)}")
             if best is None or trial.rank < best.rank:
                 best = trial
@@ -97,46 +122,55 @@ class Auto(Defense):
             defense=best.name,
             settings=dataclasses.asdict(self._made(best.name)),
             why=tuple(why),
-            success_before=success if pools else None,
-            success_after=best.success if pools else None,
+            success_before=success,
+            success_after=best.success if known.pools else None,
         )
 
     def _plan(
         self, work: Purifying[Any]
-    ) -> tuple[tuple[str, ...], list[_Pool], list[str], float | None]:
+    ) -> tuple[tuple[str, ...], _Known, list[str], float | None]:
         """Return the candidates, the known triggers, the reasons, and the current success rate."""
         if missing_members(work.adapter, TriggerAdapter):
-            return (
-                (self.fallback,),
-                [],
-                ["the adapter cannot apply triggers to this model's inputs"],
-                None,
-            )
+            why = "the adapter cannot apply triggers to this model's inputs"
+            return (self.fallback,), _Known(), [why], None
         adapter = cast("TriggerAdapter[Any]", work.adapter)
-        found = [
-            (TriggerFamily(**row["family"]), row["target"], row["triggers"])
-            for row in work.run.once("search", lambda: {"found": self._found(work)})["found"]
-        ]
-        pools = [*found, *_bank(adapter, self.bank, work.run)]
-        success = _success(adapter, work.holdout, pools)
-        if not found and success <= self.tolerated:
-            words = (
-                f"no trigger was found in the given model (random ones succeed on {success:.0%})"
+        found = work.run.once("search", lambda: {"found": self._found(work)})["found"]
+        if found:
+            suspect = min(found, key=lambda row: float(row["size"]))
+            known = _Known([_pool(suspect)], suspect)
+            success = _success(adapter, work.holdout, known.pools)
+            why = (
+                f"{len(found)} triggers were found in the given model; the smallest "
+                f"({suspect['family']['name']} to target {suspect['target']}) succeeds on "
+                f"{success:.0%} of the held-out samples"
             )
-            return (self.fallback,), pools, [f"{words}, so there is nothing to choose by"], success
-        words = f"{len(found)} triggers were found in the given model; known ones succeed on up to"
-        return self.candidates, pools, [f"{words} {success:.0%} of the held-out samples"], success
+            return self.candidates, known, [why], success
+        known = _Known(list(_bank(adapter, self.bank, work.run)))
+        success = _success(adapter, work.holdout, known.pools)
+        why = f"no trigger was found in the given model (random ones succeed on {success:.0%})"
+        if success > self.tolerated:
+            return self.candidates, known, [why], success
+        return (self.fallback,), known, [f"{why}, so there is nothing to choose by"], success
 
     def _found(self, work: Purifying[Any]) -> list[dict[str, Any]]:
-        """Return the triggers that a search finds, as plain values."""
+        """Return the triggers that a search finds, as plain values, with their relative size."""
         adapter = cast("TriggerAdapter[Any]", work.adapter)
         search = Search(steps=self.search_steps, screening=self.search_steps)
         records = recover(adapter, work.fit, search, work.run, stage="search")
         return [
-            {"family": dataclasses.asdict(record.family), "target": target, "triggers": pool}
+            {
+                "family": dataclasses.asdict(record.family),
+                "target": target,
+                "triggers": pool,
+                "size": size / record.family.budget,
+            }
             for record in records
-            for target, pool, yes in zip(
-                record.targets.tolist(), record.pool, record.accepted.tolist(), strict=True
+            for target, pool, size, yes in zip(
+                record.targets.tolist(),
+                record.pool,
+                record.size.tolist(),
+                record.accepted.tolist(),
+                strict=True,
             )
             if yes
         ]
@@ -152,7 +186,7 @@ class Auto(Defense):
         made: Defense = kind(**kept)
         return made
 
-    def _try(self, work: Purifying[Any], name: str, pools: Sequence[_Pool]) -> _Trial:
+    def _try(self, work: Purifying[Any], name: str, known: _Known) -> _Trial:
         """Run a candidate on a fork, and measure the remaining trigger success."""
         part = Purifying(
             work.adapter.fork(),
@@ -167,27 +201,28 @@ class Auto(Defense):
             if missing := missing_members(part.adapter, candidate.requires):
                 raise UnsupportedError(f"{name} needs {', '.join(missing)}")
             guard = candidate.attempt(part)
-            success = self._left(part, pools) if pools else 0.0
+            success = self._left(part, known) if known.pools else 0.0
         except (UnsupportedError, DivergenceError) as error:
             return _Trial(name, failure=error)
         work.run.adopt(name, part.run)
         return _Trial(name, part, guard, success, part.stopped)
 
-    def _left(self, part: Purifying[Any], pools: Sequence[_Pool]) -> float:
-        """Return the largest success of a known trigger on a candidate's purified model."""
+    def _left(self, part: Purifying[Any], known: _Known) -> float:
+        """Return the largest success of a trigger that counts on a candidate's purified model."""
         adapter = cast("TriggerAdapter[Any]", part.adapter)
-        success = _success(adapter, part.holdout, pools)
+        success = _success(adapter, part.holdout, known.pools)
         if part.stopped or success > self.tolerated:
             return success
         try:
-            new = [
-                (TriggerFamily(**row["family"]), row["target"], row["triggers"])
-                for row in self._found(part)
-            ]
+            new = [_pool(row) for row in self._found(part) if known.like(row)]
         except OutOfTime as over:
             part.stopped = f"the trigger search in the purified model ({over})"
             return success
         return max(success, _success(adapter, part.holdout, new))
+
+
+def _pool(row: Mapping[str, Any]) -> _Pool:
+    return TriggerFamily(**row["family"]), row["target"], row["triggers"]
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Choice:
         defense: The one that was chosen.
         settings: Its fields.
         why: What was found in the given model, a line for each defense that was tried, the choice.
-        success_before: Largest success of the known triggers (found by a search, and random ones)
-            on the held-out samples in the given model, in ``[0, 1]``; None if there are none.
+        success_before: Largest success of the triggers that the defenses were judged by, on the
+            held-out samples in the given model, in ``[0, 1]``; None if there are none.
         success_after: The same in the returned model.
     """
 

@@ -60,7 +60,7 @@ def scripted(monkeypatch, taught):
 
         def search(self, work):
             row = {"family": {"name": "patch", "shape": (2, 2, 2), "budget": 0.1}, "target": 0}
-            return [{**row, "triggers": torch.zeros(1, 2, 2, 2)}] if found else []
+            return [{**row, "triggers": torch.zeros(1, 2, 2, 2), "size": 0.5}] if found else []
 
         monkeypatch.setattr(auto, "_success", success)
         monkeypatch.setattr(Auto, "_found", search)
@@ -78,7 +78,7 @@ def test_the_first_that_is_good_enough_is_taken(scripted):
     assert choice.settings["max_utility_drop"] == 1.0
     assert (choice.success_before, choice.success_after) == (1.0, 0.05)
     assert len(choice.why) == 3
-    assert "known ones succeed on up to 100%" in choice.why[0]
+    assert "the smallest (patch to target 0) succeeds on 100%" in choice.why[0]
     assert "up to 5%: good enough" in choice.why[1]
     assert "not searched for would go unnoticed" in choice.why[2]
     assert {"stage": "weak: mark", "step": 1, "mark": Weak.mark} in result.history
@@ -119,6 +119,43 @@ def test_no_other_is_tried_when_the_time_is_up(scripted):
 def test_each_candidate_keeps_states_of_its_own(scripted, tmp_path):
     scripted({0: 1.0, 1: 0.5, 2: 0.0}, store=RunStore(tmp_path))
     assert RunStore(tmp_path).load("search")["value"]["found"][0]["target"] == 0
+
+
+def trigger(size, target=0, value=0.0):
+    family = {"name": "patch", "shape": (2, 2, 2), "budget": 0.1}
+    triggers = torch.full((1, 2, 2, 2), value)
+    return {"family": family, "target": target, "triggers": triggers, "size": size}
+
+
+def test_the_smallest_trigger_is_the_suspect_and_natural_ones_do_not_count(monkeypatch, taught):
+    """A natural trigger goes on working on every purified model, and a backdoor's does not."""
+    adapter, samples = taught("small-resnet")
+    in_given = [trigger(0.9, 1, value=1.0), trigger(0.3, 0)]
+    in_purified = [trigger(0.9, 1, value=1.0), trigger(0.5, 2, value=1.0), trigger(0.7, 0, 1.0)]
+    searches = iter([in_given, in_purified])
+    asked = []
+
+    def success(adapter, samples, pools):
+        asked.append([(target, float(values.mean())) for _, target, values in pools])
+        return max((value for _, value in asked[-1]), default=0.0)
+
+    monkeypatch.setattr(auto.registry, "load", lambda _, name: Weak)
+    monkeypatch.setattr(auto, "_success", success)
+    monkeypatch.setattr(Auto, "_found", lambda self, work: next(searches))
+    defense = Auto(candidates=("weak",), fallback="weak", max_utility_drop=1.0)
+    choice = defense.purify(adapter, samples).choice
+    assert asked == [[(0, 0.0)], [(0, 0.0)], []]
+    assert "good enough" in choice.why[1]
+    assert "not good" not in choice.why[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "counts"), [(0.6, 0, True), (0.7, 0, False), (0.3, 1, False)]
+)
+def test_what_is_found_in_a_purified_model_counts_if_it_may_be_the_suspects(size, target, counts):
+    known = auto._Known(suspect=trigger(0.3, 0))
+    assert known.like(trigger(size, target)) is counts
+    assert auto._Known().like(trigger(size, target))
 
 
 @pytest.mark.parametrize("settings", [{"tolerated": 1.5}, {"candidates": ()}])
