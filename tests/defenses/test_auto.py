@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.defenses import auto
 from mmdefense.defenses.auto import Auto
-from mmdefense.defenses.base import Defense
+from mmdefense.defenses.base import Defense, Purifying
 from mmdefense.errors import BadInputError, UnsupportedError
+from mmdefense.kernels.inversion import Recovered
 from mmdefense.runtime.run import Run
 
 
@@ -147,6 +148,24 @@ def test_the_smallest_trigger_is_the_suspect_and_natural_ones_do_not_count(monke
     assert asked == [[(0, 0.0)], [(0, 0.0)], []]
     assert "good enough" in choice.why[1]
     assert "not good" not in choice.why[1]
+
+
+def test_what_was_accepted_is_found_with_its_size_relative_to_the_budget(monkeypatch, taught):
+    adapter, samples = taught("small-resnet")
+    family = replace(adapter.trigger_families()[0], budget=0.2)
+    record = Recovered(
+        family=family,
+        targets=torch.tensor([3, 4]),
+        levels=torch.tensor([0.8, 0.8]),
+        success=torch.tensor([1.0, 0.5]),
+        size=torch.tensor([0.05, 0.1]),
+        accepted=torch.tensor([True, False]),
+        pool=torch.zeros(2, 1, *family.shape),
+    )
+    monkeypatch.setattr(auto, "recover", lambda *_, **__: [record])
+    (found,) = Auto()._found(Purifying(adapter, samples, samples, Run(0)))
+    assert found["target"] == 3
+    assert found["size"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
