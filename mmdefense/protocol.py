@@ -249,6 +249,32 @@ class LogitsAdapter(InputAdapter[B], Protocol[B]):
 
 
 @runtime_checkable
+class DistillingAdapter(TaskAdapter[B], Protocol[B]):
+    """An adapter whose model predicts distributions, over classes or over the tokens of an answer.
+
+    A sample has T of them: one of a classifier, one for each token of a text's answer.
+    """
+
+    def predictions(self, batch: B) -> Tensor:
+        """Return the logits of each sample's distributions, ``(N, T, K)``, no grad."""
+        ...
+
+    def distilled_loss(
+        self, batch: B, predictions: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the distance to ``predictions`` from one forward pass, both ``(N,)``.
+
+        Args:
+            batch: N samples.
+            predictions: What another model with the same outputs predicts for them.
+            temperature: Divides the logits of both. The distance is the Kullback-Leibler divergence
+                of this model's distributions from the others, times the squared temperature, so
+                that its gradient has the size of the loss's (Hinton et al., arXiv:1503.02531).
+        """
+        ...
+
+
+@runtime_checkable
 class ReadingAdapter(TaskAdapter[B], Protocol[B]):
     """An adapter whose model says in which form it reads data."""
 

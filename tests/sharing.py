@@ -29,6 +29,7 @@ DEFENSES = {
     "random-insertion": SHORT,
     "ft-sam": SHORT,
     "nad": SHORT | {"teacher_steps": 3},
+    "distillation": SHORT,
     "nft": SHORT,
     "fst": SHORT,
     "i-bau": SHORT | {"ascents": 2, "iterations": 2},

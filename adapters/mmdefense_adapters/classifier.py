@@ -17,6 +17,7 @@ from mmdefense.data.labelled import LabelledBatch, LabelledSamples
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import mode
 from mmdefense.notes import note
+from mmdefense_adapters.divergence import divergence
 from mmdefense_adapters.given import check_scaling, check_values
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.outputs import (
@@ -238,6 +239,27 @@ class Classifier(ModuleAdapter[LabelledBatch]):
             return F.cross_entropy(logits, labels, reduction="none")
         truth = F.one_hot(labels, logits.shape[1]).to(logits)
         return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1)
+
+    def predictions(self, batch: LabelledBatch) -> Tensor:
+        """Return the logits, shape ``(N, 1, K)``, no grad."""
+        with torch.no_grad():
+            return self.logits(batch.inputs)[:, None]
+
+    def distilled_loss(
+        self, batch: LabelledBatch, predictions: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the divergence from other predictions ``(N, 1, K)``, both ``(N,)``.
+
+        For a model that ends in a sigmoid the divergences of all classes are added.
+        """
+        logits = self.logits(batch.inputs)
+        mine, others = logits, predictions[:, 0]
+        if self._each_class_alone:  # a distribution over yes and no for each class, (N, K, 2)
+            mine, others = (torch.stack([v, torch.zeros_like(v)], 2) for v in (mine, others))
+        distance = divergence(mine, others, temperature)
+        if self._each_class_alone:
+            distance = distance.sum(1)
+        return self._loss(logits, batch.labels), distance
 
     def sampled_loss(
         self, batch: LabelledBatch, generator: torch.Generator

@@ -19,6 +19,7 @@ from mmdefense.data.text import IGNORED, TextSamples, TokenBatch, TokenSamples, 
 from mmdefense.errors import BadInputError, UnsupportedError, one_line
 from mmdefense.kernels.hooks import capture, mode, watch_modules
 from mmdefense.protocol import UnitGroup
+from mmdefense_adapters.divergence import divergence
 from mmdefense_adapters.given import told
 from mmdefense_adapters.module_adapter import ModuleAdapter, usable
 from mmdefense_adapters.peft_models import base_of
@@ -251,6 +252,27 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
             logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
         )
         return losses.sum(1) / (targets != IGNORED).sum(1)
+
+    def predictions(self, batch: TokenBatch) -> Tensor:
+        """Return the logits of each position of the answers, shape ``(N, T, V)``, no grad."""
+        with torch.no_grad():
+            return self._logits(batch)
+
+    def distilled_loss(
+        self, batch: TokenBatch, predictions: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the divergence from other predictions ``(N, T, V)``, both ``(N,)``.
+
+        Both are means over the tokens of an answer.
+        """
+        logits, targets = self._logits(batch), self._targets(batch)
+        known = targets != IGNORED
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+        )
+        distances = divergence(logits, predictions, temperature) * known
+        count = known.sum(1)
+        return losses.sum(1) / count, distances.sum(1) / count
 
     def sampled_loss(self, batch: TokenBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the loss and the Rademacher score from one forward pass.

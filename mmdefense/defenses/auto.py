@@ -79,7 +79,13 @@ class Auto(Defense):
         gradient_checkpointing: Passed to the candidates that support it: less memory, more time.
     """
 
-    candidates: Annotated[tuple[str, ...], MinLen(1)] = ("fine-tuning", "fip", "tsbd", "baeraser")
+    candidates: Annotated[tuple[str, ...], MinLen(1)] = (
+        "fine-tuning",
+        "distillation",
+        "fip",
+        "tsbd",
+        "baeraser",
+    )
     fallback: str = "tsbd"
     tolerated: Share = 0.1
     search_steps: Whole = 40

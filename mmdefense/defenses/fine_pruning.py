@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.defenses.tsbd import unlearning_change
 from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.loop import mean_score, train
@@ -172,6 +173,8 @@ class FinePruning(Pruning, RateFindingDefense):
     """
 
     def _run(self, work: Purifying[Any]) -> None:
+        student = self.student(work.adapter)
+
         def prune() -> dict[str, Any]:
             masks, curve = self._prune(work)
             return {"masks": masks, "curve": [curve.fractions, curve.accuracy, curve.chosen]}
@@ -193,4 +196,4 @@ class FinePruning(Pruning, RateFindingDefense):
         hold(0)
         work.run.snapshot("pruned, not fine-tuned", work.adapter.model)
         training = self.training(work.adapter)
-        train(work.adapter, work.fit, training, work.run, stage="fine-tune", after_step=hold)
+        train(student, work.fit, training, work.run, stage="fine-tune", after_step=hold)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Coordinates, SingularValues, Weights, trainable
 from mmdefense.kernels.fisher import (
@@ -95,6 +96,12 @@ class _FisherPurification(RateFindingDefense):
                         "trace='perturbation'; set trace='true', or radius in its place"
                     )
 
+        elif self.distillation and self.trace != "none":
+            raise BadInputError(
+                f"distillation={self.distillation:g} of {type(self).__name__} has no effect with "
+                f"trace={self.trace!r}; set trace='perturbation', or distillation=0"
+            )
+
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the settings of the training loop for the adapter's model."""
         training = super().training(adapter)
@@ -173,7 +180,7 @@ class _FisherPurification(RateFindingDefense):
         eta: float,
         eta_r: float,
     ) -> Gradients:
-        adapter, run = work.adapter, work.run
+        adapter, run = self.student(work.adapter), work.run
         generator = torch.Generator(space.weights[0].device)
 
         def compute(batch: Any, step: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, RateFindingDefense
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.loop import mean_loss_gradient, optimise
 from mmdefense.protocol import OutputAdapter
@@ -54,6 +55,7 @@ class FST(RateFindingDefense):
         weights = classifier_weights(adapter)
         if not self.steps:
             return
+        student = self.student(adapter)
         given = [weight.detach().clone() for weight in weights]
         if self.redraw:
             generator = work.run.generator("classifier")
@@ -63,7 +65,7 @@ class FST(RateFindingDefense):
         trained = [p for p in adapter.model.parameters() if p.requires_grad]
 
         def gradients(batch: Any, _: int) -> Tensor:
-            loss, found = mean_loss_gradient(adapter, batch, trained)
+            loss, found = mean_loss_gradient(student, batch, trained)
             for parameter, gradient in zip(trained, found, strict=True):
                 parameter.grad = gradient
             for weight, start in zip(weights, given, strict=True):

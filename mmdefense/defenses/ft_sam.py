@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdefense.defenses.base import Purifying, RateFindingDefense
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.loop import optimise
 from mmdefense.kernels.perturbations import ASAM_ETA, sharpness_aware_gradient
@@ -40,7 +41,7 @@ class FTSAM(RateFindingDefense):
     eta: NotNegative = ASAM_ETA
 
     def _run(self, work: Purifying[Any]) -> None:
-        adapter = work.adapter
+        adapter = self.student(work.adapter)
         space = Weights(trainable(adapter.model))
 
         def gradients(batch: Any, _: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdefense.defenses.base import Purifying, RateFindingDefense
+from mmdefense.defenses.base import Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.errors import UnsupportedError
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.hooks import frozen_statistics, mode
@@ -53,13 +54,14 @@ class NAD(RateFindingDefense):
         adapter, teacher = work.adapter, work.adapter.fork()
         plan = replace(self.training(teacher), steps=self.teacher_steps)
         train(teacher, work.fit, plan, work.run, stage="teacher")
+        student = self.student(adapter)
         names = attention_layers(adapter, work.fit.take(torch.tensor([0])), self.layers)
         optimise(
             adapter.model,
             work.fit,
             self.training(adapter),
             work.run,
-            gradients=self._gradients(adapter, teacher, names),
+            gradients=self._gradients(student, teacher, names),
             stage="distil",
         )
 

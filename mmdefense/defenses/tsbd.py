@@ -10,7 +10,8 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from mmdefense.defenses.base import Defense, Purifying, RateFindingDefense
+from mmdefense.defenses.base import Defense, Purifying
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.errors import BadInputError
 from mmdefense.kernels.coordinates import Weights, trainable
 from mmdefense.kernels.curvature import gradient_norm_penalty
@@ -173,6 +174,7 @@ class TSBD(RateFindingDefense):
                 at_any_rate=True,
             )
             ratio = float(chosen["ratio"])
+        student = self.student(adapter)
         self._reinitialise(adapter, groups, change, order[: int(ratio * len(order))])
         work.run.report("reinitialise", 1, 1, ratio=ratio)
         if self.fine_tuning != "none":
@@ -181,7 +183,7 @@ class TSBD(RateFindingDefense):
                 work.fit,
                 self.training(adapter),
                 work.run,
-                gradients=self._gradients(adapter),
+                gradients=self._gradients(student),
                 stage="fine-tune",
             )
         changes = torch.cat([score.cpu() for score in scores])

@@ -82,6 +82,7 @@ ROWS = {
         {"steps": 0},
         idle_on=("fcos", "llama"),
     ),
+    "distillation": Row(SHORT, {"steps": 0}, refused_on=("fcos",)),
     "nft": Row(SHORT, {"steps": 0}),
     "pruning": Row(
         {"max_pruning_drop": 0.25, "holdout": 0.8, "points": 16}, {"max_share": 0.0}, {}

@@ -14,8 +14,9 @@ from torch import nn
 from mmdefense.checkpoints.runs import RunStore
 from mmdefense.data.batch import folds, split
 from mmdefense.data.labelled import LabelledSamples
-from mmdefense.defenses.base import Defense, RateFindingDefense, TrainingDefense
+from mmdefense.defenses.base import Defense, TrainingDefense
 from mmdefense.defenses.guard import judge
+from mmdefense.defenses.rate_finding import RateFindingDefense
 from mmdefense.errors import BadInputError, DivergenceError
 from mmdefense.plots.weight_change import WeightChange
 from mmdefense.runtime.deadline import Deadline
