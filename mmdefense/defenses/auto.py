@@ -53,9 +53,10 @@ class _Known:
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Defense):
-    """Try defenses, cheap ones first, and return the first that is good enough.
+    """Try defenses in turn, and return the first that is good enough.
 
-    A search finds triggers in the given model. The smallest of them, relative to the budget of its
+    BAERASER comes first, since it unlearns what the search finds, then the others, cheap ones
+    first. A search finds triggers in the given model. The smallest of them, relative to the budget of its
     family, is the suspect: larger ones are often natural, and go on working when a backdoor is
     gone. A defense is good enough if the utility guard passes and the suspect succeeds on at most
     ``tolerated`` of the held-out samples, and so does every trigger that a search in the purified
@@ -79,16 +80,10 @@ class Auto(Defense):
         gradient_checkpointing: Passed to the candidates that support it: less memory, more time.
     """
 
-    candidates: Annotated[tuple[str, ...], MinLen(1)] = (
-        "fine-tuning",
-        "distillation",
-        "fip",
-        "tsbd",
-        "baeraser",
-    )
+    candidates: Annotated[tuple[str, ...], MinLen(1)] = ("baeraser", "distillation", "fip", "tsbd")
     fallback: str = "tsbd"
     tolerated: Share = 0.1
-    search_steps: Whole = 40
+    search_steps: Whole = 100
     bank: Whole = 16
     views: Views = "standard"
     steps: Whole | None = None

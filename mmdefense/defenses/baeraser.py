@@ -41,18 +41,18 @@ class BaEraser(TrainingDefense):
     Step A is the max-entropy staircase approximator. It trains a generator for every class and
     level in parallel, and keeps those whose triggers succeed on at least ``tau`` of the clean
     samples within their family's budget; a target whose trigger is more than twice as large as
-    another target's in the same family is not accepted (ours). Step B minimises, over clean samples
-    x and recovered triggers t for target y_t, ``CE(f(x), y) + ascent_weight log p(y_t | x + t) +
-    repair_weight CE(f(x + t), y) + drift_weight sum_i w_i |theta_i - theta_0i|``: gradient ascent
-    on the triggers, constrained by the clean loss and by a penalty on weight drift, whose weights w
-    follow the Fisher information of the current model (the dynamic part). The third term is ours:
-    ascent alone sends triggered samples to any other class than the target, and the true label
-    brings them back, as Neural Cleanse does (Wang et al., S&P 2019, section VI.C). Ascent on a
-    sample ends when its target is no likelier than chance, and ascent on a trigger pauses while it
-    succeeds on at most ``stop`` of the samples; training continues until the rate has decayed to
-    zero. With more ``rounds`` the search is then repeated until it finds nothing. Triggers are
-    judged and unlearnt in eval mode, as at inference: the statistics of a batch in which every
-    sample carries the trigger would hide it.
+    another target's, each relative to the budget of its family, is not accepted (ours). Step B
+    minimises, over clean samples x and recovered triggers t for target y_t, ``CE(f(x), y) +
+    ascent_weight log p(y_t | x + t) + repair_weight CE(f(x + t), y) + drift_weight sum_i w_i
+    |theta_i - theta_0i|``: gradient ascent on the triggers, constrained by the clean loss and by a
+    penalty on weight drift, whose weights w follow the Fisher information of the current model (the
+    dynamic part). The third term is ours: ascent alone sends triggered samples to any other class
+    than the target, and the true label brings them back, as Neural Cleanse does (Wang et al., S&P
+    2019, section VI.C). Ascent on a sample ends when its target is no likelier than chance, and
+    ascent on a trigger pauses while it succeeds on at most ``stop`` of the samples; training
+    continues until the rate has decayed to zero. With more ``rounds`` the search is then repeated
+    until it finds nothing. Triggers are judged and unlearnt in eval mode, as at inference: the
+    statistics of a batch in which every sample carries the trigger would hide it.
 
     The released code is given the target, trains one generator of one level, has constant weights
     and uses the true trigger to decide when to stop; none of that is done here. Additive triggers
@@ -62,9 +62,10 @@ class BaEraser(TrainingDefense):
         tau: Minimum success rate, in ``[0, 1]``, for a generator to be kept.
         levels: Staircase levels of MESA.
         search_steps: Updates of the generators.
-        screening: Updates of a cheaper first search with one level; only targets that stand out in
-            it are searched in full. 0 searches all targets, as the paper does (ours: some networks
-            respond to natural triggers, and unlearning those costs accuracy).
+        screening: Updates of a cheaper first search with one level, which is run for two fifths of
+            them as well; only targets that stand out in one are searched in full. 0 searches all
+            targets, as the paper does (ours: some networks respond to natural triggers, and
+            unlearning those costs accuracy).
         entropy: Weight of the mutual information; the code's alpha.
         rounds: Largest number of searches (ours: one; a second search, in the cleaned model, found
             only natural triggers).
@@ -75,7 +76,8 @@ class BaEraser(TrainingDefense):
         drift_weight: The paper's beta (ours; the code has a plain L1 penalty with 1e-6).
         stop: Ascent on a recovered trigger pauses while its success rate is at most this.
         steps: Unlearning updates per round; each uses as many triggered samples as clean ones.
-        restarts: 0 by default; restarts do not repeat the first search for triggers.
+        restarts: As for every defense that trains; they do not repeat the first search for
+            triggers.
 
     References:
         Liu, Fan, Chen, Liu, Ma, Wang, Ma. *Backdoor Defense with Machine Unlearning*. INFOCOM
@@ -88,16 +90,17 @@ class BaEraser(TrainingDefense):
 
     tau: Annotated[float, Interval(gt=0, le=1)] = 0.9
     levels: Annotated[tuple[OpenShare, ...], MinLen(1)] = (0.5, 0.8, 0.9)
-    search_steps: Whole = 40
-    screening: Whole = 40
+    search_steps: Whole = 100
+    screening: Whole = 100
     entropy: NotNegative = 0.1
     rounds: Whole = 1
     ascent_weight: NotNegative = 0.5
     repair_weight: NotNegative = 1.0
     drift_weight: NotNegative = 1e-3
     stop: float = 0.02
-    steps: Whole = 100
-    restarts: Whole = 0
+    lr: NotNegative = 0.04
+    steps: Whole = 300
+    restarts: Whole = 4
 
     def training(self, adapter: TaskAdapter[Any]) -> Training:
         """Return the settings of the training loop for one round."""

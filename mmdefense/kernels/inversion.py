@@ -8,9 +8,12 @@ stacked and they run in parallel. If triggers of a family have a position or a w
 right before there is a gradient to follow, the search starts from the best of many random triggers
 (:class:`TriggerFamily`).
 
-A screened search runs a cheap search first, and a full search only for the targets that stand out
-in it: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse, Wang et
-al., S&P 2019), and some networks respond to natural triggers for classes that no attacker chose.
+A screened search runs cheap searches first, and a full search only for the targets that stand out
+in one of them: a backdoor's trigger is far smaller than what other targets need (Neural Cleanse,
+Wang et al., S&P 2019), and some networks respond to natural triggers for classes that no attacker
+chose. One of the cheap searches ends early. A pattern over the whole input works after a few
+updates, when nothing does for other targets, and later no longer stands out; a small patch in one
+place takes many updates to find.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class Search:
         threshold: Minimum success rate, on samples of classes other than the target, for a
             generator to be accepted: the paper's tau.
         screening: Updates of a first search over all targets, at one level with half of the
-            samples; 0 for none.
+            samples, which is run for two fifths of them as well; 0 for none.
         judged: Largest number of clean samples to evaluate each generator on.
     """
 
@@ -74,13 +77,14 @@ class Search:
     judged: int = 256
 
     @property
-    def screen(self) -> Search:
-        """The first search: the middle level, and half of the samples per step."""
+    def screens(self) -> tuple[Search, Search]:
+        """The first searches: the middle level, and half of the samples per step."""
         level = sorted(self.levels)[len(self.levels) // 2]
         size = max(1, self.batch_size // 2)
-        return dataclasses.replace(
+        whole = dataclasses.replace(
             self, levels=(level,), steps=self.screening, batch_size=size, screening=0
         )
+        return dataclasses.replace(whole, steps=math.ceil(_EARLY * self.screening)), whole
 
     @property
     def nearby(self) -> Search:
@@ -167,7 +171,8 @@ class Recovered:
         success: Fraction of clean samples that its triggers send to the target, shape ``(G,)``.
         size: Mean fraction of an input that they change, shape ``(G,)``.
         accepted: Whether success reaches the threshold within the family's budget, ``(G,)``. A
-            screened search accepts only targets with about the smallest triggers.
+            screened search accepts only the targets with about the smallest triggers, relative to
+            the budgets of all families.
         pool: Triggers drawn from each generator, shape ``(G, M, *P)``.
     """
 
@@ -226,11 +231,13 @@ def recover(
             if not search.screening or len(every) < 3:  # neither of two targets can stand out
                 found.append(searched(every, search, name))
                 continue
-            screened = searched(every, search.screen, f"{name}/screening")
-            suspects = _suspects(screened)
+            screened = [
+                searched(every, how, f"{name}/screening {how.steps}") for how in search.screens
+            ]
+            suspects = torch.cat([_suspects(record) for record in screened]).unique()
             full = searched(suspects, search, name) if len(suspects) else None
-            found.append(_joined(screened, full))
-    return found
+            found.append(_joined(screened[-1], full))
+    return _smallest(found) if search.screening else found
 
 
 def recover_once(
@@ -273,9 +280,10 @@ def _device(adapter: TriggerAdapter[Any]) -> torch.device:
 _AT_ONCE = 8192
 """Ours: largest number of inputs to evaluate generators on at once."""
 
-_OUTSTANDING, _AS_SMALL = 1 / 2, 2.0
-"""Largest cost of a suspect relative to the median target; and largest ratio of the smallest
-trigger of an accepted target to the smallest overall. If all sizes are equal, success decides."""
+_EARLY, _OUTSTANDING, _AS_SMALL = 2 / 5, 1 / 2, 2.0
+"""Share of the screening's updates after which it is read for the first time; largest cost of a
+suspect relative to the median target; and largest ratio of the smallest trigger of an accepted
+target to the smallest overall. If all sizes are equal, success decides."""
 
 
 def _suspects(screened: Recovered) -> Tensor:
@@ -290,20 +298,36 @@ def _suspects(screened: Recovered) -> Tensor:
 def _joined(screened: Recovered, full: Recovered | None) -> Recovered:
     """Return the rows of the full search, and those of the screening for the other targets.
 
-    Accepted are the targets whose smallest trigger is about the smallest overall.
+    Only rows of the full search are accepted.
     """
     if full is None:
         return dataclasses.replace(screened, accepted=torch.zeros_like(screened.accepted))
-    size = full.size.masked_fill(~full.accepted, math.inf)
-    smallest = torch.stack([size[full.targets == target].min() for target in full.targets])
-    accepted = full.accepted & (smallest <= _AS_SMALL * size.min())
     rest = ~torch.isin(screened.targets, full.targets)
     rows = {
         name: torch.cat([getattr(screened, name)[rest], getattr(full, name)])
         for name in ("targets", "levels", "success", "size", "pool")
     }
     none = torch.zeros(int(rest.sum()), dtype=torch.bool)
-    return Recovered(family=full.family, accepted=torch.cat([none, accepted]), **rows)
+    return Recovered(family=full.family, accepted=torch.cat([none, full.accepted]), **rows)
+
+
+def _smallest(found: Sequence[Recovered]) -> list[Recovered]:
+    """Accept only targets whose smallest trigger is about the smallest over all families."""
+    sizes = [
+        (record.size / record.family.budget).masked_fill(~record.accepted, math.inf)
+        for record in found
+    ]
+    targets = torch.cat([record.targets for record in found]).unique()
+    each = torch.stack(
+        [
+            torch.cat([s[r.targets == target] for s, r in zip(sizes, found, strict=True)]).min()
+            for target in targets
+        ]
+    )
+    kept = targets[each <= _AS_SMALL * each.min()]
+    return [
+        dataclasses.replace(r, accepted=r.accepted & torch.isin(r.targets, kept)) for r in found
+    ]
 
 
 _EDGE, _NARROW = 0.02, 0.1  # ours: distance of a start from 0 and 1, and its standard deviation

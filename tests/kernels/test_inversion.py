@@ -169,10 +169,50 @@ def test_of_the_found_targets_those_with_the_smallest_triggers_are_accepted():
     full = rows([0, 0, 2, 3], (1.0,) * 4, (0.09, 0.039, 0.02, 0.041))
     joined = inversion._joined(screened, full)
     assert joined.targets.tolist() == [1, 0, 0, 2, 3]
-    assert joined.accepted.tolist() == [False, True, True, True, False]
-    alike = rows([0, 2, 3], (1.0,) * 3, (0.1,) * 3)
-    assert inversion._joined(screened, alike).accepted.tolist() == [False, True, True, True]
+    assert joined.accepted.tolist() == [False, True, True, True, True]
+    (kept,) = inversion._smallest([joined])
+    assert kept.accepted.tolist() == [False, True, True, True, False]
+    alike = inversion._joined(screened, rows([0, 2, 3], (1.0,) * 3, (0.1,) * 3))
+    assert inversion._smallest([alike])[0].accepted.tolist() == [False, True, True, True]
     assert not inversion._joined(full, None).accepted.any()
+
+
+def test_a_trigger_counts_relative_to_the_budget_of_its_family():
+    """A pattern of half of its budget is as small as a patch of half of its own."""
+    patches = rows([0, 1], (1.0, 1.0), (0.05, 0.3))
+    wide = dataclasses.replace(patches, family=TriggerFamily("additive", (1,), 10.0))
+    patterns = dataclasses.replace(
+        wide, targets=torch.tensor([0, 2]), size=torch.tensor([9.0, 0.9])
+    )
+    kept = inversion._smallest([patches, patterns])
+    assert [record.accepted.tolist() for record in kept] == [[True, False], [True, True]]
+    nothing = [
+        dataclasses.replace(r, accepted=torch.zeros(2, dtype=torch.bool))
+        for r in (patches, patterns)
+    ]
+    assert not any(record.accepted.any() for record in inversion._smallest(nothing))
+
+
+def test_a_target_that_stands_out_early_is_searched_though_it_no_longer_does(monkeypatch):
+    """After a few updates only one target works; after many all do."""
+    asked = []
+
+    def judged(_, __, generators, *rest):
+        targets, steps = generators.targets, generators.search.steps
+        asked.append((targets.tolist(), steps))
+        works = (targets == TARGET) | (steps > 10)
+        return rows(targets.tolist(), works.float().tolist(), (0.1,) * len(targets))
+
+    monkeypatch.setattr(inversion, "_fit", lambda *_: None)
+    monkeypatch.setattr(inversion, "_judge", judged)
+    adapter = planted()
+    families = list(adapter.trigger_families())
+    monkeypatch.setattr(adapter, "trigger_families", lambda: families[:1])
+    search = dataclasses.replace(SEARCH, steps=7, levels=(0.5,), screening=20)
+    (record,) = recover(adapter, None, search, Run())
+    every = list(range(adapter.trigger_targets()))
+    assert asked == [(every, 8), (every, 20), ([TARGET], 7)]
+    assert record.targets[record.accepted].tolist() == [TARGET]
 
 
 def test_where_there_are_two_targets_both_are_searched(corners, monkeypatch):
