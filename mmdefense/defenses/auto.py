@@ -55,13 +55,13 @@ class _Known:
 class Auto(Defense):
     """Try defenses in turn, and return the first that is good enough.
 
-    BAERASER comes first, since it unlearns what the search finds, then the others, cheap ones
-    first. A search finds triggers in the given model. The smallest of them, relative to the budget of its
-    family, is the suspect: larger ones are often natural, and go on working when a backdoor is
-    gone. A defense is good enough if the utility guard passes and the suspect succeeds on at most
-    ``tolerated`` of the held-out samples, and so does every trigger that a search in the purified
-    model finds to the same target and at most twice as large. If no defense is good enough, the
-    result with the lowest success among those that pass the guard is returned.
+    BAERASER comes first, since it unlearns what the search finds; then come the others, cheap ones
+    first. A search finds triggers in the given model. The smallest of them, relative to the budget
+    of its family, is the suspect: larger ones are often natural, and go on working when a backdoor
+    is gone. A defense is good enough if the utility guard passes and the suspect succeeds on at
+    most ``tolerated`` of the held-out samples, and so does every trigger that a search in the
+    purified model finds to the same target and at most twice as large. If no defense is good
+    enough, the result with the lowest success among those that pass the guard is returned.
 
     If no trigger is found in the given model, and none of a bank of random ones succeeds, there is
     no criterion to choose by, and only ``fallback`` runs. **Triggers of families that are not

@@ -234,7 +234,7 @@ def recover(
             screened = [
                 searched(every, how, f"{name}/screening {how.steps}") for how in search.screens
             ]
-            suspects = torch.cat([_suspects(record) for record in screened]).unique()
+            suspects = torch.unique(torch.cat([_suspects(record) for record in screened]))
             full = searched(suspects, search, name) if len(suspects) else None
             found.append(_joined(screened[-1], full))
     return _smallest(found) if search.screening else found
@@ -317,7 +317,7 @@ def _smallest(found: Sequence[Recovered]) -> list[Recovered]:
         (record.size / record.family.budget).masked_fill(~record.accepted, math.inf)
         for record in found
     ]
-    targets = torch.cat([record.targets for record in found]).unique()
+    targets = torch.unique(torch.cat([record.targets for record in found]))
     each = torch.stack(
         [
             torch.cat([s[r.targets == target] for s, r in zip(sizes, found, strict=True)]).min()
