@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -9,12 +11,15 @@ from torch import nn
 from mmdefense.data.batch import split
 from mmdefense.data.labelled import LabelledSamples
 from mmdefense.data.text import IGNORED
+from mmdefense.defenses import fine_tuning
 from mmdefense.defenses.fine_tuning import Distillation, FineTuning
+from mmdefense.defenses.fip import FIP, FastFIP
 from mmdefense.defenses.tsbd import TSBD
-from mmdefense.errors import UnsupportedError
+from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.distillation import distilled
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import copy_state
+from mmdefense_adapters.classifier import Classifier
 
 ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0,
        "restarts": 0}  # fmt: skip
@@ -131,3 +136,26 @@ def test_a_detector_is_refused_in_one_line(taught):
     adapter, samples = taught("fcos")
     with pytest.raises(UnsupportedError, match="needs a DistillingAdapter"):
         Distillation().purify(adapter, samples)
+
+
+@pytest.mark.parametrize("kind", [FIP, FastFIP])
+def test_the_exact_trace_refuses_it_as_it_would_have_no_effect(kind):
+    with pytest.raises(BadInputError, match=r"distillation=0.5 of \w+ has no effect with trace="):
+        kind(trace="true", distillation=0.5)
+
+
+def test_a_split_model_is_refused_in_one_line(learnt, corners, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "present", lambda: Namespace(splits=True))
+    with pytest.raises(UnsupportedError, match="leave out --shard, or set distillation=0"):
+        FineTuning(**ONE, distillation=0.5).purify(learnt, corners)
+
+
+def test_a_model_without_distributions_trains_on_labels_alone(learnt, corners):
+    """As a detector does: nothing is refused where distillation is a setting."""
+    plain = FineTuning(**ONE, batch_size=24)
+    other = replace(plain, distillation=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Classifier, "predictions")
+        found = copy_state(other.purify(learnt, corners).model)
+    for name, value in copy_state(plain.purify(learnt, corners).model).items():
+        assert torch.equal(found[name], value), name
