@@ -328,9 +328,8 @@ BACKDOORED = {
         training=adamw(800, 1.5e-3, 32),
         write=videos,
         metric=0.8,
-        # The scan finds a trigger to the true target. FIP leaves 67 %, TSBD 11 %, and BAERASER's
-        # screening lets that target pass; with 100 steps it leaves 0 to 15 %, with 200 3 to 9.
-        defense=("--defense", "baeraser", "--set", "screening=0", "--set", "steps=200"),
+        # The scan finds a trigger to the true target. FIP leaves 67 %, TSBD 11 %.
+        defense=("--defense", "baeraser"),
     ),
     "causal": Backdoored(
         loads="AutoModelForCausalLM",
