@@ -247,11 +247,7 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
 
     def per_sample_loss(self, batch: TokenBatch) -> Tensor:
         """Return the mean negative log-likelihood of each answer's tokens, in nats, ``(N,)``."""
-        logits, targets = self._logits(batch), self._targets(batch)
-        losses = F.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
-        )
-        return losses.sum(1) / (targets != IGNORED).sum(1)
+        return _mean_loss(self._logits(batch), self._targets(batch))
 
     def predictions(self, batch: TokenBatch) -> Tensor:
         """Return the logits of each position of the answers, shape ``(N, T, V)``, no grad."""
@@ -267,12 +263,8 @@ class HFText(TextTriggers, ModuleAdapter[TokenBatch]):
         """
         logits, targets = self._logits(batch), self._targets(batch)
         known = targets != IGNORED
-        losses = F.cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
-        )
         distances = divergence(logits, predictions, temperature) * known
-        count = known.sum(1)
-        return losses.sum(1) / count, distances.sum(1) / count
+        return _mean_loss(logits, targets), distances.sum(1) / known.sum(1)
 
     def sampled_loss(self, batch: TokenBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the loss and the Rademacher score from one forward pass.
@@ -485,6 +477,19 @@ def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     """Return rows of unequal length as one tensor ``(N, L)``."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]).long()
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of each row's known targets, ``(N,)``.
+
+    Args:
+        logits: Shape ``(N, T, V)``.
+        targets: Shape ``(N, T)``; ``IGNORED`` ones do not count.
+    """
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED
+    )
+    return losses.sum(1) / (targets != IGNORED).sum(1)
 
 
 def _share_right(right: Tensor, known: Tensor) -> Tensor:

@@ -95,7 +95,6 @@ class _FisherPurification(RateFindingDefense):
                         f"{name}={getattr(self, name)} of {type(self).__name__} has no effect with "
                         "trace='perturbation'; set trace='true', or radius in its place"
                     )
-
         elif self.distillation and self.trace != "none":
             raise BadInputError(
                 f"distillation={self.distillation:g} of {type(self).__name__} has no effect with "

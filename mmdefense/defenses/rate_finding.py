@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from mmdefense.data.batch import Batch
 from mmdefense.defenses.base import Defense, Purifying, TrainingDefense
 from mmdefense.defenses.guard import at_rate
-from mmdefense.errors import DivergenceError
+from mmdefense.errors import DivergenceError, UnsupportedError
 from mmdefense.kernels.distillation import distilled
 from mmdefense.kernels.loop import mean_score
 from mmdefense.protocol import DistillingAdapter, TaskAdapter, missing_members
@@ -38,7 +38,7 @@ class RateFindingDefense(TrainingDefense):
         lr: Where the search starts with SGD.
         adamw_lr: Where it starts with AdamW.
         distillation: Weight of the given model's predictions, in ``[0, 1]``; 0 trains on labels
-            alone, and so does a model that predicts no distributions, such as a detector.
+            alone. It needs a model that predicts distributions, so no detector.
         temperature: T; the logits of both models are divided by it.
     """
 
@@ -50,9 +50,18 @@ class RateFindingDefense(TrainingDefense):
     restarts: Whole = 8
 
     def student(self, adapter: TaskAdapter[B]) -> TaskAdapter[B]:
-        """Return the adapter with the loss to train on; to be called on the given model."""
-        if not self.distillation or missing_members(adapter, DistillingAdapter):
+        """Return the adapter with the loss to train on; to be called on the given model.
+
+        Raises:
+            UnsupportedError: If the model predicts no distributions and ``distillation`` is set.
+        """
+        if not self.distillation:
             return adapter
+        if missing := missing_members(adapter, DistillingAdapter):
+            raise UnsupportedError(
+                f"distillation={self.distillation:g} needs a DistillingAdapter; "
+                f"{type(adapter).__name__} lacks {', '.join(missing)}; set distillation=0"
+            )
         able = cast("DistillingAdapter[B]", adapter)
         return distilled(able, able.fork(), self.distillation, self.temperature)
 

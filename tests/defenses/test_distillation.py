@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace as Namespace
 
 import pytest
@@ -19,7 +18,6 @@ from mmdefense.errors import BadInputError, UnsupportedError
 from mmdefense.kernels.distillation import distilled
 from mmdefense.registry import adapt
 from mmdefense.runtime.run import copy_state
-from mmdefense_adapters.classifier import Classifier
 
 ONE = {"steps": 1, "lr": 0.1, "momentum": 0.0, "max_norm": None, "max_utility_drop": 1.0,
        "restarts": 0}  # fmt: skip
@@ -150,12 +148,7 @@ def test_a_split_model_is_refused_in_one_line(learnt, corners, monkeypatch):
         FineTuning(**ONE, distillation=0.5).purify(learnt, corners)
 
 
-def test_a_model_without_distributions_trains_on_labels_alone(learnt, corners):
-    """As a detector does: nothing is refused where distillation is a setting."""
-    plain = FineTuning(**ONE, batch_size=24)
-    other = replace(plain, distillation=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(Classifier, "predictions")
-        found = copy_state(other.purify(learnt, corners).model)
-    for name, value in copy_state(plain.purify(learnt, corners).model).items():
-        assert torch.equal(found[name], value), name
+def test_a_setting_that_a_model_cannot_follow_is_refused_in_one_line(taught):
+    adapter, samples = taught("fcos")
+    with pytest.raises(UnsupportedError, match="predictions, distilled_loss; set distillation=0"):
+        FineTuning(**ONE, distillation=0.5).purify(adapter, samples)
