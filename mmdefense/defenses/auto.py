@@ -64,13 +64,14 @@ class Auto(Defense):
     enough, the result with the lowest success among those that pass the guard is returned.
 
     If no trigger is found in the given model, and none of a bank of random ones succeeds, there is
-    no criterion to choose by, and only ``fallback`` runs. **Triggers of families that are not
-    searched for go unnoticed**, here as everywhere.
+    no criterion to choose by, and ``fallback`` is tried instead, judged by the guard alone.
+    **Triggers of families that are not searched for go unnoticed**, here as everywhere.
 
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
-        fallback: The defense that runs if no trigger is found; by default the one with the lowest
-            remaining attack success on this project's victims over the domains (docs/results.md).
+        fallback: Those that are tried if no trigger is found: the first one that the model supports
+            and that passes the guard. By default FIP, which left least on the development victims
+            whose trigger the search misses (docs/appendix.md), then TSBD.
         tolerated: Largest acceptable success rate of these triggers, in ``[0, 1]``.
         search_steps: Updates of the trigger search.
         bank: Number of random triggers per family.
@@ -81,7 +82,7 @@ class Auto(Defense):
     """
 
     candidates: Annotated[tuple[str, ...], MinLen(1)] = ("baeraser", "distillation", "fip", "tsbd")
-    fallback: str = "tsbd"
+    fallback: Annotated[tuple[str, ...], MinLen(1)] = ("fip", "tsbd")
     tolerated: Share = 0.1
     search_steps: Whole = 100
     bank: Whole = 16
@@ -92,14 +93,17 @@ class Auto(Defense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (*self.candidates, self.fallback):
+        for name in (*self.candidates, *self.fallback):
             if registry.load("defenses", name) is Auto:
                 raise BadInputError("candidates must be other defenses, got 'auto' itself")
 
     def trains(self, adapter: TaskAdapter[Any]) -> str:
         """Describe which defenses train copies of the model."""
-        names = ", ".join(self.candidates)
-        return f"copies, by {names} in turn until one is good enough, or by {self.fallback} alone"
+        names, without = ", ".join(self.candidates), ", ".join(self.fallback)
+        return (
+            f"copies, by {names} in turn until one is good enough, or by {without} "
+            "if no trigger is found"
+        )
 
     def _run(self, work: Purifying[Any]) -> None:
         names, known, why, success = self._plan(work)
@@ -124,7 +128,7 @@ class Auto(Defense):
             settings=dataclasses.asdict(self._made(best.name)),
             why=tuple(why),
             success_before=success,
-            success_after=best.success if known.pools else None,
+            success_after=best.success,
         )
 
     def _plan(
@@ -133,7 +137,7 @@ class Auto(Defense):
         """Return the candidates, the known triggers, the reasons, and the current success rate."""
         if missing_members(work.adapter, TriggerAdapter):
             why = "the adapter cannot apply triggers to this model's inputs"
-            return (self.fallback,), _Known(), [why], None
+            return self.fallback, _Known(), [why], None
         adapter = cast("TriggerAdapter[Any]", work.adapter)
         found = work.run.once("search", lambda: {"found": self._found(work)})["found"]
         if found:
@@ -151,7 +155,7 @@ class Auto(Defense):
         why = f"no trigger was found in the given model (random ones succeed on {success:.0%})"
         if success > self.tolerated:
             return self.candidates, known, [why], success
-        return (self.fallback,), known, [f"{why}, so there is nothing to choose by"], success
+        return self.fallback, _Known(), [f"{why}, so there is nothing to choose by"], None
 
     def _found(self, work: Purifying[Any]) -> list[dict[str, Any]]:
         """Return the triggers that a search finds, as plain values, with their relative size."""
@@ -202,7 +206,7 @@ class Auto(Defense):
             if missing := missing_members(part.adapter, candidate.requires):
                 raise UnsupportedError(f"{name} needs {', '.join(missing)}")
             guard = candidate.attempt(part)
-            success = self._left(part, known) if known.pools else 0.0
+            success = self._left(part, known) if known.pools else None
         except (UnsupportedError, DivergenceError) as error:
             return _Trial(name, failure=error)
         work.run.adopt(name, part.run)
@@ -228,22 +232,25 @@ def _pool(row: Mapping[str, Any]) -> _Pool:
 
 @dataclass(frozen=True)
 class _Trial:
-    """The outcome of one candidate: its purified model and measurements, or why it failed."""
+    """The outcome of one candidate: its purified model and measurements, or why it failed.
+
+    ``success`` is None if there is no trigger to judge it by.
+    """
 
     name: str
     work: Purifying[Any] | None = None
     guard: Guard | None = None
-    success: float = 1.0
+    success: float | None = None
     stopped: str = ""
     failure: Exception | None = None
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
         """Sort key, smaller is better: it ran, it passes the guard, lowest success."""
-        return self.guard is None, self.guard is None or not self.guard.passes, self.success
+        return self.guard is None, self.guard is None or not self.guard.passes, self.success or 0.0
 
     def is_good(self, tolerated: float) -> bool:
-        return self.guard is not None and self.guard.passes and self.success <= tolerated
+        return self.guard is not None and self.guard.passes and (self.success or 0.0) <= tolerated
 
     def words(self, tolerated: float) -> str:
         if self.guard is None:
@@ -251,10 +258,10 @@ class _Trial:
         verdict = "good enough" if self.is_good(tolerated) else "not good enough"
         ended = f"; time ran out in {self.stopped}" if self.stopped else ""
         bound = "" if self.guard.verdict == KEPT else f" (bound {self.guard.verdict})"
-        return (
-            f"utility {self.guard.before:.3f} to {self.guard.after:.3f}"
-            f"{bound}, known triggers succeed on up to {self.success:.0%}: {verdict}{ended}"
-        )
+        utility = f"utility {self.guard.before:.3f} to {self.guard.after:.3f}{bound}"
+        if self.success is not None:
+            utility += f", known triggers succeed on up to {self.success:.0%}"
+        return f"{utility}: {verdict}{ended}"
 
 
 def _success(adapter: TriggerAdapter[Any], samples: Any, pools: Sequence[_Pool]) -> float:

@@ -65,7 +65,7 @@ def scripted(monkeypatch, taught):
 
         monkeypatch.setattr(auto, "_success", success)
         monkeypatch.setattr(Auto, "_found", search)
-        kept = {"candidates": ("weak", "strong"), "fallback": "strong", "max_utility_drop": 1.0}
+        kept = {"candidates": ("weak", "strong"), "fallback": ("strong",), "max_utility_drop": 1.0}
         more = {k: settings.pop(k) for k in ("store", "max_seconds") if k in settings}
         result = Auto(**{**kept, **settings}).purify(adapter, samples, **more)
         return result, result.choice
@@ -105,9 +105,18 @@ def test_what_is_not_possible_is_said_and_passed_over(scripted):
 
 
 def test_where_nothing_can_be_told_apart_the_fallback_is_taken(scripted):
-    _, choice = scripted({0: 0.05, 1: 0.0, 2: 0.0}, found=False)
+    _, choice = scripted({0: 0.05}, found=False)
     assert choice.defense == "strong"
     assert "nothing to choose by" in choice.why[0]
+    assert choice.why[1] == "strong: utility 1.000 to 1.000: good enough"
+    assert (choice.success_before, choice.success_after) == (None, None)
+
+
+def test_a_model_that_the_fallback_does_not_support_gets_the_next(scripted):
+    """The triggers that a search finds in the purified model only do not count."""
+    _, choice = scripted({0: 0.05}, found=False, fallback=("impossible", "weak", "strong"))
+    assert choice.why[1] == "impossible: could not run (no such layer)"
+    assert choice.defense == "weak"
 
 
 def test_no_other_is_tried_when_the_time_is_up(scripted):
@@ -143,7 +152,7 @@ def test_the_smallest_trigger_is_the_suspect_and_natural_ones_do_not_count(monke
     monkeypatch.setattr(auto.registry, "load", lambda _, name: Weak)
     monkeypatch.setattr(auto, "_success", success)
     monkeypatch.setattr(Auto, "_found", lambda self, work: next(searches))
-    defense = Auto(candidates=("weak",), fallback="weak", max_utility_drop=1.0)
+    defense = Auto(candidates=("weak",), fallback=("weak",), max_utility_drop=1.0)
     choice = defense.purify(adapter, samples).choice
     assert asked == [[(0, 0.0)], [(0, 0.0)], []]
     assert "good enough" in choice.why[1]

@@ -58,7 +58,7 @@ RECOVERY = {"unlearn_epochs": 3, "epochs": 3, "batch_size": 8}
 ROWS = {
     "anp": Row(SHORT | PRUNED, {"threshold": 0.0}),
     "auto": Row(
-        SHORT | {"candidates": ("fine-tuning",), "fallback": "fine-tuning", "search_steps": 3},
+        SHORT | {"candidates": ("fine-tuning",), "fallback": ("fine-tuning",), "search_steps": 3},
         {"steps": 0},
     ),
     "awm": Row(SHORT, {"steps": 0}),
