@@ -52,6 +52,8 @@ TRAINING = Training(
     schedule="one-cycle",
     optimizer="adamw",
 )
+LONGER = replace(TRAINING, steps=3000)
+"""90 epochs, for the attacks that need them."""
 
 
 def fresh(samples: LabelledSamples, classes: int = CLASSES):
@@ -86,18 +88,18 @@ def signs() -> tuple[LabelledSamples, LabelledSamples]:
 
 
 @cache
-def clean_twin():
+def clean_twin(training):
     samples, _ = signs()
     twin = fresh(samples)
-    train(twin, twin.samples(samples), TRAINING, Run(0))
+    train(twin, twin.samples(samples), training, Run(0))
     return twin
 
 
-def effect(attack):
+def effect(attack, training=TRAINING):
     """Plant the attack, print its row, and return victim, triggered samples and both rates."""
     train_set, test_set = signs()
-    victim, twin, start = fresh(train_set), clean_twin(), time.process_time()
-    planted = attack.plant(victim, train_set, TRAINING, Run(0))
+    victim, twin, start = fresh(train_set), clean_twin(training), time.process_time()
+    planted = attack.plant(victim, train_set, training, Run(0))
     seconds = time.process_time() - start
     triggered = planted.triggered(test_set, victim)
     before, after = (measure(net, test_set, triggered) for net in (twin, victim))
@@ -160,16 +162,33 @@ def test_ftrojan_costs_less_than_three_points_in_the_mean_of_three_seeds():
     rows(
         (AdaptiveBlend(target=2), 0.9, 0.06),
         (AdaptivePatch(target=2), 0.9, 0.06),
-        (LabelConsistent(target=2), 0.6, 0.03),
         (SIG(target=2), 0.5, 0.15),
-        (BppAttack(target=2), 0.4, 0.06),
-        (InputAware(target=2), 0.5, 0.03),
         (LIRA(target=2), 0.7, 0.25),
-        (WaNet(target=2), 0.15, 0.08),
     ),
 )
-def test_attacks_that_fall_short_of_their_papers_here_open_a_backdoor(attack, least, cost):
+def test_attacks_that_cost_more_than_their_papers_here_open_a_backdoor(attack, least, cost):
     _, _, before, after = effect(attack)
+    assert after.asr > max(least, before.asr + 0.1)
+    assert after.acc > before.acc - cost
+
+
+@pytest.mark.parametrize(
+    ("attack", "least", "cost"),
+    rows(
+        (LabelConsistent(target=2), 0.9, 0.03),
+        (InputAware(target=2), 0.75, 0.03),
+        (BppAttack(target=2), 0.6, 0.03),
+        (WaNet(target=2), 0.5, 0.06),
+        (SIG(target=2, ratio=0.5), 0.3, 0.03),
+        (LIRA(target=2, epsilon=0.03), 0.95, 0.07),
+        (Blended(mapping="all-to-all"), 0.65, 0.03),
+        (BadNets(mapping="all-to-all"), 0.25, 0.06),
+        (BppAttack(mapping="all-to-all"), 0.2, 0.03),
+    ),
+)
+def test_more_epochs_open_the_backdoors_that_few_leave_weak(attack, least, cost):
+    """Label-consistent poison gets to its paper's rate; what the others reach is in the results."""
+    _, _, before, after = effect(attack, LONGER)
     assert after.asr > max(least, before.asr + 0.1)
     assert after.acc > before.acc - cost
 
