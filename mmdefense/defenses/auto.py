@@ -61,7 +61,8 @@ class Auto(Defense):
     is gone. A defense is good enough if the utility guard passes and the suspect succeeds on at
     most ``tolerated`` of the held-out samples, and so does every trigger that a search in the
     purified model finds to the same target and at most twice as large. If no defense is good
-    enough, the result with the lowest success among those that pass the guard is returned.
+    enough, the result with the lowest success among those that pass the guard is returned; one that
+    changes nothing, only if no other passes.
 
     If no trigger is found in the given model, and none of a bank of random ones succeeds, there is
     no criterion to choose by, and ``fallback`` is tried instead, judged by the guard alone.
@@ -70,8 +71,8 @@ class Auto(Defense):
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
         fallback: Those that are tried if no trigger is found: the first one that the model supports
-            and that passes the guard. By default FIP, which left least on the development victims
-            whose trigger the search misses (docs/appendix.md), then TSBD.
+            and that passes the guard. By default fine-pruning, which costs least among those that
+            remove most on the development victims (docs/appendix.md), then FIP.
         tolerated: Largest acceptable success rate of these triggers, in ``[0, 1]``.
         search_steps: Updates of the trigger search.
         bank: Number of random triggers per family.
@@ -81,8 +82,14 @@ class Auto(Defense):
         gradient_checkpointing: Passed to the candidates that support it: less memory, more time.
     """
 
-    candidates: Annotated[tuple[str, ...], MinLen(1)] = ("baeraser", "distillation", "fip", "tsbd")
-    fallback: Annotated[tuple[str, ...], MinLen(1)] = ("fip", "tsbd")
+    candidates: Annotated[tuple[str, ...], MinLen(1)] = (
+        "baeraser",
+        "distillation",
+        "fine-pruning",
+        "fip",
+        "tsbd",
+    )
+    fallback: Annotated[tuple[str, ...], MinLen(1)] = ("fine-pruning", "fip")
     tolerated: Share = 0.1
     search_steps: Whole = 100
     bank: Whole = 16
@@ -123,6 +130,7 @@ class Auto(Defense):
         work.adapter.model.load_state_dict(best.work.adapter.model.state_dict())
         work.stopped, work.guard = trial.stopped, best.guard
         work.adopt(best.work)
+        work.why_unchanged = best.unchanged
         work.choice = Choice(
             defense=best.name,
             settings=dataclasses.asdict(self._made(best.name)),
@@ -210,7 +218,8 @@ class Auto(Defense):
         except (UnsupportedError, DivergenceError) as error:
             return _Trial(name, failure=error)
         work.run.adopt(name, part.run)
-        return _Trial(name, part, guard, success, part.stopped)
+        unchanged = candidate.why_unchanged(part, work.adapter.model, part.adapter.model)
+        return _Trial(name, part, guard, success, part.stopped, unchanged)
 
     def _left(self, part: Purifying[Any], known: _Known) -> float:
         """Return the largest success of a trigger that counts on a candidate's purified model."""
@@ -234,7 +243,8 @@ def _pool(row: Mapping[str, Any]) -> _Pool:
 class _Trial:
     """The outcome of one candidate: its purified model and measurements, or why it failed.
 
-    ``success`` is None if there is no trigger to judge it by.
+    ``success`` is None if there is no trigger to judge it by. ``unchanged`` says why it changed
+    nothing, if so.
     """
 
     name: str
@@ -242,19 +252,27 @@ class _Trial:
     guard: Guard | None = None
     success: float | None = None
     stopped: str = ""
+    unchanged: str = ""
     failure: Exception | None = None
 
     @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Sort key, smaller is better: it ran, it passes the guard, lowest success."""
-        return self.guard is None, self.guard is None or not self.guard.passes, self.success or 0.0
+    def rank(self) -> tuple[bool, bool, bool, float]:
+        """Sort key, smaller is better: it ran, it passes the guard, it changed something, success.
+
+        Of random triggers an unchanged model may well be the one on which fewest succeed.
+        """
+        passes = self.guard is not None and self.guard.passes
+        return self.guard is None, not passes, bool(self.unchanged), self.success or 0.0
 
     def is_good(self, tolerated: float) -> bool:
-        return self.guard is not None and self.guard.passes and (self.success or 0.0) <= tolerated
+        passes = self.guard is not None and self.guard.passes
+        return passes and not self.unchanged and (self.success or 0.0) <= tolerated
 
     def words(self, tolerated: float) -> str:
         if self.guard is None:
             return f"could not run ({self.failure})"
+        if self.unchanged:
+            return f"changed nothing ({self.unchanged})"
         verdict = "good enough" if self.is_good(tolerated) else "not good enough"
         ended = f"; time ran out in {self.stopped}" if self.stopped else ""
         bound = "" if self.guard.verdict == KEPT else f" (bound {self.guard.verdict})"

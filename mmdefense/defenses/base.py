@@ -242,13 +242,15 @@ class Defense(ABC):
             data={"fingerprint": prepared.fingerprint, "samples": len(prepared.samples)},
             stopped=work.stopped,
             threads=tuple(parts.threads),
-            unchanged=self._why_unchanged(work) if _same(given, purified) else "",
+            unchanged=self.why_unchanged(work, given, purified),
             search=work.search,
             choice=work.choice,
         )
 
-    def _why_unchanged(self, work: Purifying[Any]) -> str:
-        """Explain why the defense changed nothing."""
+    def why_unchanged(self, work: Purifying[Any], given: nn.Module, purified: nn.Module) -> str:
+        """Return why no weight or buffer changed; empty if at least one did."""
+        if not _same(given, purified):
+            return ""
         if work.why_unchanged:
             return work.why_unchanged
         if work.stopped:

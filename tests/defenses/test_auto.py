@@ -46,11 +46,16 @@ class Impossible(Marking):
         raise UnsupportedError("no such layer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Idle(Marking):
+    mark = 0.0
+
+
 @pytest.fixture
 def scripted(monkeypatch, taught):
     """Return a function that purifies: triggers succeed as ``left`` says of each mark."""
     adapter, samples = taught("small-resnet")
-    plugged = {"weak": Weak, "strong": Strong, "impossible": Impossible}
+    plugged = {"weak": Weak, "strong": Strong, "impossible": Impossible, "idle": Idle}
     monkeypatch.setattr(auto.registry, "load", lambda _, name: plugged[name])
     given = adapter.model.get_submodule(adapter.head).bias.detach().clone()
 
@@ -117,6 +122,19 @@ def test_a_model_that_the_fallback_does_not_support_gets_the_next(scripted):
     _, choice = scripted({0: 0.05}, found=False, fallback=("impossible", "weak", "strong"))
     assert choice.why[1] == "impossible: could not run (no such layer)"
     assert choice.defense == "weak"
+
+
+def test_a_defense_that_changes_nothing_is_taken_only_if_no_other_passes(scripted):
+    """Random triggers may succeed least on the unchanged model."""
+    left = {0: 0.5, 1: 0.9, 2: 0.8}
+    _, choice = scripted(left, candidates=("idle", "weak", "strong"))
+    assert choice.why[1] == "idle: changed nothing (Idle changed no weight)"
+    assert choice.defense == "strong"
+    _, choice = scripted({0: 0.05}, found=False, fallback=("idle", "strong"))
+    assert choice.defense == "strong"
+    result, choice = scripted({0: 0.5}, candidates=("idle", "impossible"))
+    assert choice.defense == "idle"
+    assert result.unchanged == "Idle changed no weight"
 
 
 def test_no_other_is_tried_when_the_time_is_up(scripted):
