@@ -62,7 +62,9 @@ class Auto(Defense):
     most ``tolerated`` of the held-out samples, and so does every trigger that a search in the
     purified model finds to the same target and at most twice as large. If no defense is good
     enough, the result with the lowest success among those that pass the guard is returned; one that
-    changes nothing, only if no other passes.
+    changes nothing, only if no other passes. If none halves the success of these triggers, they are
+    natural or out of reach, and the result of the defense that is named first in ``fallback`` is
+    returned.
 
     If no trigger is found in the given model, and none of a bank of random ones succeeds, there is
     no criterion to choose by, and ``fallback`` is tried instead, judged by the guard alone.
@@ -114,15 +116,17 @@ class Auto(Defense):
 
     def _run(self, work: Purifying[Any]) -> None:
         names, known, why, success = self._plan(work)
-        best: _Trial | None = None
+        trials: list[_Trial] = []
         for name in names:
             trial = self._try(work, name, known)
             why.append(f"{name}: {trial.words(self.tolerated)}")
-            if best is None or trial.rank < best.rank:
-                best = trial
+            trials.append(trial)
             if trial.stopped or trial.is_good(self.tolerated):
                 break
-        assert best is not None
+        best = min(trials, key=lambda trial: trial.rank)
+        if success is not None and best.success is not None and best.success > success / 2:
+            why.append("none halves the success of these triggers, so they are no criterion")
+            best = min(trials, key=lambda trial: (*trial.rank[:3], self._preference(trial.name)))
         if best.failure is not None:
             raise best.failure
         assert best.work is not None
@@ -138,6 +142,10 @@ class Auto(Defense):
             success_before=success,
             success_after=best.success,
         )
+
+    def _preference(self, name: str) -> int:
+        """Return the place of a defense where there is no criterion: in ``fallback``, or last."""
+        return self.fallback.index(name) if name in self.fallback else len(self.fallback)
 
     def _plan(
         self, work: Purifying[Any]

@@ -130,11 +130,20 @@ def test_a_defense_that_changes_nothing_is_taken_only_if_no_other_passes(scripte
     _, choice = scripted(left, candidates=("idle", "weak", "strong"))
     assert choice.why[1] == "idle: changed nothing (Idle changed no weight)"
     assert choice.defense == "strong"
+    assert "no criterion" in choice.why[4]
     _, choice = scripted({0: 0.05}, found=False, fallback=("idle", "strong"))
     assert choice.defense == "strong"
     result, choice = scripted({0: 0.5}, candidates=("idle", "impossible"))
     assert choice.defense == "idle"
     assert result.unchanged == "Idle changed no weight"
+
+
+def test_triggers_that_no_defense_weakens_are_no_criterion(scripted):
+    _, choice = scripted({0: 1.0, 1: 0.6, 2: 0.9}, fallback=("strong", "weak"))
+    assert choice.defense == "strong"
+    assert "no criterion" in choice.why[3]
+    _, choice = scripted({0: 1.0, 1: 0.4, 2: 0.9}, fallback=("strong", "weak"))
+    assert choice.defense == "weak"
 
 
 def test_no_other_is_tried_when_the_time_is_up(scripted):
