@@ -84,6 +84,8 @@ NOT_RUN = {
     "mmdefense grid run recipes/grids/clean_data.toml -o out/clean-data": "many minutes",
     "mmdefense grid run recipes/grids/rates.toml -o out/rates": "many minutes",
     "mmdefense grid run recipes/grids/reported.toml -o out/reported --workers 2": "many hours",
+    "mmdefense grid run recipes/grids/reported_domains.toml -o out/reported-domains": "many hours",
+    "mmdefense grid run recipes/grids/traffic_signs.toml -o out/traffic-signs --workers 2": "hours",
     "mmdefense grid run recipes/grids/zoo.toml -o out/zoo-grid --workers 2": "hours",
     "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-1 --workers 1": "many minutes",
     "mmdefense grid run recipes/grids/24_cells.toml -o out/grid-24-2 --workers 2": "many minutes",
