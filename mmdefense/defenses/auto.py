@@ -73,8 +73,8 @@ class Auto(Defense):
     Attributes:
         candidates: Names of defenses, in the order in which they are tried.
         fallback: Those that are tried if no trigger is found: the first one that the model supports
-            and that passes the guard. By default fine-pruning, which costs least among those that
-            remove most on the development victims (docs/appendix.md), then FIP.
+            and that passes the guard. By default fine-pruning, which leaves least in the mean of
+            the development victims (docs/results.md, "Traffic signs"), then FIP.
         tolerated: Largest acceptable success rate of these triggers, in ``[0, 1]``.
         search_steps: Updates of the trigger search.
         bank: Number of random triggers per family.
